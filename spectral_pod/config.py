@@ -1,0 +1,245 @@
+"""The configuration: its defaults, its checks, and what may change between two starts of a run.
+
+A file in `configs/` takes `default()` and sets what its experiment needs; any field is overridden
+as `--config.train.total_steps=60`.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from spectral_pod.errors import ConfigError
+
+# Where a restart may differ: none of these changes the numbers of a run beyond float rounding.
+_FREE_TO_CHANGE = ("mesh.", "checkpoint.", "data.dir", "data.threads", "data.prefetch", "train.eval_",
+                   "train.log_every_steps", "train.compilation_cache")  # fmt: skip
+
+
+def default() -> ConfigDict:
+    """Every field that exists, with the value it has unless an experiment sets it."""
+    c = ConfigDict()
+    c.seed = 0  # decides initial parameters, dropout and the order of the data
+
+    c.data = ConfigDict()
+    c.data.task = ""  # a name in data/tasks
+    c.data.options = ConfigDict()  # keyword arguments of the task's `build`
+    c.data.dir = "~/.cache/spectral_pod"  # byte stores are written once below it; a folder or gs://
+    c.data.seq_len = 2048  # bytes; longer records are an error unless `truncate`
+    c.data.truncate = False
+    c.data.train_records = 0  # use only the first n training records; 0 is all
+    c.data.threads = 2  # that read batches ahead
+    c.data.prefetch = 8  # batches ready ahead of the step
+
+    c.model = ConfigDict()
+    c.model.name = "spectral_model"
+    c.model.dtype = "bfloat16"  # of activations and products; parameters are float32
+    c.model.num_layers = 6
+    c.model.hidden_dim = 256
+    c.model.embed_dim = 256  # width of byte embeddings before patching
+    c.model.mlp_expansion = 1.0  # hidden width of the channel mixer over hidden_dim
+    c.model.memory_interval = 2  # every n-th block has a delta memory; 0: none
+    c.model.norm = "pre"  # or 'post'
+    c.model.pooling = "attention"  # or 'mean', 'last'
+    c.model.dropout = 0.0
+    c.model.remat = "none"  # or 'full', 'dots': what the backward pass computes again
+    c.model.spectral = ConfigDict()
+    c.model.spectral.padding = "linear"  # or 'circular'
+    c.model.spectral.parametrization = "frequency"  # or 'time'
+    c.model.spectral.energy_gate = "rms"  # or 'norm' (seed-literal), 'none'
+    c.model.spectral.kernel_dropout = 0.0  # 'time' only
+    c.model.spectral.kernel_threshold = 0.0  # 'time' only: soft threshold on taps
+    c.model.memory = ConfigDict()
+    c.model.memory.num_heads = 1
+    c.model.memory.head_dim = 64
+    c.model.memory.normalize_keys = True
+    c.model.memory.beta_min = 0.0
+    c.model.memory.beta_max = 1.0
+    c.model.memory.method = "chunked"  # or 'recurrent': the same numbers
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1e-3  # peak, after `warmup_steps`, before cosine decay to zero
+    c.optimizer.dynamics_learning_rate = 1e-3  # of filters, gates and memory scales
+    c.optimizer.warmup_steps = 100
+    c.optimizer.weight_decay = 0.05  # of kernels and embeddings only
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.98
+    c.optimizer.clip_norm = 1.0  # global gradient norm
+
+    c.train = ConfigDict()
+    c.train.total_steps = 1000
+    c.train.global_batch_size = 32
+    c.train.grad_accumulation = 1  # micro-batches a step
+    c.train.label_smoothing = 0.0
+    c.train.log_every_steps = 20
+    c.train.eval_every_steps = 500  # on the validation split
+    c.train.eval_batch_size = 64
+    c.train.eval_split = "test"  # of the evaluation at the end
+    c.train.compilation_cache = True  # in the workdir: a restart compiles nothing again
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 500
+    c.checkpoint.keep_latest = 2
+    c.checkpoint.keep_best = 1  # by validation accuracy
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # -1: all devices that the other axes leave
+    c.mesh.fsdp = 1  # splits parameters and optimizer state
+    c.mesh.sequence = 1
+    c.mesh.tensor = 1  # splits channels, hidden widths and heads
+    return c
+
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.norm": ("pre", "post"),
+    "model.pooling": ("attention", "mean", "last"),
+    "model.remat": ("none", "full", "dots"),
+    "model.spectral.padding": ("linear", "circular"),
+    "model.spectral.parametrization": ("frequency", "time"),
+    "model.spectral.energy_gate": ("rms", "norm", "none"),
+    "model.memory.method": ("chunked", "recurrent"),
+    "train.eval_split": ("validation", "test"),
+}
+_AT_LEAST_ONE = (
+    "data.seq_len", "data.threads", "data.prefetch", "model.num_layers", "model.hidden_dim",
+    "model.embed_dim", "model.memory.num_heads", "model.memory.head_dim", "train.total_steps",
+    "train.global_batch_size", "train.grad_accumulation", "train.log_every_steps",
+    "train.eval_every_steps", "train.eval_batch_size", "checkpoint.every_steps",
+    "checkpoint.keep_latest", "optimizer.warmup_steps",
+)  # fmt: skip
+
+
+def validate(config: ConfigDict, *, tasks: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+    """Checks every field that can be checked without devices or data.
+
+    Raises:
+      ConfigError: names the field, its value and what it may be.
+    """
+    _one_of("data.task", config.data.task, tasks)
+    _one_of("model.name", config.model.name, models)
+    for field, choices in _CHOICES.items():
+        _one_of(field, _get(config, field), choices)
+    for field in _AT_LEAST_ONE:
+        if _get(config, field) < 1:
+            raise ConfigError(f"config.{field} is {_get(config, field)}; it must be at least 1")
+    for field in ("model.memory_interval", "checkpoint.keep_best", "data.train_records"):
+        if _get(config, field) < 0:
+            raise ConfigError(f"config.{field} is {_get(config, field)}; it cannot be negative")
+    for field in ("model.dropout", "model.spectral.kernel_dropout", "train.label_smoothing"):
+        if not 0 <= _get(config, field) < 1:
+            raise ConfigError(f"config.{field} is {_get(config, field)}; it must be in [0, 1)")
+    if config.data.seq_len % 4:
+        raise ConfigError(
+            f"config.data.seq_len is {config.data.seq_len}; it must be a multiple of 4, the bytes "
+            "of a patch"
+        )
+    if not 0 <= config.model.memory.beta_min < config.model.memory.beta_max <= 1:
+        raise ConfigError(
+            f"config.model.memory.beta_min, beta_max are {config.model.memory.beta_min}, "
+            f"{config.model.memory.beta_max}; they need 0 <= beta_min < beta_max <= 1"
+        )
+
+
+def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
+    """The size of every mesh axis for this many devices.
+
+    Raises:
+      ConfigError: the axes do not multiply to the devices, or a dimension cannot be split.
+    """
+    sizes = {axis: config.mesh[axis] for axis in ("data", "fsdp", "sequence", "tensor")}
+    for axis, size in sizes.items():
+        if size < 1 and not (axis == "data" and size == -1):
+            raise ConfigError(f"config.mesh.{axis} is {size}; it must be at least 1")
+    if sizes["sequence"] != 1:
+        raise ConfigError(
+            f"config.mesh.sequence is {sizes['sequence']}; this version's operations need whole "
+            "sequences on a device: set it to 1"
+        )
+    others = math.prod(size for axis, size in sizes.items() if axis != "data")
+    if sizes["data"] == -1:
+        sizes["data"] = max(1, num_devices // others)
+    if math.prod(sizes.values()) != num_devices:
+        raise ConfigError(
+            f"config.mesh asks for {' x '.join(f'{a}={n}' for a, n in sizes.items())} = "
+            f"{math.prod(sizes.values())} devices, and there are {num_devices}; change an axis "
+            "(mesh.data=-1 takes what the others leave)"
+        )
+    rows, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
+    accumulation = config.train.grad_accumulation
+    memory = config.model.memory_interval > 0
+    for field, value, divisor, why in (
+        ("train.global_batch_size", config.train.global_batch_size, rows * accumulation,
+         "mesh.data x mesh.fsdp x train.grad_accumulation"),
+        ("train.eval_batch_size", config.train.eval_batch_size, rows, "mesh.data x mesh.fsdp"),
+        ("model.hidden_dim", config.model.hidden_dim, tensor * sizes["fsdp"],
+         "mesh.fsdp x mesh.tensor"),
+        ("model.embed_dim", config.model.embed_dim, sizes["fsdp"], "mesh.fsdp"),
+        ("model.hidden_dim x model.mlp_expansion",
+         int(config.model.hidden_dim * config.model.mlp_expansion), tensor, "mesh.tensor"),
+        ("model.memory.num_heads", config.model.memory.num_heads if memory else 0, tensor,
+         "mesh.tensor"),
+    ):  # fmt: skip
+        if value % divisor:
+            raise ConfigError(f"config.{field} is {value}, not divisible by {why} = {divisor}")
+    return sizes
+
+
+def claim_workdir(workdir: str, config: ConfigDict, data_digest: str) -> None:
+    """Records the configuration and the data of a run in its workdir, or checks what is there.
+
+    Raises:
+      ConfigError: the workdir belongs to another configuration, or its data have changed.
+    """
+    file = epath.Path(workdir) / "config.json"
+    mine = config.to_dict()
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"config": mine, "data_digest": data_digest}, indent=1))
+        return
+    recorded = json.loads(file.read_text())
+    theirs, ours = _flat(recorded["config"]), _flat(json.loads(json.dumps(mine)))
+    changed = [
+        f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"workdir {workdir} belongs to a run of another configuration ("
+            + "; ".join(changed)
+            + "); continue it with its own values, or give another --workdir"
+        )
+    if recorded["data_digest"] != data_digest:
+        raise ConfigError(
+            f"workdir {workdir} was trained on another version of the data: its store had digest "
+            f"{recorded['data_digest'][:12]}, this one has {data_digest[:12]}; point "
+            "config.data.dir at the old store, or give another --workdir"
+        )
+
+
+def _one_of(field: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, list(choices), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"config.{field} is {value!r}; known are {sorted(choices)}{hint}")
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

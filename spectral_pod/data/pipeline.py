@@ -1,0 +1,124 @@
+"""From a byte store to global arrays: every batch is a pure function of (seed, step).
+
+There is no iterator state to save: a run that starts at step s reads what an uninterrupted run
+reads at step s, on any number of processes, each of which reads its own rows only.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from spectral_pod.data.byte_store import Split
+from spectral_pod.errors import DataError
+from spectral_pod.shapes import PAD
+
+Batch = dict[str, Any]  # tokens int32 [B, L], labels int32 [B], valid bool [B]
+
+
+class Batches:
+    """Batches of one split: shuffled without end, or in order and once."""
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seq_len: int,
+        truncate: bool = False,
+        num_records: int = 0,
+        shuffle_seed: int | None = None,
+    ):
+        """`num_records` > 0 takes only the first so many; `shuffle_seed` None reads in order.
+
+        Raises:
+          DataError: the split is empty, or a record is longer than `seq_len` without `truncate`.
+        """
+        self._split, self.batch_size, self.seq_len = split, batch_size, seq_len
+        self.num_records = min(num_records or len(split), len(split))
+        self._seed = shuffle_seed
+        self._permutations: dict[int, Any] = {}
+        if not self.num_records:
+            raise DataError(f"split {split.name!r} holds no records")
+        longest = int(np.argmax(split.lengths[: self.num_records]))
+        if split.lengths[longest] > seq_len and not truncate:
+            raise DataError(
+                f"record {longest} of split {split.name!r} has {split.lengths[longest]} bytes, more "
+                f"than config.data.seq_len = {seq_len}; raise it, or set config.data.truncate=True"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that cover every record, the last one padded."""
+        return -(-self.num_records // self.batch_size)
+
+    def records(self, step: int) -> np.ndarray:
+        """int64 [B]: the record in each row of a step's batch; -1 is a row of padding.
+
+        Shuffled batches run through a permutation that is keyed anew each epoch, so every record
+        comes once an epoch; batches in order end with padding.
+        """
+        position = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        if self._seed is None:
+            return np.where(position < self.num_records, position, -1)
+        epoch, index = np.divmod(position, self.num_records)
+        return np.asarray([self._permutation(int(e))[int(i)] for e, i in zip(epoch, index)])
+
+    def rows(self, step: int, rows: np.ndarray) -> Batch:
+        """Those rows of a step's batch, as numpy arrays."""
+        records = self.records(step)[rows]
+        tokens = np.full((len(rows), self.seq_len), PAD, np.int32)
+        labels = np.zeros(len(rows), np.int32)
+        valid = records >= 0
+        for row, data in zip(np.flatnonzero(valid), self._split.read(records[valid])):
+            tokens[row, : min(len(data), self.seq_len)] = data[: self.seq_len]
+        labels[valid] = self._split.labels[records[valid]]
+        return {"tokens": tokens, "labels": labels, "valid": valid}
+
+    def _permutation(self, epoch: int) -> Any:
+        # A keyed bijection on the indices, not a table: constant memory for any number of records.
+        if epoch not in self._permutations:
+            seed = int(np.random.SeedSequence([self._seed or 0, epoch]).generate_state(1)[0])
+            self._permutations[epoch] = grain.MapDataset.range(self.num_records).shuffle(seed=seed)
+        return self._permutations[epoch]
+
+
+def load(
+    batches: Batches,
+    sharding: NamedSharding,
+    start: int,
+    stop: int,
+    *,
+    threads: int,
+    prefetch: int,
+) -> Iterator[Batch]:
+    """Global arrays for steps start..stop-1, read ahead by threads, rows split as in `sharding`."""
+    indices = sharding.addressable_devices_indices_map((batches.batch_size,))
+    mine = sorted({row for (s,) in indices.values() for row in range(*s.indices(batches.batch_size))})
+    rows = np.asarray(mine)
+
+    def read(step: int) -> Batch:
+        return batches.rows(int(step), rows)
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    for local in grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options):
+        yield {
+            name: jax.make_array_from_callback(
+                (batches.batch_size, *values.shape[1:]), sharding, _picker(values, rows)
+            )
+            for name, values in local.items()
+        }
+
+
+def _picker(values: np.ndarray, rows: np.ndarray) -> Callable[[Any], np.ndarray]:
+    """What a device's slice of the global batch is, given this process's rows of it."""
+
+    def pick(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(1 << 62)
+        first, last = np.searchsorted(rows, [start, min(stop, rows[-1] + 1)])
+        return values[first:last]
+
+    return pick

@@ -1,0 +1,54 @@
+"""SpectralModel: bytes -> patches -> spectral blocks with memory -> pooling -> classes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from spectral_pod.layers.block import block_stack
+from spectral_pod.layers.dense import dense, layer_norm
+from spectral_pod.layers.patching import STRIDE, ByteLatentEncoder, sinusoidal_positions
+from spectral_pod.layers.pooling import POOLING
+from spectral_pod.parallel.sharding import constrain
+
+
+class SpectralModel(nn.Module):
+    """A classifier of byte sequences.
+
+    Attributes:
+      config: `config.model`, frozen, with `max_positions` (patches) filled in.
+      num_classes: C.
+    """
+
+    config: ml_collections.FrozenConfigDict
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, train: bool = False) -> jax.Array:
+        """int tokens and their validity, [B, L], to float32 logits [B, C].
+
+        Padded positions never change a logit: [B, L] and [B, L'] with the same valid bytes agree
+        for every multiple of 4 up to 4 * max_positions. Dropout draws from the rng `dropout`.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        encoder = ByteLatentEncoder(config.hidden_dim, config.embed_dim, dtype, name="encoder")
+        x_BND, mask_BN = encoder(tokens_BL, mask_BL)
+        x_BND += sinusoidal_positions(x_BND.shape[1], config.hidden_dim, dtype)
+        x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
+        patterns = memory_pattern(config.memory_interval, config.num_layers)
+        x_BND = block_stack(config, patterns, not train, x_BND, mask_BN)
+        x_BND = layer_norm("norm")(x_BND)
+        pooled_BD = constrain(POOLING[config.pooling](name="pooling")(x_BND, mask_BN), "batch", None)
+        return dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")(pooled_BD)
+
+
+def memory_pattern(memory_interval: int, num_layers: int) -> tuple[str, ...]:
+    """Every `memory_interval`-th block has a delta memory after its filter; 0 means none has."""
+    if memory_interval == 0 or memory_interval > num_layers:
+        return ("spectral",)
+    return ("spectral",) * (memory_interval - 1) + ("spectral+delta",)
+
+
+def max_positions(seq_len: int) -> int:
+    """Patches in a sequence of `seq_len` bytes."""
+    return seq_len // STRIDE

@@ -1,0 +1,29 @@
+"""The processes of a run: joining them and meeting at named points."""
+
+import jax
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+
+def initialize(coordinator_address: str | None, num_processes: int, process_id: int) -> None:
+    """Joins `num_processes` processes; one process without a coordinator needs nothing."""
+    if coordinator_address:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def is_leader() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str, timeout_s: int = 3600) -> None:
+    """Waits for every process to arrive at `name`; fails naming it after `timeout_s` seconds."""
+    if jax.process_count() == 1:
+        return
+    client = distributed.global_state.client
+    client.wait_at_barrier(name, timeout_in_ms=timeout_s * 1000)
+
+
+def broadcast(value: int) -> int:
+    """The leader's value, on every process."""
+    return int(multihost_utils.broadcast_one_to_all(value))

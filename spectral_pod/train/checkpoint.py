@@ -1,0 +1,354 @@
+"""Sealed checkpoints: Orbax writes and restores them, this file answers for their bytes.
+
+Orbax keeps no checksums: a flipped byte restores as a silently wrong parameter, and an empty step
+directory counts as the newest step. So once Orbax has renamed a step into place, process 0 writes
+the sha256 of each of its files as a seal, and `restore` takes the newest step that matches its
+seal. For a directory RUN/checkpoints:
+
+    RUN/checkpoints/STEP/          Orbax's files
+    RUN/seals/STEP.json            {"step", "metrics", "files": {name: {"bytes", "sha256"}}}
+    RUN/quarantine/STEP-N/         damaged or unfinished steps, never deleted; STEP-N.txt says why
+
+The seals lie beside the steps because on object stores Orbax takes any folder among its steps that
+lacks a commit file for a dead writer's leftovers, and deletes it. Retention happens here, too:
+Orbax deletes old steps before a new one can be sealed, and a process killed in between would be
+left without any sound step.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+# epath would reach gs:// through TensorFlow where it is installed: slow to import, and without the
+# endpoint override that tests need. It reads this at its first use.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from spectral_pod.errors import CheckpointError
+
+_NONE = -1  # there is no sound step
+_FAILED = -2  # a process could not say
+_HASH_THREADS = 8
+
+
+class Checkpointer:
+    """Saves and restores a training state: any pytree of `jax.Array`s, sharded in any way.
+
+    All processes make the same calls in the same order. One save runs at a time, in the background;
+    its failure is raised as a `CheckpointError` by the next `save`, `restore`, `check`,
+    `wait_until_finished` or `close`. As a context manager it closes itself.
+
+    Attributes:
+      directory: holds one directory per step; its parent also holds `seals` and `quarantine`, so
+        it belongs to one run.
+    """
+
+    def __init__(
+        self, directory: str, *, keep_latest: int, keep_best: int, best_metric: str = "accuracy"
+    ):
+        """Opens a directory and removes what a killed writer left unfinished there.
+
+        Args:
+          directory: a path or a gs:// URL; made if missing.
+          keep_latest: how many of the newest steps to keep, at least 1.
+          keep_best: how many steps with the largest `best_metric` to keep besides.
+          best_metric: a key of the metrics given to `save`.
+
+        Raises:
+          CheckpointError: keep_latest is 0, or the directory cannot be made.
+        """
+        if keep_latest < 1:
+            raise CheckpointError(f"keep_latest is {keep_latest}; at least one step must be kept")
+        self._keep_latest = keep_latest
+        self._keep_best = keep_best
+        self._best_metric = best_metric
+        self._remote = "://" in directory
+        self.directory = epath.Path(directory if self._remote else os.path.abspath(directory))
+        self._seals = self.directory.parent / "seals"
+        self._quarantined = self.directory.parent / "quarantine"
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                item_handlers=ocp.StandardCheckpointHandler(),
+                options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot keep checkpoints in {self.directory}: {error}"
+            ) from error
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._background: tuple[int, Future[None]] | None = None
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None) -> None:
+        """Starts to save `state` as `step`, once the save before has finished.
+
+        Returns when the arrays are copied to the host; they may then be donated. A step that is
+        already sealed is left as it is.
+
+        Raises:
+          CheckpointError: the save before failed, or `metrics` lack the metric that ranks steps.
+        """
+        if metrics is not None:
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if self._keep_best and self._best_metric not in metrics:
+                raise CheckpointError(
+                    f"steps are ranked by {self._best_metric!r}, but step {step} has only the "
+                    f"metrics {sorted(metrics)}; rank by one of these or set keep_best to 0"
+                )
+        if self._agree(lambda: self._make_way(step)) == step:
+            logging.info("checkpoint step %d is already sealed; not saved again", step)
+            return
+        if step in self._manager.all_steps():  # Orbax remembers a step that was moved away
+            self._manager.reload()
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        except OSError as error:
+            raise self._failure(step, error) from error
+        self._background = step, self._worker.submit(self._finish, step, metrics)
+
+    def restore(self, abstract_state: Any) -> Any | None:
+        """The newest sound step, or None where there is none.
+
+        Newer steps without a seal or that differ from it are moved to the quarantine and logged.
+
+        Args:
+          abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto; any
+            mesh will do.
+
+        Raises:
+          CheckpointError: the step is sound, but of another model: lists every parameter that is
+            missing, unknown, or of another shape or dtype.
+        """
+        step = self._agree(self._newest_sound)
+        if step == _NONE:
+            return None
+        held, wanted = _leaves(self._manager.item_metadata(step)), _leaves(abstract_state)
+        differences = [
+            f"  {path}: checkpoint {held.get(path, 'absent')}, model {wanted.get(path, 'absent')}"
+            for path in sorted(held.keys() | wanted.keys())
+            if held.get(path) != wanted.get(path)
+        ]
+        if differences:
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} is of another model; restore it with the "
+                "configuration that wrote it, or choose another workdir:\n" + "\n".join(differences)
+            )
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+
+    def check(self) -> None:
+        """Raises the failure of a background save that has ended; never waits. Call it often."""
+        if self._background is not None and self._background[1].done():
+            self.wait_until_finished()
+
+    def wait_until_finished(self) -> None:
+        """Waits until the last save is written and sealed; raises its failure, once."""
+        if self._background is None:
+            return
+        (step, finished), self._background = self._background, None
+        error = finished.exception()
+        if error is not None:
+            # Orbax raises a failure once in every thread: take this thread's, so that the next
+            # save starts clean.
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()
+            raise self._failure(step, error) from error
+
+    def close(self) -> None:
+        """Waits for the last save; raises its failure after everything is closed."""
+        try:
+            self.wait_until_finished()
+        finally:
+            self._worker.shutdown()
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            logging.error("%s", error)  # the error that ends the block says more
+
+    @property
+    def latest_sound_step(self) -> int | None:
+        """The newest step with a seal; `restore` is what compares the bytes."""
+        return max(self._sealed_steps(), default=None)
+
+    # Process 0 decides for all.
+
+    def _agree(self, decide: Callable[[], int]) -> int:
+        """Process 0's decision, on all processes; a failure of any of them is raised by all.
+
+        One that raised alone would leave the others waiting in the next collective.
+        """
+        error: Exception | None = None
+        decision = 0
+        try:
+            self.wait_until_finished()
+            if jax.process_index() == 0:
+                decision = decide()
+        except OSError as failure:
+            error, decision = CheckpointError(f"cannot use {self.directory}: {failure}"), _FAILED
+            error.__cause__ = failure
+        except Exception as failure:
+            error, decision = failure, _FAILED
+        decisions = multihost_utils.process_allgather(np.int32(decision))
+        if error is not None:
+            raise error
+        failed = np.flatnonzero(decisions == _FAILED).tolist()
+        if failed:
+            raise CheckpointError(f"checkpointing failed on process {failed}; its log says why")
+        return int(decisions[0])
+
+    def _make_way(self, step: int) -> int:
+        """`step` if it is sealed; else nothing is left in its place."""
+        if step in self._sealed_steps():
+            return step
+        if step in self._steps():
+            self._quarantine(step, ["it has no seal"])
+        return _NONE
+
+    def _newest_sound(self) -> int:
+        for step in sorted(self._steps(), reverse=True):
+            faults = self._faults(step)
+            if not faults:
+                return step
+            self._quarantine(step, faults)
+        return _NONE
+
+    # What only process 0 does.
+
+    def _finish(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        """Runs in the background: seals the step once Orbax has renamed it into place."""
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            self._seal(step, metrics)
+            self._delete_old()
+
+    def _seal(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        seal = {"step": step, "metrics": metrics, "files": _digests(self.directory / str(step))}
+        self._seals.mkdir(parents=True, exist_ok=True)
+        temporary = self._seals / f"{step}.tmp"
+        temporary.write_text(json.dumps(seal, indent=1))
+        temporary.replace(self._seal_path(step))
+
+    def _delete_old(self) -> None:
+        """Deletes what is neither new nor good; a step goes before its seal, so none is missed."""
+        ranked = {}
+        for step in self._sealed_steps():
+            metrics = self._read_seal(step).get("metrics") or {}
+            ranked[step] = metrics.get(self._best_metric, math.nan)
+        newest = sorted(ranked, reverse=True)
+        best = sorted(
+            (step for step in newest if not math.isnan(ranked[step])),
+            key=lambda step: ranked[step],
+            reverse=True,
+        )
+        keep = {*newest[: self._keep_latest], *best[: self._keep_best]}
+        for step in ranked.keys() - keep:
+            (self.directory / str(step)).rmtree()
+        kept_seals = {f"{step}.json" for step in keep}
+        for path in list(self._seals.iterdir()):
+            if path.name not in kept_seals:
+                path.unlink()
+
+    def _faults(self, step: int) -> list[str]:
+        """How the files of a step differ from its seal; empty for a sound step."""
+        if not self._seal_path(step).exists():
+            return ["it has no seal: its writer was stopped before the step was complete"]
+        sealed = self._read_seal(step).get("files")
+        if not isinstance(sealed, dict):
+            return [f"its seal {self._seal_path(step)} is damaged"]
+        present = _digests(self.directory / str(step))
+        missing = [f"{name} is missing" for name in sorted(sealed.keys() - present.keys())]
+        extra = [f"{name} was added" for name in sorted(present.keys() - sealed.keys())]
+        altered = [
+            f"{name} is altered"
+            for name in sorted(sealed.keys() & present.keys())
+            if sealed[name] != present[name]
+        ]
+        return missing + extra + altered
+
+    def _quarantine(self, step: int, faults: list[str]) -> None:
+        n = 0
+        while (target := self._quarantined / f"{step}-{n}").exists():
+            n += 1
+        self._quarantined.mkdir(parents=True, exist_ok=True)
+        # First the reasons: an object store has no folder to move into until a file is there.
+        (self._quarantined / f"{step}-{n}.txt").write_text("\n".join(faults) + "\n")
+        (self.directory / str(step)).rename(target)
+        self._seal_path(step).unlink(missing_ok=True)
+        logging.error(
+            "checkpoint step %d is not sound: %s; moved to %s", step, "; ".join(faults), target
+        )
+
+    # What is on disk.
+
+    def _steps(self) -> set[int]:
+        """The steps that Orbax takes for complete."""
+        found = ocp.path.step.standard_name_format().find_all(self.directory)
+        return {step.step for step in found}
+
+    def _sealed_steps(self) -> set[int]:
+        return {step for step in self._steps() if self._seal_path(step).exists()}
+
+    def _seal_path(self, step: int) -> Any:
+        return self._seals / f"{step}.json"
+
+    def _read_seal(self, step: int) -> dict[str, Any]:
+        """The seal of a step; empty where it is damaged."""
+        try:
+            return dict(json.loads(self._seal_path(step).read_text()))
+        except (ValueError, TypeError):
+            return {}
+
+    def _failure(self, step: int, error: BaseException) -> CheckpointError:
+        free = (
+            "unknown" if self._remote else f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB"
+        )
+        kept = self.latest_sound_step
+        return CheckpointError(
+            f"saving step {step} in {self.directory} failed (free space there: {free}). "
+            + ("No sound step exists yet. " if kept is None else f"Step {kept} is sound and kept. ")
+            + f"Cure the cause and start again: {error}"
+        )
+
+
+def _digests(directory: Any) -> dict[str, dict[str, Any]]:
+    """Size (bytes) and sha256 of every file below, by its name relative to the directory."""
+    files, pending = [], [directory]
+    while pending:
+        for path in pending.pop().iterdir():
+            (pending if path.is_dir() else files).append(path)
+
+    def digest(path: Any) -> dict[str, Any]:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # reads in chunks
+        return {"bytes": path.stat().length, "sha256": sha256}
+
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing releases the interpreter's lock
+        digests = pool.map(digest, files)
+        return {str(path.relative_to(directory)): d for path, d in zip(files, digests, strict=True)}
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Shape and dtype of every array of a state, or of what Orbax knows of one, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

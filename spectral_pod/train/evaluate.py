@@ -1,0 +1,54 @@
+"""Evaluation: every record of a split exactly once, on any number of processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spectral_pod.data.pipeline import Batches, load
+from spectral_pod.parallel.sharding import batch_sharding
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Batches,
+    mesh: Mesh,
+    *,
+    threads: int,
+    prefetch: int,
+) -> dict[str, Any]:
+    """Loss, accuracy, number of records and the confusion table over the whole split."""
+    total = None
+    steps = load(
+        batches,
+        batch_sharding(mesh),
+        0,
+        batches.steps_per_epoch,
+        threads=threads,
+        prefetch=prefetch,
+    )
+    for batch in steps:
+        part = eval_step(params, batch)
+        total = part if total is None else total.merge(part)
+    result = jax.device_get(total).compute()
+    confusion = np.asarray(result["confusion"]).astype(int)
+    return {
+        "loss": float(result["loss"]),
+        "accuracy": float(result["accuracy"]),
+        "records": int(confusion.sum()),
+        "confusion": confusion.tolist(),
+    }
+
+
+def confusion_table(confusion: list[list[int]], classes: list[str]) -> str:
+    """A table of true (rows) against predicted (columns) classes, with the recall of each row."""
+    width = max(6, max(len(name) for name in classes) + 1)
+    lines = [" " * width + "".join(f"{name[:6]:>7}" for name in classes) + "  recall"]
+    for name, row in zip(classes, confusion):
+        recall = row[classes.index(name)] / max(sum(row), 1)
+        cells = "".join(f"{count:>7}" if count else f"{'.':>7}" for count in row)
+        lines.append(f"{name:<{width}}{cells}  {recall:6.1%}")
+    return "\n".join(lines)

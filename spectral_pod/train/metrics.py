@@ -1,0 +1,63 @@
+"""What is measured: CLU collections for averages over examples, norms by parameter group."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from clu import metrics
+
+from spectral_pod.train.optim import DYNAMICS, leaf_name
+
+
+@flax.struct.dataclass
+class Averages(metrics.Collection):
+    """Means over valid examples; merges over steps and evaluation batches."""
+
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    accuracy: metrics.Average.from_output("correct")  # type: ignore[valid-type]
+
+
+@flax.struct.dataclass
+class Confusion(metrics.Metric):
+    """Counts of [true class, predicted class] over valid examples."""
+
+    count_CC: jax.Array
+
+    @classmethod
+    def from_model_output(
+        cls, labels: jax.Array, logits: jax.Array, mask: jax.Array, **_: Any
+    ) -> "Confusion":
+        num_classes = logits.shape[-1]
+        true_BC = jax.nn.one_hot(labels, num_classes) * mask[:, None].astype(jnp.float32)
+        predicted_BC = jax.nn.one_hot(jnp.argmax(logits, axis=-1), num_classes)
+        return cls(jnp.einsum("bt,bp->tp", true_BC, predicted_BC))
+
+    def merge(self, other: "Confusion") -> "Confusion":
+        return Confusion(self.count_CC + other.count_CC)
+
+    def compute(self) -> jax.Array:
+        return self.count_CC
+
+
+@flax.struct.dataclass
+class Evaluation(Averages):
+    """Averages and the confusion table of an evaluation."""
+
+    confusion: Confusion
+
+
+def group_of(path: Any) -> str:
+    """The reported group of a parameter: its top-level module, dynamics apart."""
+    top = str(path[0].key)
+    return f"{top}.dynamics" if leaf_name(path) in DYNAMICS else top
+
+
+def norms(tree: Any) -> dict[str, jax.Array]:
+    """The Euclidean norm of each parameter group of a tree of parameters or gradients."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        total = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        group = group_of(path)
+        squares[group] = squares[group] + total if group in squares else total
+    return {group: jnp.sqrt(total) for group, total in squares.items()}

@@ -1,0 +1,141 @@
+"""The training and the evaluation step: pure functions, jitted once with shardings."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
+from spectral_pod.shapes import PAD
+from spectral_pod.train.loss import classification_loss
+from spectral_pod.train.metrics import Averages, Evaluation, norms
+from spectral_pod.train.optim import schedules
+from spectral_pod.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+) -> tuple[TrainState, tuple[Averages, dict[str, jax.Array]]]:
+    """One optimizer step on the global batch.
+
+    Returns the next state, the step's averages, and scalars by name: gradient and parameter norms
+    by group (before the update) and learning rates.
+    """
+    num_micro = config.train.grad_accumulation
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    total_valid = jnp.maximum(jnp.sum(batch["valid"].astype(jnp.float32)), 1.0)
+
+    def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
+        tokens_BL = micro["tokens"]
+        logits_BC = model.apply(
+            {"params": params}, tokens_BL, tokens_BL != PAD, train=True, rngs={"dropout": key}
+        )
+        loss_B = classification_loss(logits_BC, micro["labels"], config.train.label_smoothing)
+        correct_B = (jnp.argmax(logits_BC, axis=-1) == micro["labels"]).astype(jnp.float32)
+        # Normalised by the whole batch, so that micro-batches just add up.
+        loss = jnp.sum(jnp.where(micro["valid"], loss_B, 0.0)) / total_valid
+        return loss, {"loss": loss_B, "correct": correct_B, "mask": micro["valid"]}
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if num_micro == 1:
+        grads, outputs = grad_fn(state.params, batch, key)
+    else:
+
+        def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Batch]:
+            micro, index = micro_and_index
+            more, outputs = grad_fn(state.params, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, grads, more), outputs
+
+        micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, outputs = jax.lax.scan(accumulate, zeros, micros)
+        outputs = jax.tree.map(jnp.ravel, outputs)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        rates = {group: rate(state.step) for group, rate in schedules(config).items()}
+    scalars = {f"grad_norm/{group}": norm for group, norm in norms(grads).items()}
+    scalars |= {f"param_norm/{group}": norm for group, norm in norms(state.params).items()}
+    scalars |= {
+        f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
+    }
+    params = optax.apply_updates(state.params, updates)
+    state = TrainState(state.step + 1, params, opt_state)
+    return state, (Averages.single_from_model_output(**outputs), scalars)
+
+
+def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
+    """[B, ...] to [A, B/A, ...], each device's rows spread over the micro-batches.
+
+    Row b goes to micro-batch b mod A: every device keeps its own rows, nothing is communicated.
+    """
+    x = jnp.swapaxes(x.reshape(x.shape[0] // num_micro, num_micro, *x.shape[1:]), 0, 1)
+    return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+
+def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Evaluation:
+    """Sums over the valid rows of one evaluation batch."""
+    tokens_BL = batch["tokens"]
+    logits_BC = model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
+    return Evaluation.single_from_model_output(
+        loss=classification_loss(logits_BC, batch["labels"], 0.0),
+        correct=(jnp.argmax(logits_BC, axis=-1) == batch["labels"]).astype(jnp.float32),
+        logits=logits_BC,
+        labels=batch["labels"],
+        mask=batch["valid"],
+    )
+
+
+def jit_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    abstract: TrainState,
+) -> Callable[[TrainState, Batch], Any]:
+    """`train_step` compiled for the mesh; donates the state."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(
+        partial(train_step, model=model, tx=tx, config=config),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(
+    model: nn.Module, mesh: Mesh, abstract: TrainState
+) -> Callable[[Any, Batch], Evaluation]:
+    """`eval_step` compiled for the mesh; its sums are on every device."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
+    return jax.jit(
+        partial(eval_step, model=model),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> Batch:
+    """The batch as `jax.ShapeDtypeStruct`s with their shardings."""
+    shapes = {
+        "tokens": ((batch_size, seq_len), jnp.int32),
+        "labels": ((batch_size,), jnp.int32),
+        "valid": ((batch_size,), bool),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }

@@ -1,0 +1,11 @@
+"""JAX at its strictest for every test; see also `multidevice/`, whose tests run in own processes."""
+
+import os
+
+# XLA sizes its thread pool by this; collectives between fake devices starve with fewer threads.
+os.environ["PJRT_NPROC"] = "16"
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,85 @@
+"""The store returns what was written, and damage is an error that names the place."""
+
+import json
+
+import numpy as np
+import pytest
+
+from spectral_pod.data import byte_store
+from spectral_pod.data.byte_store import ByteStore, Record
+from spectral_pod.errors import DataError
+
+
+@pytest.fixture
+def records():
+    rng = np.random.default_rng(0)
+    lengths = [0, 1, 7, 70_000, 3, 200_000, 0]
+    return [Record(rng.bytes(n), i % 3) for i, n in enumerate(lengths)]
+
+
+@pytest.fixture
+def store(tmp_path, records, monkeypatch):
+    monkeypatch.setattr(byte_store, "_SHARD_BYTES", 1 << 17)  # several shards from little data
+    path = str(tmp_path / "store")
+    splits = {"train": records, "test": (r for r in records[:2])}
+    byte_store.write(path, splits, classes=["a", "b", "c"], provenance={"by": "test"})
+    return path
+
+
+def test_round_trip(store, records):
+    split = ByteStore(store).split("train")
+    assert len(split) == len(records)
+    order = [5, 0, 3, 3, 6]
+    assert [r.tobytes() for r in split.read(order)] == [records[i].data for i in order]
+    np.testing.assert_array_equal(split.labels, [r.label for r in records])
+    np.testing.assert_array_equal(split.lengths, [len(r.data) for r in records])
+
+
+def test_manifest_counts_and_verifies(store, records):
+    manifest = ByteStore(store).manifest
+    assert manifest["splits"]["train"]["records"] == len(records)
+    assert manifest["splits"]["train"]["longest_record"] == 200_000
+    assert manifest["splits"]["train"]["class_counts"] == [3, 2, 2]
+    assert manifest["provenance"] == {"by": "test"}
+    byte_store.verify(store)
+
+
+def test_unfinished_write_is_no_store_and_is_replaced(store, records, tmp_path):
+    (tmp_path / "store" / "manifest.json").unlink()
+    assert not byte_store.exists(store)
+    with pytest.raises(DataError, match="no finished byte store"):
+        ByteStore(store)
+    byte_store.write(store, {"train": records[:1]}, classes=["a"], provenance={})
+    assert len(ByteStore(store).split("train")) == 1
+
+
+@pytest.mark.parametrize("array", ["bytes", "offsets", "labels"])
+def test_a_flipped_byte_is_never_data(store, tmp_path, array):
+    file = next((tmp_path / "store" / "train" / array / "c").iterdir())
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 3] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises((DataError, ValueError)) as error:
+        byte_store.verify(store)
+        split = ByteStore(store).split("train")
+        split.read(range(len(split)))
+    assert f"train/{array}" in str(error.value)
+
+
+def test_a_deleted_shard_is_an_error(store, tmp_path):
+    next((tmp_path / "store" / "train" / "bytes" / "c").iterdir()).unlink()
+    with pytest.raises(DataError, match="train/bytes"):
+        byte_store.verify(store)
+    split = ByteStore(store).split("train")
+    with pytest.raises(DataError, match="train/bytes"):  # not zeros
+        split.read(range(len(split)))
+
+
+def test_labels_must_have_a_class(tmp_path):
+    with pytest.raises(DataError, match="record 1 has label 4"):
+        rows = [Record(b"x", 0), Record(b"y", 4)]
+        byte_store.write(str(tmp_path / "s"), {"train": rows}, classes=["a"], provenance={})
+
+
+def test_manifest_is_plain_json(store, tmp_path):
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["format"].endswith("/1")
