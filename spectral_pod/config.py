@@ -15,9 +15,11 @@ from ml_collections import ConfigDict
 
 from spectral_pod.errors import ConfigError
 
-# Where a restart may differ: none of these changes the numbers of a run beyond float rounding.
-_FREE_TO_CHANGE = ("mesh.", "checkpoint.", "data.dir", "data.threads", "data.prefetch", "train.eval_",
-                   "train.log_every_steps", "train.compilation_cache")  # fmt: skip
+# Where a restart may differ: none changes the numbers of a run beyond float rounding.
+_FREE_TO_CHANGE = (
+    "mesh.", "checkpoint.", "data.dir", "data.threads", "data.prefetch", "train.eval_",
+    "train.log_every_steps", "train.compilation_cache",
+)  # fmt: skip
 
 
 def default() -> ConfigDict:

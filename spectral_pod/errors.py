@@ -1,4 +1,4 @@
-"""Errors that a user can cause or cure. `main` prints their one message and exits with their code."""
+"""Errors that a user can cause or cure: `main` prints their message and exits with their code."""
 
 
 class UserError(Exception):

@@ -5,6 +5,7 @@ This file is intentionally kept short: the run itself is in `train/loop.py`.
 
 import os
 import sys
+from typing import Any
 
 # etils would pick TensorFlow's file system where TensorFlow is installed; it isn't needed here.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -30,10 +31,11 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"unexpected argument {argv[1]!r}; every option starts with --")
     runtime.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
+    workdir: Any = _WORKDIR.value
     if config.train.compilation_cache:
-        loop.enable_compilation_cache(_WORKDIR.value)
+        loop.enable_compilation_cache(workdir)
     logging.info("Config:\n%s", config)
-    loop.run(config, _WORKDIR.value, eval_only=_EVAL_ONLY.value)
+    loop.run(config, workdir, eval_only=_EVAL_ONLY.value)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""JAX at its strictest for every test; see also `multidevice/`, whose tests run in own processes."""
+"""JAX at its strictest for every test."""
 
 import os
 

@@ -189,7 +189,10 @@ def _write_split(url: str, records: Iterable[Record], num_classes: int) -> dict[
             written = _append(stream, buffer[:_SHARD_BYTES], written, digest)
             del buffer[:_SHARD_BYTES]
     written = _append(stream, buffer, written, digest)
-    arrays = {"offsets": np.asarray(offsets, np.int64), "labels": np.asarray(labels, np.int32)}
+    arrays: dict[str, np.ndarray] = {
+        "offsets": np.asarray(offsets, np.int64),
+        "labels": np.asarray(labels, np.int32),
+    }
     for name, values in arrays.items():
         handle = _create(f"{url}/{name}", name)
         handle.resize(exclusive_max=[len(values)]).result().write(values).result()

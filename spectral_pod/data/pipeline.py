@@ -46,8 +46,8 @@ class Batches:
         longest = int(np.argmax(split.lengths[: self.num_records]))
         if split.lengths[longest] > seq_len and not truncate:
             raise DataError(
-                f"record {longest} of split {split.name!r} has {split.lengths[longest]} bytes, more "
-                f"than config.data.seq_len = {seq_len}; raise it, or set config.data.truncate=True"
+                f"record {longest} of split {split.name!r} has {split.lengths[longest]} bytes, "
+                f"more than config.data.seq_len = {seq_len}; raise it, or set config.data.truncate=True"
             )
 
     @property
@@ -97,7 +97,9 @@ def load(
 ) -> Iterator[Batch]:
     """Global arrays for steps start..stop-1, read ahead by threads, rows split as in `sharding`."""
     indices = sharding.addressable_devices_indices_map((batches.batch_size,))
-    mine = sorted({row for (s,) in indices.values() for row in range(*s.indices(batches.batch_size))})
+    mine = sorted(
+        {row for (s,) in indices.values() for row in range(*s.indices(batches.batch_size))}
+    )
     rows = np.asarray(mine)
 
     def read(step: int) -> Batch:

@@ -84,11 +84,10 @@ class Block(nn.Module):
         self, x_BND: jax.Array, layer: Callable[[jax.Array], jax.Array], norm: str
     ) -> jax.Array:
         """Pre-norm `x + layer(norm(x))` or post-norm `norm(x + layer(x))`, with dropout."""
-        normalize = layer_norm(norm)
         drop = nn.Dropout(self.config.dropout, deterministic=self.deterministic)
         if self.config.norm == "pre":
-            return x_BND + drop(layer(normalize(x_BND).astype(x_BND.dtype)))
-        return normalize(x_BND + drop(layer(x_BND))).astype(x_BND.dtype)
+            return x_BND + drop(layer(layer_norm(x_BND, norm).astype(x_BND.dtype)))
+        return layer_norm(x_BND + drop(layer(x_BND)), norm).astype(x_BND.dtype)
 
 
 class BlockGroup(nn.Module):

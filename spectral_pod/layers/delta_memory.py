@@ -27,7 +27,7 @@ class DeltaMemoryLayer(nn.Module):
     head_dim: int
     normalize_keys: bool
     beta_range: tuple[float, float]
-    method: str
+    method: Any
     dtype: Any
 
     @nn.compact

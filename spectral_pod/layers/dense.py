@@ -1,8 +1,9 @@
-"""A dense layer whose kernel names its logical axes."""
+"""Dense layers and normalisation, with the logical axes of their parameters."""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from spectral_pod.parallel.sharding import Axes, partitioned
@@ -25,12 +26,12 @@ def dense(features: int | tuple[int, ...], axes: Axes, dtype: Any, **kwargs: Any
     )
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
-    """LayerNorm over the model width, computed in float32 whatever comes in."""
+def layer_norm(x: jax.Array, name: str) -> jax.Array:
+    """LayerNorm over the model width; computed and returned in float32 whatever comes in."""
     return nn.LayerNorm(
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         scale_init=partitioned(nn.initializers.ones_init(), "width"),
         bias_init=partitioned(nn.initializers.zeros_init(), "width"),
         name=name,
-    )
+    )(x.astype(jnp.float32))

@@ -50,7 +50,7 @@ class ByteLatentEncoder(nn.Module):
             self.hidden_dim, ("tap", "embed", None), self.dtype, axis=(-2, -1), name="convolution"
         )(window)
         x_BND = dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
-        x_BND = layer_norm("norm")(nn.gelu(x_BND)).astype(self.dtype)
+        x_BND = layer_norm(nn.gelu(x_BND), "norm").astype(self.dtype)
         mask_BN = mask_BL.reshape(B, L // STRIDE, STRIDE).any(axis=-1)
         return constrain(x_BND, "batch", "position", "width"), mask_BN
 
@@ -59,4 +59,6 @@ def sinusoidal_positions(length: int, width: int, dtype: Any) -> jax.Array:
     """[1, N, D]: sines in the first half of the width, cosines in the second (Vaswani et al.)."""
     rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * rates[None]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[None, :, :width].astype(dtype)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[None, :, :width].astype(
+        dtype
+    )

@@ -48,4 +48,8 @@ def _masked_softmax(scores_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
     return jnp.where(mask_BN, jax.nn.softmax(scores_BN, axis=-1), 0.0)
 
 
-POOLING = {"attention": AttentionPooling, "mean": MeanPooling, "last": LastPooling}
+POOLING: dict[str, type[nn.Module]] = {
+    "attention": AttentionPooling,
+    "mean": MeanPooling,
+    "last": LastPooling,
+}

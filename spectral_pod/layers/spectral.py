@@ -58,17 +58,26 @@ class SpectralLayer(nn.Module):
 
     def _gate(self, u_BND: jax.Array) -> jax.Array:
         """float32 gate that broadcasts against u."""
-        width = u_BND.shape[-1]
         if self.energy_gate == "none":
             return jnp.ones((1, 1, 1), jnp.float32)
-        energy_BN1 = jnp.sum(jnp.square(u_BND), axis=-1, keepdims=True)
         if self.energy_gate == "norm":
-            return jax.nn.sigmoid(jnp.sqrt(energy_BN1 + 1e-12))
+            return norm_gate(u_BND)
+        shape = (u_BND.shape[-1],)
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        slope_D = self.param("energy_slope", partitioned(ones, "width"), (width,))
-        bias_D = self.param("energy_bias", partitioned(zeros, "width"), (width,))
-        log_rms_BN1 = 0.5 * jnp.log(energy_BN1 / width + 1e-6)
-        return jax.nn.sigmoid(slope_D[None, None] * log_rms_BN1 + bias_D[None, None])
+        slope_D = self.param("energy_slope", partitioned(ones, "width"), shape)
+        bias_D = self.param("energy_bias", partitioned(zeros, "width"), shape)
+        return rms_gate(u_BND, slope_D, bias_D)
+
+
+def rms_gate(u_BND: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+    """`sigmoid(a log rms(u) + b)`, [B, N, D]; at a = 1, b = 0 it is rms / (1 + rms)."""
+    log_rms_BN1 = 0.5 * jnp.log(jnp.mean(jnp.square(u_BND), axis=-1, keepdims=True) + 1e-6)
+    return jax.nn.sigmoid(slope_D[None, None] * log_rms_BN1 + bias_D[None, None])
+
+
+def norm_gate(u_BND: jax.Array) -> jax.Array:
+    """`sigmoid(|u|)`, [B, N, 1]: the seed's gate, which is 1 for any u of ordinary size."""
+    return jax.nn.sigmoid(jnp.sqrt(jnp.sum(jnp.square(u_BND), axis=-1, keepdims=True) + 1e-12))
 
 
 def _decaying_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

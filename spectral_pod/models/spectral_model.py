@@ -1,5 +1,7 @@
 """SpectralModel: bytes -> patches -> spectral blocks with memory -> pooling -> classes."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,8 +39,9 @@ class SpectralModel(nn.Module):
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
         patterns = memory_pattern(config.memory_interval, config.num_layers)
         x_BND = block_stack(config, patterns, not train, x_BND, mask_BN)
-        x_BND = layer_norm("norm")(x_BND)
-        pooled_BD = constrain(POOLING[config.pooling](name="pooling")(x_BND, mask_BN), "batch", None)
+        x_BND = layer_norm(x_BND, "norm")
+        pooling: Any = POOLING[config.pooling](name="pooling")
+        pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)
         return dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")(pooled_BD)
 
 

@@ -15,12 +15,14 @@ u_t = beta_t e_t, as rows of u, an unclipped token sees S_t = S + sum_{s <= t} u
 
 The clip certificate is free: |u_t||k_t| > clip beta_t says that token t would have been clipped.
 Up to the first clip both forms agree, so some clip in the chunked form is equivalent to some clip
-in the recurrence, and a segment of chunks where one fires is redone by the recurrence. A token
-with beta = 0 writes nothing, clipped or not. Segments keep only their inputs for the backward
-pass, which is derived by hand in `_chunks_backward`.
+in the recurrence, and a segment of chunks where one fires is redone by the recurrence (so a clip
+changes earlier reads of its segment by rounding, and only by that). A token with beta = 0 writes
+nothing, clipped or not. Segments keep only their inputs for the backward pass, which is derived
+by hand in `_chunks_backward`.
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -30,12 +32,11 @@ from spectral_pod.parallel.sharding import shard_op
 
 SEGMENT_CHUNKS = 8  # at most; chunks that share one clip check and one stored state
 STRETCH = 32  # tokens of the recurrence between stored states
-_INVERSE_BASE = 8
 
 _Arrays = tuple[jax.Array, ...]
 _Pair = tuple[jax.Array, jax.Array]
 
-# Float32 even where the hardware would round the operands: T is badly conditioned otherwise.
+# Accelerators round float32 operands by default, and the errors would add up in the state.
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -69,12 +70,11 @@ def delta_rule(
       The reads o_BNHV in the dtype of v, and the float32 state_BHVK after the last token.
     """
     B, _, H, K = k_BNHK.shape
-    V = v_BNHV.shape[-1]
-    tokens = (q_BNHK, k_BNHK, v_BNHV, beta_BNH)
+    tokens: _Arrays = (q_BNHK, k_BNHK, v_BNHV, beta_BNH)
     if mask_BN is not None:
         tokens = tuple(jnp.where(jnp.expand_dims(mask_BN, range(2, x.ndim)), x, 0) for x in tokens)
     if state_BHVK is None:
-        state_BHVK = jnp.zeros((B, H, V, K))
+        state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K))
     methods = {"chunked": delta_rule_chunked, "recurrent": delta_rule_recurrent}
     token_axes, state_axes = ("batch", None, "head", None), ("batch", "head", None, None)
     run = shard_op(
@@ -117,8 +117,8 @@ def delta_rule_recurrent(
         return jax.lax.scan(step, state_BHVK, tokens)
 
     N = q_BNHK.shape[1]
-    stretches = -(-N // STRETCH)
-    length = -(-N // stretches)
+    stretches = math.ceil(N / STRETCH)
+    length = math.ceil(N / stretches)
 
     def in_stretches(x_BNH: jax.Array) -> jax.Array:
         x_NBH = jnp.moveaxis(_pad(x_BNH, stretches * length), 1, 0)
@@ -139,7 +139,7 @@ def delta_rule_chunked(
     clip: float | None = 10.0,
     chunk: int = 32,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same function by matrix products; see the derivation at the top of the module.
+    """The same function by matrix products, as derived at the top of the module.
 
     Args:
       q_BNHK, k_BNHK, v_BNHV, beta_BNH, state_BHVK, clip: as in `delta_rule`.
@@ -149,16 +149,16 @@ def delta_rule_chunked(
       The reads o_BNHV and the final state_BHVK.
     """
     N = q_BNHK.shape[1]
-    chunks = -(-N // chunk)
-    segments = -(-chunks // SEGMENT_CHUNKS)
-    per_segment = -(-chunks // segments)
+    chunks = math.ceil(N / chunk)
+    segments = math.ceil(chunks / SEGMENT_CHUNKS)
+    per_segment = math.ceil(chunks / segments)
 
     def in_segments(x_BNH: jax.Array) -> jax.Array:
         x_GBHT = _split(_pad(x_BNH, segments * per_segment * chunk), chunk)
         return x_GBHT.reshape(segments, per_segment, *x_GBHT.shape[1:])
 
-    def segment(state_BHVK: jax.Array, tokens: _Arrays) -> tuple[jax.Array, jax.Array]:
-        o_GBHTV, state_BHVK = _segment(clip, *tokens, state_BHVK)
+    def segment(state_BHVK: jax.Array, tokens: _Arrays) -> _Pair:
+        o_GBHTV, state_BHVK = _segment(clip, (*tokens, state_BHVK))
         return state_BHVK, o_GBHTV
 
     tokens = tuple(in_segments(x) for x in (q_BNHK, k_BNHK, v_BNHV, beta_BNH))
@@ -166,69 +166,62 @@ def delta_rule_chunked(
     return _join(o.reshape(-1, *o.shape[2:]))[:, :N], state_BHVK
 
 
+# The inputs of everything below are (q_GBHTK, k_GBHTK, v_GBHTV, beta_GBHT, state_BHVK), and the
+# results (o_GBHTV, state_BHVK), for the G chunks of one segment.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _segment(
-    clip: float | None,
-    q_GBHTK: jax.Array,
-    k_GBHTK: jax.Array,
-    v_GBHTV: jax.Array,
-    beta_GBHT: jax.Array,
-    state_BHVK: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """A few chunks, by the chunk maths if no clip fires in them and by the recurrence if one does."""
-    return _segment_forward(clip, q_GBHTK, k_GBHTK, v_GBHTV, beta_GBHT, state_BHVK)[0]
+def _segment(clip: float | None, inputs: _Arrays) -> _Pair:
+    """A segment, by the chunk maths if no clip fires in it and by the recurrence if one does."""
+    return _segment_forward(clip, inputs)[0]
 
 
-def _segment_forward(clip: float | None, *inputs: jax.Array) -> tuple[_Pair, Any]:
-    o_GBHTV, state_BHVK, (_, _, u_GBHTV) = _chunks(*inputs)
+def _segment_forward(clip: float | None, inputs: _Arrays) -> tuple[_Pair, Any]:
+    o_GBHTV, state_BHVK, (_, _, u_GBHTV) = _chunks(inputs)
+    results = o_GBHTV, state_BHVK
     if clip is None:
-        return (o_GBHTV, state_BHVK), (inputs, None)
+        return results, (inputs, None)
     _, k_GBHTK, _, beta_GBHT, _ = inputs
     size2_GBHT = jnp.sum(u_GBHTV**2, -1) * jnp.sum(k_GBHTK**2, -1)
-    # Negated, because an unclipped segment may well have overflowed to NaN.
+    # Not `any(>)`: without its clips a segment may have overflowed to NaN.
     fired = ~jnp.all(size2_GBHT <= (clip * beta_GBHT) ** 2)
-    result = jax.lax.cond(
-        fired, lambda: _chunks_by_recurrence(clip, *inputs), lambda: (o_GBHTV, state_BHVK)
-    )
-    return result, (inputs, fired)
+    by_recurrence = functools.partial(_chunks_by_recurrence, clip)
+    return jax.lax.cond(fired, by_recurrence, lambda _: results, inputs), (inputs, fired)
 
 
-def _segment_backward(clip: float | None, residuals: Any, cotangents: _Pair) -> _Arrays:
+def _segment_backward(clip: float | None, residuals: Any, cotangents: _Pair) -> tuple[_Arrays]:
     inputs, fired = residuals
     if clip is None:
-        return _chunks_backward(inputs, cotangents)
-    return jax.lax.cond(
+        return (_chunks_backward(inputs, cotangents),)
+    by_recurrence = functools.partial(_chunks_by_recurrence, clip)
+    # A branch here too: zero cotangents through chunk maths that overflowed would be NaN.
+    dinputs = jax.lax.cond(
         fired,
-        lambda: jax.vjp(functools.partial(_chunks_by_recurrence, clip), *inputs)[1](cotangents),
+        lambda: jax.vjp(by_recurrence, inputs)[1](cotangents)[0],
         lambda: _chunks_backward(inputs, cotangents),
     )
+    return (dinputs,)
 
 
 _segment.defvjp(_segment_forward, _segment_backward)
 
 
-def _chunks_by_recurrence(clip: float, *inputs: jax.Array) -> _Pair:
-    *tokens_GBHT, state_BHVK = inputs
-    o_BNHV, state_BHVK = delta_rule_recurrent(*map(_join, tokens_GBHT), state_BHVK, clip)
-    return _split(o_BNHV, tokens_GBHT[0].shape[3]), state_BHVK
+def _chunks_by_recurrence(clip: float, inputs: _Arrays) -> _Pair:
+    q_BNHK, k_BNHK, v_BNHV, beta_BNH = (_join(x) for x in inputs[:4])
+    o_BNHV, state_BHVK = delta_rule_recurrent(q_BNHK, k_BNHK, v_BNHV, beta_BNH, inputs[4], clip)
+    return _split(o_BNHV, inputs[0].shape[3]), state_BHVK
 
 
-def _chunks(
-    q_GBHTK: jax.Array,
-    k_GBHTK: jax.Array,
-    v_GBHTV: jax.Array,
-    beta_GBHT: jax.Array,
-    state_BHVK: jax.Array,
-) -> tuple[jax.Array, jax.Array, _Arrays]:
+def _chunks(inputs: _Arrays) -> tuple[jax.Array, jax.Array, _Arrays]:
     """The unclipped chunk maths.
 
     Returns:
-      The reads o_GBHTV, the final state_BHVK, and for the backward pass (I + L)^-1 of each chunk,
-      the state before each chunk and the writes u_GBHTV.
+      The results, and what the certificate and the backward pass need: (I + L)^-1 of every chunk,
+      the states_GBHVK before them and the writes u_GBHTV.
     """
-    inverse_GBHTT = _unit_lower_inverse(
-        jnp.tril(beta_GBHT[..., None] * _dot(k_GBHTK, k_GBHTK.mT), -1)
-    )
+    q_GBHTK, k_GBHTK, v_GBHTV, beta_GBHT, state_BHVK = inputs
+    gram_GBHTT = _dot(k_GBHTK, k_GBHTK.mT)
+    inverse_GBHTT = _unit_lower_inverse(jnp.tril(beta_GBHT[..., None] * gram_GBHTT, -1))
 
     def write(state_BHVK: jax.Array, chunk: _Arrays) -> tuple[jax.Array, _Pair]:
         solve_BHTT, k_BHTK, v_BHTV = chunk
@@ -245,33 +238,30 @@ def _chunks(
 
 
 def _chunks_backward(inputs: _Arrays, cotangents: _Pair) -> _Arrays:
-    """The cotangents of the inputs of `_chunks`, after recomputing its forward pass.
+    """The cotangents of the inputs of `_chunks`, whose forward pass it recomputes.
 
-    With P = (I + L)^-1, A = tril(q k^T) and r = v - k S^T (so u = P diag(beta) r), and d for the
-    cotangent of what follows it, each chunk, last to first, has
+    Let P = (I + L)^-1, A = tril(q k^T) and r = v - k S^T, so that u = P diag(beta) r, and let dx
+    be the cotangent of x. From the last chunk to the first, with S' the state that a chunk leaves,
 
-        du = A^T do + k dS'^T,    dr = diag(beta) P^T du,    dS = dS' + do^T q - dr^T k,
+        du = A^T do + k dS'^T,    dr = diag(beta) P^T du,    dS = dS' + do^T q - dr^T k.
 
-    where S' is the state it leaves. What remains needs no order: from dP = du (diag(beta) r)^T and
-    dL = -tril(P^T dP P^T, -1) follows dL = -tril((P^T du) u^T, -1); the others are product rules.
+    The rest needs no order: dP = du (diag(beta) r)^T and dL = -tril(P^T dP P^T, -1) give
+    dL = -tril((P^T du) u^T, -1), and the product rule gives the others.
     """
-    q, k, v, beta_GBHT, state = inputs
+    q, k, v, beta_GBHT, _ = inputs
     do, dstate = cotangents
     beta = beta_GBHT[..., None]
-    _, _, (inverse, states, u) = _chunks(*inputs)
+    _, _, (inverse, states, u) = _chunks(inputs)
     gram, attention = _dot(k, k.mT), jnp.tril(_dot(q, k.mT))
 
-    def chunk_backward(dstate: jax.Array, chunk: _Arrays) -> tuple[jax.Array, _Pair]:
+    def unwrite(dstate: jax.Array, chunk: _Arrays) -> tuple[jax.Array, _Pair]:
         solve, k, du_read, dstate_read = chunk
         du = du_read + _dot(k, dstate.mT)
-        dr = _dot(solve.mT, du)
-        return dstate + dstate_read - _dot(dr.mT, k), (dstate, du)
+        return dstate + dstate_read - _dot(_dot(solve.mT, du).mT, k), (dstate, du)
 
+    reads = _dot(attention.mT, do), _dot(do.mT, q)
     dstate, (dstates, du) = jax.lax.scan(
-        chunk_backward,
-        dstate,
-        (inverse * beta.mT, k, _dot(attention.mT, do), _dot(do.mT, q)),
-        reverse=True,
+        unwrite, dstate, (inverse * beta.mT, k, *reads), reverse=True
     )
     dscaled = _dot(inverse.mT, du)  # of diag(beta) r
     dr = beta * dscaled
@@ -288,14 +278,19 @@ def _unit_lower_inverse(lower: jax.Array) -> jax.Array:
     """(I + lower)^-1 for strictly lower triangular matrices [..., T, T], T = 8 * 2^j.
 
     Blocks of 8 by the Neumann product (I - L)(I + L^2)(I + L^4), exact as L^8 = 0; larger ones by
-    [[A, 0], [C, E]]^-1 = [[A^-1, 0], [-E^-1 C A^-1, E^-1]]. The Neumann product alone loses all
-    digits on repeated keys: its powers grow as binomial coefficients before they cancel.
+    [[A, 0], [C, E]]^-1 = [[A^-1, 0], [-E^-1 C A^-1, E^-1]]. For a whole chunk of repeated keys the
+    Neumann powers would grow like binomial coefficients and cancel, leaving no digits.
+
+    Raises:
+      ValueError: T is not 8 * 2^j.
     """
     size = lower.shape[-1]
-    if size == _INVERSE_BASE:
+    if size == 8:
         eye = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
         lower2 = _dot(lower, lower)
         return _dot(_dot(eye - lower, eye + lower2), eye + _dot(lower2, lower2))
+    if size % 16:
+        raise ValueError(f"a chunk must have 8 * 2^j tokens; halving it led to {size}")
     half = size // 2
     halves = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]])
     first, second = _unit_lower_inverse(halves)
@@ -305,20 +300,20 @@ def _unit_lower_inverse(lower: jax.Array) -> jax.Array:
 
 
 def _pad(x_BNH: jax.Array, length: int) -> jax.Array:
-    """Zero tokens at the end: they have beta = 0 and so write nothing."""
-    padding = [(0, 0)] * x_BNH.ndim
-    padding[1] = (0, length - x_BNH.shape[1])
-    return jnp.pad(x_BNH, padding)
+    """Adds zero tokens at the end, which have beta = 0 and so write nothing."""
+    return jnp.pad(
+        x_BNH, [(0, length - n if axis == 1 else 0) for axis, n in enumerate(x_BNH.shape)]
+    )
 
 
 def _split(x_BNH: jax.Array, chunk: int) -> jax.Array:
-    """[B, N, H, ...] -> [G, B, H, T, ...], chunk-major for the scan over chunks."""
+    """[B, N, H, ...] -> [G, B, H, T, ...], with the chunks in front to scan over them."""
     B, _, *rest = x_BNH.shape
     return jnp.moveaxis(x_BNH.reshape(B, -1, chunk, *rest), (1, 3), (0, 2))
 
 
 def _join(x_GBHT: jax.Array) -> jax.Array:
-    """[G, B, H, T, ...] -> [B, N, H, ...]"""
+    """[G, B, H, T, ...] -> [B, N, H, ...], the inverse of `_split`."""
     x_BGTH = jnp.moveaxis(x_GBHT, (0, 2), (1, 3))
     B, G, T, *rest = x_BGTH.shape
     return x_BGTH.reshape(B, G * T, *rest)

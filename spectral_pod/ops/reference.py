@@ -41,3 +41,30 @@ def delta_rule(
         memory += rate * np.outer(error, key)
         o[b, t, h] = memory @ q[b, t, h]
     return o, state
+
+
+def spectral_filter(x_BND: np.ndarray, w_FD: np.ndarray, fft_length: int) -> np.ndarray:
+    """The filter as a direct circular convolution of `fft_length` points, tap by tap.
+
+    The kernel is the inverse DFT of the Hermitian extension of W, summed term by term.
+
+    Args:
+      x_BND: real [B, N, D], N <= fft_length.
+      w_FD: complex [fft_length // 2 + 1, D].
+
+    Returns:
+      float64 [B, N, D].
+    """
+    B, N, D = x_BND.shape
+    bins = np.arange(w_FD.shape[0])
+    # DC and, at even lengths, the Nyquist bin stand alone; every other bin has a mirror image.
+    alone = (bins == 0) | (2 * bins == fft_length)
+    kernel_TD = np.zeros((fft_length, D))
+    for t in range(fft_length):
+        phase_F = np.exp(2j * np.pi * bins * t / fft_length) * np.where(alone, 1.0, 2.0)
+        kernel_TD[t] = (phase_F[:, None] * w_FD).real.sum(axis=0) / fft_length
+    y_BND = np.zeros((B, N, D))
+    for n in range(N):
+        for m in range(N):
+            y_BND[:, n] += kernel_TD[(n - m) % fft_length] * x_BND[:, m]
+    return y_BND

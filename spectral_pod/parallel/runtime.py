@@ -1,5 +1,7 @@
 """The processes of a run: joining them and meeting at named points."""
 
+from typing import Any
+
 import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
@@ -20,7 +22,7 @@ def barrier(name: str, timeout_s: int = 3600) -> None:
     """Waits for every process to arrive at `name`; fails naming it after `timeout_s` seconds."""
     if jax.process_count() == 1:
         return
-    client = distributed.global_state.client
+    client: Any = distributed.global_state.client
     client.wait_at_barrier(name, timeout_in_ms=timeout_s * 1000)
 
 

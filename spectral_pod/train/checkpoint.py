@@ -10,8 +10,8 @@ seal. For a directory RUN/checkpoints:
     RUN/quarantine/STEP-N/         damaged or unfinished steps, never deleted; STEP-N.txt says why
 
 The seals lie beside the steps because on object stores Orbax takes any folder among its steps that
-lacks a commit file for a dead writer's leftovers, and deletes it. Retention happens here, too:
-Orbax deletes old steps before a new one can be sealed, and a process killed in between would be
+lacks a commit file for a dead writer's leftovers, and deletes it. Old steps are deleted here rather
+than by Orbax, which does so before the new step is sealed: a process killed in between would be
 left without any sound step.
 """
 
@@ -38,7 +38,7 @@ from jax.experimental import multihost_utils
 
 from spectral_pod.errors import CheckpointError
 
-_NONE = -1  # there is no sound step
+_NONE = -1  # no step
 _FAILED = -2  # a process could not say
 _HASH_THREADS = 8
 
@@ -48,20 +48,18 @@ class Checkpointer:
 
     All processes make the same calls in the same order. One save runs at a time, in the background;
     its failure is raised as a `CheckpointError` by the next `save`, `restore`, `check`,
-    `wait_until_finished` or `close`. As a context manager it closes itself.
-
-    Attributes:
-      directory: holds one directory per step; its parent also holds `seals` and `quarantine`, so
-        it belongs to one run.
+    `wait_until_finished` or `close`. As a context manager it closes itself. One job at a time may
+    have a directory open, as opening it clears away what looks like a dead job's unfinished save.
     """
 
     def __init__(
         self, directory: str, *, keep_latest: int, keep_best: int, best_metric: str = "accuracy"
     ):
-        """Opens a directory and removes what a killed writer left unfinished there.
+        """Opens a directory and removes what a killed writer left half-written there.
 
         Args:
-          directory: a path or a gs:// URL; made if missing.
+          directory: a path or a gs:// URL, made if missing. Its parent receives `seals` and
+            `quarantine`, and so must belong to this run alone.
           keep_latest: how many of the newest steps to keep, at least 1.
           keep_best: how many steps with the largest `best_metric` to keep besides.
           best_metric: a key of the metrics given to `save`.
@@ -92,7 +90,7 @@ class Checkpointer:
         self._background: tuple[int, Future[None]] | None = None
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None) -> None:
-        """Starts to save `state` as `step`, once the save before has finished.
+        """Waits for the save before, then starts to save `state` as `step`.
 
         Returns when the arrays are copied to the host; they may then be donated. A step that is
         already sealed is left as it is.
@@ -121,7 +119,7 @@ class Checkpointer:
     def restore(self, abstract_state: Any) -> Any | None:
         """The newest sound step, or None where there is none.
 
-        Newer steps without a seal or that differ from it are moved to the quarantine and logged.
+        Newer steps that have no seal or differ from it are moved to the quarantine and logged.
 
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto; any
@@ -140,12 +138,17 @@ class Checkpointer:
             for path in sorted(held.keys() | wanted.keys())
             if held.get(path) != wanted.get(path)
         ]
-        if differences:
+        if differences:  # Orbax would convert another dtype without a word
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} is of another model; restore it with the "
                 "configuration that wrote it, or choose another workdir:\n" + "\n".join(differences)
             )
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+
+    @property
+    def latest_sound_step(self) -> int | None:
+        """The newest step with a seal; `restore` is what compares the bytes."""
+        return max(self._sealed_steps(), default=None)
 
     def check(self) -> None:
         """Raises the failure of a background save that has ended; never waits. Call it often."""
@@ -166,7 +169,7 @@ class Checkpointer:
             raise self._failure(step, error) from error
 
     def close(self) -> None:
-        """Waits for the last save; raises its failure after everything is closed."""
+        """Waits for the last save and closes; raises the failure of that save."""
         try:
             self.wait_until_finished()
         finally:
@@ -182,14 +185,7 @@ class Checkpointer:
         except CheckpointError as error:
             if kind is None:
                 raise
-            logging.error("%s", error)  # the error that ends the block says more
-
-    @property
-    def latest_sound_step(self) -> int | None:
-        """The newest step with a seal; `restore` is what compares the bytes."""
-        return max(self._sealed_steps(), default=None)
-
-    # Process 0 decides for all.
+            logging.error("%s", error)  # must not hide the error that ends the block
 
     def _agree(self, decide: Callable[[], int]) -> int:
         """Process 0's decision, on all processes; a failure of any of them is raised by all.
@@ -202,12 +198,11 @@ class Checkpointer:
             self.wait_until_finished()
             if jax.process_index() == 0:
                 decision = decide()
-        except OSError as failure:
-            error, decision = CheckpointError(f"cannot use {self.directory}: {failure}"), _FAILED
-            error.__cause__ = failure
         except Exception as failure:
             error, decision = failure, _FAILED
         decisions = multihost_utils.process_allgather(np.int32(decision))
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot use {self.directory}: {error}") from error
         if error is not None:
             raise error
         failed = np.flatnonzero(decisions == _FAILED).tolist()
@@ -215,8 +210,10 @@ class Checkpointer:
             raise CheckpointError(f"checkpointing failed on process {failed}; its log says why")
         return int(decisions[0])
 
+    # Everything below runs on process 0 only, except for the worker's wait in `_finish`.
+
     def _make_way(self, step: int) -> int:
-        """`step` if it is sealed; else nothing is left in its place."""
+        """`step` if it is sealed; else leaves nothing in its place."""
         if step in self._sealed_steps():
             return step
         if step in self._steps():
@@ -231,36 +228,29 @@ class Checkpointer:
             self._quarantine(step, faults)
         return _NONE
 
-    # What only process 0 does.
-
     def _finish(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Runs in the background: seals the step once Orbax has renamed it into place."""
+        """In the background: seals the step once Orbax has renamed it into place."""
+        # Not Orbax's post_finalization_callback: that one runs before the rename, and Orbax still
+        # writes to two files in between.
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            self._seal(step, metrics)
+            seal = {"step": step, "metrics": metrics, "files": _digests(self.directory / str(step))}
+            self._seals.mkdir(parents=True, exist_ok=True)
+            temporary = self._seals / f"{step}.tmp"
+            temporary.write_text(json.dumps(seal, indent=1))
+            temporary.replace(self._seal_path(step))
             self._delete_old()
 
-    def _seal(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        seal = {"step": step, "metrics": metrics, "files": _digests(self.directory / str(step))}
-        self._seals.mkdir(parents=True, exist_ok=True)
-        temporary = self._seals / f"{step}.tmp"
-        temporary.write_text(json.dumps(seal, indent=1))
-        temporary.replace(self._seal_path(step))
-
     def _delete_old(self) -> None:
-        """Deletes what is neither new nor good; a step goes before its seal, so none is missed."""
-        ranked = {}
-        for step in self._sealed_steps():
+        """Deletes what is neither new nor good: first a step, then its seal, so none is missed."""
+        scores = {}
+        for step in sorted(self._sealed_steps(), reverse=True):
             metrics = self._read_seal(step).get("metrics") or {}
-            ranked[step] = metrics.get(self._best_metric, math.nan)
-        newest = sorted(ranked, reverse=True)
-        best = sorted(
-            (step for step in newest if not math.isnan(ranked[step])),
-            key=lambda step: ranked[step],
-            reverse=True,
-        )
-        keep = {*newest[: self._keep_latest], *best[: self._keep_best]}
-        for step in ranked.keys() - keep:
+            scores[step] = metrics.get(self._best_metric, math.nan)
+        rated = [step for step in scores if not math.isnan(scores[step])]
+        best = sorted(rated, key=scores.__getitem__, reverse=True)  # of equals, the newest first
+        keep = {*list(scores)[: self._keep_latest], *best[: self._keep_best]}
+        for step in scores.keys() - keep:
             (self.directory / str(step)).rmtree()
         kept_seals = {f"{step}.json" for step in keep}
         for path in list(self._seals.iterdir()):
@@ -275,14 +265,11 @@ class Checkpointer:
         if not isinstance(sealed, dict):
             return [f"its seal {self._seal_path(step)} is damaged"]
         present = _digests(self.directory / str(step))
-        missing = [f"{name} is missing" for name in sorted(sealed.keys() - present.keys())]
-        extra = [f"{name} was added" for name in sorted(present.keys() - sealed.keys())]
-        altered = [
-            f"{name} is altered"
-            for name in sorted(sealed.keys() & present.keys())
-            if sealed[name] != present[name]
-        ]
-        return missing + extra + altered
+        missing = [f"{name} is missing" for name in sealed.keys() - present.keys()]
+        added = [f"{name} was added" for name in present.keys() - sealed.keys()]
+        common = sealed.keys() & present.keys()
+        altered = [f"{name} is altered" for name in common if sealed[name] != present[name]]
+        return sorted(missing + added + altered)
 
     def _quarantine(self, step: int, faults: list[str]) -> None:
         n = 0
@@ -293,11 +280,8 @@ class Checkpointer:
         (self._quarantined / f"{step}-{n}.txt").write_text("\n".join(faults) + "\n")
         (self.directory / str(step)).rename(target)
         self._seal_path(step).unlink(missing_ok=True)
-        logging.error(
-            "checkpoint step %d is not sound: %s; moved to %s", step, "; ".join(faults), target
-        )
-
-    # What is on disk.
+        reasons = "; ".join(faults)
+        logging.error("checkpoint step %d is not sound: %s; moved to %s", step, reasons, target)
 
     def _steps(self) -> set[int]:
         """The steps that Orbax takes for complete."""
@@ -331,7 +315,8 @@ class Checkpointer:
 
 def _digests(directory: Any) -> dict[str, dict[str, Any]]:
     """Size (bytes) and sha256 of every file below, by its name relative to the directory."""
-    files, pending = [], [directory]
+    files: list[Any] = []
+    pending = [directory]
     while pending:
         for path in pending.pop().iterdir():
             (pending if path.is_dir() else files).append(path)
@@ -347,7 +332,7 @@ def _digests(directory: Any) -> dict[str, dict[str, Any]]:
 
 
 def _leaves(tree: Any) -> dict[str, str]:
-    """Shape and dtype of every array of a state, or of what Orbax knows of one, by its path."""
+    """Dtype and shape of every array of a state, or of what Orbax knows of one, by its path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

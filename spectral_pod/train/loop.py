@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,
     )
-    state = checkpointer.restore(abstract)
+    state: Any = checkpointer.restore(abstract)
     if eval_only:
         return _evaluate_only(state, abstract, model, mesh, config, store, workdir)
     if state is None:
@@ -84,7 +84,9 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         ) as writer,
     ):
         if first_step == 0:
-            writer.texts(0, {"config": f"```\n{config}\n```", "parameters": f"```\n{overview}\n```"})
+            writer.texts(
+                0, {"config": f"```\n{config}\n```", "parameters": f"```\n{overview}\n```"}
+            )
         eval_step = jit_eval_step(model, mesh, abstract)
         progress = _Progress(config, mesh, model, abstract, writer, first_step)
 
@@ -229,7 +231,9 @@ def _finish(
         say(tasks.listops.ladder_rung(evaluation["accuracy"], ladder))
     if runtime.is_leader():
         (epath.Path(workdir) / "result.json").write_text(json.dumps(result, indent=1))
-    say(f"{config.train.eval_split} accuracy {evaluation['accuracy']:.2%}; see {workdir}/result.json")
+    say(
+        f"{config.train.eval_split} accuracy {evaluation['accuracy']:.2%}; see {workdir}/result.json"
+    )
     say(f"curves: .venv/bin/tensorboard --logdir={workdir}")
     return result
 
@@ -253,7 +257,7 @@ class _Progress:
         self._config, self._writer = config, writer
         self._pending: tuple[int, Any] | None = None
         self._averages: Any = None
-        self._spent: collections.Counter[str] = collections.Counter()
+        self._spent: dict[str, float] = collections.defaultdict(float)
         self._window_start, self._window_first = time.time(), first_step
         self._first_step, self._num_timed, self._seconds_timed = first_step, 0, 0.0
         self._bytes_a_step = config.train.global_batch_size * config.data.seq_len
@@ -324,7 +328,7 @@ class _Progress:
             f"step {step}/{self._config.train.total_steps}  loss {means['loss']:.4f}  "
             f"accuracy {means['accuracy']:.3f}  {rate / 1e3:.1f} kB/s  ETA {eta}"
         )
-        self._averages, self._spent = None, collections.Counter()
+        self._averages, self._spent = None, collections.defaultdict(float)
         self._window_start, self._window_first = now, step
 
 

@@ -4,7 +4,7 @@
 rate and no weight decay; `weights` is everything else, of which kernels and embeddings decay.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +42,12 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     )
 
 
-class _Count(NamedTuple):
-    count: jax.Array  # int32 []: updates so far
-
-
 def _decay_and_rate_by_group(
     weight_decay: float, rates: dict[str, optax.Schedule]
 ) -> optax.GradientTransformation:
     """`-rate_group(count) (update + weight_decay param)`, the decay only for `DECAYED` names."""
 
-    def update(updates: Any, state: _Count, params: Any = None) -> tuple[Any, _Count]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         rate = {group: schedule(state.count) for group, schedule in rates.items()}
 
         def one(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
@@ -60,6 +56,9 @@ def _decay_and_rate_by_group(
             return -rate["dynamics" if name in DYNAMICS else "weights"] * (u + decay * p)
 
         updates = jax.tree_util.tree_map_with_path(one, updates, params)
-        return updates, _Count(optax.safe_increment(state.count))
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformation(lambda params: _Count(jnp.zeros((), jnp.int32)), update)
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformation(init, update)

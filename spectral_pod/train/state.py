@@ -13,7 +13,7 @@ from spectral_pod.parallel.sharding import tree_shardings
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that changes during training; the data position and the rngs follow from `step`."""
+    """Everything that changes in training; the data position and the rngs follow from `step`."""
 
     step: jax.Array  # int32 []: optimizer steps taken
     params: Any  # float32

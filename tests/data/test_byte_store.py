@@ -59,10 +59,8 @@ def test_a_flipped_byte_is_never_data(store, tmp_path, array):
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 3] ^= 1
     file.write_bytes(raw)
-    with pytest.raises((DataError, ValueError)) as error:
+    with pytest.raises(DataError) as error:
         byte_store.verify(store)
-        split = ByteStore(store).split("train")
-        split.read(range(len(split)))
     assert f"train/{array}" in str(error.value)
 
 
@@ -76,8 +74,8 @@ def test_a_deleted_shard_is_an_error(store, tmp_path):
 
 
 def test_labels_must_have_a_class(tmp_path):
+    rows = [Record(b"x", 0), Record(b"y", 4)]
     with pytest.raises(DataError, match="record 1 has label 4"):
-        rows = [Record(b"x", 0), Record(b"y", 4)]
         byte_store.write(str(tmp_path / "s"), {"train": rows}, classes=["a"], provenance={})
 
 

@@ -290,6 +290,8 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(mount)], check=True)
 
 
+# Orbax drops a coroutine when it cannot make a directory.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("ballast_kilobytes", [1200, 1990])  # full while writing; from the start
 def test_full_disk(small_disk, ballast_kilobytes):
     directory = small_disk / "checkpoints"
@@ -340,11 +342,10 @@ def endless_child(directory):
     """Saves 100 MB after 100 MB until it is killed."""
     with open_checkpointer(directory, keep_latest=2) as checkpointer:
         step = checkpointer.latest_sound_step or 0
-        print("ready", flush=True)
         while True:
             step += 1
             checkpointer.save(step, large_state(step), None)
-            checkpointer.check()
+            print("every step before", step, "is sealed", flush=True)
 
 
 def large_state(step):
@@ -421,23 +422,22 @@ def test_two_processes_restore_the_same_step(directory):
 
 def test_kill_at_any_moment_leaves_a_sound_step(directory):
     reached = 0
-    for seed in range(3):
+    for saves in (1, 2, 3):
         child = start_child("endless", directory)
         try:
-            assert child.stdout.readline() == "ready\n"
-            delay = random.Random(seed).uniform(0.5, 3.0)
-            time.sleep(delay)
+            for _ in range(saves):
+                assert child.stdout.readline().startswith("every step before")
+            time.sleep(random.uniform(0.0, 1.5))  # into writing, sealing, or the next save
         finally:
             child.kill()
             child.communicate()
         with open_checkpointer(directory, keep_latest=2) as checkpointer:
             state = checkpointer.restore(abstract(large_state(0)))
         step = 0 if state is None else int(state["step"])
-        assert step >= reached
-        if step:
+        assert step >= reached + saves - 1
+        if state is not None:
             np.testing.assert_array_equal(state["x"], large_state(step)["x"])
         reached = step
-    assert reached > 0
     seal = json.loads((directory.parent / "seals" / f"{reached}.json").read_text())
     assert sum(file["bytes"] for file in seal["files"].values()) > 1_000_000
 

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole gate, the same locally and in CI: format, lint, types, tests.
+# launch/test.sh [pytest arguments]; minutes-long tests: launch/test.sh -m slow
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$root"
+
+"$python" -m ruff format --check --quiet .
+"$python" -m ruff check --quiet .
+"$python" -m mypy
+exec "$python" -m pytest "$@"

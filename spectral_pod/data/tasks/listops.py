@@ -1,0 +1,330 @@
+"""ListOps of the Long Range Arena: nested MIN, MAX, MED and SM over digits; the answer is a digit.
+
+Trees are drawn as by the official generator (`lra_benchmarks/data/listops.py`): a node is an
+operator with probability 1/4, with 2 to 10 arguments, and else a digit; nodes at depth 10 are
+digits; trees of 500 < length < 2000 are kept, where length counts operators, digits and `]`.
+
+An example is held as its *symbols*, one byte each: `<` MIN, `>` MAX, `=` MED, `+` SM, `0` to `9`,
+and `]`, which ends the arguments of an operator. `[MAX 3 [SM 7 8 ] ]` is `>3+78]]`.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+from absl import logging
+
+from spectral_pod.data import byte_store
+from spectral_pod.errors import ConfigError
+
+MAX_DEPTH = 10
+MAX_ARGS = 10
+MIN_LENGTH = 500  # exclusive, as is the next
+MAX_LENGTH = 2000
+CLASSES = tuple("0123456789")
+ENCODINGS = ("raw", "stripped", "symbol")
+RUNGS = range(6)
+
+_MIN, _MAX, _MED, _SM = _OPERATORS = b"<>=+"
+_CLOSE = ord("]")
+_DIGITS = b"0123456789"
+_TOKENS = {
+    **dict(zip(_OPERATORS, (b"[MIN", b"[MAX", b"[MED", b"[SM"), strict=True)),
+    **{symbol: bytes([symbol]) for symbol in b"]0123456789"},
+}
+_SYMBOLS = {token: symbol for symbol, token in _TOKENS.items()}
+
+# One uniform draw from this table is a whole node, (symbol, number of arguments): each of the 36
+# operator nodes fills 5 of the 720 places (1/4 in all), and each digit 54 (3/4 in all).
+_NODES = [(op, n) for op in _OPERATORS for n in range(2, MAX_ARGS + 1) for _ in range(5)]
+_NODES += [(digit, 0) for digit in _DIGITS for _ in range(54)]
+OPERATOR_PROBABILITY = sum(num_args > 0 for _, num_args in _NODES) / len(_NODES)
+
+_CHUNK = 250  # examples drawn from one random stream; part of what a seed means
+
+
+class Example(NamedTuple):
+    """One expression, as symbols, and its value, 0 to 9."""
+
+    symbols: bytes
+    answer: int
+
+
+def _median(values: Sequence[int]) -> int:
+    ordered, n = sorted(values), len(values)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) // 2
+
+
+_APPLY: dict[int, Callable[[Sequence[int]], int]] = {
+    _MIN: min,
+    _MAX: max,
+    _MED: _median,
+    _SM: lambda values: sum(values) % 10,
+}
+# The likeliest value of a node of which only the operator is known. SM is uniform, so alone any
+# value is as good; a middle one disturbs the operators above it least.
+_GUESS = {_MIN: 0, _MAX: 9, _MED: 4, _SM: 4}
+
+
+def evaluate(symbols: bytes, levels: float = math.inf) -> int:
+    """The value of an expression, or what evaluating only its top levels makes of it.
+
+    Operators at depth `levels` or above (the root is at depth 1) are evaluated exactly. One below
+    counts as a constant of its operator: MIN 0, MAX 9, MED 4, SM 4; its arguments are not used.
+    The default evaluates everything.
+    """
+    outer: list[tuple[int, list[int]]] = []
+    operator, values = 0, list[int]()
+    for symbol in symbols:
+        if symbol in _APPLY:
+            outer.append((operator, values))
+            operator, values = symbol, []
+        elif symbol == _CLOSE:
+            value = _APPLY[operator](values) if len(outer) <= levels else _GUESS[operator]
+            operator, values = outer.pop()
+            values.append(value)
+        else:
+            values.append(symbol - _DIGITS[0])
+    (value,) = values
+    return value
+
+
+def encode(symbols: bytes, encoding: str) -> bytes:
+    """The symbols of an expression as the bytes that a model reads.
+
+    `symbol` is the symbols themselves, under 2,000 bytes; `stripped` writes tokens separated by
+    spaces, `[MAX 3 4 ]`; `raw` is the official text, where every argument and every `]` is
+    applied by a pair of parentheses of its own, `( ( ( [MAX 3 ) 4 ) ] )`.
+
+    Raises:
+      ConfigError: there is no such encoding.
+    """
+    _check(encoding)
+    if encoding == "symbol":
+        return symbols
+    if encoding == "stripped":
+        return b" ".join(_TOKENS[symbol] for symbol in symbols)
+    # Backwards, because the parentheses before an operator count the arguments after it.
+    tokens: list[bytes] = []
+    num_args: list[int] = []  # so far, of each operator around the symbol
+    for symbol in reversed(symbols):
+        if symbol in _APPLY:
+            tokens.append(_TOKENS[symbol])
+            tokens += [b"("] * (num_args.pop() + 1)
+            continue
+        if num_args:
+            num_args[-1] += 1
+            tokens.append(b")")
+        if symbol == _CLOSE:
+            num_args.append(0)
+            tokens.append(b")")
+        tokens.append(_TOKENS[symbol])
+    return b" ".join(reversed(tokens))
+
+
+def decode(data: bytes, encoding: str) -> bytes:
+    """The symbols that `encode` wrote as `data`.
+
+    Raises:
+      ConfigError: there is no such encoding.
+    """
+    _check(encoding)
+    if encoding == "symbol":
+        return data
+    return bytes(_SYMBOLS[token] for token in data.split() if token not in (b"(", b")"))
+
+
+def _check(encoding: str) -> None:
+    if encoding not in ENCODINGS:
+        raise ConfigError(f"encoding is {encoding!r}; ListOps has {', '.join(ENCODINGS)}")
+
+
+def _draw(uniform: Callable[[], float]) -> bytes | None:
+    """The symbols of one tree, or None for one too short or too long; `uniform` draws from [0, 1).
+
+    A tree starts as one leaf and each operator with n arguments adds n + 1 to its length, so the
+    length so far is a lower bound that rises with every operator, and a tree that will be too long
+    is left at once.
+    """
+    symbols = bytearray()
+    missing: list[int] = []  # arguments to come, of every open operator
+    length, num_nodes = 1, len(_NODES)
+    while True:
+        if len(missing) < MAX_DEPTH - 1:
+            symbol, num_args = _NODES[int(uniform() * num_nodes)]
+        else:
+            symbol, num_args = _DIGITS[int(uniform() * len(_DIGITS))], 0
+        symbols.append(symbol)
+        if num_args:
+            length += num_args + 1
+            if length >= MAX_LENGTH:
+                return None
+            missing.append(num_args)
+            continue
+        while missing:
+            missing[-1] -= 1
+            if missing[-1]:
+                break
+            missing.pop()
+            symbols.append(_CLOSE)
+        if not missing:
+            return bytes(symbols) if length > MIN_LENGTH else None
+
+
+def _chunk(seed: int, index: int) -> list[Example]:
+    # Python promises that random() keeps its stream for a seed in every version.
+    uniform = random.Random(f"ListOps {seed} {index}").random
+    examples: list[Example] = []
+    while len(examples) < _CHUNK:
+        if symbols := _draw(uniform):
+            examples.append(Example(symbols, evaluate(symbols)))
+    return examples
+
+
+def _chunks(seed: int, num_workers: int) -> Generator[list[Example], None, None]:
+    """Endless chunks in order; chunk i depends on the seed and i, and on no worker."""
+    draw = functools.partial(_chunk, seed)
+    if num_workers == 1:
+        yield from map(draw, itertools.count())
+        return
+    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        ahead = deque(pool.submit(draw, index) for index in range(2 * num_workers))
+        for index in itertools.count(2 * num_workers):
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(draw, index))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def generate(
+    num_examples: int, *, seed: int = 0, num_workers: int | None = None
+) -> Iterator[Example]:
+    """Draws distinct examples; the same for a seed, whatever the number of workers.
+
+    `num_workers` processes (default: one a core) draw some 2,000 examples a second each. They are
+    spawned, so a script that calls this needs the usual `if __name__ == "__main__"`.
+    """
+    num_workers = min(num_workers or os.cpu_count() or 1, math.ceil(num_examples / _CHUNK))
+    seen: set[bytes] = set()
+    started = time.monotonic()
+    with contextlib.closing(_chunks(seed, num_workers)) as chunks:
+        for chunk in chunks:
+            for example in chunk:
+                digest = hashlib.blake2b(example.symbols, digest_size=16).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    yield example
+                if len(seen) == num_examples:
+                    return
+            rate = len(seen) / (time.monotonic() - started)
+            logging.log_every_n_seconds(
+                logging.INFO,
+                "ListOps: %d of %d examples, %.0f a second, %.0f s left",
+                5,
+                len(seen),
+                num_examples,
+                rate,
+                (num_examples - len(seen)) / rate,
+            )
+
+
+def splits(
+    *, seed: int, train: int, validation: int, test: int, num_workers: int | None = None
+) -> dict[str, Iterable[Example]]:
+    """Distinct examples by split, to be consumed in the order of the dict, train last.
+
+    They are cut from one stream, test first, so the test split of a seed is the same beside any
+    number of training examples.
+
+    Raises:
+      ConfigError: a split would be empty.
+    """
+    sizes = {"test": test, "validation": validation, "train": train}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"ListOps needs at least 1 example in {name}, not {size}")
+    stream = generate(sum(sizes.values()), seed=seed, num_workers=num_workers)
+    return {name: itertools.islice(stream, size) for name, size in sizes.items()}
+
+
+def ladder(examples: Iterable[Example]) -> dict[str, float]:
+    """What share of answers the evaluation of the top k levels earns, by rung k = 0 to 5.
+
+    Rung k is `evaluate(symbols, levels=k)`: exact for operators of depth 1 to k, and below that a
+    constant for each operator (MIN 0, MAX 9, MED 4, SM 4). Rung 0 knows only the root operator.
+    """
+    examples = list(examples)
+    right = {k: sum(evaluate(e.symbols, k) == e.answer for e in examples) for k in RUNGS}
+    return {str(k): right[k] / len(examples) for k in RUNGS}
+
+
+def ladder_rung(accuracy: float, ladder: Mapping[str, float]) -> str:
+    """One line that says where an accuracy stands on a ladder; both are fractions."""
+    named = [f"rung {k} ({share:.1%})" for k, share in sorted(ladder.items())]
+    reached = sum(accuracy >= share for share in ladder.values())
+    if reached == 0:
+        place = f"below {named[0]}"
+    elif reached == len(named):
+        place = f"at or above {named[-1]}"
+    else:
+        place = f"between {named[reached - 1]} and {named[reached]}"
+    return f"accuracy {accuracy:.1%} stands {place}"
+
+
+def build(
+    path: str,
+    *,
+    seed: int = 0,
+    encoding: str = "symbol",
+    train: int = 96_000,
+    validation: int = 2_000,
+    test: int = 2_000,
+    num_workers: int | None = None,
+) -> None:
+    """Writes ListOps to the byte store at `path`, a folder or a gs:// URL.
+
+    The manifest's provenance holds the parameters of the generator and the `ladder` of the test
+    split. `num_workers` is that of `generate` and changes nothing in the store.
+
+    Raises:
+      ConfigError: there is no such encoding, or a split would be empty.
+    """
+    _check(encoding)
+    examples = splits(
+        seed=seed, train=train, validation=validation, test=test, num_workers=num_workers
+    )
+    examples["test"] = list(examples["test"])
+
+    def records(split: Iterable[Example]) -> Iterator[byte_store.Record]:
+        for example in split:
+            yield byte_store.Record(encode(example.symbols, encoding), example.answer)
+
+    byte_store.write(
+        path,
+        {name: records(split) for name, split in examples.items()},
+        classes=CLASSES,
+        provenance={
+            "task": "listops",
+            "generator": {
+                "seed": seed,
+                "operator_probability": OPERATOR_PROBABILITY,
+                "max_depth": MAX_DEPTH,
+                "max_args": MAX_ARGS,
+                "min_length": MIN_LENGTH,
+                "max_length": MAX_LENGTH,
+            },
+            "encoding": encoding,
+            "ladder": ladder(examples["test"]),
+        },
+    )

@@ -1,0 +1,63 @@
+"""ListOps for TensorFlow Datasets, from the generator of `listops`; nothing is downloaded.
+
+    import spectral_pod.data.tasks.listops_tfds
+    train = tfds.load("listops", split="train", data_dir=...)
+
+Importing this module registers the builder. It holds the same examples as a byte store that
+`listops.build` writes with the same seed and sizes. This module alone imports TensorFlow.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from spectral_pod.data.tasks import listops
+
+
+@dataclasses.dataclass
+class ListopsConfig(tfds.core.BuilderConfig):
+    """The seed of the generator and the number of examples in each split."""
+
+    seed: int = 0
+    train: int = 96_000
+    validation: int = 2_000
+    test: int = 2_000
+
+
+class Listops(tfds.core.GeneratorBasedBuilder):
+    """`Source`, the official text with parentheses, and `Target`, the value, 0 to 9."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar[list[ListopsConfig]] = [
+        ListopsConfig(name="full", description="The official sizes."),
+        ListopsConfig(name="tiny", description="For tests.", train=24, validation=8, test=8),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            description=listops.__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "Source": tfds.features.Text(),
+                    "Target": tfds.features.ClassLabel(names=listops.CLASSES),
+                }
+            ),
+            supervised_keys=("Source", "Target"),
+            homepage="https://github.com/google-research/long-range-arena",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        config = self.builder_config
+        examples = listops.splits(
+            seed=config.seed, train=config.train, validation=config.validation, test=config.test
+        )
+        return {name: self._generate_examples(split) for name, split in examples.items()}
+
+    def _generate_examples(
+        self, examples: Iterable[listops.Example]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for key, example in enumerate(examples):
+            source = listops.encode(example.symbols, "raw")
+            yield key, {"Source": source, "Target": example.answer}

@@ -1,0 +1,254 @@
+"""Both forms of the delta rule against a float64 loop, and their gradients against float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectral_pod.ops import reference
+from spectral_pod.ops.delta_rule import (
+    _segment_forward,
+    _split,
+    _unit_lower_inverse,
+    delta_rule,
+    delta_rule_chunked,
+    delta_rule_recurrent,
+)
+
+METHODS = ["chunked", "recurrent"]
+LENGTHS = [1, 31, 32, 33, 63, 64, 100, 256, 257, 513]
+CLIPS = ["never", "once", "everywhere"]
+B, K, V = 2, 8, 6
+# Float32 against float64, relative to the largest entry. Measured: 2e-6 and 5e-6 at most.
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+
+
+def problem(seed, N, H=2, clips="never", beta=(0.0, 1.0), unit_keys=True):
+    """q, k, v, beta and a state in float32, whose clip of 10 fires as often as `clips` says."""
+    rng = np.random.default_rng(seed)
+    q, k = rng.normal(size=(2, B, N, H, K))
+    if unit_keys:
+        k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    v = 0.3 * rng.normal(size=(B, N, H, V))
+    if clips == "everywhere":
+        v *= 200
+    elif clips == "once":
+        v[1, N // 2, 0] *= 200
+    state = 0.1 * rng.normal(size=(B, H, V, K))
+    return [x.astype(np.float32) for x in (q, k, v, rng.uniform(*beta, (B, N, H)), state)]
+
+
+@functools.partial(jax.jit, static_argnames=("method", "clip"))
+def run(q, k, v, beta, state=None, mask=None, method="chunked", clip=10.0):
+    return delta_rule(q, k, v, beta, state_BHVK=state, mask_BN=mask, method=method, clip=clip)
+
+
+def loss(fn, weights, *inputs):
+    """A scalar in which every read and every entry of the final state counts differently."""
+    return sum(jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, fn(*inputs), strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def gradients(weights, inputs, method="chunked"):
+    fn = delta_rule_chunked if method == "chunked" else delta_rule_recurrent
+    return jax.grad(loss, argnums=range(2, 7))(fn, weights, *inputs)
+
+
+def float64_gradients(weights, inputs):
+    with jax.enable_x64(True):
+        weights, inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (weights, inputs))
+        truth = gradients(weights, inputs, "recurrent")
+        assert all(x.dtype == jnp.float64 for x in truth)
+        return jax.tree.map(np.asarray, truth)
+
+
+def random_weights(seed, inputs):
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=inputs[2].shape), rng.normal(size=inputs[4].shape)
+    return tuple(x.astype(np.float32) for x in weights)
+
+
+def error(actual, expected):
+    """The largest difference relative to the largest expected entry; NaN where either is NaN."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def assert_close(actual, expected, tolerance):
+    errors = [float(error(a, e)) for a, e in zip(actual, expected, strict=True)]
+    assert max(errors) <= tolerance, errors
+    assert not np.isnan(errors).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("H", [1, 3])
+@pytest.mark.parametrize("N", LENGTHS)
+def test_equals_the_float64_loop(N, H, method):
+    for clips in CLIPS:
+        inputs = problem(N, N, H, clips)
+        assert_close(run(*inputs, method=method), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk", [8, 16, 64])
+def test_any_chunk_length_gives_the_same(chunk):
+    for clips in CLIPS:
+        inputs = problem(0, 150, clips=clips)
+        actual = jax.jit(functools.partial(delta_rule_chunked, chunk=chunk))(*inputs)
+        assert_close(actual, reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
+    with pytest.raises(ValueError, match="8 \\* 2"):
+        delta_rule_chunked(*inputs, chunk=3 * chunk)
+
+
+def test_starts_from_an_empty_memory():
+    *tokens, state = problem(0, 40)
+    assert_close(run(*tokens), reference.delta_rule(*tokens, np.zeros_like(state)), 1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("clips", CLIPS)
+def test_the_state_carries_a_split_sequence(clips, method):
+    *tokens, state = problem(3, 300, clips=clips)
+    whole = run(*tokens, state, method=method)
+    for cut in (1, 97):
+        first, state_between = run(*(x[:, :cut] for x in tokens), state, method=method)
+        second, last_state = run(*(x[:, cut:] for x in tokens), state_between, method=method)
+        assert_close((np.concatenate([first, second], 1), last_state), whole, OUTPUT_TOLERANCE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("clips", CLIPS)
+def test_masked_tokens_neither_write_nor_read(clips, method):
+    *tokens, state = problem(4, 100, clips=clips)
+    mask = np.random.default_rng(4).uniform(size=(B, 100)) < 0.7
+    garbage = [np.where(mask.reshape(B, 100, *[1] * (x.ndim - 2)), x, 1e30) for x in tokens]
+    garbage = [x.astype(np.float32) for x in garbage]
+    actual = run(*garbage, state, mask, method=method)
+    assert_close(actual, reference.delta_rule(*tokens, state, mask), OUTPUT_TOLERANCE)
+    assert not np.any(np.asarray(actual[0])[~mask])
+
+    def total(tokens):
+        return jnp.sum(jnp.square(run(*tokens, state, mask, method=method)[0]))
+
+    for gradient in jax.grad(total)(garbage):
+        assert np.isfinite(gradient).all()
+        assert not np.any(np.asarray(gradient)[~mask])
+        assert np.any(np.asarray(gradient)[mask])
+
+
+@pytest.mark.parametrize("beta", [(0.3, 0.3), (0.97, 1.0)])
+@pytest.mark.parametrize("different_keys", [1, 3])
+def test_repeated_keys(different_keys, beta):
+    q, k, v, beta, state = problem(5, 300, beta=beta)
+    k = k[:, np.arange(300) % different_keys]
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    inputs = q, k, v, beta, state
+    weights = random_weights(5, inputs)
+    assert_close(run(*inputs), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
+    assert_close(gradients(weights, inputs), float64_gradients(weights, inputs), GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_clip_keeps_raw_keys_finite(method):
+    """Without clips the memory overflows float32 within a segment; no NaN of it may get out."""
+    inputs = problem(6, 257, unit_keys=False, beta=(0.5, 1.0))
+    assert not np.isfinite(run(*inputs, method=method, clip=None)[0]).all()
+    assert_close(run(*inputs, method=method), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
+    weights = random_weights(6, inputs)
+    assert_close(
+        gradients(weights, inputs, method), float64_gradients(weights, inputs), GRADIENT_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_clip_matters(method):
+    for clips in CLIPS:
+        inputs = problem(7, 100, clips=clips)
+        unclipped = run(*inputs, method=method, clip=None)
+        assert_close(unclipped, reference.delta_rule(*inputs, clip=None), OUTPUT_TOLERANCE)
+        difference = error(run(*inputs, method=method)[0], unclipped[0])
+        assert difference == 0 if clips == "never" else difference > 0.1
+
+
+def test_the_certificate_fires_exactly_when_a_clip_does():
+    fired = []
+    for seed in range(40):
+        q, k, v, beta, state = problem(seed, 64)
+        v[0, seed, 0] *= 10 / np.linalg.norm(v[0, seed, 0])  # an error of 9 to 11
+        clipped = reference.delta_rule(q, k, v, beta, state)[1]
+        unclipped = reference.delta_rule(q, k, v, beta, state, clip=None)[1]
+        inputs = (*(_split(jnp.asarray(x), 32) for x in (q, k, v, beta)), jnp.asarray(state))
+        fired.append(bool(jax.jit(_segment_forward, static_argnums=0)(10.0, inputs)[1][1]))
+        assert fired[-1] == np.any(clipped != unclipped), seed
+    assert 5 < sum(fired) < 35
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("N", [1, 33, 100, 300])
+def test_gradients_equal_float64(N, method):
+    for clips in CLIPS:
+        inputs = problem(N, N, clips=clips)
+        weights = random_weights(N, inputs)
+        assert_close(
+            gradients(weights, inputs, method),
+            float64_gradients(weights, inputs),
+            GRADIENT_TOLERANCE,
+        )
+
+
+@pytest.mark.parametrize("clips", CLIPS)
+def test_the_float64_gradients_equal_finite_differences(clips):
+    inputs = [x.astype(np.float64) for x in problem(8, 20, clips=clips)]
+    weights = random_weights(8, inputs)
+    rng = np.random.default_rng(8)
+
+    def value(inputs):
+        o, state = reference.delta_rule(*inputs)
+        return np.sum(weights[0] * np.sin(o)) + np.sum(weights[1] * np.sin(state))
+
+    for i, gradient in enumerate(float64_gradients(weights, inputs)):
+        for _ in range(6):
+            at = tuple(rng.integers(gradient.shape))
+            moved = [[x.copy() for x in inputs] for _ in range(2)]
+            moved[0][i][at] += 1e-6
+            moved[1][i][at] -= 1e-6
+            slope = (value(moved[0]) - value(moved[1])) / 2e-6
+            np.testing.assert_allclose(gradient[at], slope, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("clips", CLIPS)
+def test_no_read_depends_on_a_later_token(clips, method):
+    *tokens, state = problem(9, 300, clips=clips)
+
+    @jax.jit
+    def sensitivity(tokens, t):
+        return jax.grad(lambda tokens: jnp.sum(run(*tokens, state, method=method)[0][:, t]))(tokens)
+
+    for t in (0, 45, 256, 298):
+        gradient = sensitivity(tokens, t)
+        assert all(np.all(np.asarray(g)[:, t + 1 :] == 0) for g in gradient)
+        assert all(np.any(np.asarray(g)[:, t] != 0) for g in gradient)
+
+
+def test_computes_in_float32_and_returns_the_dtype_of_v():
+    *tokens, state = problem(10, 50)
+    tokens = [jnp.asarray(x, jnp.bfloat16) for x in tokens]
+    o, last_state = run(*tokens, state)
+    assert o.dtype == jnp.bfloat16
+    assert last_state.dtype == jnp.float32
+    rounded = [np.asarray(x, np.float32) for x in tokens]
+    expected = reference.delta_rule(*rounded, state)
+    assert_close((last_state,), expected[1:], OUTPUT_TOLERANCE)
+    assert_close((o,), expected[:1], 2**-8)  # half a unit in the last place of bfloat16
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64])
+def test_unit_lower_inverse(size):
+    rng = np.random.default_rng(size)
+    repeated = np.tril(np.full((size, size), 0.3), -1)
+    lower = np.stack([repeated, 3 * repeated, np.tril(rng.normal(size=(size, size)), -1) / 4])
+    actual = _unit_lower_inverse(jnp.asarray(lower, jnp.float32))
+    assert_close((actual,), (np.linalg.inv(np.eye(size)[None] + lower),), 1e-6)
