@@ -105,7 +105,7 @@ _CHOICES = {
     "model.spectral.parametrization": ("frequency", "time"),
     "model.spectral.energy_gate": ("rms", "norm", "none"),
     "model.memory.method": ("chunked", "recurrent"),
-    "train.eval_split": ("validation", "test"),
+    "train.eval_split": ("train", "validation", "test"),
 }
 _AT_LEAST_ONE = (
     "data.seq_len", "data.threads", "data.prefetch", "model.num_layers", "model.hidden_dim",

@@ -34,8 +34,14 @@ def main(argv: list[str]) -> None:
     workdir: Any = _WORKDIR.value
     if config.train.compilation_cache:
         loop.enable_compilation_cache(workdir)
+    logging.get_absl_handler().addFilter(_own_news)
     logging.info("Config:\n%s", config)
     loop.run(config, workdir, eval_only=_EVAL_ONLY.value)
+
+
+def _own_news(record: Any) -> bool:
+    """Drops what libraries log for their own developers; their warnings stay."""
+    return record.levelno > 20 or "spectral_pod" in record.pathname
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -47,7 +47,7 @@ class Batches:
         if split.lengths[longest] > seq_len and not truncate:
             raise DataError(
                 f"record {longest} of split {split.name!r} has {split.lengths[longest]} bytes, "
-                f"more than config.data.seq_len = {seq_len}; raise it, or set config.data.truncate=True"
+                f"more than config.data.seq_len = {seq_len}; raise it, or set config.data.truncate"
             )
 
     @property

@@ -39,8 +39,8 @@ class SpectralLayer(nn.Module):
         fft_length = {"linear": 2, "circular": 1}[self.padding] * self.max_positions
         x_BND = jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype))
         u_BND = spectral_filter(x_BND, self._transfer(fft_length, width), fft_length)
-        u_BND = constrain(u_BND, "batch", "position", "width")
-        return (self._gate(u_BND.astype(jnp.float32)) * u_BND).astype(self.dtype)
+        u_BND = constrain(u_BND, "batch", "position", "width").astype(jnp.float32)
+        return (self._gate(u_BND) * u_BND).astype(self.dtype)
 
     def _transfer(self, fft_length: int, width: int) -> jax.Array:
         """complex64 [F, D]: the filter's transfer function."""

@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     # ---- data
     store = open_store(config)
     config_lib.claim_workdir(workdir, config, store.digest)
-    train_batches = open_batches(config, store, "train")
+    train_batches = open_batches(config, store, "train", shuffle=True)
 
     # ---- model, optimizer, state
     model = models.build(config, seq_len=config.data.seq_len, num_classes=len(store.classes))
@@ -125,7 +125,8 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             if step % config.checkpoint.every_steps == 0 or last:
                 progress.settle()  # a state is saved only after its step is known to be finite
                 with progress.time("checkpoint"):
-                    checkpointer.save(step, state, validation)
+                    scores = validation and {k: validation[k] for k in ("loss", "accuracy")}
+                    checkpointer.save(step, state, scores)
         progress.settle()
 
         # ---- result
@@ -151,16 +152,17 @@ def open_store(config: ConfigDict) -> byte_store.ByteStore:
     return byte_store.ByteStore(path)
 
 
-def open_batches(config: ConfigDict, store: byte_store.ByteStore, split: str) -> pipeline.Batches:
-    """Shuffled batches of the train split, or ordered ones of another."""
-    train = split == "train"
+def open_batches(
+    config: ConfigDict, store: byte_store.ByteStore, split: str, *, shuffle: bool = False
+) -> pipeline.Batches:
+    """Shuffled batches without end for training, or ordered ones that cover a split once."""
     return pipeline.Batches(
         store.split(split),
-        batch_size=config.train.global_batch_size if train else config.train.eval_batch_size,
+        batch_size=config.train.global_batch_size if shuffle else config.train.eval_batch_size,
         seq_len=config.data.seq_len,
         truncate=config.data.truncate,
-        num_records=config.data.train_records if train else 0,
-        shuffle_seed=config.seed if train else None,
+        num_records=config.data.train_records if split == "train" else 0,
+        shuffle_seed=config.seed if shuffle else None,
     )
 
 
@@ -229,11 +231,10 @@ def _finish(
     if ladder:
         result["ladder"] = ladder
         say(tasks.listops.ladder_rung(evaluation["accuracy"], ladder))
+    file = epath.Path(workdir) / "result.json"
     if runtime.is_leader():
-        (epath.Path(workdir) / "result.json").write_text(json.dumps(result, indent=1))
-    say(
-        f"{config.train.eval_split} accuracy {evaluation['accuracy']:.2%}; see {workdir}/result.json"
-    )
+        file.write_text(json.dumps(result, indent=1))
+    say(f"{config.train.eval_split} accuracy {evaluation['accuracy']:.2%}; see {file}")
     say(f"curves: .venv/bin/tensorboard --logdir={workdir}")
     return result
 

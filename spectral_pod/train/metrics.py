@@ -41,9 +41,12 @@ class Confusion(metrics.Metric):
 
 
 @flax.struct.dataclass
-class Evaluation(Averages):
-    """Averages and the confusion table of an evaluation."""
+class Evaluation(metrics.Collection):
+    """The averages and the confusion table of an evaluation."""
 
+    # Stated again: CLU reads a collection's own annotations only.
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    accuracy: metrics.Average.from_output("correct")  # type: ignore[valid-type]
     confusion: Confusion
 
 

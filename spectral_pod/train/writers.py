@@ -6,6 +6,7 @@ thread writes the same files through TensorBoard's own writer.
 """
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,6 +82,7 @@ def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
 
 
 def _open_events(workdir: str) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up notices
     try:
         from clu import metric_writers
 

@@ -156,6 +156,12 @@ def test_a_wrong_generator_is_told_apart(our_features, wrong):
     assert min(p.values()) < 1e-4 / len(p), p
 
 
+def test_lengths_reach_both_bounds(examples):
+    lengths = [len(e.symbols) for e in examples]
+    assert 500 < min(lengths) < 505
+    assert 1980 < max(lengths) < 2000
+
+
 def test_value_is_the_official_one(examples):
     for text, example in zip(official_texts(examples[:300]), examples, strict=False):
         assert listops.evaluate(example.symbols) == example.answer

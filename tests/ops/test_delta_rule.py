@@ -45,7 +45,7 @@ def run(q, k, v, beta, state=None, mask=None, method="chunked", clip=10.0):
     return delta_rule(q, k, v, beta, state_BHVK=state, mask_BN=mask, method=method, clip=clip)
 
 
-def loss(fn, weights, *inputs):
+def loss(fn, weights, inputs):
     """A scalar in which every read and every entry of the final state counts differently."""
     return sum(jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, fn(*inputs), strict=True))
 
@@ -53,7 +53,7 @@ def loss(fn, weights, *inputs):
 @functools.partial(jax.jit, static_argnames="method")
 def gradients(weights, inputs, method="chunked"):
     fn = delta_rule_chunked if method == "chunked" else delta_rule_recurrent
-    return jax.grad(loss, argnums=range(2, 7))(fn, weights, *inputs)
+    return jax.grad(functools.partial(loss, fn, weights))(inputs)
 
 
 def float64_gradients(weights, inputs):
@@ -84,159 +84,166 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("H", [1, 3])
 @pytest.mark.parametrize("N", LENGTHS)
-def test_equals_the_float64_loop(N, H, method):
+def test_equals_the_float64_loop(N, method):
     for clips in CLIPS:
-        inputs = problem(N, N, H, clips)
+        inputs = problem(N, N, H=3 if N % 2 else 1, clips=clips)
         assert_close(run(*inputs, method=method), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
 
 
-@pytest.mark.parametrize("chunk", [8, 16, 64])
-def test_any_chunk_length_gives_the_same(chunk):
+def test_another_chunk_length_gives_the_same():
+    chunked = jax.jit(functools.partial(delta_rule_chunked, chunk=16))
     for clips in CLIPS:
         inputs = problem(0, 150, clips=clips)
-        actual = jax.jit(functools.partial(delta_rule_chunked, chunk=chunk))(*inputs)
-        assert_close(actual, reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
-    with pytest.raises(ValueError, match="8 \\* 2"):
-        delta_rule_chunked(*inputs, chunk=3 * chunk)
+        assert_close(chunked(*inputs), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
+    with pytest.raises(ValueError, match="must have 8"):
+        delta_rule_chunked(*inputs, chunk=24)
 
 
 def test_starts_from_an_empty_memory():
-    *tokens, state = problem(0, 40)
-    assert_close(run(*tokens), reference.delta_rule(*tokens, np.zeros_like(state)), 1e-5)
+    *tokens, _ = problem(0, 40)
+    assert_close(run(*tokens, method="recurrent"), reference.delta_rule(*tokens), OUTPUT_TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("clips", CLIPS)
-def test_the_state_carries_a_split_sequence(clips, method):
-    *tokens, state = problem(3, 300, clips=clips)
-    whole = run(*tokens, state, method=method)
-    for cut in (1, 97):
-        first, state_between = run(*(x[:, :cut] for x in tokens), state, method=method)
-        second, last_state = run(*(x[:, cut:] for x in tokens), state_between, method=method)
-        assert_close((np.concatenate([first, second], 1), last_state), whole, OUTPUT_TOLERANCE)
+def test_the_state_carries_a_split_sequence(method):
+    cut = int(np.random.default_rng(3).integers(1, 300))
+    for clips in CLIPS:
+        *tokens, state = problem(3, 300, clips=clips)
+        whole = run(*tokens, state, method=method)
+        first, between = run(*(x[:, :cut] for x in tokens), state, method=method)
+        second, last = run(*(x[:, cut:] for x in tokens), between, method=method)
+        assert_close((np.concatenate([first, second], 1), last), whole, OUTPUT_TOLERANCE)
+
+
+def with_garbage(tokens, mask):
+    at_tokens = [mask.reshape(mask.shape + (1,) * (x.ndim - 2)) for x in tokens]
+    return [np.where(m, x, np.float32(1e30)) for m, x in zip(at_tokens, tokens, strict=True)]
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("clips", CLIPS)
-def test_masked_tokens_neither_write_nor_read(clips, method):
-    *tokens, state = problem(4, 100, clips=clips)
-    mask = np.random.default_rng(4).uniform(size=(B, 100)) < 0.7
-    garbage = [np.where(mask.reshape(B, 100, *[1] * (x.ndim - 2)), x, 1e30) for x in tokens]
-    garbage = [x.astype(np.float32) for x in garbage]
-    actual = run(*garbage, state, mask, method=method)
-    assert_close(actual, reference.delta_rule(*tokens, state, mask), OUTPUT_TOLERANCE)
-    assert not np.any(np.asarray(actual[0])[~mask])
+def test_masked_tokens_neither_write_nor_read(method):
+    mask = np.random.default_rng(4).uniform(size=(B, 70)) < 0.7
+    for clips in CLIPS:
+        *tokens, state = problem(4, 70, clips=clips)
+        actual = run(*with_garbage(tokens, mask), state, mask, method=method)
+        assert_close(actual, reference.delta_rule(*tokens, state, mask), OUTPUT_TOLERANCE)
+        assert not np.asarray(actual[0])[~mask].any()
 
-    def total(tokens):
-        return jnp.sum(jnp.square(run(*tokens, state, mask, method=method)[0]))
 
-    for gradient in jax.grad(total)(garbage):
+def test_masked_tokens_get_no_gradient():
+    *tokens, state = problem(4, 40, clips="once")
+    mask = np.random.default_rng(4).uniform(size=(B, 40)) < 0.7
+
+    @jax.jit
+    def gradient_of_reads(tokens):
+        return jax.grad(lambda tokens: jnp.sum(run(*tokens, state, mask)[0] ** 2))(tokens)
+
+    for gradient in map(np.asarray, gradient_of_reads(with_garbage(tokens, mask))):
         assert np.isfinite(gradient).all()
-        assert not np.any(np.asarray(gradient)[~mask])
-        assert np.any(np.asarray(gradient)[mask])
+        assert not gradient[~mask].any()
+        assert gradient[mask].any()
 
 
 @pytest.mark.parametrize("beta", [(0.3, 0.3), (0.97, 1.0)])
 @pytest.mark.parametrize("different_keys", [1, 3])
 def test_repeated_keys(different_keys, beta):
-    q, k, v, beta, state = problem(5, 300, beta=beta)
-    k = k[:, np.arange(300) % different_keys]
-    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
-    inputs = q, k, v, beta, state
+    inputs = problem(5, 300, beta=beta)
+    inputs[1] = inputs[1][:, np.arange(300) % different_keys]
     weights = random_weights(5, inputs)
     assert_close(run(*inputs), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
-    assert_close(gradients(weights, inputs), float64_gradients(weights, inputs), GRADIENT_TOLERANCE)
+    truth = float64_gradients(weights, inputs)
+    assert_close(gradients(weights, inputs), truth, GRADIENT_TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_clip_keeps_raw_keys_finite(method):
-    """Without clips the memory overflows float32 within a segment; no NaN of it may get out."""
-    inputs = problem(6, 257, unit_keys=False, beta=(0.5, 1.0))
+def test_the_clip_keeps_long_keys_finite(method):
+    """Without clips the memory overflows within the first segment; no NaN of it may get out."""
+    inputs = problem(1, 300, beta=(0.5, 1.0))
+    inputs[1][:, :30] *= 30
     assert not np.isfinite(run(*inputs, method=method, clip=None)[0]).all()
     assert_close(run(*inputs, method=method), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
     weights = random_weights(6, inputs)
-    assert_close(
-        gradients(weights, inputs, method), float64_gradients(weights, inputs), GRADIENT_TOLERANCE
-    )
+    truth = float64_gradients(weights, inputs)
+    assert_close(gradients(weights, inputs, method), truth, GRADIENT_TOLERANCE)
+
+
+def test_both_forms_agree_on_raw_keys():
+    """Raw Gaussian keys make the clipped recurrence chaotic: no float64 truth holds for long."""
+    inputs = problem(6, 300, beta=(0.5, 1.0), unit_keys=False)
+    assert not np.isfinite(run(*inputs, clip=None)[0]).all()
+    assert_close(run(*inputs), run(*inputs, method="recurrent"), OUTPUT_TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_clip_matters(method):
-    for clips in CLIPS:
-        inputs = problem(7, 100, clips=clips)
-        unclipped = run(*inputs, method=method, clip=None)
-        assert_close(unclipped, reference.delta_rule(*inputs, clip=None), OUTPUT_TOLERANCE)
-        difference = error(run(*inputs, method=method)[0], unclipped[0])
-        assert difference == 0 if clips == "never" else difference > 0.1
+@pytest.mark.parametrize("clips", CLIPS)
+def test_the_clip_matters(clips, method):
+    inputs = problem(7, 300, clips=clips)
+    unclipped = run(*inputs, method=method, clip=None)
+    assert_close(unclipped, reference.delta_rule(*inputs, clip=None), OUTPUT_TOLERANCE)
+    difference = error(run(*inputs, method=method)[0], unclipped[0])
+    assert difference == 0 if clips == "never" else difference > 0.1
 
 
 def test_the_certificate_fires_exactly_when_a_clip_does():
+    forward = jax.jit(_segment_forward, static_argnums=0)
     fired = []
     for seed in range(40):
-        q, k, v, beta, state = problem(seed, 64)
-        v[0, seed, 0] *= 10 / np.linalg.norm(v[0, seed, 0])  # an error of 9 to 11
-        clipped = reference.delta_rule(q, k, v, beta, state)[1]
-        unclipped = reference.delta_rule(q, k, v, beta, state, clip=None)[1]
-        inputs = (*(_split(jnp.asarray(x), 32) for x in (q, k, v, beta)), jnp.asarray(state))
-        fired.append(bool(jax.jit(_segment_forward, static_argnums=0)(10.0, inputs)[1][1]))
+        *tokens, state = problem(seed, 64)
+        tokens[2][0, seed, 0] *= 10 / np.linalg.norm(tokens[2][0, seed, 0])  # an error near 10
+        _, clipped = reference.delta_rule(*tokens, state)
+        _, unclipped = reference.delta_rule(*tokens, state, clip=None)
+        _, (_, flag) = forward(10.0, (*(_split(jnp.asarray(x), 32) for x in tokens), state))
+        fired.append(bool(flag))
         assert fired[-1] == np.any(clipped != unclipped), seed
     assert 5 < sum(fired) < 35
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("N", [1, 33, 100, 300])
-def test_gradients_equal_float64(N, method):
-    for clips in CLIPS:
-        inputs = problem(N, N, clips=clips)
-        weights = random_weights(N, inputs)
-        assert_close(
-            gradients(weights, inputs, method),
-            float64_gradients(weights, inputs),
-            GRADIENT_TOLERANCE,
-        )
+@pytest.mark.parametrize("clips", CLIPS)
+def test_gradients_equal_float64(clips, method):
+    for seed in range(3):
+        inputs = problem(seed, 300, clips=clips)
+        weights = random_weights(seed, inputs)
+        truth = float64_gradients(weights, inputs)
+        assert_close(gradients(weights, inputs, method), truth, GRADIENT_TOLERANCE)
 
 
 @pytest.mark.parametrize("clips", CLIPS)
 def test_the_float64_gradients_equal_finite_differences(clips):
-    inputs = [x.astype(np.float64) for x in problem(8, 20, clips=clips)]
+    inputs = [x.astype(np.float64) for x in problem(8, 300, clips=clips)]
     weights = random_weights(8, inputs)
     rng = np.random.default_rng(8)
 
-    def value(inputs):
-        o, state = reference.delta_rule(*inputs)
-        return np.sum(weights[0] * np.sin(o)) + np.sum(weights[1] * np.sin(state))
+    def value(i, at, shift):
+        moved = [x.copy() for x in inputs]
+        moved[i][at] += shift
+        return sum(np.sum(w * np.sin(x)) for w, x in zip(weights, reference.delta_rule(*moved)))
 
     for i, gradient in enumerate(float64_gradients(weights, inputs)):
-        for _ in range(6):
+        for _ in range(4):
             at = tuple(rng.integers(gradient.shape))
-            moved = [[x.copy() for x in inputs] for _ in range(2)]
-            moved[0][i][at] += 1e-6
-            moved[1][i][at] -= 1e-6
-            slope = (value(moved[0]) - value(moved[1])) / 2e-6
-            np.testing.assert_allclose(gradient[at], slope, rtol=1e-6, atol=1e-6)
+            slope = (value(i, at, 1e-6) - value(i, at, -1e-6)) / 2e-6
+            np.testing.assert_allclose(gradient[at], slope, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("clips", CLIPS)
 def test_no_read_depends_on_a_later_token(clips, method):
-    *tokens, state = problem(9, 300, clips=clips)
-
-    @jax.jit
-    def sensitivity(tokens, t):
-        return jax.grad(lambda tokens: jnp.sum(run(*tokens, state, method=method)[0][:, t]))(tokens)
-
-    for t in (0, 45, 256, 298):
-        gradient = sensitivity(tokens, t)
-        assert all(np.all(np.asarray(g)[:, t + 1 :] == 0) for g in gradient)
-        assert all(np.any(np.asarray(g)[:, t] != 0) for g in gradient)
+    inputs = problem(9, 300, clips=clips)
+    for t in (0, 45, 149, 256, 298):
+        o_weights, state_weights = map(np.zeros_like, random_weights(9, inputs))
+        o_weights[:, t] = 1
+        *of_tokens, _ = map(np.asarray, gradients((o_weights, state_weights), inputs, method))
+        for gradient in of_tokens:
+            assert not gradient[:, t + 1 :].any()
+            assert gradient[:, t].any()
 
 
 def test_computes_in_float32_and_returns_the_dtype_of_v():
-    *tokens, state = problem(10, 50)
+    *tokens, state = problem(10, 40)
     tokens = [jnp.asarray(x, jnp.bfloat16) for x in tokens]
-    o, last_state = run(*tokens, state)
+    o, last_state = run(*tokens, state, method="recurrent")
     assert o.dtype == jnp.bfloat16
     assert last_state.dtype == jnp.float32
     rounded = [np.asarray(x, np.float32) for x in tokens]

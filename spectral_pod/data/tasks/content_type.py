@@ -68,15 +68,13 @@ class File(NamedTuple):
 def bytecode(sources: Sequence[File]) -> list[File]:
     """The `.pyc` of every source that compiles; not every installer leaves them on disk.
 
-    Constants are written in hash order, and strings that the process has interned are marked, so a
-    bare interpreter with a fixed hash seed compiles: the imports of this process leave no trace.
+    A bare interpreter compiles them: the bytes depend on which strings the process has interned,
+    and so on what it has imported.
     """
     contents = [_read(source) for source in sources]
     done = subprocess.run(
-        [sys.executable, "-S", "-P", "-c", _COMPILER],
+        [sys.executable, "-I", "-S", "-c", _COMPILER],
         input=pickle.dumps([(s.name, c) for s, c in zip(sources, contents, strict=True)]),
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        | {"PYTHONHASHSEED": "0"},
         stdout=subprocess.PIPE,
         check=True,
     )
@@ -257,7 +255,7 @@ class _Sampler:
 
     def _supply(self, file: File) -> int:
         """Windows that a file can give, so that no byte is drawn more than about twice."""
-        return min(self._max_per_file, 1 + max(0, 2 * (file.size - self._window) // self._window))
+        return 1 + max(0, 2 * (file.size - self._window) // self._window)
 
     def _per_file(self, files: Sequence[File]) -> int:
         """The fewest windows a file that fill the quotas: many files beat many windows of few."""
