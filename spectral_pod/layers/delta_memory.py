@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.layers.dense import dense
+from spectral_pod.layers.dense import Dense
 from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.parallel.sharding import constrain, partitioned
 
@@ -37,13 +37,13 @@ class DeltaMemoryLayer(nn.Module):
         """[B, N, D] to [B, N, D] in `dtype`, and the float32 memory after the last position."""
         heads = (self.num_heads, self.head_dim)
         q_BNHK, k_BNHK, v_BNHV = (
-            dense(heads, ("embed", "head", None), self.dtype, name=name)(x_BND)
+            Dense(heads, ("embed", "head", None), self.dtype, name=name)(x_BND)
             for name in ("query", "key", "value")
         )
         if self.normalize_keys:
             q_BNHK, k_BNHK = _unit(q_BNHK), _unit(k_BNHK)
         low, high = self.beta_range
-        logits_BNH = dense((self.num_heads,), ("embed", "head"), self.dtype, name="beta")(x_BND)
+        logits_BNH = Dense((self.num_heads,), ("embed", "head"), self.dtype, name="beta")(x_BND)
         beta_BNH = low + (high - low) * jax.nn.sigmoid(logits_BNH.astype(jnp.float32))
         o_BNHV, state_BHVK = delta_rule(
             q_BNHK,
@@ -54,9 +54,7 @@ class DeltaMemoryLayer(nn.Module):
             mask_BN=mask_BN,
             method=self.method,
         )
-        y_BND = dense(
-            x_BND.shape[-1], ("head", None, "embed"), self.dtype, axis=(-2, -1), name="out"
-        )(o_BNHV)
+        y_BND = Dense(x_BND.shape[-1], ("head", None, "embed"), self.dtype, name="out")(o_BNHV)
         scale = self.param("scale_memory", partitioned(nn.initializers.constant(0.1)), ())
         y_BND = y_BND * scale.astype(self.dtype)
         return constrain(y_BND, "batch", "position", "width"), state_BHVK

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.layers.dense import dense, layer_norm
+from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.parallel.sharding import constrain, partitioned
 from spectral_pod.shapes import VOCAB_SIZE
 
@@ -46,10 +46,10 @@ class ByteLatentEncoder(nn.Module):
         padded = jnp.pad(x_BLE, ((0, 0), (2, 2), (0, 0)))
         blocks = padded.reshape(B, L // STRIDE + 1, STRIDE, self.embed_dim)
         window = jnp.concatenate([blocks[:, :-1], blocks[:, 1:, : KERNEL - STRIDE]], axis=2)
-        x_BND = dense(
-            self.hidden_dim, ("tap", "embed", None), self.dtype, axis=(-2, -1), name="convolution"
-        )(window)
-        x_BND = dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
+        x_BND = Dense(self.hidden_dim, ("tap", "embed", None), self.dtype, name="convolution")(
+            window
+        )
+        x_BND = Dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
         x_BND = layer_norm(nn.gelu(x_BND), "norm").astype(self.dtype)
         mask_BN = mask_BL.reshape(B, L // STRIDE, STRIDE).any(axis=-1)
         return constrain(x_BND, "batch", "position", "width"), mask_BN

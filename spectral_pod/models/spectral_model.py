@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from spectral_pod.layers.block import block_stack
-from spectral_pod.layers.dense import dense, layer_norm
+from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.patching import STRIDE, ByteLatentEncoder, sinusoidal_positions
 from spectral_pod.layers.pooling import POOLING
 from spectral_pod.parallel.sharding import constrain
@@ -42,7 +42,7 @@ class SpectralModel(nn.Module):
         x_BND = layer_norm(x_BND, "norm")
         pooling: Any = POOLING[config.pooling](name="pooling")
         pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)
-        return dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")(pooled_BD)
+        return Dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")(pooled_BD)
 
 
 def memory_pattern(memory_interval: int, num_layers: int) -> tuple[str, ...]:

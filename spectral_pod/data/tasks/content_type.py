@@ -14,6 +14,7 @@ records each has; one installation and one seed always give the same records.
 import fnmatch
 import hashlib
 import importlib.util
+import io
 import os
 import pickle
 import platform
@@ -38,8 +39,7 @@ _MIN_FILLED = 0.15  # a kind that fills less than this part of a split is left o
 _MIN_FILE_BYTES = 256
 _MAX_SHARE = 8  # no file gives more than one part in this many of a split
 _SPARE = 1.25  # files are read for this many times the windows needed: some turn out to be equal
-_SAMPLED_FROM, _BLOCKS, _BLOCK_BYTES = 1 << 20, 64, 4096
-
+_SAMPLED_FROM, _BLOCKS, _BLOCK_BYTES = 1 << 20, 64, 4096  # see `_identity`
 
 _COMPILER = """
 import marshal, pickle, sys, warnings
@@ -78,13 +78,10 @@ def bytecode(sources: Sequence[File]) -> list[File]:
         stdout=subprocess.PIPE,
         check=True,
     )
-    unchecked_hash = (1).to_bytes(4, "little")  # PEP 552: the flags, then a hash of the source
+    header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")  # PEP 552: unchecked hash
     return [
-        _derived(
-            source,
-            importlib.util.MAGIC_NUMBER + unchecked_hash + importlib.util.source_hash(c) + code,
-        )
-        for source, c, code in zip(sources, contents, pickle.loads(done.stdout), strict=True)
+        _derived(source, header + importlib.util.source_hash(content) + code)
+        for source, content, code in zip(sources, contents, pickle.loads(done.stdout), strict=True)
         if code is not None
     ]
 
@@ -218,7 +215,7 @@ class _Sampler:
         """As many files as the quotas need, in random order, each content once."""
 
         def order(file: File) -> bytes:
-            return hashlib.blake2b(f"{self._seed}/{file.name}".encode()).digest()
+            return hashlib.blake2b(os.fsencode(f"{self._seed}/{file.name}")).digest()
 
         per_file, windows, kept = self._per_file(files), 0.0, []
         for file in sorted(files, key=order):
@@ -316,9 +313,7 @@ def _identity(file: File) -> bytes:
 
 
 def _read(file: File, start: int = 0, count: int = -1) -> bytes:
-    if file.content is not None:
-        return file.content[start : start + count]
-    with open(file.path, "rb") as stream:
+    with open(file.path, "rb") if file.content is None else io.BytesIO(file.content) as stream:
         stream.seek(start)
         return stream.read(count)
 
