@@ -8,12 +8,12 @@
     A  micro-batches (accumulation)      M  hidden width of a channel mixer
     G  chunks                            T  positions in a chunk
 
-`b` in `_Bb`-like suffixes never occurs: one letter, one meaning. Token values are those of
-`models.md`: bytes are 0..255 and byte 0 is data, never padding.
+The aliases annotate the boundaries of operations and models; the tests check them at every call.
 """
 
 from jaxtyping import Array, Bool, Complex, Float, Int
 
+# Bytes are 0..255, and byte 0 is data, never padding.
 PAD = 256
 BOS = 257
 EOS = 258
@@ -22,6 +22,9 @@ VOCAB_SIZE = 260
 
 Tokens = Int[Array, "B L"]
 TokenMask = Bool[Array, "B L"]
-Sequence = Float[Array, "B N D"]
-SequenceMask = Bool[Array, "B N"]
+Logits = Float[Array, "B C"]
+Labels = Int[Array, " B"]
+Positions = Float[Array, "B N D"]
+PositionMask = Bool[Array, "B N"]
+Pooled = Float[Array, "B D"]
 Spectrum = Complex[Array, "F D"]

@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.parallel.sharding import partitioned
+from spectral_pod.shapes import Pooled, PositionMask, Positions
 
 
 class AttentionPooling(nn.Module):
     """`sum_n softmax(x_n . q / sqrt(D)) x_n` over valid positions, with a learned query q."""
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+    def __call__(self, x_BND: Positions, mask_BN: PositionMask) -> Pooled:
         """[B, N, D] to float32 [B, D]; a sequence without a valid position pools to zero."""
         x_BND = x_BND.astype(jnp.float32)
         width = x_BND.shape[-1]
@@ -25,7 +26,7 @@ class MeanPooling(nn.Module):
     """The mean over valid positions."""
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+    def __call__(self, x_BND: Positions, mask_BN: PositionMask) -> Pooled:
         """[B, N, D] to float32 [B, D]; a sequence without a valid position pools to zero."""
         weights_BN = _masked_softmax(jnp.zeros(mask_BN.shape, jnp.float32), mask_BN)
         return jnp.einsum("bn,bnd->bd", weights_BN, x_BND.astype(jnp.float32))
@@ -35,7 +36,7 @@ class LastPooling(nn.Module):
     """The last valid position."""
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+    def __call__(self, x_BND: Positions, mask_BN: PositionMask) -> Pooled:
         """[B, N, D] to float32 [B, D]; a sequence without a valid position pools to zero."""
         later_BN = jnp.cumsum(mask_BN[:, ::-1].astype(jnp.int32), axis=1)[:, ::-1]
         last_BN = (mask_BN & (later_BN == 1)).astype(jnp.float32)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -12,6 +11,7 @@ from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.patching import STRIDE, ByteLatentEncoder, sinusoidal_positions
 from spectral_pod.layers.pooling import POOLING
 from spectral_pod.parallel.sharding import constrain
+from spectral_pod.shapes import Logits, TokenMask, Tokens
 
 
 class SpectralModel(nn.Module):
@@ -26,7 +26,7 @@ class SpectralModel(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, tokens_BL: Tokens, mask_BL: TokenMask, train: bool = False) -> Logits:
         """int tokens and their validity, [B, L], to float32 logits [B, C].
 
         Padded positions never change a logit: [B, L] and [B, L'] with the same valid bytes agree

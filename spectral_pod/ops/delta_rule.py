@@ -64,7 +64,7 @@ def delta_rule(
       state_BHVK: memory before the first token; zero if None.
       mask_BN: tokens that count; the others write nothing and read 0. All count if None.
       method: "chunked" to train and prefill, "recurrent" for a few tokens at a time.
-      clip: largest |e||k| written in full; None writes unclipped.
+      clip: largest |e||k| written in full; None writes unclipped. Clips hold up to |e||k| = 1e19.
 
     Returns:
       The reads o_BNHV in the dtype of v, and the float32 state_BHVK after the last token.

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.parallel.sharding import shard_op
+from spectral_pod.shapes import Positions, Spectrum
 
 
-def spectral_filter(x_BND: jax.Array, w_FD: jax.Array, fft_length: int) -> jax.Array:
+def spectral_filter(x_BND: Positions, w_FD: Spectrum, fft_length: int) -> Positions:
     """`irfft(rfft(x, n) * W, n)[:N]` with n = `fft_length`, per channel, in float32.
 
     With n >= 2N the ends of the sequence do not wrap into each other (a linear convolution with a

@@ -1,0 +1,83 @@
+"""Checks of the configuration: impossible values are named, possible ones pass."""
+
+import json
+
+import pytest
+
+from spectral_pod import config as config_lib
+from spectral_pod.config import claim_workdir, default, validate, validate_mesh
+from spectral_pod.errors import ConfigError
+from spectral_pod.models import MODELS
+
+TASKS = {"listops": None, "content_type": None}
+
+
+def config(**fields):
+    c = default()
+    c.data.task = "listops"
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return c
+
+
+def test_the_defaults_pass():
+    validate(config(), tasks=TASKS, models=MODELS)
+    assert validate_mesh(config(), 4) == {"data": 4, "fsdp": 1, "sequence": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data__task": "listop"}, "config.data.task is 'listop'.*did you mean 'listops'"),
+        ({"model__dtype": "float16"}, "config.model.dtype is 'float16'"),
+        ({"train__total_steps": 0}, "config.train.total_steps is 0; it must be at least 1"),
+        ({"model__memory_interval": -1}, "config.model.memory_interval"),
+        ({"model__dropout": 1.0}, "config.model.dropout is 1.0"),
+        ({"data__seq_len": 2047}, "config.data.seq_len is 2047; it must be a multiple of 4"),
+        ({"model__memory__beta_min": 1.0}, "beta_min"),
+    ],
+)
+def test_impossible_values_are_named(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(config(**fields), tasks=TASKS, models=MODELS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "devices", "message"),
+    [
+        ({"mesh__data": 3}, 4, "config.mesh asks for data=3 .* = 3 devices, and there are 4"),
+        ({"mesh__fsdp": 3}, 4, "devices, and there are 4"),
+        ({"mesh__tensor": 0}, 4, "config.mesh.tensor is 0"),
+        ({"mesh__sequence": 2}, 4, "config.mesh.sequence is 2"),
+        ({"train__global_batch_size": 6}, 4, "global_batch_size is 6, not divisible by .* = 4"),
+        ({"train__grad_accumulation": 16}, 4, "global_batch_size is 32, not divisible by .* = 64"),
+        ({"train__eval_batch_size": 6}, 4, "eval_batch_size is 6"),
+        (
+            {"mesh__tensor": 4},
+            4,
+            "config.model.memory.num_heads is 1, not divisible by mesh.tensor",
+        ),
+        ({"mesh__tensor": 4, "model__memory_interval": 0, "model__hidden_dim": 6}, 4, "hidden_dim"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_named(fields, devices, message):
+    with pytest.raises(ConfigError, match=message):
+        validate_mesh(config(**fields), devices)
+
+
+def test_a_workdir_belongs_to_one_configuration(tmp_path):
+    claim_workdir(str(tmp_path), config(), "digest")
+    claim_workdir(str(tmp_path), config(), "digest")
+    free = {"mesh__data": 2, "checkpoint__every_steps": 7, "train__eval_every_steps": 3}
+    claim_workdir(str(tmp_path), config(**free), "digest")
+    with pytest.raises(ConfigError, match="config.model.hidden_dim: 256 there, 128 now"):
+        claim_workdir(str(tmp_path), config(model__hidden_dim=128), "digest")
+    with pytest.raises(ConfigError, match="another version of the data"):
+        claim_workdir(str(tmp_path), config(), "other")
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["config"]["model"]["hidden_dim"] == 256
+    )
+
+
+def test_every_checked_field_exists():
+    for field in (*config_lib._CHOICES, *config_lib._AT_LEAST_ONE):
+        config_lib._get(default(), field)
