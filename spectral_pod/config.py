@@ -7,7 +7,7 @@ as `--config.train.total_steps=60`.
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
@@ -122,6 +122,13 @@ def validate(config: ConfigDict, *, tasks: Mapping[str, Any], models: Mapping[st
     Raises:
       ConfigError: names the field, its value and what it may be.
     """
+    known = _flat(default().to_dict()).keys()
+    mine = {field for field in _flat(config.to_dict()) if not field.startswith("data.options.")}
+    for field in sorted(mine - known):
+        hint = "".join(f"; did you mean config.{f}?" for f in _near(field, known))
+        raise ConfigError(f"config.{field} is no field of the configuration{hint}")
+    for field in sorted(known - mine):
+        raise ConfigError(f"config.{field} is missing; start a config file with config.default()")
     _one_of("data.task", config.data.task, tasks)
     _one_of("model.name", config.model.name, models)
     for field, choices in _CHOICES.items():
@@ -201,7 +208,9 @@ def claim_workdir(workdir: str, config: ConfigDict, data_digest: str) -> None:
     mine = config.to_dict()
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"config": mine, "data_digest": data_digest}, indent=1))
+        temporary = file.with_suffix(".tmp")  # a run killed here must not leave half a file
+        temporary.write_text(json.dumps({"config": mine, "data_digest": data_digest}, indent=1))
+        temporary.replace(file)
         return
     recorded = json.loads(file.read_text())
     theirs, ours = _flat(recorded["config"]), _flat(json.loads(json.dumps(mine)))
@@ -226,9 +235,13 @@ def claim_workdir(workdir: str, config: ConfigDict, data_digest: str) -> None:
 
 def _one_of(field: str, value: str, choices: Any) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(value, list(choices), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = "".join(f"; did you mean {choice!r}?" for choice in _near(value, choices))
         raise ConfigError(f"config.{field} is {value!r}; known are {sorted(choices)}{hint}")
+
+
+def _near(word: str, words: Iterable[str]) -> list[str]:
+    """The one of `words` that a misspelt word may have meant, if any is near."""
+    return difflib.get_close_matches(word, list(words), n=1)
 
 
 def _get(config: ConfigDict, field: str) -> Any:

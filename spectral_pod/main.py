@@ -4,7 +4,9 @@ This file is intentionally kept short: the run itself is in `train/loop.py`.
 """
 
 import os
+import re
 import sys
+import traceback
 from typing import Any
 
 # etils would pick TensorFlow's file system where TensorFlow is installed; it isn't needed here.
@@ -45,10 +47,36 @@ def _own_news(record: Any) -> bool:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line and loads the config file; what is wrong there is one message."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError) as error:  # a field that the config doesn't have
-        raise ConfigError(f"--config override: {error.args[0]}") from error
+        rest = flags.FLAGS(argv)
+        _ = _CONFIG.value.seed  # config_flags doesn't report a missing file before the first use
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(_told(error, argv)) from error
+    return rest
+
+
+def _told(error: BaseException, argv: list[str]) -> str:
+    while "Traceback" in str(error) and error.__context__:  # a quote of what the config file raised
+        error = error.__context__
+    if isinstance(error, flags.Error):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"the config file cannot be read: {str(error).splitlines()[-1].strip()}"
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    ours = [f for f in frames if not re.search("site-packages|<frozen|/main.py$", f[0])]
+    if ours:
+        return f"{ours[-1][0]}:{ours[-1][1]}: {type(error).__name__}: {error}"
+    text = str(error.args[0])
+    field = re.findall(r"\w+", text)[0]
+    for argument in argv:
+        if field in argument.partition("=")[0].split("."):
+            near = re.search('Did you mean "(.*)" instead', text)
+            hint = f"; did you mean {near[1]!r}?" if near else ""
+            return f"{argument}: the configuration has no field {field!r}{hint}"
+    return f"--config: {text}"
 
 
 def run() -> None:
@@ -58,6 +86,10 @@ def run() -> None:
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        message = "Interrupted; the same command continues from the newest checkpoint"
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,12 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
 
     # ---- data
     store = open_store(config)
-    config_lib.claim_workdir(workdir, config, store.digest)
     train_batches = open_batches(config, store, "train", shuffle=True)
+    eval_batches = {
+        split: open_batches(config, store, split)
+        for split in ("validation", config.train.eval_split)
+    }
+    config_lib.claim_workdir(workdir, config, store.digest)
 
     # ---- model, optimizer, state
     model = models.build(config, seq_len=config.data.seq_len, num_classes=len(store.classes))
@@ -78,7 +82,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     # ---- steps
     with (
         jax.set_mesh(mesh),
-        contextlib.closing(checkpointer),
+        checkpointer,
         contextlib.closing(
             MetricWriter(workdir, is_leader=runtime.is_leader(), resume_step=first_step)
         ) as writer,
@@ -95,7 +99,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
                 return evaluate(
                     eval_step,
                     state.params,
-                    open_batches(config, store, split),
+                    eval_batches[split],
                     mesh,
                     threads=config.data.threads,
                     prefetch=config.data.prefetch,
@@ -302,10 +306,13 @@ class _Progress:
         _check_finite(step, averages, scalars)
         self._averages = averages if self._averages is None else self._averages.merge(averages)
         first = step == self._first_step + 1
-        if step % self._config.train.log_every_steps == 0 or first:
-            self._report(step, scalars, first)
+        # A window ends at every checkpoint too: a run that resumes there writes the same windows.
+        every = (self._config.train.log_every_steps, self._config.checkpoint.every_steps)
+        ends = step == 1 or any(step % n == 0 for n in every)
+        if first or ends:
+            self._report(step, scalars, first, ends)
 
-    def _report(self, step: int, scalars: dict[str, Any], first: bool) -> None:
+    def _report(self, step: int, scalars: dict[str, Any], first: bool, ends: bool) -> None:
         now = time.time()
         elapsed, num_steps = now - self._window_start, step - self._window_first
         means = {k: float(v) for k, v in self._averages.compute().items()}
@@ -322,14 +329,16 @@ class _Progress:
             values["speed/model_flops_utilisation"] = (
                 self._model_flops * num_steps / busy / self._peak
             )
-        self._writer.scalars(step, values)
+        if ends:
+            self._writer.scalars(step, values)
+            self._averages = None
         left = (self._config.train.total_steps - step) * elapsed / num_steps
         eta = "compiling" if first else f"{int(left // 60)}:{int(left % 60):02d}"
         say(
             f"step {step}/{self._config.train.total_steps}  loss {means['loss']:.4f}  "
             f"accuracy {means['accuracy']:.3f}  {rate / 1e3:.1f} kB/s  ETA {eta}"
         )
-        self._averages, self._spent = None, collections.defaultdict(float)
+        self._spent = collections.defaultdict(float)
         self._window_start, self._window_first = now, step
 
 
@@ -365,3 +374,5 @@ def enable_compilation_cache(workdir: str) -> None:
     """Keeps compiled programs in the workdir, so that a restart starts at once."""
     jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compilation_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # XLA's own caches would make the path a part of every key: a moved workdir compiled anew.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

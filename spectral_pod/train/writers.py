@@ -24,17 +24,22 @@ class MetricWriter:
         self._jsonl = epath.Path(workdir) / "metrics.jsonl"
         self._is_leader = is_leader
         self._lines = _kept_lines(self._jsonl, resume_step) if is_leader else []
+        self._kept = frozenset(self._lines)
         self._thread = ThreadPoolExecutor(1, "tensorboard")
         self._events = self._thread.submit(_open_events, workdir) if is_leader else None
         self._pending: list[Future[Any]] = []
         if is_leader:
-            self._jsonl.write_text("".join(self._lines))
+            temporary = self._jsonl.with_suffix(".tmp")  # a run killed here must not lose lines
+            temporary.write_text("".join(self._lines))
+            temporary.replace(self._jsonl)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to `metrics.jsonl` and the values to the event file."""
         if not self._is_leader:
             return
         line = json.dumps({"step": step} | {k: float(v) for k, v in values.items()}) + "\n"
+        if line in self._kept:  # a finished run that is started again evaluates again
+            return
         if str(self._jsonl).startswith("gs://"):  # objects cannot be appended to
             self._lines.append(line)
             self._jsonl.write_text("".join(self._lines))

@@ -21,7 +21,7 @@ METHODS = ["chunked", "recurrent"]
 LENGTHS = [1, 31, 32, 33, 63, 64, 100, 256, 257, 513]
 CLIPS = ["never", "once", "everywhere"]
 B, K, V = 2, 8, 6
-# Float32 against float64, relative to the largest entry. Measured: 2e-6 and 5e-6 at most.
+# Float32 against float64, relative to the largest entry. Measured: at most 2e-6 and 2e-5.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
@@ -97,7 +97,7 @@ def test_another_chunk_length_gives_the_same():
         inputs = problem(0, 150, clips=clips)
         assert_close(chunked(*inputs), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
     with pytest.raises(ValueError, match="must have 8"):
-        delta_rule_chunked(*inputs, chunk=24)
+        jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), *inputs)
 
 
 def test_starts_from_an_empty_memory():
