@@ -69,14 +69,13 @@ def _told(error: BaseException, argv: list[str]) -> str:
     ours = [f for f in frames if not re.search("site-packages|<frozen|/main.py$", f[0])]
     if ours:
         return f"{ours[-1][0]}:{ours[-1][1]}: {type(error).__name__}: {error}"
-    text = str(error.args[0])
-    field = re.findall(r"\w+", text)[0]
+    field = re.findall(r"\w+", str(error))[0]
     for argument in argv:
         if field in argument.partition("=")[0].split("."):
-            near = re.search('Did you mean "(.*)" instead', text)
+            near = re.search('Did you mean "(.*)" instead', str(error))
             hint = f"; did you mean {near[1]!r}?" if near else ""
             return f"{argument}: the configuration has no field {field!r}{hint}"
-    return f"--config: {text}"
+    return f"--config: {error}"
 
 
 def run() -> None:

@@ -4,11 +4,14 @@ This file is also the config of those runs, `--config=tests/trainer.py`: a compl
 one can be.
 """
 
+import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 from ml_collections import ConfigDict
 
@@ -34,7 +37,80 @@ def get_config() -> ConfigDict:
     c.train.grad_accumulation = 2
     c.train.eval_batch_size = 16
     c.train.eval_every_steps = 20
-    c.train.log_every_steps = 1
+    c.train.log_every_steps = 2  # two windows of steps and one cut short by each checkpoint
     c.checkpoint.every_steps = 5
     c.optimizer.warmup_steps = 5
     return c
+
+
+@functools.cache
+def home() -> pathlib.Path:
+    """A folder for what the tests of this process share: the data and uninterrupted runs."""
+    folder = tempfile.TemporaryDirectory(prefix="spectral_pod-")
+    home.folder = folder  # removed with this reference, when the process ends
+    return pathlib.Path(folder.name)
+
+
+def command(workdir, *overrides, config="tests/trainer.py"):
+    overrides = [f"--config.{override}" for override in overrides]
+    return [
+        sys.executable, "-m", "spectral_pod.main", f"--config={config}", f"--workdir={workdir}",
+        f"--config.data.dir={home() / 'data'}", *overrides,
+    ]  # fmt: skip
+
+
+def environment():
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST")
+    }
+    return {**inherited, "PYTHONPATH": str(ROOT), "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
+
+
+def run(arguments, code=0):
+    """Runs a command to its end, which must be `code`; returns what it printed."""
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def start(arguments, log):
+    """Starts a command whose output goes to the file `log`."""
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            arguments, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+@functools.cache
+def uninterrupted(*overrides):
+    """The workdir of a run that nothing disturbed; not to be written to."""
+    workdir = home() / f"uninterrupted-{len(list(home().iterdir()))}"
+    run(command(workdir, *overrides))
+    return workdir
+
+
+def with_compiled(workdir, *overrides):
+    """A workdir that holds no more than the programs the uninterrupted run has compiled."""
+    shutil.copytree(uninterrupted(*overrides) / "compilation_cache", workdir / "compilation_cache")
+    return workdir
+
+
+def result(workdir):
+    return json.loads((workdir / "result.json").read_text())
+
+
+def curves(workdir):
+    """Every line of `metrics.jsonl`, less what the speed of the machine decides."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("speed/", "time/"))} for line in lines
+    ]
+
+
+def assert_same_run(workdir, reference):
+    """The same parameters, to the bit, and the same curves, every point once."""
+    assert result(workdir)["params_digest"] == result(reference)["params_digest"]
+    assert result(workdir)["eval"] == result(reference)["eval"]
+    assert curves(workdir) == curves(reference)

@@ -146,7 +146,7 @@ def open_store(config: ConfigDict) -> byte_store.ByteStore:
     path = tasks.store_path(config.data.dir, config.data.task, options)
     if runtime.is_leader() and not byte_store.exists(path):
         say(f"writing the {config.data.task} data to {path}")
-        tasks.TASKS[config.data.task](path, **options)
+        tasks.TASKS[config.data.task].build(path, **options)
     runtime.barrier("data store")
     if not byte_store.exists(path):
         raise DataError(

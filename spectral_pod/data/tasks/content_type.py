@@ -33,9 +33,10 @@ from absl import logging
 from spectral_pod.data import byte_store
 from spectral_pod.errors import DataError
 
+VERSION = 1
 SPLITS = ("train", "validation", "test")
 MIN_KINDS = 8
-_MIN_FILLED = 0.15  # a kind that fills less than this part of a split is left out
+_MIN_FILLED = 0.4  # a kind that fills less than this part of a split is left out
 _MIN_FILE_BYTES = 256
 _MAX_SHARE = 8  # no file gives more than one part in this many of a split
 _SPARE = 1.25  # files are read for this many times the windows needed: some turn out to be equal
@@ -121,7 +122,7 @@ def build(
 ) -> None:
     """Writes the task as a byte store, with its splits train, validation and test.
 
-    A kind that cannot fill 15% of every split is left out; the manifest says so.
+    A kind that cannot fill 40% of every split is left out; the manifest says so.
 
     Args:
       path: a folder or a gs:// URL.

@@ -27,6 +27,7 @@ from absl import logging
 from spectral_pod.data import byte_store
 from spectral_pod.errors import ConfigError
 
+VERSION = 1
 MAX_DEPTH = 10
 MAX_ARGS = 10
 MIN_LENGTH = 500  # exclusive, as is the next
