@@ -44,8 +44,10 @@ def get_config(preset: str = "symbol") -> ConfigDict:
     if preset in ("cpu", "overfit"):
         c.model.dtype = "float32"  # CPUs are faster in float32
         c.model.num_layers = 4
-        c.model.hidden_dim = 128
+        c.model.hidden_dim = 64
         c.model.embed_dim = 64
+        c.model.mlp_expansion = 2.0
+        c.model.memory.head_dim = 32
         c.model.dropout = 0.0
         c.model.remat = "none"
         c.train.global_batch_size = 32

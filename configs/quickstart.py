@@ -1,7 +1,7 @@
 """The quickstart: what kind of file does this window of 2,048 bytes come from?
 
-Real files of the interpreter's own installation, no download. A spectral model of 87 thousand
-parameters reads them byte by byte, on CPUs.
+Real files of the interpreter's own installation, no download. A spectral model of 240
+thousand parameters reads them byte by byte, on CPUs.
 
 Command:  launch/local.sh
 Cost:     about three minutes on two CPU cores

@@ -69,7 +69,7 @@ def test_a_workdir_belongs_to_one_configuration(tmp_path):
     claim_workdir(str(tmp_path), config(), "digest")
     free = {"mesh__data": 2, "checkpoint__every_steps": 7, "train__eval_every_steps": 3}
     claim_workdir(str(tmp_path), config(**free), "digest")
-    with pytest.raises(ConfigError, match="config.model.hidden_dim: 256 there, 128 now"):
+    with pytest.raises(ConfigError, match="hidden_dim: 256 there, 128 now"):
         claim_workdir(str(tmp_path), config(model__hidden_dim=128), "digest")
     with pytest.raises(ConfigError, match="another version of the data"):
         claim_workdir(str(tmp_path), config(), "other")

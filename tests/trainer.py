@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 
 from ml_collections import ConfigDict
 
@@ -104,9 +105,30 @@ def result(workdir):
 def curves(workdir):
     """Every line of `metrics.jsonl`, less what the speed of the machine decides."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("speed/", "time/"))} for line in lines
-    ]
+    return [{k: v for k, v in line.items() if not _is_timing(k)} for line in lines]
+
+
+def _is_timing(tag):
+    return tag.startswith(("speed/", "time/"))
+
+
+def event_points(workdir):
+    """{tag: {step: value}} of all event files in a workdir; of several values the last."""
+    # With this, TensorBoard reads files by itself; importing TensorFlow takes seconds.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    events.Reload()
+    points = {}
+    for tag in events.Tags()["tensors"]:
+        for event in events.Tensors(tag):
+            value = tensor_util.make_ndarray(event.tensor_proto).item()
+            points.setdefault(tag, {})[event.step] = (
+                value.decode() if isinstance(value, bytes) else value
+            )
+    return points
 
 
 def assert_same_run(workdir, reference):
@@ -114,3 +136,8 @@ def assert_same_run(workdir, reference):
     assert result(workdir)["params_digest"] == result(reference)["params_digest"]
     assert result(workdir)["eval"] == result(reference)["eval"]
     assert curves(workdir) == curves(reference)
+    points, expected = (
+        {tag: curve for tag, curve in event_points(run).items() if not _is_timing(tag)}
+        for run in (workdir, reference)
+    )
+    assert points == expected

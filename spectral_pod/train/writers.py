@@ -87,7 +87,7 @@ def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
 
 
 def _open_events(workdir: str) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up notices
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and it says so at start-up
     try:
         from clu import metric_writers
 

@@ -19,7 +19,7 @@ from spectral_pod.errors import DataError
 
 FILES = 48
 SUFFIXES = {"c": ".h", "text": ".md", "table": ".csv", "cython": ".pyx", "json": ".json"}
-FEW = 12  # files of the scarce kind, html
+FEW = 20  # files of the scarce kind, html
 SIZES = {"window": 512, "windows_per_class": 64, "max_windows_per_file": 6}
 QUOTAS = {"train": 64, "validation": 8, "test": 8}
 
@@ -50,7 +50,7 @@ def tree(tmp_path):
             (folder / f"file_{i}{suffix}").write_bytes(rng.randbytes(size // 2).hex().encode())
         info = root / f"package_{i}.dist-info"
         info.mkdir()
-        (info / "RECORD").write_bytes(rng.randbytes(rng.choice([200, 255, 256, 300, 511])))
+        (info / "RECORD").write_bytes(rng.randbytes(rng.choice([255, 256, 300, 350, 400, 450, 511])))
         if i < FEW:
             (folder / f"page_{i}.html").write_bytes(rng.randbytes(4000).hex().encode())
             shutil.copytree(folder, root / f"copy_{i}", dirs_exist_ok=True)

@@ -46,6 +46,9 @@ def kill(child, workdir, log, moment, rng):
         wait_until(child, log, lambda: log.read_text().count("accuracy") >= windows)
         time.sleep(rng.uniform(0, 0.1))
     elif moment == "save":
+        for _ in range(rng.randint(0, 3)):
+            wait_until(child, log, lambda: unsealed(workdir))
+            wait_until(child, log, lambda: not unsealed(workdir))
         wait_until(child, log, lambda: unsealed(workdir))
         time.sleep(rng.uniform(0, 0.02))
         wait_until(child, log, lambda: unsealed(workdir))

@@ -20,12 +20,12 @@ TASKS: dict[str, Any] = {"content_type": content_type, "listops": listops}
 
 
 def store_path(directory: str, task: str, options: Mapping[str, Any]) -> str:
-    """Where the store of a task with these options is kept: `DIRECTORY/TASK-<hash of options and version>`.
+    """Where the store of a task with these options is kept: `DIRECTORY/TASK-<hash>`.
 
     Raises:
       ConfigError: the task has no such option; names those it has.
     """
-    known = [name for name in inspect.signature(TASKS[task].build).parameters if name != "path"]
+    known = list(inspect.signature(TASKS[task].build).parameters)[1:]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ConfigError(f"config.data.options.{unknown[0]} is unknown to {task}; it has {known}")
