@@ -3,6 +3,7 @@
 This file is intentionally kept short: the run itself is in `train/loop.py`.
 """
 
+import errno
 import os
 import re
 import sys
@@ -27,6 +28,9 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes of this run
 _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which of them this one is.")
 flags.mark_flags_as_required(["config", "workdir"])
 
+# Disks that are full or may not be written, and files where folders should be.
+_CURABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
@@ -42,8 +46,11 @@ def main(argv: list[str]) -> None:
 
 
 def _own_news(record: Any) -> bool:
-    """Drops what libraries log for their own developers; their warnings stay."""
-    return record.levelno > 20 or "spectral_pod" in record.pathname
+    """Drops what libraries log for their own developers; their warnings stay, in a line each."""
+    ours = "spectral_pod" in record.pathname
+    if not ours:
+        record.exc_info = None  # what ends the run is told once, at its end
+    return ours or record.levelno > 20
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -85,6 +92,12 @@ def run() -> None:
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _CURABLE:
+            raise
+        message = f"{type(error).__name__}: {error}; the workdir is {_WORKDIR.value}"
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         message = "Interrupted; the same command continues from the newest checkpoint"
         print(message, file=sys.stderr, flush=True)

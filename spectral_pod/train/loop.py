@@ -128,6 +128,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
                 progress.report_eval("validation", step, validation)
             if step % config.checkpoint.every_steps == 0 or last:
                 progress.settle()  # a state is saved only after its step is known to be finite
+                writer.flush()
                 with progress.time("checkpoint"):
                     scores = validation and {k: validation[k] for k in ("loss", "accuracy")}
                     checkpointer.save(step, state, scores)

@@ -9,11 +9,13 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from absl import logging
 from etils import epath
+
+from spectral_pod.errors import UserError
 
 
 class MetricWriter:
@@ -38,9 +40,9 @@ class MetricWriter:
         if not self._is_leader:
             return
         line = json.dumps({"step": step} | {k: float(v) for k, v in values.items()}) + "\n"
-        if line in self._kept:  # a finished run that is started again evaluates again
-            return
-        if str(self._jsonl).startswith("gs://"):  # objects cannot be appended to
+        if line in self._kept:
+            pass  # a finished run that is started again evaluates again
+        elif str(self._jsonl).startswith("gs://"):  # objects cannot be appended to
             self._lines.append(line)
             self._jsonl.write_text("".join(self._lines))
         else:
@@ -51,6 +53,16 @@ class MetricWriter:
     def texts(self, step: int, values: Mapping[str, str]) -> None:
         """Markdown texts for TensorBoard's text page."""
         self._submit(lambda events: events.write_texts(step, dict(values)))
+
+    def flush(self) -> None:
+        """Waits for everything so far to be on disk: a resumed run writes only what comes later.
+
+        Raises:
+          UserError: an event file could not be written; so do the other methods.
+        """
+        self._submit(lambda events: events.flush())
+        wait(self._pending)
+        self._raise_failures()
 
     def close(self) -> None:
         """Waits for everything to be on disk."""
@@ -68,7 +80,9 @@ class MetricWriter:
         done = [future for future in self._pending if future.done()]
         self._pending = [future for future in self._pending if future not in done]
         for future in done:
-            future.result()
+            if error := future.exception():
+                where = self._jsonl.parent
+                raise UserError(f"cannot write event files to {where}: {error}") from error
 
 
 def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
@@ -121,6 +135,9 @@ class _TensorBoardWriter:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._file.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectral_pod.errors import UserError
 from spectral_pod.train import writers
 from tests import trainer
 
@@ -23,8 +24,10 @@ class Events:
 
     write_texts = write_scalars
 
-    def close(self):
+    def flush(self):
         pass
+
+    close = flush
 
 
 def write(workdir, resume_step, steps, **options):
@@ -88,7 +91,7 @@ def test_a_failure_to_write_events_surfaces(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Events, "write_scalars", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=f"{tmp_path}.*No space left"):
         write(tmp_path, 0, range(1, 10))
 
 
