@@ -1,0 +1,64 @@
+"""FLOPs counted from the jaxpr against counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectral_pod import models
+from spectral_pod.analysis.flops import forward_flops
+from spectral_pod.config import default
+
+
+def arg(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+MATMUL = 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "want"),
+    [
+        (jnp.matmul, (arg(3, 4), arg(4, 5)), MATMUL),
+        (lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (arg(7, 3, 4), arg(7, 4, 5)), 7 * MATMUL),
+        (jax.jit(jnp.matmul), (arg(3, 4), arg(4, 5)), MATMUL),
+        (jax.checkpoint(jnp.matmul), (arg(3, 4), arg(4, 5)), MATMUL),
+        (lambda x: jnp.fft.rfft(x, 16), (arg(6, 16),), 6 * 2.5 * 16 * 4),
+        (lambda x: jnp.fft.fft(x), (arg(6, 16, dtype=jnp.complex64),), 6 * 5 * 16 * 4),
+        (lambda x: jnp.fft.irfft(x, 16), (arg(6, 9, dtype=jnp.complex64),), 6 * 2.5 * 16 * 4),
+        (jnp.sin, (arg(100),), 0),
+    ],
+)
+def test_primitives(fn, args, want):
+    assert forward_flops(fn, *args) == pytest.approx(want)
+
+
+def test_a_scan_counts_every_turn_and_a_branch_its_dearest_side():
+    def repeated(x):
+        return jax.lax.scan(lambda c, _: (c @ jnp.ones((4, 4)), None), x, length=9)[0]
+
+    assert forward_flops(repeated, arg(4, 4)) == 9 * 2 * 4**3
+
+    def either(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    assert forward_flops(either, arg(4, 4)) == 2 * 2 * 4**3
+
+
+def test_a_spectral_model_without_memory_is_its_products_and_ffts():
+    config = default()
+    config.model.memory_interval = 0
+    config.model.num_layers, config.model.hidden_dim, config.model.embed_dim = 3, 32, 16
+    model = models.build(config, seq_len=256, num_classes=10)
+    B, L, N, D, E = 4, 256, 64, 32, 16
+    tokens, mask = arg(B, L, dtype=jnp.int32), arg(B, L, dtype=bool)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((B, L), jnp.int32),
+                                               jnp.ones((B, L), bool)))  # fmt: skip
+    got = forward_flops(model.apply, params, tokens, mask)
+    encoder = 2 * B * N * (6 * E * D + D * D)
+    ffts = 2 * B * D * 2.5 * (2 * N) * np.log2(2 * N)
+    feed_forward = 3 * 2 * B * N * D * D
+    pooling_and_head = 2 * (2 * B * N * D) + 2 * B * D * 10
+    want = encoder + 3 * (ffts + feed_forward) + pooling_and_head
+    assert got == pytest.approx(want, rel=0.02)

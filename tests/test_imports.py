@@ -1,0 +1,88 @@
+"""The house's directions: who may import whom, and what stays out of the mathematics."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "spectral_pod"
+
+# Module prefix -> what of this package it may import. The longest prefix that matches counts.
+_TRAINABLE = ("shapes", "errors", "config", "ops", "layers", "models", "parallel")
+MAY_IMPORT = {
+    "shapes": (),
+    "errors": (),
+    "config": ("errors",),
+    "ops": ("shapes", "ops", "parallel.sharding"),
+    "layers": ("shapes", "ops", "layers", "parallel.sharding"),
+    "models": ("shapes", "ops", "layers", "models", "parallel.sharding"),
+    "parallel": ("shapes", "errors", "parallel"),
+    "data": ("shapes", "errors", "data"),
+    "analysis": ("shapes", "analysis"),
+    "train": ("shapes", "errors", "ops", "layers", "models", "parallel", "train"),
+    "train.evaluate": ("data.pipeline", "parallel.sharding"),
+    "train.loop": (*_TRAINABLE, "data", "analysis", "train"),
+    "main": ("config", "errors", "parallel.runtime", "train.loop"),
+}
+PURE = ("ops", "layers", "models", "train.step", "train.state", "train.optim", "train.loss")
+NOT_IN_PURE = ("absl", "etils", "tensorstore", "orbax", "tensorflow", "grain", "os", "pathlib")
+
+
+def modules(root):
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def imports(path):
+    """(absolute names a module imports, a name imported from a package counting as a module)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name, prefixes):
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def violations(root):
+    found = []
+    for module, path in modules(root):
+        rules = [prefix for prefix in MAY_IMPORT if within(module, [prefix])]
+        allowed = MAY_IMPORT[max(rules, key=len)] if rules else ()
+        for name in imports(path):
+            inside = name.removeprefix("spectral_pod.")
+            if inside != name and not within(inside, allowed):
+                found.append(f"{module} imports {inside}")
+            if within(module, PURE) and within(name, NOT_IN_PURE):
+                found.append(f"{module} imports {name}")
+    return found
+
+
+def test_imports_run_one_way():
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("ops/fft.py", "from spectral_pod.layers import dense"),
+        ("layers/dense.py", "import tensorstore"),
+        ("train/step.py", "from absl import logging"),
+        ("data/pipeline.py", "from spectral_pod.train import state"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path, module, line):
+    (tmp_path / module).parent.mkdir()
+    (tmp_path / module).write_text(line)
+    assert len(violations(tmp_path)) == 1
+
+
+def test_training_imports_no_tensorflow():
+    program = "import sys, spectral_pod.train.loop; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent).returncode == 0
