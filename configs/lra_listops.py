@@ -2,7 +2,7 @@
 
 Command:  python -m spectral_pod.main --config=configs/lra_listops.py --workdir=DIR
           --config=configs/lra_listops.py:stripped or :raw    the other encodings
-          --config=configs/lra_listops.py:cpu                 a preset for 30 minutes on 2 cores
+          --config=configs/lra_listops.py:cpu                 a preset for 15 minutes on 2 cores
           --config=configs/lra_listops.py:overfit             memorises 100 examples in 500 steps
 
 The full preset is 6 layers of width 256 (about 2.5M parameters), 40 epochs, for one accelerator or
@@ -21,7 +21,9 @@ def get_config(preset: str = "symbol") -> ConfigDict:
     c = default()
     encoding = preset if preset in SEQ_LEN else "symbol"
     c.data.task = "listops"
-    c.data.options = ConfigDict({"encoding": encoding})
+    c.data.options = ConfigDict(
+        {"encoding": encoding, "seed": 0, "train": 96_000, "validation": 2_000, "test": 2_000}
+    )
     c.data.seq_len = SEQ_LEN[encoding]
 
     c.model.num_layers = 6
@@ -52,10 +54,10 @@ def get_config(preset: str = "symbol") -> ConfigDict:
         c.model.remat = "none"
         c.train.global_batch_size = 32
     if preset == "cpu":
-        c.train.total_steps = 1_500
-        c.train.eval_every_steps = 250
-        c.checkpoint.every_steps = 250
-        c.optimizer.warmup_steps = 150
+        c.train.total_steps = 700
+        c.train.eval_every_steps = 175
+        c.checkpoint.every_steps = 175
+        c.optimizer.warmup_steps = 70
     if preset == "overfit":
         c.data.train_records = 100
         c.train.total_steps = 500

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 def _own_news(record: Any) -> bool:
     """Drops what libraries log for their own developers; their warnings stay, in a line each."""
-    ours = "spectral_pod" in record.pathname
+    ours = record.pathname.startswith(os.path.dirname(os.path.abspath(__file__)))
     if not ours:
         record.exc_info = None  # what ends the run is told once, at its end
     return ours or record.levelno > 20

@@ -55,13 +55,13 @@ class Batches:
         """Batches that cover every record, the last one padded."""
         return -(-self.num_records // self.batch_size)
 
-    def records(self, step: int) -> np.ndarray:
-        """int64 [B]: the record in each row of a step's batch; -1 is a row of padding.
+    def records(self, step: int, rows: Any = slice(None)) -> np.ndarray:
+        """int64 [B]: the record in each row, or in those rows, of a step's batch; -1 is padding.
 
         Shuffled batches run through a permutation that is keyed anew each epoch, so every record
         comes once an epoch; batches in order end with padding.
         """
-        position = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        position = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
         if self._seed is None:
             return np.where(position < self.num_records, position, -1)
         epoch, index = np.divmod(position, self.num_records)
@@ -69,7 +69,7 @@ class Batches:
 
     def rows(self, step: int, rows: np.ndarray) -> Batch:
         """Those rows of a step's batch, as numpy arrays."""
-        records = self.records(step)[rows]
+        records = self.records(step, rows)
         tokens = np.full((len(rows), self.seq_len), PAD, np.int32)
         labels = np.zeros(len(rows), np.int32)
         valid = records >= 0

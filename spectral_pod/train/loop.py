@@ -57,7 +57,8 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         split: open_batches(config, store, split)
         for split in ("validation", config.train.eval_split)
     }
-    config_lib.claim_workdir(workdir, config, store.digest)
+    if not eval_only:
+        config_lib.claim_workdir(workdir, config, store.digest)
 
     # ---- model, optimizer, state
     model = models.build(config, seq_len=config.data.seq_len, num_classes=len(store.classes))
@@ -117,6 +118,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         for step in range(first_step + 1, config.train.total_steps + 1):
             with progress.time("data"):
                 batch = next(batches)
+            checkpointer.check()  # a save that failed in the background ends the run now
             with progress.time("step"):
                 state, metrics = train_step(state, batch)
                 progress.add(step, metrics)
@@ -353,8 +355,8 @@ def _check_finite(step: int, averages: Any, scalars: Mapping[str, Any]) -> None:
     raise NonFiniteError(
         f"step {step}: the loss is {loss}; non-finite gradients in {grads or 'no group'}, "
         f"non-finite parameters in {params or 'no group'}. Nothing of this step was saved; the "
-        "newest sound checkpoint is kept. Lower the optimizer's learning rates or "
-        "config.optimizer.clip_norm, or look at the data of this step"
+        "newest sound checkpoint is kept. Look at the data of this step, or start again in another "
+        "--workdir with lower learning rates or a lower config.optimizer.clip_norm"
     )
 
 

@@ -1,119 +1,241 @@
-"""A batch is a pure function of (seed, step), whoever reads it and wherever it starts."""
+"""Every batch is a function of (seed, step), whoever reads it, whenever and in how many parts."""
+
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spectral_pod.data import byte_store
-from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.data.pipeline import Batches, load
 from spectral_pod.errors import DataError
+from spectral_pod.parallel.mesh import AXES, make_mesh
+from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
 
-
-@pytest.fixture(scope="module")
-def split(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("data") / "store")
-    records = [Record(bytes([i, 0, i]) * (i % 3), i % 5) for i in range(23)]
-    byte_store.write(path, {"train": records, "none": []}, classes=list("abcde"), provenance={})
-    return ByteStore(path).split("train")
+SEQ_LEN = 8
 
 
-def make(split, **changes):
-    fields = {"batch_size": 4, "seq_len": 8, "shuffle_seed": 7}
-    return Batches(split, **(fields | changes))
+class CountingSplit:
+    """Records of 0 to 8 bytes, each of them its own index and class; remembers what was read."""
+
+    name = "test"
+
+    def __init__(self, num_records, wait=lambda index: None):
+        self.labels = np.arange(num_records, dtype=np.int32)
+        self.lengths = np.arange(num_records) % (SEQ_LEN + 1)
+        self.reads = []
+        self._wait = wait
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, indices):
+        for index in indices:
+            self._wait(int(index))
+            self.reads.append(int(index))
+        return [np.full(self.lengths[i], i % 256, np.uint8) for i in indices]
 
 
-ALL = np.arange(4)
+def make(num_records=13, batch_size=4, seed=0, **options):
+    split = CountingSplit(num_records)
+    options = {"shuffle_seed": seed, "seq_len": SEQ_LEN} | options
+    return Batches(split, batch_size=batch_size, **options)
 
 
-def test_every_epoch_is_another_permutation(split):
-    batches = make(split)
-    order = np.concatenate([batches.records(step) for step in range(23 * 2)])
-    epochs = order.reshape(8, 23)  # batches run across the ends of epochs
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(23))
-    assert len({tuple(epoch) for epoch in epochs}) == 8
-    other = np.concatenate([make(split, shuffle_seed=8).records(s) for s in range(46)])
-    assert not np.array_equal(order, other)
+def assert_same(batch, expected):
+    assert batch.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(batch[name], expected[name])
 
 
-def test_rows_hold_their_records(split):
-    batches = make(split)
-    batch, records = batches.rows(3, ALL), batches.records(3)
-    for row, i in enumerate(records):
-        data = [i, 0, i] * (i % 3)
-        assert batch["tokens"][row].tolist() == data + [PAD] * (8 - len(data))
-        assert batch["labels"][row] == i % 5
-    assert batch["valid"].all()
+def stream(batches, steps):
+    return np.concatenate([batches.records(step) for step in range(steps)])
 
 
-def test_shares_of_any_number_of_processes_make_the_batch(split):
-    batches = make(split)
-    whole = batches.rows(5, ALL)
-    for num_processes in (2, 4):
-        shares = [batches.rows(5, rows) for rows in np.split(ALL, num_processes)]
-        for name, values in whole.items():
-            np.testing.assert_array_equal(np.concatenate([s[name] for s in shares]), values)
+def loaded(batches, start, stop, threads=2, prefetch=3):
+    mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    return load(batches, batch_sharding(mesh), start, stop, threads=threads, prefetch=prefetch)
 
 
-def test_a_process_reads_its_own_rows_only(split, monkeypatch):
-    read = []
-    real = split.read
-    monkeypatch.setattr(split, "read", lambda indices: read.extend(indices) or real(indices))
-    batches = make(split)
-    batches.rows(2, np.array([1, 3]))
-    assert read == [batches.records(2)[1], batches.records(2)[3]]
+sizes = st.integers(1, 40)
 
 
-def test_evaluation_covers_every_record_once(split):
-    batches = make(split, shuffle_seed=None)
-    assert batches.steps_per_epoch == 6
-    parts = [batches.rows(step, ALL) for step in range(6)]
-    order = np.concatenate([batches.records(step) for step in range(6)])
-    valid = np.concatenate([part["valid"] for part in parts])
-    assert order[valid].tolist() == list(range(23))
-    assert valid.sum() == 23
-    assert (parts[-1]["tokens"][~parts[-1]["valid"]] == PAD).all()
+# ---- the order of records
 
 
-@pytest.mark.parametrize("start", [0, 3, 9])
-def test_loading_starts_anywhere(split, start):
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))
-    batches = make(split)
-    loaded = list(load(batches, sharding, start, 12, threads=3, prefetch=4))
-    assert len(loaded) == 12 - start
-    for step, batch in zip(range(start, 12), loaded):
-        for name, values in batches.rows(step, ALL).items():
-            np.testing.assert_array_equal(batch[name], values)
+@given(num_records=sizes, batch_size=sizes, seed=st.integers(0, 2**40))
+@settings(max_examples=30, deadline=None)
+def test_every_epoch_has_every_record_once(num_records, batch_size, seed):
+    """Also where a batch crosses from one epoch into the next, or spans several."""
+    steps = -(-3 * num_records // batch_size)
+    epochs = stream(make(num_records, batch_size, seed), steps)[: 3 * num_records]
+    for epoch in epochs.reshape(3, num_records):
+        assert sorted(epoch) == list(range(num_records))
 
 
-def test_a_fixed_number_of_records(split):
-    batches = make(split, num_records=5)
-    assert set(np.concatenate([batches.records(step) for step in range(5)])) == set(range(5))
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [
+        tuple(epoch)
+        for seed in (0, 1, 2)
+        for epoch in stream(make(100, 50, seed), steps=6).reshape(3, 100)
+    ]
+    assert len({*orders, tuple(range(100))}) == 10
+    # Nothing is a shift of another: they agree by chance only, in 1 of 100 places.
+    agreements = [np.equal(a, b).mean() for i, a in enumerate(orders) for b in orders[:i]]
+    assert np.mean(agreements) < 0.03
 
 
-def test_long_records_are_refused_or_truncated(split):
-    with pytest.raises(DataError, match=r"record 2 of split 'train' has 6 bytes.*seq_len = 4"):
-        make(split, seq_len=4)
-    batch = make(split, seq_len=4, truncate=True, shuffle_seed=None).rows(0, ALL)
-    assert batch["tokens"][2].tolist() == [2, 0, 2, 2]
+def test_a_step_is_the_same_whenever_it_is_asked_for():
+    """In a new object, in any order, and after 10^12 steps, in no more memory or time."""
+    first, other = make(), make()
+    assert_same(first.rows(7, np.arange(4)), other.rows(7, np.arange(4)))
+    expected = [other.records(step) for step in range(20)]
+    for step in np.random.default_rng(0).permutation(20):
+        np.testing.assert_array_equal(make().records(int(step)), expected[step])
+    assert set(make().records(10**12)) <= set(range(13))
 
 
-def test_an_empty_split_is_refused(split):
-    store = ByteStore(split._url.removesuffix("/train"))
-    with pytest.raises(DataError, match="split 'none' holds no records"):
-        make(store.split("none"))
-    with pytest.raises(DataError, match="has splits"):
-        store.split("test")
+def test_the_first_records_only():
+    batches = make(num_records=100)
+    few = Batches(batches._split, batch_size=4, seq_len=SEQ_LEN, num_records=10, shuffle_seed=0)
+    assert sorted(stream(few, steps=5)) == sorted([*range(10)] * 2)
+    assert few.steps_per_epoch == 3
+    assert make(num_records=100, **{"seq_len": SEQ_LEN}).steps_per_epoch == 25
 
 
-def test_errors_of_reader_threads_surface_as_they_are(split, monkeypatch):
-    def fail(indices):
-        raise DataError("train/bytes is damaged")
+@given(num_records=sizes, batch_size=sizes)
+@settings(max_examples=30, deadline=None)
+def test_evaluation_has_every_record_once_and_then_padding(num_records, batch_size):
+    batches = make(num_records, batch_size, seed=None)
+    steps = [batches.rows(s, np.arange(batch_size)) for s in range(batches.steps_per_epoch)]
+    valid = np.concatenate([step["valid"] for step in steps])
+    labels = np.concatenate([step["labels"] for step in steps])
+    tokens = np.concatenate([step["tokens"] for step in steps])
+    np.testing.assert_array_equal(labels[valid], np.arange(num_records))
+    assert sum(valid) == num_records
+    assert valid[:num_records].all()
+    assert len(valid) - num_records < batch_size
+    assert (tokens[~valid] == PAD).all()
+    assert batches._split.reads == list(range(num_records))
 
-    monkeypatch.setattr(split, "read", fail)
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))
+
+# ---- the contents of rows
+
+
+def test_rows_hold_bytes_and_then_padding():
+    batch = make(seed=None).rows(1, np.arange(4))  # records 4 to 7, of 4 to 7 bytes
+    for row, index in enumerate(range(4, 8)):
+        assert list(batch["tokens"][row]) == [index] * index + [PAD] * (SEQ_LEN - index)
+    assert list(batch["labels"]) == [4, 5, 6, 7]
+    assert {name: (x.dtype, x.shape) for name, x in batch.items()} == {
+        "tokens": (np.int32, (4, SEQ_LEN)),
+        "labels": (np.int32, (4,)),
+        "valid": (bool, (4,)),
+    }
+
+
+def test_truncation_keeps_the_beginning():
+    split = CountingSplit(4)
+    split.lengths = np.full(4, 100)
+    split.read = lambda indices: [np.arange(100, dtype=np.uint8) for _ in indices]
+    batches = Batches(split, batch_size=2, seq_len=SEQ_LEN, truncate=True)
+    np.testing.assert_array_equal(batches.rows(0, np.arange(2))["tokens"], [range(SEQ_LEN)] * 2)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_processes_read_their_own_rows_of_the_same_batch(num_processes, seed):
+    whole = make(num_records=50, batch_size=8, seed=seed)
+    for step in range(whole.steps_per_epoch):
+        parts = []
+        for rows in np.split(np.arange(8), num_processes):
+            batches = make(num_records=50, batch_size=8, seed=seed)
+            parts.append(batches.rows(step, rows))
+            mine = whole.records(step)[rows]
+            assert batches._split.reads == list(mine[mine >= 0])
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        assert_same(joined, whole.rows(step, np.arange(8)))
+
+
+# ---- reading ahead
+
+
+def test_loading_starts_at_any_step():
+    batches = make()
+    steps = list(loaded(batches, 5, 9))
+    assert len(steps) == 4
+    for step, batch in zip(range(5, 9), steps):
+        assert_same(batch, batches.rows(step, np.arange(4)))
+        assert all(isinstance(x, jax.Array) for x in batch.values())
+
+
+def test_steps_come_in_order_however_long_their_reads_take():
+    batches, random = make(40, batch_size=2, seed=None), np.random.default_rng(0)
+    delays = random.uniform(0, 0.02, 40)
+    batches._split._wait = lambda index: time.sleep(delays[index])
+    labels = [batch["labels"] for batch in loaded(batches, 0, 20, threads=4, prefetch=8)]
+    np.testing.assert_array_equal(np.concatenate(labels), range(40))
+    assert batches._split.reads != list(range(40))  # they were read in another order
+
+
+def test_reading_ahead_has_a_bound():
+    batches = make(1000, batch_size=1)
+    steps = loaded(batches, 0, 1000, threads=2, prefetch=3)
+    for _ in range(10):
+        next(steps)
+    time.sleep(0.3)
+    assert 10 <= len(batches._split.reads) <= 10 + 3 + 2
+
+
+def test_reading_happens_in_threads_of_its_own():
+    batches, readers = make(), set()
+    batches._split._wait = lambda index: readers.add(threading.current_thread())
+    list(loaded(batches, 0, 5))
+    assert threading.main_thread() not in readers
+
+
+# ---- errors
+
+
+def test_an_error_of_a_reader_arrives_where_the_step_is_taken():
+    batches = make(seed=None)
+
+    def fail(index):
+        if index == 9:  # in step 2
+            raise DataError("record 9 is damaged")
+
+    batches._split._wait = fail
+    steps = loaded(batches, 0, 3)
+    next(steps), next(steps)
+    with pytest.raises(DataError, match="record 9 is damaged"):
+        next(steps)
+
+
+def test_a_damaged_store_is_an_error_of_the_loop(tmp_path):
+    rng, path = np.random.default_rng(0), str(tmp_path / "store")
+    records = [byte_store.Record(rng.bytes(SEQ_LEN), 0) for _ in range(64)]
+    byte_store.write(path, {"train": records}, classes=["a"], provenance={})
+    file = max((p for p in (tmp_path / "store/train/bytes").rglob("*") if p.is_file()),
+               key=lambda p: p.stat().st_size)  # fmt: skip
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    batches = Batches(byte_store.ByteStore(path).split("train"), batch_size=4, seq_len=SEQ_LEN)
     with pytest.raises(DataError, match="damaged"):
-        next(load(make(split), sharding, 0, 3, threads=2, prefetch=2))
+        list(loaded(batches, 0, 16))
+
+
+def test_a_record_that_is_too_long_is_named():
+    with pytest.raises(DataError, match=r"record 8 of split 'test' has 8 bytes.* 4.*truncate"):
+        make(seq_len=4)
+    make(seq_len=4, truncate=True)
+    make(seq_len=4, num_records=5)
+
+
+def test_an_empty_split_is_an_error():
+    with pytest.raises(DataError, match="'test' holds no records"):
+        make(num_records=0)

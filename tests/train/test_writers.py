@@ -1,6 +1,7 @@
 """Metrics on disk: the lines of a resumed run, and event files with and without TensorFlow."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -30,7 +31,7 @@ class Events:
     close = flush
 
 
-def write(workdir, resume_step, steps, **options):
+def write(workdir, resume_step, steps):
     writer = writers.MetricWriter(str(workdir), is_leader=True, resume_step=resume_step)
     for step in steps:
         writer.scalars(step, values_of(step))
@@ -55,7 +56,9 @@ def test_lines_continue_after_the_resumed_step(tmp_path_factory):
     assert len(expected) == 12
     text = "".join(expected)
 
-    @given(cut=st.integers(0, len(text)), resume=st.integers(0, 9))
+    ends = [match.start() for match in re.finditer("\n", text)]
+
+    @given(cut=st.integers(0, len(text)) | st.sampled_from(ends), resume=st.integers(0, 9))
     @settings(max_examples=150, deadline=None)
     def killed_and_resumed(cut, resume):
         workdir = tmp_path_factory.mktemp("cut")

@@ -1,0 +1,229 @@
+"""What a user can do wrong, and what a machine can do to a run: one message, nothing destroyed."""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from spectral_pod import config as config_lib
+from spectral_pod import models
+from spectral_pod.errors import UserError
+from spectral_pod.parallel.mesh import make_mesh
+from spectral_pod.train import loop
+from spectral_pod.train.checkpoint import Checkpointer
+from spectral_pod.train.optim import make_optimizer
+from spectral_pod.train.state import abstract_state
+from tests import trainer
+
+
+@pytest.fixture
+def raising_config(tmp_path):
+    file = tmp_path / "raising.py"
+    file.write_text("def get_config():\n    return [][1]\n")
+    return file
+
+
+def fails(arguments, *, workdir, code=2):
+    """The one line on stderr of a command that leaves no workdir."""
+    done = trainer.run(arguments, code=code)
+    (message,) = done.stderr.strip().splitlines()
+    assert not workdir.exists()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.totl_steps=5", r"config.train.totl_steps=5: .* did you mean 'total_steps'\?"),
+        ("train.total_steps=abc", "flag --config.train.total_steps=abc: invalid literal for int"),
+    ],
+)
+def test_impossible_overrides(tmp_path, override, message):
+    workdir = tmp_path / "run"
+    assert re.search(message, fails(trainer.command(workdir, override), workdir=workdir))
+
+
+def test_unknown_flag(tmp_path):
+    command = [*trainer.command(tmp_path / "run"), "--wrokdir=x"]
+    message = fails(command, workdir=tmp_path / "run")
+    assert message == "ConfigError: Unknown command line flag 'wrokdir'. Did you mean: workdir ?"
+
+
+def test_config_files_that_cannot_be_used(tmp_path, raising_config):
+    for config, message in (
+        ("missing.py", "the config file cannot be read: .* 'missing.py'"),
+        (raising_config, f"{raising_config}:2: IndexError: list index out of range"),
+        ("configs/lra_listops.py:tiny", r"configs/lra_listops.py:\d+: .*'tiny'; there are .*'cpu'"),
+    ):
+        command = trainer.command(tmp_path / "run", config=config)
+        assert re.search(f"ConfigError: {message}", fails(command, workdir=tmp_path / "run"))
+
+
+def test_a_workdir_below_a_file(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("precious")
+    done = trainer.run(trainer.command(file / "run"), code=2)
+    message = done.stderr.strip().splitlines()[-1]
+    assert re.match(f"NotADirectoryError: .*the workdir is {file}/run", message)
+    assert "Traceback" not in done.stderr
+    assert file.read_text() == "precious"
+
+
+def config(**fields):
+    c = trainer.get_config()
+    c.data.dir = str(trainer.home() / "data")
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return c
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data__task": "lsitops"}, "config.data.task is 'lsitops'.*did you mean 'listops'"),
+        ({"mesh__data": 99}, "config.mesh asks for data=99 .* there are"),
+        ({"mesh__sequence": 2}, "config.mesh.sequence is 2.*set it to 1"),
+        ({"train__global_batch_size": 9}, "global_batch_size is 9, not divisible by mesh.data x"),
+        ({"data__truncate": False}, r"record \d+ of split 'train' has \d+ bytes, .*data.truncate"),
+    ],
+)
+def test_impossible_configurations_leave_no_workdir(tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        loop.run(config(**fields), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_fields_and_options_are_named(tmp_path):
+    c = config()
+    c.train.totl_steps = 5
+    with pytest.raises(UserError, match=r"config.train.totl_steps .*mean config.train.total_steps"):
+        loop.run(c, str(tmp_path / "run"))
+    c = config()
+    c.data.options = ConfigDict({"trian": 64})
+    with pytest.raises(
+        UserError, match=r"config.data.options.trian is unknown to listops.*'train'"
+    ):
+        loop.run(c, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_record_of_a_later_split_is_measured_before_training(tmp_path, monkeypatch):
+    """All records of the training split fit, one of the validation split doesn't."""
+    lengths = {"train": 100, "validation": 300, "test": 100}
+    monkeypatch.setattr(
+        loop.byte_store.Split, "lengths", property(lambda s: np.full(len(s), lengths[s.name]))
+    )
+    with pytest.raises(UserError, match="split 'validation' has 300 bytes"):
+        loop.run(config(data__truncate=False), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_configuration(tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trainer.uninterrupted(), workdir)
+    before = content(workdir)
+    with pytest.raises(UserError, match=f"{workdir} .*model.hidden_dim: 16 there, 32 now"):
+        loop.run(config(model__hidden_dim=32), str(workdir))
+    assert content(workdir) == before
+    digest = json.loads((workdir / "config.json").read_text())["data_digest"]
+    free = {"mesh__fsdp": 2, "checkpoint__every_steps": 7, "train__log_every_steps": 3}
+    config_lib.claim_workdir(str(workdir), config(**free), digest)
+    assert content(workdir) == before
+
+
+def test_data_that_changed_under_a_workdir(tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trainer.uninterrupted(), workdir)
+    shutil.copytree(trainer.home() / "data", tmp_path / "data")
+    (manifest,) = (tmp_path / "data").glob("*/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
+    before = content(workdir)
+    with pytest.raises(UserError, match=f"{workdir} was trained on another version of the data"):
+        loop.run(config(data__dir=str(tmp_path / "data")), str(workdir))
+    assert content(workdir) == before
+
+
+def test_a_loss_that_is_no_number(tmp_path):
+    workdir = tmp_path / "run"
+    fields = {"optimizer.learning_rate": 1e30, "model.num_layers": 1, "model.memory_interval": 0}
+    overrides = [f"{field}={value}" for field, value in fields.items()]
+    done = trainer.run(trainer.command(workdir, *overrides, "checkpoint.every_steps=1"), code=3)
+    message = done.stderr.strip().splitlines()[-1]
+    match = re.match(r"NonFiniteError: step (\d+): the loss is .* non-finite \w+ in \['", message)
+    assert match, message
+    assert "Traceback" not in done.stderr
+
+    c = config()
+    c.update_from_flattened_dict(fields)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}, jax.devices()[:1])
+    model = models.build(c, seq_len=c.data.seq_len, num_classes=10)
+    abstract = abstract_state(model, make_optimizer(c), mesh, c.data.seq_len)
+    with Checkpointer(str(workdir / "checkpoints"), keep_latest=2, keep_best=1) as checkpointer:
+        state = checkpointer.restore(abstract)
+    assert int(state.step) == int(match[1]) - 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert not (workdir / "quarantine").exists()
+
+
+def test_interrupted_from_the_keyboard(tmp_path):
+    workdir, log = trainer.with_compiled(tmp_path / "run"), tmp_path / "log"
+    child = trainer.start(trainer.command(workdir), log)
+    try:
+        while log.read_text().count("accuracy") < 8:
+            assert child.poll() is None, log.read_text()
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == 130, log.read_text()
+    finally:
+        child.kill()
+    told = "Interrupted; the same command continues from the newest checkpoint\n"
+    assert told in log.read_text()
+    assert "Traceback" not in log.read_text()
+    done = trainer.run(trainer.command(workdir))
+    assert "starting at step 0" not in done.stdout
+    trainer.assert_same_run(workdir, trainer.uninterrupted())
+
+
+@contextlib.contextmanager
+def small_disk(mount):
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk(tmp_path):
+    mount = tmp_path / "disk"
+    workdir = mount / "run"
+    uninterrupted = trainer.uninterrupted()
+    with small_disk(mount):
+        trainer.with_compiled(workdir)
+        command = trainer.command(workdir, "checkpoint.every_steps=4", "checkpoint.keep_latest=99")
+        done = trainer.run(command, code=2)
+        (message,) = re.findall("^(?:Checkpoint|User|OS)Error: .*", done.stderr, re.MULTILINE)
+        assert str(workdir) in message
+        assert "No space left on device" in message
+        assert "spectral_pod/main.py" not in done.stderr  # no traceback of ours
+        sound = max(int(path.stem) for path in (workdir / "seals").glob("*.json"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+        done = trainer.run(command)
+        assert f"starting at step {sound}\n" in done.stdout
+        assert (
+            trainer.result(workdir)["params_digest"]
+            == (trainer.result(uninterrupted)["params_digest"])
+        )
