@@ -62,7 +62,7 @@ def train_step(
         micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, outputs = jax.lax.scan(accumulate, zeros, micros)
-        outputs = jax.tree.map(jnp.ravel, outputs)
+        outputs = jax.tree.map(lambda x: jnp.ravel(x.T), outputs)  # rows where they were
 
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -22,15 +22,15 @@ from tests.multidevice import fake_devices
 
 STEPS, ROWS, SEQ_LEN = 20, 16, 256
 # Meshes and micro-batches a step.
-QUICK = (("data=2 fsdp=2 tensor=2", 1), ("data=8", 2))
+QUICK = (("data=2 fsdp=2 tensor=2", 2), ("data=8", 2))
 SLOW = (
     ("data=2", 1),
     ("fsdp=2", 1),
     ("tensor=2", 1),
     ("data=2 fsdp=2", 1),
     ("fsdp=2 tensor=2", 1),
+    ("data=2 fsdp=2 tensor=2", 1),
     ("data=8", 1),
-    ("fsdp=2 tensor=2", 2),
 )
 
 
@@ -131,7 +131,7 @@ def compared(cases):
 
 @pytest.fixture(
     params=[*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)],
-    ids=lambda case: f"{case[0]} in {case[1]}",
+    ids=lambda case: f"{case[0]}, {case[1]} micro-batches",
 )
 def found(request):
     return compared(QUICK if request.param in QUICK else SLOW)[request.param]
