@@ -1,5 +1,7 @@
 """FLOPs counted from the jaxpr against counts by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from spectral_pod import models
 from spectral_pod.analysis.flops import forward_flops
 from spectral_pod.config import default
+from spectral_pod.ops.delta_rule import delta_rule
 
 
 def arg(*shape, dtype=jnp.float32):
@@ -17,6 +20,14 @@ def arg(*shape, dtype=jnp.float32):
 MATMUL = 2 * 3 * 4 * 5
 
 
+@jax.custom_vjp
+def product(a, b):
+    return a @ b
+
+
+product.defvjp(lambda a, b: (a @ b, (a, b)), lambda ab, dy: (dy @ ab[1].T, ab[0].T @ dy))
+
+
 @pytest.mark.parametrize(
     ("fn", "args", "want"),
     [
@@ -24,6 +35,9 @@ MATMUL = 2 * 3 * 4 * 5
         (lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (arg(7, 3, 4), arg(7, 4, 5)), 7 * MATMUL),
         (jax.jit(jnp.matmul), (arg(3, 4), arg(4, 5)), MATMUL),
         (jax.checkpoint(jnp.matmul), (arg(3, 4), arg(4, 5)), MATMUL),
+        (product, (arg(3, 4), arg(4, 5)), MATMUL),
+        (jax.jit(jax.checkpoint(product)), (arg(3, 4), arg(4, 5)), MATMUL),
+        (jax.vmap(product), (arg(7, 3, 4), arg(7, 4, 5)), 7 * MATMUL),
         (lambda x: jnp.fft.rfft(x, 16), (arg(6, 16),), 6 * 2.5 * 16 * 4),
         (lambda x: jnp.fft.fft(x), (arg(6, 16, dtype=jnp.complex64),), 6 * 5 * 16 * 4),
         (lambda x: jnp.fft.irfft(x, 16), (arg(6, 9, dtype=jnp.complex64),), 6 * 2.5 * 16 * 4),
@@ -44,6 +58,23 @@ def test_a_scan_counts_every_turn_and_a_branch_its_dearest_side():
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     assert forward_flops(either, arg(4, 4)) == 2 * 2 * 4**3
+
+
+def test_the_delta_rule_by_hand():
+    B, N, H, K, T = 2, 512, 3, 64, 32
+    tokens = (*[arg(B, N, H, K)] * 3, arg(B, N, H))
+
+    def per_token(**options):
+        rule = functools.partial(delta_rule, **options)
+        return forward_flops(rule, *tokens) / (B * N * H)
+
+    recurrence = 3 * 2 * K * K  # S k, the write, S q
+    # Sixteen products of 8 x 8 matrices, then two for each block off the diagonal.
+    inverse = 2 * (16 * 8**3 + 2 * 2 * 8**3 + 2 * 16**3) / T
+    chunked = 3 * 2 * K * K + 4 * 2 * T * K + inverse  # and k k^T, q k^T, and each times values
+    assert per_token(method="recurrent") == recurrence
+    assert per_token(clip=None) == pytest.approx(chunked)
+    assert per_token() == pytest.approx(chunked + recurrence)  # the dearest side of the branch
 
 
 def test_a_spectral_model_without_memory_is_its_products_and_ffts():

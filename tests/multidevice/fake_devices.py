@@ -32,7 +32,7 @@ NUM_CLASSES = 10
 
 
 def run(file, function, *arguments):
-    """What `function(*arguments)` of a test file returns in a process of its own, by way of JSON."""
+    """What `function(*arguments)` of a test file returns in a process of its own, as JSON."""
     command = [sys.executable, file, function, json.dumps(arguments)]
     environment = trainer.environment() | {"XLA_FLAGS": " ".join(FLAGS)}
     done = subprocess.run(

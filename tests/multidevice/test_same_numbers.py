@@ -138,7 +138,7 @@ def found(request):
 
 
 def test_parameters_start_equal(found):
-    """The random draws are the same bits; a filter is the FFT of such draws, equal up to rounding."""
+    """The random draws are the same bits; a filter is the FFT of such draws, but for rounding."""
     for name, norms in found["parameters"].items():
         bound = 1e-6 if name.endswith("filter") else 0
         assert norms["initial difference"] <= bound * norms["initial"], name

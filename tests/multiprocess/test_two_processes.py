@@ -54,7 +54,7 @@ def two_processes(*options):
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:%d" % free.getsockname()[1]
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     distributed = [f"--coordinator_address={address}", "--num_processes=2"]
     logs = [folder / f"{i}.log" for i in range(2)]
     with contextlib.ExitStack() as stack:
