@@ -1,5 +1,6 @@
 """The bidirectional spectral mixer: a learned filter per channel, and a gate by its energy."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.ops.fft import spectral_filter
-from spectral_pod.parallel.sharding import constrain, partitioned
+from spectral_pod.parallel.sharding import constrain, partitioned, shard_op
 
 
 class SpectralLayer(nn.Module):
@@ -88,10 +89,13 @@ def _decaying_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
     """
     _, num_bins, width = shape
     fft_length = 2 * (num_bins - 1)
+    axes = ("frequency", "filter")
     time = jnp.arange(fft_length, dtype=dtype)
     lag_T = jnp.minimum(time, fft_length - time)
     tau_D = jnp.exp(jnp.linspace(0.0, jnp.log(jnp.asarray(fft_length / 2, dtype)), width))
     envelope_TD = jnp.exp(-lag_T[:, None] / tau_D[None])
     envelope_TD /= jnp.linalg.norm(envelope_TD, axis=0, keepdims=True)
-    w_FD = jnp.fft.rfft(envelope_TD * jax.random.normal(key, (fft_length, width), dtype), axis=0)
+    noise_TD = constrain(envelope_TD * jax.random.normal(key, envelope_TD.shape, dtype), *axes)
+    # Each device transforms the channels it will hold: no filter is whole anywhere.
+    w_FD = shard_op(partial(jnp.fft.rfft, axis=0), [axes], axes)(noise_TD)
     return jnp.stack([w_FD.real, w_FD.imag])

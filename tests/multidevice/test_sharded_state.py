@@ -81,7 +81,6 @@ def test_moments_are_split_as_their_parameters(sizes):
         assert split == params
 
 
-@pytest.mark.xfail(reason="the FFT in the filters' initializer gathers a layer's whole noise")
 @pytest.mark.parametrize("sizes", MESHES)
 def test_initialization_holds_shards_only(sizes):
     found = measured()[sizes]
