@@ -33,7 +33,7 @@ def forward_flops(fn: Callable[..., Any], *args: Any) -> float:
 
     Elementwise work is left out, as in the usual definition of model FLOPs. `fn` is traced on
     abstract arguments without a mesh, so shapes are global. A scan counts its body every time; of
-    a branch the dearest side counts.
+    a branch the cheapest side counts, since the other ones here are rare fall-backs.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -58,7 +58,7 @@ def _equation(equation: Any) -> float:
     if name == "scan":
         return params["length"] * _count(params["jaxpr"].jaxpr)
     if name == "cond":
-        return max(_count(branch.jaxpr) for branch in params["branches"])
+        return min(_count(branch.jaxpr) for branch in params["branches"])
     inner = [
         getattr(params[key], "jaxpr", params[key])
         for key in ("jaxpr", "call_jaxpr", "fun_jaxpr")

@@ -12,6 +12,7 @@ from spectral_pod.layers.delta_memory import DeltaMemoryLayer
 from spectral_pod.layers.dense import layer_norm
 from spectral_pod.layers.feed_forward import GatedFeedForward
 from spectral_pod.layers.spectral import SpectralLayer
+from spectral_pod.parallel.sharding import constrain
 
 # Rematerialization of a block in the backward pass: what is kept instead of computed again.
 REMAT: dict[str, Any] = {
@@ -86,8 +87,11 @@ class Block(nn.Module):
         """Pre-norm `x + layer(norm(x))` or post-norm `norm(x + layer(x))`, with dropout."""
         drop = nn.Dropout(self.config.dropout, deterministic=self.deterministic)
         if self.config.norm == "pre":
-            return x_BND + drop(layer(layer_norm(x_BND, norm).astype(x_BND.dtype)))
-        return layer_norm(x_BND + drop(layer(x_BND)), norm).astype(x_BND.dtype)
+            x_BND += drop(layer(layer_norm(x_BND, norm).astype(x_BND.dtype)))
+        else:
+            x_BND = layer_norm(x_BND + drop(layer(x_BND)), norm).astype(x_BND.dtype)
+        # Whole between layers: XLA would split it over tensor and gather it for every product.
+        return constrain(x_BND, "batch", "position", "width")
 
 
 class BlockGroup(nn.Module):

@@ -73,6 +73,11 @@ def test_a_deleted_shard_is_an_error(store, tmp_path):
         split.read(range(len(split)))
 
 
+def test_a_split_that_is_not_there_is_named(store):
+    with pytest.raises(DataError, match="has splits .*'train'.*, not 'tset'"):
+        ByteStore(store).split("tset")
+
+
 def test_labels_must_have_a_class(tmp_path):
     rows = [Record(b"x", 0), Record(b"y", 4)]
     with pytest.raises(DataError, match="record 1 has label 4"):
