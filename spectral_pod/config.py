@@ -52,7 +52,7 @@ def default() -> ConfigDict:
     c.model.spectral = ConfigDict()
     c.model.spectral.padding = "linear"  # or 'circular'
     c.model.spectral.parametrization = "frequency"  # or 'time'
-    c.model.spectral.energy_gate = "rms"  # or 'norm' (seed-literal), 'none'
+    c.model.spectral.energy_gate = "rms"  # or 'norm' (the original design), 'none'
     c.model.spectral.kernel_dropout = 0.0  # 'time' only
     c.model.spectral.kernel_threshold = 0.0  # 'time' only: soft threshold on taps
     c.model.memory = ConfigDict()

@@ -17,11 +17,11 @@ class SpectralLayer(nn.Module):
     Attributes:
       max_positions: N the filter is made for; shorter sequences use its shorter lags.
       padding: 'linear' filters at 2N points, so the ends don't wrap into each other; 'circular'
-        at N points (seed-literal).
+        at N points (the original design).
       parametrization: 'frequency' learns W itself; 'time' learns the kernel, which is
         soft-thresholded and dropped out before its transform.
       energy_gate: 'rms' is `sigmoid(a log rms(u) + b)` with a, b learned per channel; 'norm' is
-        `sigmoid(|u|)` (seed-literal: at least 0.999999 for unit variance and D = 256); 'none'.
+        `sigmoid(|u|)` (the original design: at least 0.999999 for unit variance and D = 256); 'none'.
     """
 
     max_positions: int
@@ -77,7 +77,7 @@ def rms_gate(u_BND: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.Arr
 
 
 def norm_gate(u_BND: jax.Array) -> jax.Array:
-    """`sigmoid(|u|)`, [B, N, 1]: the seed's gate, which is 1 for any u of ordinary size."""
+    """`sigmoid(|u|)`, [B, N, 1]: the original gate, which is 1 for any u of ordinary size."""
     return jax.nn.sigmoid(jnp.sqrt(jnp.sum(jnp.square(u_BND), axis=-1, keepdims=True) + 1e-12))
 
 

@@ -137,7 +137,7 @@ def test_dropout_is_drawn_only_in_training(rows):
     np.testing.assert_array_equal(one, train_logits(jax.random.key(1)))
 
 
-def test_the_seeds_energy_gate_does_nothing_and_the_default_does():
+def test_the_original_energy_gate_does_nothing_and_the_default_does():
     """sigmoid(|u|) of unit-variance u at D = 256 is 1; the rms gate halves it, and can learn."""
     u_BND = jax.random.normal(jax.random.key(0), (1, 64, 256))
     assert norm_gate(u_BND).min() > 0.999999
