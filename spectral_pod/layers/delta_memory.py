@@ -16,8 +16,8 @@ class DeltaMemoryLayer(nn.Module):
 
     Attributes:
       num_heads, head_dim: H memories of [K, K].
-      normalize_keys: L2-normalises q and k; without it (the original design) the recurrence diverges on
-        Gaussian keys but for its clip.
+      normalize_keys: L2-normalises q and k; without it (the original design) the recurrence
+        diverges on Gaussian keys but for its clip.
       beta_range: the learning rate beta = sigmoid(.) is scaled into it. The original (0.01, 0.3)
         cannot overwrite: after one write a key recalls 0.7 old + 0.3 new.
       method: 'chunked' or 'recurrent', the same numbers (`ops/delta_rule.py`).

@@ -21,7 +21,8 @@ class SpectralLayer(nn.Module):
       parametrization: 'frequency' learns W itself; 'time' learns the kernel, which is
         soft-thresholded and dropped out before its transform.
       energy_gate: 'rms' is `sigmoid(a log rms(u) + b)` with a, b learned per channel; 'norm' is
-        `sigmoid(|u|)` (the original design: at least 0.999999 for unit variance and D = 256); 'none'.
+        `sigmoid(|u|)` (the original design: at least 0.999999 for unit variance and D = 256);
+        'none'.
     """
 
     max_positions: int
