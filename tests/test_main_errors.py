@@ -172,7 +172,8 @@ def test_a_loss_that_is_no_number(tmp_path):
     with Checkpointer(str(workdir / "checkpoints"), keep_latest=2, keep_best=1) as checkpointer:
         state = checkpointer.restore(abstract)
     assert int(state.step) == int(match[1]) - 1
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    # Finite is not enough: the step that blew the parameters up had a finite loss and gradients.
+    assert all(np.abs(leaf).max() < 1e3 for leaf in jax.tree.leaves(state.params))
     assert not (workdir / "quarantine").exists()
 
 

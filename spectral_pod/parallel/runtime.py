@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 from jax._src import distributed
-from jax.experimental import multihost_utils
 
 
 def initialize(coordinator_address: str | None, num_processes: int, process_id: int) -> None:
@@ -24,8 +23,3 @@ def barrier(name: str, timeout_s: int = 3600) -> None:
         return
     client: Any = distributed.global_state.client
     client.wait_at_barrier(name, timeout_in_ms=timeout_s * 1000)
-
-
-def broadcast(value: int) -> int:
-    """The leader's value, on every process."""
-    return int(multihost_utils.broadcast_one_to_all(value))

@@ -72,7 +72,10 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     )
     state: Any = checkpointer.restore(abstract)
     if eval_only:
-        return _evaluate_only(state, abstract, model, mesh, config, store, workdir)
+        if state is None:
+            raise DataError(f"{workdir} holds no sound checkpoint to evaluate; train first")
+        held_out = eval_batches[config.train.eval_split]
+        return _evaluate_only(state, abstract, model, mesh, config, held_out, store.classes)
     if state is None:
         state = init_state(model, tx, mesh, config.data.seq_len, config.seed)
     first_step = int(state.step)
@@ -190,27 +193,25 @@ def say(line: str) -> None:
 
 
 def _evaluate_only(
-    state: TrainState | None,
+    state: TrainState,
     abstract: TrainState,
     model: Any,
     mesh: Mesh,
     config: ConfigDict,
-    store: byte_store.ByteStore,
-    workdir: str,
+    batches: pipeline.Batches,
+    classes: list[str],
 ) -> dict[str, Any]:
-    if state is None:
-        raise DataError(f"{workdir} holds no sound checkpoint to evaluate; train first")
     with jax.set_mesh(mesh):
         result = evaluate(
             jit_eval_step(model, mesh, abstract),
             state.params,
-            open_batches(config, store, config.train.eval_split),
+            batches,
             mesh,
             threads=config.data.threads,
             prefetch=config.data.prefetch,
         )
     say(f"step {int(state.step)} {_eval_line(config.train.eval_split, result)}")
-    say(confusion_table(result["confusion"], store.classes))
+    say(confusion_table(result["confusion"], classes))
     return {"step": int(state.step), "eval": result}
 
 

@@ -31,8 +31,8 @@ def train_step(
 ) -> tuple[TrainState, tuple[Averages, dict[str, jax.Array]]]:
     """One optimizer step on the global batch.
 
-    Returns the next state, the step's averages, and scalars by name: gradient and parameter norms
-    by group (before the update) and learning rates.
+    Returns the next state, the step's averages, and scalars by name: norms of the gradients and
+    of the updated parameters by group, and learning rates.
     """
     num_micro = config.train.grad_accumulation
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -67,12 +67,13 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         rates = {group: rate(state.step) for group, rate in schedules(config).items()}
+    params = optax.apply_updates(state.params, updates)
     scalars = {f"grad_norm/{group}": norm for group, norm in norms(grads).items()}
-    scalars |= {f"param_norm/{group}": norm for group, norm in norms(state.params).items()}
+    # Of the new parameters: finite gradients can still end in an update that overflows.
+    scalars |= {f"param_norm/{group}": norm for group, norm in norms(params).items()}
     scalars |= {
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
     }
-    params = optax.apply_updates(state.params, updates)
     state = TrainState(state.step + 1, params, opt_state)
     return state, (Averages.single_from_model_output(**outputs), scalars)
 

@@ -262,7 +262,8 @@ def test_impossible_requests_name_the_field(tmp_path):
 
 
 def test_tfds_holds_the_same_examples(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds  # here: TensorFlow takes seconds to import
+
     from spectral_pod.data.tasks import listops_tfds
 
     config = next(c for c in listops_tfds.Listops.BUILDER_CONFIGS if c.name == "tiny")
