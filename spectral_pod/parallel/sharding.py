@@ -14,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
 
+SEQUENCE = "sequence"  # the mesh axis that splits positions; ops that communicate name it
+
 # Logical axis -> mesh axes. Activations first, then parameters.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),  # sequences of a batch
-    ("position", "sequence"),  # bytes or patches of a sequence
+    ("position", SEQUENCE),  # bytes or patches of a sequence
     ("channel", "tensor"),  # activation width inside a spectral operation
     ("head", "tensor"),  # memory heads, activations and parameters
     ("width", None),  # model width of activations between blocks
@@ -68,6 +70,11 @@ def shard_op(
     single = not out_axes or out_axes[0] is None or isinstance(out_axes[0], str)
     out_specs = spec(*out_axes) if single else tuple(spec(*axes) for axes in out_axes)  # type: ignore[misc]
     return jax.shard_map(fn, in_specs=tuple(spec(*a) for a in in_axes), out_specs=out_specs)
+
+
+def sequence_shards() -> int:
+    """Into how many parts the mesh that is set, if any, splits the positions of a sequence."""
+    return jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
 
 
 def partitioned(init: Callable[..., Any], *axes: str | None) -> Callable[..., Any]:
