@@ -52,6 +52,7 @@ def default() -> ConfigDict:
     c.model.spectral = ConfigDict()
     c.model.spectral.padding = "linear"  # or 'circular'
     c.model.spectral.parametrization = "frequency"  # or 'time'
+    c.model.spectral.method = "auto"  # or 'right_angle', 'real', 'matmul', 'plain' (ops/fft.py)
     c.model.spectral.energy_gate = "rms"  # or 'norm' (the original design), 'none'
     c.model.spectral.kernel_dropout = 0.0  # 'time' only
     c.model.spectral.kernel_threshold = 0.0  # 'time' only: soft threshold on taps
@@ -103,6 +104,7 @@ _CHOICES = {
     "model.remat": ("none", "full", "dots"),
     "model.spectral.padding": ("linear", "circular"),
     "model.spectral.parametrization": ("frequency", "time"),
+    "model.spectral.method": ("auto", "right_angle", "real", "matmul", "plain"),
     "model.spectral.energy_gate": ("rms", "norm", "none"),
     "model.memory.method": ("chunked", "recurrent"),
     "train.eval_split": ("train", "validation", "test"),
@@ -164,11 +166,6 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     for axis, size in sizes.items():
         if size < 1 and not (axis == "data" and size == -1):
             raise ConfigError(f"config.mesh.{axis} is {size}; it must be at least 1")
-    if sizes["sequence"] != 1:
-        raise ConfigError(
-            f"config.mesh.sequence is {sizes['sequence']}; this version's operations need whole "
-            "sequences on a device: set it to 1"
-        )
     others = math.prod(size for axis, size in sizes.items() if axis != "data")
     if sizes["data"] == -1:
         sizes["data"] = max(1, num_devices // others)

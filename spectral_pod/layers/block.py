@@ -27,6 +27,7 @@ def _spectral(config: ml_collections.ConfigDict, deterministic: bool, name: str)
         max_positions=config.max_positions,
         padding=config.spectral.padding,
         parametrization=config.spectral.parametrization,
+        method=config.spectral.method,
         energy_gate=config.spectral.energy_gate,
         kernel_dropout=config.spectral.kernel_dropout,
         kernel_threshold=config.spectral.kernel_threshold,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.ops.fft import spectral_filter
-from spectral_pod.parallel.sharding import constrain, partitioned, shard_op
+from spectral_pod.parallel.sharding import constrain, filter_axis, partitioned, shard_op
 
 
 class SpectralLayer(nn.Module):
@@ -20,6 +20,7 @@ class SpectralLayer(nn.Module):
         at N points (the original design).
       parametrization: 'frequency' learns W itself; 'time' learns the kernel, which is
         soft-thresholded and dropped out before its transform.
+      method: how the filter is computed, see `ops/fft.py`.
       energy_gate: 'rms' is `sigmoid(a log rms(u) + b)` with a, b learned per channel; 'norm' is
         `sigmoid(|u|)` (the original design: at least 0.999999 for unit variance and D = 256);
         'none'.
@@ -28,6 +29,7 @@ class SpectralLayer(nn.Module):
     max_positions: int
     padding: str
     parametrization: str
+    method: str
     energy_gate: str
     kernel_dropout: float
     kernel_threshold: float
@@ -40,18 +42,19 @@ class SpectralLayer(nn.Module):
         width = x_BND.shape[-1]
         fft_length = {"linear": 2, "circular": 1}[self.padding] * self.max_positions
         x_BND = jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype))
-        u_BND = spectral_filter(x_BND, self._transfer(fft_length, width), fft_length)
+        u_BND = spectral_filter(x_BND, self._transfer(fft_length, width), fft_length, self.method)
         u_BND = constrain(u_BND, "batch", "position", "width").astype(jnp.float32)
         return (self._gate(u_BND) * u_BND).astype(self.dtype)
 
     def _transfer(self, fft_length: int, width: int) -> jax.Array:
         """complex64 [F, D]: the filter's transfer function."""
+        channels = filter_axis(width)
         if self.parametrization == "frequency":
-            axes = (None, "frequency", "filter")
+            axes = (None, "frequency", channels)
             shape = (2, fft_length // 2 + 1, width)
             real_imag = self.param("filter", partitioned(_decaying_noise, *axes), shape)
             return jax.lax.complex(real_imag[0], real_imag[1])
-        init = partitioned(nn.initializers.normal(0.002), "frequency", "filter")
+        init = partitioned(nn.initializers.normal(0.002), "frequency", channels)
         kernel = self.param("filter", init, (fft_length, width))
         shrunk = jnp.maximum(jnp.abs(kernel) - self.kernel_threshold, 0.0) * jnp.sign(kernel)
         shrunk = nn.Dropout(self.kernel_dropout, deterministic=self.deterministic)(shrunk)
@@ -90,7 +93,7 @@ def _decaying_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
     """
     _, num_bins, width = shape
     fft_length = 2 * (num_bins - 1)
-    axes = ("frequency", "filter")
+    axes = ("frequency", filter_axis(width))
     time = jnp.arange(fft_length, dtype=dtype)
     lag_T = jnp.minimum(time, fft_length - time)
     tau_D = jnp.exp(jnp.linspace(0.0, jnp.log(jnp.asarray(fft_length / 2, dtype)), width))

@@ -5,6 +5,7 @@ depthwise convolutions and data-dependent branches badly (it gathers the global 
 run under `jax.shard_map` through `shard_op`, on each device's own rows and channels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +22,14 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),  # sequences of a batch
     ("position", SEQUENCE),  # bytes or patches of a sequence
     ("channel", "tensor"),  # activation width inside a spectral operation
+    ("exchanged_channel", ("tensor", SEQUENCE)),  # the same where positions have been made whole
     ("head", "tensor"),  # memory heads, activations and parameters
     ("width", None),  # model width of activations between blocks
     ("layer", None),  # stacked parameters of scanned layers
     ("embed", "fsdp"),  # model width of parameters: gathered just before use
     ("hidden", "tensor"),  # hidden width of a channel mixer
-    ("filter", ("fsdp", "tensor")),  # channels of a spectral filter
+    ("filter", ("fsdp", "tensor", SEQUENCE)),  # channels of a spectral filter
+    ("few_filters", ("fsdp", "tensor")),  # the same where they are too few to go round
     ("frequency", None),  # frequency bins; their number is odd, so never split
     ("vocab", None),
     ("tap", None),  # positions of a short convolution kernel
@@ -74,7 +77,34 @@ def shard_op(
 
 def sequence_shards() -> int:
     """Into how many parts the mesh that is set, if any, splits the positions of a sequence."""
-    return jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
+    return num_shards("position")
+
+
+def num_shards(axis: str) -> int:
+    """Into how many parts the mesh that is set, if any, splits a logical axis."""
+    sizes, names = jax.sharding.get_abstract_mesh().shape, _TABLE[axis]
+    return math.prod(sizes.get(n, 1) for n in ((names,) if isinstance(names, str) else names or ()))
+
+
+def filter_axis(width: int) -> str:
+    """The logical axis of the channels of a filter that is this wide."""
+    return "few_filters" if width % num_shards("filter") else "filter"
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': of the mesh that is set, which need not be this machine's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, known inside `shard_op` to differ between the devices between which `like` does.
+
+    The cotangent of the result is then summed over those devices.
+    """
+    varying = [jax.typeof(a).manual_axis_type.varying for a in (like, x)]
+    axes = varying[0] - varying[1]
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def partitioned(init: Callable[..., Any], *axes: str | None) -> Callable[..., Any]:

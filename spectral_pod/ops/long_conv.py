@@ -1,0 +1,105 @@
+"""Causal long convolution: y_n = sum_{t <= n} h_t u_{n - t}, per channel.
+
+Channels come before positions here, [B, D, N] as in safari and FlashFFTConv: transforms run along
+rows, and a projection writes this order at no cost.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from scipy.fft import next_fast_len
+
+from spectral_pod.ops import matmul_dft, right_angle, sequence_fft
+from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
+
+METHODS = ("right_angle", "real", "matmul")
+
+_LEAST_STRETCH = 256  # points: shorter transforms cost more in overhead than they save
+
+
+def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.Array:
+    """Every channel's sequence convolved with its own filter, in float32.
+
+    A sequence longer than twice the filter is cut into stretches that are transformed one by one
+    and overlap, so the cost grows with N log T.
+
+    Args:
+      u_BDN: real, any float dtype; any N >= 1.
+      h_DT: float32 taps, the first of lag 0; any T >= 1. Those of lags beyond N have no effect.
+      method: one of `METHODS` (see `fft.py`), or "auto" for the platform's fastest.
+
+    Returns:
+      [B, D, N] in the dtype of u.
+
+    Raises:
+      ValueError: positions are split over devices and a device's channels do not divide by them.
+    """
+    length, h_DT = u_BDN.shape[2], h_DT[:, : u_BDN.shape[2]]
+    num_points = stretch(length, h_DT.shape[1])
+    if method == "auto":
+        method = {"tpu": "matmul", "cpu": "right_angle"}.get(platform(), "real")
+    convolve = {"right_angle": _right_angle, "real": _real, "matmul": _matmul}[method]
+    shards = num_shards("position")
+    channels = u_BDN.shape[1] // num_shards("channel")
+    if channels % shards:
+        return sequence_fft.four_step(u_BDN, jnp.fft.rfft(h_DT, 2 * length).T)
+
+    def on_device(u_BDN: jax.Array, h_DT: jax.Array) -> jax.Array:
+        h_DT = vary_like(h_DT, u_BDN)
+        if shards == 1:
+            return convolve(u_BDN, h_DT, num_points)
+        return sequence_fft.exchange(lambda u_BDN: convolve(u_BDN, h_DT, num_points), u_BDN)
+
+    activation = ("batch", "channel", "position")
+    channel = "channel" if shards == 1 else "exchanged_channel"
+    return shard_op(on_device, (activation, (channel, None)), activation)(u_BDN, h_DT)
+
+
+def stretch(length: int, num_taps: int) -> int:
+    """Points that are convolved at once: all, or where the filter is short as many as it has."""
+    at_least = max(num_taps, _LEAST_STRETCH)
+    return next_fast_len(length if 2 * at_least >= length else at_least)
+
+
+def _right_angle(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:
+    return right_angle.convolve(u_BDN, right_angle.spectrum(h_DT, num_points))
+
+
+def _real(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:
+    h_DF = jnp.fft.rfft(h_DT, 2 * num_points)
+
+    def circular(x_BDT: jax.Array) -> jax.Array:
+        y_BDF = jnp.fft.rfft(x_BDT.astype(jnp.float32), 2 * num_points) * h_DF[None]
+        y_BDT = jnp.fft.irfft(y_BDF, 2 * num_points)[..., : x_BDT.shape[2]]
+        return y_BDT.astype(x_BDT.dtype)
+
+    return _overlap_save(circular, u_BDN, num_points)
+
+
+def _matmul(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:
+    factors = matmul_dft.factors(2 * num_points)
+    if factors is None:  # a transform of fewer than four points
+        return _real(u_BDN, h_DT, num_points)
+    s_DCZQ = matmul_dft.spectrum(h_DT, factors)
+    return _overlap_save(
+        lambda x_BDT: matmul_dft.filter_real(x_BDT, s_DCZQ, factors), u_BDN, num_points
+    )
+
+
+def _overlap_save(
+    circular: Callable[[jax.Array], jax.Array], u_BDN: jax.Array, num_points: int
+) -> jax.Array:
+    """The causal convolution by circular ones of 2M points, with M = `num_points` >= the taps.
+
+    Every stretch of M points is convolved together with the one before it, whose own results
+    would need the one before that and are dropped.
+    """
+    B, D, N = u_BDN.shape
+    if num_points >= N:
+        return circular(u_BDN)
+    u_BDGM = jnp.pad(u_BDN, ((0, 0), (0, 0), (0, -N % num_points))).reshape(B, D, -1, num_points)
+    before_BDGM = jnp.pad(u_BDGM[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+    pairs_BGDT = jnp.swapaxes(jnp.concatenate([before_BDGM, u_BDGM], 3), 1, 2)
+    y_BGDT = circular(pairs_BGDT.reshape(-1, D, 2 * num_points)).reshape(pairs_BGDT.shape)
+    return jnp.swapaxes(y_BGDT[..., num_points:], 1, 2).reshape(B, D, -1)[..., :N]
