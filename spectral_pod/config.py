@@ -178,12 +178,14 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     rows, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
     accumulation = config.train.grad_accumulation
     memory = config.model.memory_interval > 0
+    patches, sequence = config.data.seq_len // 4, sizes["sequence"]
     for field, value, divisor, why in (
         ("train.global_batch_size", config.train.global_batch_size, rows * accumulation,
          "mesh.data x mesh.fsdp x train.grad_accumulation"),
         ("train.eval_batch_size", config.train.eval_batch_size, rows, "mesh.data x mesh.fsdp"),
         ("model.hidden_dim", config.model.hidden_dim, tensor * sizes["fsdp"],
          "mesh.fsdp x mesh.tensor"),
+        ("data.seq_len in patches of 4", patches, sequence, "mesh.sequence"),
         ("model.embed_dim", config.model.embed_dim, sizes["fsdp"], "mesh.fsdp"),
         ("model.hidden_dim x model.mlp_expansion",
          int(config.model.hidden_dim * config.model.mlp_expansion), tensor, "mesh.tensor"),
@@ -192,6 +194,13 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     ):  # fmt: skip
         if value % divisor:
             raise ConfigError(f"config.{field} is {value}, not divisible by {why} = {divisor}")
+    channels, linear = config.model.hidden_dim // tensor, config.model.spectral.padding == "linear"
+    if channels % sequence and not (linear and patches % sequence**2 == 0):
+        raise ConfigError(
+            f"config.mesh.sequence is {sequence}: to split sequences of {patches} patches so far, "
+            f"either model.hidden_dim / mesh.tensor = {channels} must be a multiple of it, or "
+            f"model.spectral.padding 'linear' and the patches a multiple of {sequence**2}"
+        )
     return sizes
 
 

@@ -47,7 +47,7 @@ def test_impossible_values_are_named(fields, message):
         ({"mesh__data": 3}, 4, "config.mesh asks for data=3 .* = 3 devices, and there are 4"),
         ({"mesh__fsdp": 3}, 4, "devices, and there are 4"),
         ({"mesh__tensor": 0}, 4, "config.mesh.tensor is 0"),
-        ({"mesh__sequence": 2}, 4, "config.mesh.sequence is 2"),
+        ({"mesh__sequence": 3, "mesh__data": 1}, 3, "not divisible by mesh.sequence = 3"),
         ({"train__global_batch_size": 6}, 4, "global_batch_size is 6, not divisible by .* = 4"),
         ({"train__grad_accumulation": 16}, 4, "global_batch_size is 32, not divisible by .* = 64"),
         ({"train__eval_batch_size": 6}, 4, "eval_batch_size is 6"),

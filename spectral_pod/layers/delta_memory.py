@@ -10,6 +10,8 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.parallel.sharding import constrain, partitioned
 
+FORGETTING_RATES = (0.001, 0.1)  # of the first and the last head
+
 
 class DeltaMemoryLayer(nn.Module):
     """Writes every position's value under its key and reads with its query, in order.
@@ -21,6 +23,9 @@ class DeltaMemoryLayer(nn.Module):
       beta_range: the learning rate beta = sigmoid(.) is scaled into it. The original (0.01, 0.3)
         cannot overwrite: after one write a key recalls 0.7 old + 0.3 new.
       method: 'chunked' or 'recurrent', the same numbers (`ops/delta_rule.py`).
+      gated: forgets a learned part of the memory at every position and head (Gated DeltaNet). Its
+        log is -softplus(.) and starts near -r, with the rates r of the heads log-spaced over the
+        range of Mamba's step sizes: `FORGETTING_RATES`, memories of 1000 to 10 positions.
     """
 
     num_heads: int
@@ -29,6 +34,7 @@ class DeltaMemoryLayer(nn.Module):
     beta_range: tuple[float, float]
     method: Any
     dtype: Any
+    gated: bool = False
 
     @nn.compact
     def __call__(
@@ -45,11 +51,18 @@ class DeltaMemoryLayer(nn.Module):
         low, high = self.beta_range
         logits_BNH = Dense((self.num_heads,), ("embed", "head"), self.dtype, name="beta")(x_BND)
         beta_BNH = low + (high - low) * jax.nn.sigmoid(logits_BNH.astype(jnp.float32))
+        log_gate_BNH = None
+        if self.gated:
+            logits_BNH = Dense((self.num_heads,), ("embed", "head"), self.dtype, name="gate")(x_BND)
+            rates_H = jnp.geomspace(*FORGETTING_RATES, self.num_heads)
+            start_BNH = jnp.broadcast_to(jnp.log(jnp.expm1(rates_H)), logits_BNH.shape)
+            log_gate_BNH = -jax.nn.softplus(logits_BNH.astype(jnp.float32) + start_BNH)
         o_BNHV, state_BHVK = delta_rule(
             q_BNHK,
             k_BNHK,
             v_BNHV,
             beta_BNH,
+            log_gate_BNH=log_gate_BNH,
             state_BHVK=state_BHVK,
             mask_BN=mask_BN,
             method=self.method,

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense, layer_norm
-from spectral_pod.parallel.sharding import constrain, partitioned
+from spectral_pod.ops.halo import previous
+from spectral_pod.parallel.sharding import constrain, partitioned, shard_op
 from spectral_pod.shapes import VOCAB_SIZE
 
 STRIDE = 4
@@ -31,6 +32,7 @@ class ByteLatentEncoder(nn.Module):
         B, L = tokens_BL.shape
         if L % STRIDE:
             raise ValueError(f"sequence length {L} is not a multiple of the patch stride {STRIDE}")
+        tokens_BL, mask_BL = (constrain(x, "batch", "position") for x in (tokens_BL, mask_BL))
         table_VE = self.param(
             "embedding",
             partitioned(nn.initializers.normal(1.0), "vocab", "embed"),
@@ -41,18 +43,26 @@ class ByteLatentEncoder(nn.Module):
         x_BLE = jnp.where(mask_BL[..., None], table_VE[tokens_BL], jnp.zeros((), self.dtype))
         x_BLE = constrain(x_BLE, "batch", "position", None)
 
-        # The convolution as two dense products over blocks of four bytes: each patch sees a whole
-        # block of the padded sequence and the first two bytes of the next one.
-        padded = jnp.pad(x_BLE, ((0, 0), (2, 2), (0, 0)))
-        blocks = padded.reshape(B, L // STRIDE + 1, STRIDE, self.embed_dim)
-        window = jnp.concatenate([blocks[:, :-1], blocks[:, 1:, : KERNEL - STRIDE]], axis=2)
+        # The convolution as a dense product over the six bytes that each patch sees.
+        activation = ("batch", "position", None)
+        windows = shard_op(_windows, [activation], (*activation, None))(x_BLE)
         x_BND = Dense(self.hidden_dim, ("tap", "embed", None), self.dtype, name="convolution")(
-            window
+            windows
         )
         x_BND = Dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
         x_BND = layer_norm(nn.gelu(x_BND), "norm").astype(self.dtype)
         mask_BN = mask_BL.reshape(B, L // STRIDE, STRIDE).any(axis=-1)
         return constrain(x_BND, "batch", "position", "width"), mask_BN
+
+
+def _windows(x_BLE: jax.Array) -> jax.Array:
+    """The bytes 4p - 2 .. 4p + 3 of every patch p, [B, N, 6, E]; zero before the first byte."""
+    B, L, E = x_BLE.shape
+    before = KERNEL - STRIDE
+    padded = jnp.concatenate([previous(x_BLE, before), x_BLE], axis=1)
+    padded = jnp.pad(padded, ((0, 0), (0, STRIDE - before), (0, 0)))
+    blocks = padded.reshape(B, L // STRIDE + 1, STRIDE, E)
+    return jnp.concatenate([blocks[:, :-1], blocks[:, 1:, :before]], axis=2)
 
 
 def sinusoidal_positions(length: int, width: int, dtype: Any) -> jax.Array:

@@ -38,8 +38,10 @@ class LastPooling(nn.Module):
     @nn.compact
     def __call__(self, x_BND: Positions, mask_BN: PositionMask) -> Pooled:
         """[B, N, D] to float32 [B, D]; a sequence without a valid position pools to zero."""
-        later_BN = jnp.cumsum(mask_BN[:, ::-1].astype(jnp.int32), axis=1)[:, ::-1]
-        last_BN = (mask_BN & (later_BN == 1)).astype(jnp.float32)
+        place_N = jnp.arange(1, mask_BN.shape[1] + 1)
+        place_BN = jnp.where(mask_BN, place_N[None], 0)  # counted from one
+        last_B1 = jnp.max(place_BN, axis=1, keepdims=True)
+        last_BN = (mask_BN & (place_BN == last_B1)).astype(jnp.float32)
         return jnp.einsum("bn,bnd->bd", last_BN, x_BND.astype(jnp.float32))
 
 
