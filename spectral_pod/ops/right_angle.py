@@ -31,7 +31,7 @@ _BLOCK_POINTS = 2**14  # of each sequence in a block of channels: 128 KiB as com
 def spectrum(taps_DT: jax.Array, num_points: int) -> jax.Array:
     """FFT(w h), complex64 [D, M], of real or complex taps [D, T] with T <= M = `num_points`."""
     w_T = jnp.asarray(_twist(num_points)[: taps_DT.shape[1]])
-    return jnp.fft.fft(taps_DT * w_T[None], num_points)
+    return jnp.fft.fft(taps_DT.astype(jnp.complex64) * w_T[None], num_points)
 
 
 def two_sided_spectrum(w_FD: jax.Array, num_points: int) -> jax.Array:

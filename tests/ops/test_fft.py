@@ -1,12 +1,28 @@
-"""The spectral filter against independent float64 forms."""
+"""Every method of the spectral filter against independent float64 forms."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spectral_pod.ops import reference
-from spectral_pod.ops.fft import spectral_filter
+from spectral_pod.ops import matmul_dft, reference
+from spectral_pod.ops.fft import choose, spectral_filter
+
+METHODS = ("right_angle", "real", "matmul", "plain")
+SIZES = [(1, 2), (63, 128), (9, 9), (37, 74), (100, 200)]
+
+
+def _serves(method, length, fft_length):
+    """Whether a method is for these sizes; the others are refused."""
+    if method == "right_angle":
+        return 2 * length <= fft_length
+    return method != "matmul" or matmul_dft.factors(fft_length) is not None
+
+
+def _relative_error(got, want):
+    return np.abs(np.float64(got.astype(jnp.float32)) - want).max() / np.abs(want).max()
 
 
 def _inputs(length, fft_length, width=3, batch=2, seed=0):
@@ -17,12 +33,65 @@ def _inputs(length, fft_length, width=3, batch=2, seed=0):
     return x_BND, w_FD
 
 
-@pytest.mark.parametrize(("length", "fft_length"), [(1, 2), (7, 14), (64, 128), (63, 128), (9, 9)])
-def test_equals_direct_convolution_in_float64(length, fft_length):
-    x_BND, w_FD = _inputs(length, fft_length)
-    got = spectral_filter(jnp.float32(x_BND), jnp.complex64(w_FD), fft_length)
-    want = reference.spectral_filter(x_BND, w_FD, fft_length)
-    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+@pytest.mark.parametrize(("length", "fft_length"), SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_direct_convolution_and_its_gradients(length, fft_length, method):
+    """The filter is bilinear: dx is the mirrored filter of dy, and dW is tested along a line."""
+    x, w = _inputs(length, fft_length)
+    dy, line = _inputs(length, fft_length, seed=1)
+
+    @jax.jit
+    def run(x, w_re, w_im, dy):
+        def apply(x, w_re, w_im):
+            return spectral_filter(x, jax.lax.complex(w_re, w_im), fft_length, method)
+
+        y, pullback = jax.vjp(apply, x, w_re, w_im)
+        return y, *pullback(dy)
+
+    want_y = reference.spectral_filter(x, w, fft_length)
+    want_x = reference.spectral_filter(dy, np.conj(w), fft_length)
+    want_line = np.sum(reference.spectral_filter(x, line, fft_length) * dy)
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+        args = jnp.asarray(x, dtype), *(jnp.float32(p) for p in (w.real, w.imag))
+        if not _serves(method, length, fft_length):
+            with pytest.raises(ValueError, match=f"method '{method}'"):
+                run(*args, jnp.asarray(dy, dtype))
+            continue
+        y, dx, dre, dim = run(*args, jnp.asarray(dy, dtype))
+        assert (y.dtype, dx.dtype, dre.dtype) == (dtype, dtype, jnp.float32)
+        assert _relative_error(y, want_y) <= tolerance
+        assert _relative_error(dx, want_x) <= tolerance
+        dre, dim = np.float64(dre), np.float64(dim)
+        got_line = np.sum(dre * line.real + dim * line.imag)
+        size = np.linalg.norm([dre, dim]) * np.linalg.norm(line)
+        assert abs(got_line - want_line) <= tolerance * size
+
+
+@pytest.mark.parametrize("factors", [(4, 5, 10), (25, 8), (2, 100)])
+def test_any_factors_give_the_same(factors):
+    x_BND, w_FD = _inputs(77, 200)
+    x_BDN, w_FD = jnp.float32(np.swapaxes(x_BND, 1, 2)), jnp.complex64(w_FD)
+    got = matmul_dft.filter_real(x_BDN, matmul_dft.ordered_spectrum(w_FD, factors), factors)
+    want = reference.spectral_filter(x_BND, np.asarray(w_FD), 200)
+    np.testing.assert_allclose(np.swapaxes(got, 1, 2), want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_door_chooses_what_can_serve(platform):
+    for length, fft_length in SIZES:
+        assert _serves(choose(platform, length, fft_length), length, fft_length)
+    assert choose("cpu", 512, 1024) == "right_angle"
+    assert choose("tpu", 512, 1024) == "matmul"
+    assert choose("gpu", 512, 1024) == "real"
+
+
+def test_the_backward_pass_keeps_only_its_inputs():
+    x_BND, w_FD = _inputs(256, 512)
+    for method in ("right_angle", "matmul"):
+        run = functools.partial(spectral_filter, fft_length=512, method=method)
+        _, pullback = jax.vjp(run, jnp.float32(x_BND), jnp.complex64(w_FD))
+        kept = sum(x.nbytes for x in jax.tree.leaves(pullback) if isinstance(x, jax.Array))
+        assert kept <= x_BND.size * 4 + 2 * w_FD.size * 8 + 2**12, method
 
 
 @pytest.mark.parametrize("length", [8, 9])
@@ -37,28 +106,6 @@ def test_equals_the_original_complex_fft_with_hermitian_filter(length):
     np.testing.assert_allclose(reference.spectral_filter(x_BND, w_FD, length), original, atol=1e-12)
     got = spectral_filter(jnp.float32(x_BND), jnp.complex64(w_FD), length)
     np.testing.assert_allclose(got, original, atol=1e-5)
-
-
-def test_gradients_agree_with_float64_differences():
-    x_BND, w_FD = _inputs(5, 10)
-    rng = np.random.default_rng(2)
-    g_BND, dx, dw = rng.normal(size=x_BND.shape), rng.normal(size=x_BND.shape), w_FD[::-1]
-
-    def loss(x, w_re, w_im):
-        y = spectral_filter(x, jax.lax.complex(w_re, w_im), 10)
-        return jnp.sum(y * jnp.float32(g_BND))
-
-    args = [jnp.float32(a) for a in (x_BND, w_FD.real, w_FD.imag)]
-    tangents = [jnp.float32(a) for a in (dx, dw.real, dw.imag)]
-    grads = jax.grad(loss, argnums=(0, 1, 2))(*args)
-    got = sum(float(jnp.vdot(g, t)) for g, t in zip(grads, tangents))
-    eps = 1e-6
-
-    def exact(sign):
-        y = reference.spectral_filter(x_BND + sign * eps * dx, w_FD + sign * eps * dw, 10)
-        return np.sum(y * g_BND)
-
-    assert got == pytest.approx((exact(1) - exact(-1)) / (2 * eps), rel=1e-4)
 
 
 def test_linear_padding_does_not_wrap_and_circular_does():

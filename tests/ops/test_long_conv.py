@@ -1,0 +1,85 @@
+"""Causal convolution, every method, against numpy's direct convolution in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectral_pod.ops import reference
+from spectral_pod.ops.long_conv import METHODS, causal_conv, stretch
+
+SIZES = [(1, 1), (7, 7), (333, 1000), (509, 509), (1000, 30), (1000, 300)]
+
+
+def inputs(length, num_taps, seed=0, width=3, batch=2):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(batch, width, length)), rng.normal(size=(width, num_taps))
+
+
+def relative_error(got, want):
+    return np.abs(np.asarray(got.astype(jnp.float32), np.float64) - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize(("length", "num_taps"), SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_direct_convolution_and_its_gradients(length, num_taps, method):
+    """The convolution is bilinear: its gradients are correlations, here of mirrored sequences."""
+    u, h = inputs(length, num_taps)
+    dy = np.random.default_rng(1).normal(size=u.shape)
+
+    @jax.jit
+    def run(u, h, dy):
+        y, pullback = jax.vjp(functools.partial(causal_conv, method=method), u, h)
+        return y, *pullback(dy)
+
+    want_y, want_u = reference.causal_conv(u, h), reference.causal_conv(dy[..., ::-1], h)[..., ::-1]
+    want_h = np.zeros_like(h)
+    for b in range(len(u)):
+        lags = min(length, num_taps)
+        want_h[:, :lags] += [
+            [dy[b, d, t:] @ u[b, d, : length - t] for t in range(lags)] for d in range(len(h))
+        ]
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+        y, du, dh = run(jnp.asarray(u, dtype), jnp.float32(h), jnp.asarray(dy, dtype))
+        assert (y.dtype, du.dtype, dh.dtype) == (dtype, dtype, jnp.float32)
+        assert relative_error(y, want_y) <= tolerance
+        assert relative_error(du, want_u) <= tolerance
+        assert relative_error(dh, want_h) <= tolerance
+
+
+@pytest.mark.parametrize(("length", "num_taps"), [(131_072, 131_072), (131_071, 50_000)])
+@pytest.mark.parametrize("method", METHODS)
+def test_long_sequences(length, num_taps, method):
+    u, h = inputs(length, num_taps, batch=1, width=1)
+    padded = 2 ** (length + num_taps).bit_length()
+    want = np.fft.irfft(np.fft.rfft(u, padded) * np.fft.rfft(h, padded), padded)[..., :length]
+    assert relative_error(causal_conv(jnp.float32(u), jnp.float32(h), method), want) <= 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_comes_from_the_future(method):
+    """What a transform lets through is its rounding, next to nothing beside the past."""
+    u, h = (jnp.float32(x) for x in inputs(331, 100))
+    jacobian = jax.jit(jax.jacrev(lambda x: causal_conv(x[None, None], h[:1], method)[0, 0]))(
+        u[0, 0]
+    )
+    future = np.triu(np.abs(jacobian), 1)
+    assert future.max() <= 1e-6 * np.abs(jacobian).max()
+
+
+def test_short_filters_cost_short_transforms():
+    assert stretch(100_000, 3) == 256
+    assert stretch(100_000, 1000) == 1000
+    assert stretch(1500, 1000) == 1500
+    assert stretch(1013, 1013) == 1024  # a prime
+
+
+def test_the_backward_pass_keeps_only_its_inputs():
+    u, h = inputs(1000, 1000)
+    for method in ("right_angle", "matmul"):
+        run = functools.partial(causal_conv, method=method)
+        _, pullback = jax.vjp(run, jnp.float32(u), jnp.float32(h))
+        kept = sum(x.nbytes for x in jax.tree.leaves(pullback) if isinstance(x, jax.Array))
+        assert kept <= u.size * 4 + 3 * h.size * 8 + 2**12, method
