@@ -6,7 +6,8 @@
     H  heads                             K  key width of a memory head
     V  value width of a memory head      C  classes
     A  micro-batches (accumulation)      M  hidden width of a channel mixer
-    G  chunks                            T  positions in a chunk
+    G  chunks or stretches               T  positions in a chunk, or taps of a filter
+    J  layers that are decoded together  P  positions of a prompt
 
 The aliases annotate the boundaries of operations and models; the tests check them at every call.
 """

@@ -1,5 +1,7 @@
 """The processes of a run: joining them and meeting at named points."""
 
+import glob
+import os
 from typing import Any
 
 import jax
@@ -8,6 +10,10 @@ from jax._src import distributed
 
 def initialize(coordinator_address: str | None, num_processes: int, process_id: int) -> None:
     """Joins `num_processes` processes; one process without a coordinator needs nothing."""
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
+        # No TPU here: libtpu, installed to compile for one elsewhere, would complain at length.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if coordinator_address:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
 

@@ -1,0 +1,438 @@
+"""Exact causal convolutions of sequences that arrive one position at a time, for decoding.
+
+Two forms, for all J layers of a model at once, in float32:
+
+    filter    y_t = sum_{s <= t} h_{t-s} x_s    h is known, x arrives (long convolutions)
+    product   y_t = sum_{s <= t} q_s k_{t-s}    both arrive (convolutional attention)
+
+Positions are cut by a dyadic tiling (van der Hoeven 2002, "Relax, but don't be too lazy"; Oncescu
+et al. 2024, "Flash Inference"). When i positions have arrived, with U = i & -i the power of two in
+i, the last U inputs are convolved with h[0 : 2 U] by one circular FFT of 2 U points, whose upper
+half, free of wrapping, is what they add to the next U outputs. A pair (s, t) is counted by the one
+tile whose i is the multiple of the largest power of two in (s, t]. In the product form the roles
+of q and k are taken in turn, and at i = U, where nothing beyond U is known yet, the tile holds the
+product of the first U entries of both. N positions cost O(N log^2 N).
+
+Tiles below `BLOCK` are not worth an FFT: each step adds its input directly to the outputs of its
+own block of positions. So two things, kept apart, make up what a decoder carries:
+
+    state   inputs and sums of all positions: large, touched once in `BLOCK` positions
+    block   inputs and sums of the current block: small, touched by every step
+
+`filter_step` and `product_step` are pure and for one layer, to be called (unrolled, scanned or
+vmapped over layers) inside a model's own jitted step, which never sees the large state.
+`filter_advance` and `product_advance` are driven from the host between blocks: one small program
+per tile size, with the state donated. A `lax.switch` over tile sizes inside the model's program
+would copy the state instead.
+
+    plan = plan_filter(h_JND, length)
+    y_JBPD, state, block = filter_prefill(plan, prompt_JBPD)          # or filter_init(plan, B)
+    for position in range(P, length):
+        y_BD, block[j] = filter_step(plan.h_JTD[j], block[j], x_BD, position)    # each layer j
+        if (position + 1) % BLOCK == 0 and position + 1 < length:
+            state, block = filter_advance(plan, state, block, position + 1)
+
+All sequences of a batch are at the same position. In shape suffixes J stands for layers and P for
+the positions of a prompt.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spectral_pod.parallel.sharding import Axes, shard_op
+
+BLOCK = 32  # positions summed directly; the smallest tile
+
+_SEQUENCES: Axes = ("layer", "batch", None, "channel")
+_SPECTRUM: Axes = ("layer", None, "channel", None)
+
+
+class FilterPlan(NamedTuple):
+    """A filter as the tiles want it, N a multiple of `BLOCK`."""
+
+    h_JND: jax.Array
+    h_JTD: jax.Array  # its first taps
+    spectra: tuple[jax.Array, ...]  # of h[0 : 2 U], [J, 1, D, U + 1], for U = BLOCK 2^i < N
+
+
+class FilterState(NamedTuple):
+    """A prompt's inputs stay zero: all that they will ever add is in the sums."""
+
+    x_JBND: jax.Array
+    sums_JBND: jax.Array
+
+
+class FilterBlock(NamedTuple):
+    """Of one layer without its J; inputs of a prompt stay zero."""
+
+    x_JBTD: jax.Array
+    sums_JBTD: jax.Array
+
+
+class ProductState(NamedTuple):
+    """The sums hold all pairs of positions before `start`, the length of the prompt."""
+
+    q_JBND: jax.Array
+    k_JBND: jax.Array
+    sums_JBND: jax.Array
+    start: jax.Array
+
+
+class ProductBlock(NamedTuple):
+    """Of one layer without its J; q and k of a prompt stay zero, but not in the head.
+
+    The head is the first `BLOCK` positions, as far as they arrived before this block.
+    """
+
+    q_JBTD: jax.Array
+    k_JBTD: jax.Array
+    q_head_JBTD: jax.Array
+    k_head_JBTD: jax.Array
+    sums_JBTD: jax.Array
+
+
+# ---- One side known --------------------------------------------------------------------------
+
+
+def plan_filter(h_JND: jax.Array, length: int) -> FilterPlan:
+    """Prepares filters for up to `length` positions; their spectra take 2 to 4 times their memory.
+
+    Args:
+      h_JND: one filter per layer and channel, of any length: zero from there on.
+      length: most positions that will be decoded, prompt included.
+    """
+    h_JND = _fit(h_JND.astype(jnp.float32), _capacity(length))
+
+    def op(h_JBND: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(_spectrum(_fit(h_JBND, 2 * size), 2 * size) for size in sizes)
+
+    sizes = _tile_sizes(h_JND.shape[1])
+    axes: Axes = ("layer", None, None, "channel")
+    spectra = shard_op(op, (axes,), (_SPECTRUM,) * len(sizes))(h_JND[:, None])
+    return FilterPlan(h_JND, h_JND[:, :BLOCK], spectra)
+
+
+def filter_init(plan: FilterPlan, batch: int) -> tuple[FilterState, FilterBlock]:
+    """State and block of `batch` sequences before their first position."""
+    J, N, D = plan.h_JND.shape
+    # Each its own buffer, or they could not be donated together.
+    state = FilterState(jnp.zeros((J, batch, N, D)), jnp.zeros((J, batch, N, D)))
+    return state, FilterBlock(*(_read(x_JBND, 0, BLOCK) for x_JBND in state))
+
+
+def filter_prefill(
+    plan: FilterPlan, x_JBPD: jax.Array
+) -> tuple[jax.Array, FilterState, FilterBlock]:
+    """Convolves a prompt by one FFT, and readies what follows it.
+
+    Layers that feed one another are given one by one: all leaves of a plan begin with J, so its
+    slices are plans of fewer layers, and the results concatenate.
+
+    Args:
+      plan: of `plan_filter`.
+      x_JBPD: the prompts, P >= 1.
+
+    Returns:
+      y_JBPD, and the state and block after the prompt.
+
+    Raises:
+      ValueError: the prompt leaves no room for another position.
+    """
+    P, N = x_JBPD.shape[2], plan.h_JND.shape[1]
+    _check_room(P, N)
+    points = _even_points(N + P - 1)
+
+    def op(x_JBPD: jax.Array, h_JBND: jax.Array) -> jax.Array:
+        return _inverse(_spectrum(x_JBPD, points) * _spectrum(h_JBND, points), 0, N)
+
+    axes: Axes = ("layer", None, None, "channel")
+    run = shard_op(op, (_SEQUENCES, axes), _SEQUENCES)
+    sums_JBND = run(x_JBPD.astype(jnp.float32), plan.h_JND[:, None])
+    state = FilterState(jnp.zeros_like(sums_JBND), sums_JBND)
+    sums_JBTD = _read(sums_JBND, P - P % BLOCK, BLOCK)
+    return sums_JBND[:, :, :P], state, FilterBlock(jnp.zeros_like(sums_JBTD), sums_JBTD)
+
+
+def filter_step(
+    h_TD: jax.Array, block: FilterBlock, x_BD: jax.Array, position: int | jax.Array
+) -> tuple[jax.Array, FilterBlock]:
+    """One position of one layer.
+
+    Args:
+      h_TD: the layer's part of `plan.h_JTD`.
+      block: the layer's part of the block that `position` lies in.
+      x_BD: the input at `position`.
+      position: counted from the start of the prompt.
+
+    Returns:
+      The output y_BD in float32, and the block.
+    """
+    x_BTD, sums_BTD = block
+    phase = position % BLOCK
+    x_BD = x_BD.astype(jnp.float32)
+    sums_BTD += _delay(h_TD, phase)[None] * x_BD[:, None]
+    return _at(sums_BTD, phase), FilterBlock(_put(x_BTD, x_BD, phase), sums_BTD)
+
+
+def filter_advance(
+    plan: FilterPlan, state: FilterState, block: FilterBlock, position: int
+) -> tuple[FilterState, FilterBlock]:
+    """Ends a block: adds to the outputs to come what it and the larger tile that it ends hold.
+
+    Args:
+      plan: of `plan_filter`.
+      state: donated: not to be used again.
+      block: the one that ends.
+      position: how many positions have arrived, a multiple of `BLOCK`.
+
+    Returns:
+      The state, and the block that begins at `position`.
+
+    Raises:
+      ValueError: no block begins at `position`.
+    """
+    size, reach = _tile(position, plan.h_JND.shape[1])
+    spectrum_JBDF = plan.spectra[_tile_sizes(plan.h_JND.shape[1]).index(size)]
+    return _filter_tile(spectrum_JBDF, state, block.x_JBTD, position, size=size, reach=reach)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "reach"), donate_argnames="state")
+def _filter_tile(
+    spectrum_JBDF: jax.Array,
+    state: FilterState,
+    x_JBTD: jax.Array,
+    position: jax.Array,
+    *,
+    size: int,
+    reach: int,
+) -> tuple[FilterState, FilterBlock]:
+    def op(
+        spectrum_JBDF: jax.Array,
+        x_JBND: jax.Array,
+        sums_JBND: jax.Array,
+        x_JBTD: jax.Array,
+        position: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        x_JBND = _write(x_JBND, x_JBTD, position - BLOCK)
+        tile = _spectrum(_read(x_JBND, position - size, size), 2 * size) * spectrum_JBDF
+        return x_JBND, _add(sums_JBND, _inverse(tile, size, reach), position)
+
+    in_axes = (_SPECTRUM, _SEQUENCES, _SEQUENCES, _SEQUENCES, ())
+    run = shard_op(op, in_axes, (_SEQUENCES, _SEQUENCES))
+    state = FilterState(*run(spectrum_JBDF, *state, x_JBTD, position))
+    sums_JBTD = _read(state.sums_JBND, position, BLOCK)
+    return state, FilterBlock(jnp.zeros_like(sums_JBTD), sums_JBTD)
+
+
+# ---- Both sides growing ----------------------------------------------------------------------
+
+
+def product_init(
+    layers: int, batch: int, length: int, width: int
+) -> tuple[ProductState, ProductBlock]:
+    """State and block of sequences before the first of up to `length` positions."""
+    shape = (layers, batch, _capacity(length), width)
+    q_JBND, k_JBND, sums_JBND = (jnp.zeros(shape) for _ in range(3))
+    state = ProductState(q_JBND, k_JBND, sums_JBND, start=jnp.int32(0))
+    return state, _product_block(state, 0)
+
+
+def product_prefill(
+    q_JBPD: jax.Array, k_JBPD: jax.Array, length: int
+) -> tuple[jax.Array, ProductState, ProductBlock]:
+    """Multiplies a prompt's q and k by one FFT, and readies what follows it.
+
+    Args:
+      q_JBPD, k_JBPD: the prompts, P >= 1.
+      length: most positions that will be decoded, prompt included.
+
+    Returns:
+      y_JBPD, and the state and block after the prompt.
+
+    Raises:
+      ValueError: the prompt leaves no room for another position.
+    """
+    P, N = q_JBPD.shape[2], _capacity(length)
+    _check_room(P, N)
+    points = _even_points(2 * P - 1)
+
+    def op(q_JBPD: jax.Array, k_JBPD: jax.Array) -> jax.Array:
+        return _inverse(_spectrum(q_JBPD, points) * _spectrum(k_JBPD, points), 0, min(N, points))
+
+    q_JBPD, k_JBPD = q_JBPD.astype(jnp.float32), k_JBPD.astype(jnp.float32)
+    sums = shard_op(op, (_SEQUENCES, _SEQUENCES), _SEQUENCES)(q_JBPD, k_JBPD)
+    state = ProductState(_fit(q_JBPD, N), _fit(k_JBPD, N), _fit(sums, N), start=jnp.int32(P))
+    return sums[:, :, :P], state, _product_block(state, P - P % BLOCK)
+
+
+def product_step(
+    block: ProductBlock, q_BD: jax.Array, k_BD: jax.Array, position: int | jax.Array
+) -> tuple[jax.Array, ProductBlock]:
+    """One position of one layer.
+
+    Args:
+      block: the layer's part of the block that `position` lies in.
+      q_BD, k_BD: the entries at `position`.
+      position: counted from the start of the prompt.
+
+    Returns:
+      The output y_BD in float32, and the block.
+    """
+    before_BTD, k_BTD, q_head_BTD, k_head_BTD, sums_BTD = block
+    phase = position % BLOCK
+    q_BD, k_BD = q_BD.astype(jnp.float32), k_BD.astype(jnp.float32)
+    q_BTD, k_BTD = _put(before_BTD, q_BD, phase), _put(k_BTD, k_BD, phase)
+    # In the first block, which is its own head, q meets the k up to its own, and k earlier q only.
+    first = position < BLOCK
+    q_taps_BTD = q_head_BTD + jnp.where(first, before_BTD, 0)
+    k_taps_BTD = k_head_BTD + jnp.where(first, k_BTD, 0)
+    sums_BTD += _delay(k_taps_BTD, phase) * q_BD[:, None]
+    sums_BTD += _delay(q_taps_BTD, phase) * k_BD[:, None]
+    return _at(sums_BTD, phase), ProductBlock(q_BTD, k_BTD, q_head_BTD, k_head_BTD, sums_BTD)
+
+
+def product_advance(
+    state: ProductState, block: ProductBlock, position: int
+) -> tuple[ProductState, ProductBlock]:
+    """Ends a block, as `filter_advance` does; five FFTs a tile where a known filter takes two."""
+    size, reach = _tile(position, state.q_JBND.shape[2])
+    entries = block.q_JBTD, block.k_JBTD
+    return _product_tile(state, entries, position, size=size, reach=reach, first=size == position)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "reach", "first"), donate_argnames="state")
+def _product_tile(
+    state: ProductState,
+    entries: tuple[jax.Array, jax.Array],
+    position: jax.Array,
+    *,
+    size: int,
+    reach: int,
+    first: bool,
+) -> tuple[ProductState, ProductBlock]:
+    """The pairs of a tile that have a position past the prompt.
+
+    They are new q with any k, and new k with any q; but in the first tile of a size, whose factors
+    are the same positions, new k with the prompt's q only.
+    """
+
+    def op(
+        q_JBND: jax.Array,
+        k_JBND: jax.Array,
+        sums_JBND: jax.Array,
+        start: jax.Array,
+        q_JBTD: jax.Array,
+        k_JBTD: jax.Array,
+        position: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # Added, since the block that a prompt ends in holds the prompt's entries.
+        q_JBND = _add(q_JBND, q_JBTD, position - BLOCK)
+        k_JBND = _add(k_JBND, k_JBTD, position - BLOCK)
+        new = (jnp.arange(size) + position - size >= start)[None, None, :, None]
+        q_new, k_new = (
+            jnp.where(new, _read(x_JBND, position - size, size), 0) for x_JBND in (q_JBND, k_JBND)
+        )
+        known = size if first else 2 * size
+        q_head, k_head = q_JBND[:, :, :known], k_JBND[:, :, :known]
+        if first:
+            q_head -= q_new
+        q_new, k_new, q_head, k_head = (
+            _spectrum(x_JBND, 2 * size) for x_JBND in (q_new, k_new, q_head, k_head)
+        )
+        tile = _inverse(q_new * k_head + k_new * q_head, size, reach)
+        return q_JBND, k_JBND, _add(sums_JBND, tile, position)
+
+    in_axes = (*(_SEQUENCES,) * 3, (), *(_SEQUENCES,) * 2, ())
+    run = shard_op(op, in_axes, (_SEQUENCES,) * 3)
+    q_JBND, k_JBND, sums_JBND = run(*state, *entries, position)
+    state = ProductState(q_JBND, k_JBND, sums_JBND, state.start)
+    return state, _product_block(state, position)
+
+
+def _product_block(state: ProductState, begin: int | jax.Array) -> ProductBlock:
+    q_head_JBTD, k_head_JBTD = state.q_JBND[:, :, :BLOCK], state.k_JBND[:, :, :BLOCK]
+    return ProductBlock(
+        q_JBTD=jnp.zeros_like(q_head_JBTD),
+        k_JBTD=jnp.zeros_like(k_head_JBTD),
+        q_head_JBTD=q_head_JBTD,
+        k_head_JBTD=k_head_JBTD,
+        sums_JBTD=_read(state.sums_JBND, begin, BLOCK),
+    )
+
+
+# ---- The tiling ------------------------------------------------------------------------------
+
+
+def _capacity(length: int) -> int:
+    return math.ceil(length / BLOCK) * BLOCK
+
+
+def _check_room(prompt: int, capacity: int) -> None:
+    if prompt >= capacity:
+        raise ValueError(f"a prompt of {prompt} positions leaves no room in {capacity}")
+
+
+def _even_points(least: int) -> int:
+    """A power of two, for speed, and at least two, as `_inverse` wants it."""
+    return max(2, 1 << (least - 1).bit_length())
+
+
+def _tile_sizes(capacity: int) -> list[int]:
+    return [BLOCK << i for i in range(32) if BLOCK << i < capacity]
+
+
+def _tile(position: int, capacity: int) -> tuple[int, int]:
+    """How many inputs the tile at `position` takes, and how many outputs it reaches."""
+    if position % BLOCK or not 0 < position < capacity:
+        raise ValueError(f"no block begins at {position}: blocks of {BLOCK} up to {capacity}")
+    size = position & -position
+    return size, min(size, capacity - position)
+
+
+# ---- Along the last axis but one, of positions -----------------------------------------------
+
+
+def _spectrum(x_ND: jax.Array, points: int) -> jax.Array:
+    return jnp.fft.rfft(x_ND.mT, points)  # FFTs are fastest along rows
+
+
+def _inverse(spectrum_DF: jax.Array, first: int, count: int) -> jax.Array:
+    """Entries first..first + count of the inverse of an even number of points."""
+    return jnp.fft.irfft(spectrum_DF)[..., first : first + count].mT
+
+
+def _delay(h_TD: jax.Array, phase: int | jax.Array) -> jax.Array:
+    """h[s - phase] for s = 0..T, zero where s < phase."""
+    T = h_TD.shape[-2]
+    delayed_TD = jnp.concatenate([jnp.zeros_like(h_TD), h_TD], -2)
+    return jax.lax.dynamic_slice_in_dim(delayed_TD, T - phase, T, -2)
+
+
+def _fit(x_ND: jax.Array, length: int) -> jax.Array:
+    """Cut, or padded with zeros, to `length`."""
+    missing = max(0, length - x_ND.shape[-2])
+    return jnp.pad(x_ND, [(0, 0)] * (x_ND.ndim - 2) + [(0, missing), (0, 0)])[..., :length, :]
+
+
+def _read(x_ND: jax.Array, start: int | jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_ND, start, count, -2)
+
+
+def _write(x_ND: jax.Array, update_ND: jax.Array, start: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x_ND, update_ND, start, -2)
+
+
+def _add(x_ND: jax.Array, update_ND: jax.Array, start: int | jax.Array) -> jax.Array:
+    return _write(x_ND, _read(x_ND, start, update_ND.shape[-2]) + update_ND, start)
+
+
+def _at(x_BTD: jax.Array, phase: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x_BTD, phase, 1, keepdims=False)
+
+
+def _put(x_BTD: jax.Array, entry_BD: jax.Array, phase: int | jax.Array) -> jax.Array:
+    return _write(x_BTD, entry_BD[:, None], phase)
