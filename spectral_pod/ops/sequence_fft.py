@@ -42,7 +42,8 @@ def four_step(x_BDN: jax.Array, w_FD: jax.Array) -> jax.Array:
             f"either a device's channels must be a multiple of {shards}, or the positions one of "
             f"{shards**2} and the filter made for exactly them, not for {w_FD.shape[0] - 1}"
         )
-    w_LD = jnp.concatenate([w_FD, w_FD[1:-1][::-1].conj()])
+    ends = w_FD[:1].real.astype(w_FD.dtype), w_FD[-1:].real.astype(w_FD.dtype)  # as in irfft
+    w_LD = jnp.concatenate([ends[0], w_FD[1:-1], ends[1], w_FD[1:-1][::-1].conj()])
     w_CDM = jnp.transpose(w_LD.reshape(N // shards, 2 * shards, D), (1, 2, 0))
     activation = ("batch", "channel", "position")
     run = shard_op(_four_step, (activation, ("position", "channel", None)), activation)

@@ -1,0 +1,108 @@
+"""Filters of sequences whose positions are split give the same numbers, and only swap positions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from spectral_pod.analysis import hlo
+from spectral_pod.ops.fft import spectral_filter
+from spectral_pod.ops.long_conv import causal_conv
+from spectral_pod.parallel.sharding import spec
+from tests.multidevice import fake_devices
+
+# Mesh, positions, channels: channels for every device, or too few of them (four steps).
+CASES = {
+    "exchange, 2": ("sequence=2", 37 * 2, 6),
+    "exchange, 4 beside all else": ("data=2 sequence=2 tensor=2", 256, 8),
+    "exchange, 8 of 16,384": ("sequence=8", 16_384, 8),
+    "four steps, 2": ("sequence=2", 36, 3),
+    "four steps, 4 beside data": ("data=2 sequence=4", 16 * 15, 2),
+    "four steps beside tensor": ("sequence=4 tensor=2", 256, 6),
+    "four steps, 8 of 16,384": ("sequence=8", 16_384, 2),
+}
+BATCH = 6
+
+
+# ---- in a process with fake devices
+
+
+def compare():
+    """For each case and operation: relative errors of the result and of both gradients, and the
+    kinds of collectives with the bytes of the largest."""
+    return {
+        f"{name}: {op}": compare_op(op, *case)
+        for name, case in CASES.items()
+        for op in ("spectral_filter", "causal_conv")
+    }
+
+
+def compare_op(op, sizes, length, width):
+    rng = np.random.default_rng(0)
+    position = 1 if op == "spectral_filter" else 2
+    shape = (BATCH, length, width) if position == 1 else (BATCH, width, length)
+    x, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    if op == "spectral_filter":
+        w = jnp.asarray(rng.normal(size=(2, length + 1, width)), jnp.float32)
+        axes = ("batch", "position", "channel")
+    else:
+        w = jnp.asarray(rng.normal(size=(width, length // 2 + 1)), jnp.float32)
+        axes = ("batch", "channel", "position")
+
+    def run(x, w, dy):
+        def apply(x, w):
+            if op == "causal_conv":
+                return causal_conv(x, w)
+            return spectral_filter(x, jax.lax.complex(w[0], w[1]), 2 * length)
+
+        y, pullback = jax.vjp(apply, x, w)
+        return y, *pullback(dy)
+
+    want = jax.jit(run)(x, w, dy)
+    mesh = fake_devices.mesh_of(sizes)
+    split = NamedSharding(mesh, spec(*axes))
+    whole = NamedSharding(mesh, spec())
+    with jax.set_mesh(mesh):
+        args = jax.device_put(x, split), jax.device_put(w, whole), jax.device_put(dy, split)
+        step = jax.jit(run, out_shardings=(split, split, whole)).lower(*args).compile()
+        got = step(*args)
+    collectives = hlo.collectives(step.as_text())
+    return {
+        "errors": [float(jnp.max(jnp.abs(g - t)) / jnp.max(jnp.abs(t))) for g, t in zip(got, want)],
+        "collectives": [(c.kind, c.bytes) for c in collectives],
+        "bytes a device": x.nbytes // mesh.size,
+        "bytes of a spectrum": 2 * length * width * 8,
+    }
+
+
+# ---- under pytest
+
+
+@functools.cache
+def compared():
+    return fake_devices.run(__file__, "compare")
+
+
+@pytest.mark.parametrize("op", ["spectral_filter", "causal_conv"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_whole_sequences(case, op):
+    assert max(compared()[f"{case}: {op}"]["errors"]) <= 1e-5
+
+
+@pytest.mark.parametrize("op", ["spectral_filter", "causal_conv"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_device_never_holds_another_ones_activations(case, op):
+    """Exchanges move what a device has, or pairs of it as complex numbers; the rest is filters."""
+    found = compared()[f"{case}: {op}"]
+    exchanges = [size for kind, size in found["collectives"] if kind == "all-to-all"]
+    assert exchanges
+    assert max(exchanges) <= 3 * found["bytes a device"]
+    others = [size for kind, size in found["collectives"] if kind != "all-to-all"]
+    assert max(others, default=0) <= found["bytes of a spectrum"]
+
+
+if __name__ == "__main__":
+    fake_devices.main(compare)
