@@ -22,15 +22,18 @@ from tests.multidevice import fake_devices
 
 STEPS, ROWS, SEQ_LEN = 20, 16, 256
 # Meshes and micro-batches a step.
-QUICK = (("data=2 fsdp=2 tensor=2", 2), ("data=8", 2))
+QUICK = (("data=2 fsdp=2 tensor=2", 2), ("data=8", 2), ("sequence=4 tensor=2", 2))
 SLOW = (
     ("data=2", 1),
     ("fsdp=2", 1),
     ("tensor=2", 1),
+    ("sequence=2", 1),
     ("data=2 fsdp=2", 1),
     ("fsdp=2 tensor=2", 1),
     ("data=2 fsdp=2 tensor=2", 1),
+    ("data=2 sequence=2 tensor=2", 1),
     ("data=8", 1),
+    ("sequence=8", 1),
 )
 
 
@@ -58,7 +61,7 @@ def make_step(sizes, **overrides):
             state, (averages, _) = step(state, jax.device_put(batch, batch_sharding(s.mesh)))
         return state, float(jax.device_get(averages).compute()["loss"])
 
-    return init_state(s.model, s.tx, s.mesh, SEQ_LEN, s.config.seed), on_mesh
+    return init_state(s.model, s.tx, s.mesh, s.config.data.seq_len, s.config.seed), on_mesh
 
 
 def train(sizes, num_micro):

@@ -12,7 +12,9 @@ from spectral_pod.analysis import hlo
 from spectral_pod.ops.fft import spectral_filter
 from spectral_pod.ops.long_conv import causal_conv
 from spectral_pod.parallel.sharding import spec
+from spectral_pod.shapes import PAD
 from tests.multidevice import fake_devices
+from tests.multidevice.test_same_numbers import make_step
 
 # Mesh, positions, channels: channels for every device, or too few of them (four steps).
 CASES = {
@@ -38,6 +40,22 @@ def compare():
         for name, case in CASES.items()
         for op in ("spectral_filter", "causal_conv")
     }
+
+
+def long_step():
+    """The loss and the optimizer's first moments by name, after a step on 16,384 bytes a row."""
+    rng, length = np.random.default_rng(0), 16_384
+    tokens = rng.integers(0, 256, (2, length)).astype(np.int32)
+    tokens[1, 9_999:] = PAD
+    batch = {"tokens": tokens, "labels": np.asarray([1, 2], np.int32), "valid": np.ones(2, bool)}
+    overrides = {"data.seq_len": length, "model.num_layers": 2, "model.dropout": 0.0}
+    found = {}
+    for sizes in ("", "sequence=8"):
+        state, step = make_step(sizes, **overrides)
+        state, loss = step(state, batch)
+        moments = fake_devices.leaves(state.opt_state[1].mu)
+        found[sizes] = {"loss": loss} | {name: x.tolist() for name, x in moments.items()}
+    return found
 
 
 def compare_op(op, sizes, length, width):
@@ -104,5 +122,13 @@ def test_a_device_never_holds_another_ones_activations(case, op):
     assert max(others, default=0) <= found["bytes of a spectrum"]
 
 
+def test_a_whole_step_on_16384_bytes_equals_that_of_one_device():
+    found = fake_devices.run(__file__, "long_step")
+    assert found[""].keys() == found["sequence=8"].keys()
+    for name, want in found[""].items():
+        difference = np.subtract(found["sequence=8"][name], want)
+        assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(want), name
+
+
 if __name__ == "__main__":
-    fake_devices.main(compare)
+    fake_devices.main(compare, long_step)
