@@ -81,7 +81,10 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     first_step = int(state.step)
     overview = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
     logging.info("Parameters:\n%s", overview)
+    with jax.set_mesh(mesh):
+        operations = models.operations(config, seq_len=config.data.seq_len)
     say(f"{config.model.name}: {num_params:,} parameters, starting at step {first_step}")
+    say(f"operations: {', '.join(f'{name} by {how}' for name, how in operations.items())}")
 
     # ---- steps
     with (
@@ -143,7 +146,8 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         result = run_eval(config.train.eval_split)
         progress.report_eval(config.train.eval_split, int(state.step), result)
         checkpointer.wait_until_finished()
-        return _finish(workdir, config, store, state, result, progress, num_params, started)
+        run_facts = {"num_params": num_params, "operations": operations}
+        return _finish(workdir, config, store, state, result, progress, run_facts, started)
 
 
 def open_store(config: ConfigDict) -> byte_store.ByteStore:
@@ -222,7 +226,7 @@ def _finish(
     state: TrainState,
     evaluation: dict[str, Any],
     progress: "_Progress",
-    num_params: int,
+    run_facts: Mapping[str, Any],
     started: float,
 ) -> dict[str, Any]:
     """Writes `result.json` and prints the closing report."""
@@ -232,8 +236,7 @@ def _finish(
         "params_digest": params_digest(state.params),
         "bytes_per_second": progress.bytes_per_second(),
         "wall_seconds": time.time() - started,
-        "num_params": num_params,
-    }
+    } | dict(run_facts)
     say(confusion_table(evaluation["confusion"], store.classes))
     ladder = store.manifest["provenance"].get("ladder")
     if ladder:
