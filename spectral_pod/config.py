@@ -60,6 +60,7 @@ def default() -> ConfigDict:
     c.model.memory.num_heads = 1
     c.model.memory.head_dim = 64
     c.model.memory.normalize_keys = True
+    c.model.memory.gated = False  # the memory also forgets, by a learned rate per token and head
     c.model.memory.beta_min = 0.0
     c.model.memory.beta_max = 1.0
     c.model.memory.method = "chunked"  # or 'recurrent': the same numbers

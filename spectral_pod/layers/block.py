@@ -41,6 +41,7 @@ class _Delta(nn.Module):
     """The delta memory as a mixer: without its state."""
 
     config: ml_collections.FrozenConfigDict
+    gated: bool
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
@@ -51,6 +52,7 @@ class _Delta(nn.Module):
             normalize_keys=memory.normalize_keys,
             beta_range=(memory.beta_min, memory.beta_max),
             method=memory.method,
+            gated=self.gated,
             dtype=jnp.dtype(self.config.dtype),
             name="memory",
         )(x_BND, mask_BN)[0]
@@ -59,7 +61,8 @@ class _Delta(nn.Module):
 # Mixers by name; each is called with (x_BND, mask_BN) and returns [B, N, D].
 MIXERS: dict[str, Callable[[Any, bool, str], nn.Module]] = {
     "spectral": _spectral,
-    "delta": lambda config, deterministic, name: _Delta(config, name=name),
+    "delta": lambda config, deterministic, name: _Delta(config, gated=False, name=name),
+    "gated_delta": lambda config, deterministic, name: _Delta(config, gated=True, name=name),
 }
 
 

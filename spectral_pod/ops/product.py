@@ -33,7 +33,9 @@ def _backward(
     operands: tuple[jax.Array, jax.Array], dy_RO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x_RI, w_IO = operands
-    return _row_major_product(dy_RO, _transposed(w_IO)), _row_major_product(_transposed(x_RI), dy_RO)
+    return _row_major_product(dy_RO, _transposed(w_IO)), _row_major_product(
+        _transposed(x_RI), dy_RO
+    )
 
 
 _row_major_product.defvjp(_forward, _backward)

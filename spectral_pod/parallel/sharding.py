@@ -65,7 +65,7 @@ def shard_op(
     """`fn` on each device's own block of every argument, under the mesh that is set, if any.
 
     `in_axes` holds one tuple of logical axes per argument, `out_axes` one tuple (one result) or a
-    sequence of tuples. `fn` must need no communication along the axes that are split.
+    sequence of tuples. `fn` communicates, if it needs to, by naming mesh axes itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -73,11 +73,6 @@ def shard_op(
     single = not out_axes or out_axes[0] is None or isinstance(out_axes[0], str)
     out_specs = spec(*out_axes) if single else tuple(spec(*axes) for axes in out_axes)  # type: ignore[misc]
     return jax.shard_map(fn, in_specs=tuple(spec(*a) for a in in_axes), out_specs=out_specs)
-
-
-def sequence_shards() -> int:
-    """Into how many parts the mesh that is set, if any, splits the positions of a sequence."""
-    return num_shards("position")
 
 
 def num_shards(axis: str) -> int:

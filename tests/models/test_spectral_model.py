@@ -55,7 +55,7 @@ def rows():
         {"norm": "post", "pooling": "mean", "memory.normalize_keys": False},
         {"spectral.parametrization": "time", "pooling": "last", "spectral.energy_gate": "norm"},
         {"dtype": "bfloat16"},
-        {"memory.num_heads": 2, "memory.method": "chunked", "remat": "full"},
+        {"memory.num_heads": 2, "memory.method": "chunked", "memory.gated": True, "remat": "full"},
     ],
     ids=str,
 )
@@ -147,9 +147,9 @@ def test_the_original_energy_gate_does_nothing_and_the_default_does():
 
 
 def test_memory_stands_where_the_interval_says():
-    assert memory_pattern(2, 6) == ("spectral", "spectral+delta")
-    assert memory_pattern(0, 6) == ("spectral",)
-    assert memory_pattern(1, 6) == ("spectral+delta",)
+    assert memory_pattern(2, 6, "delta") == ("spectral", "spectral+delta")
+    assert memory_pattern(0, 6, "delta") == ("spectral",)
+    assert memory_pattern(1, 6, "gated_delta") == ("spectral+gated_delta",)
     _, params = make(memory_interval=2, num_layers=3)
     assert "delta" in params["blocks"]["block_1"]
     assert "delta" not in params["last_blocks"]["block_0"]

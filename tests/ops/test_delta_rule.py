@@ -1,32 +1,42 @@
 """Both forms of the delta rule against a float64 loop, and their gradients against float64."""
 
 import functools
+import itertools
+from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spectral_pod.layers import delta_memory
+from spectral_pod.layers.delta_memory import DeltaMemoryLayer
 from spectral_pod.ops import reference
-from spectral_pod.ops.delta_rule import (
-    _segment_forward,
-    _split,
+from spectral_pod.ops.delta_chunks import (
     _unit_lower_inverse,
-    delta_rule,
+    cut,
     delta_rule_chunked,
-    delta_rule_recurrent,
+    forward,
 )
+from spectral_pod.ops.delta_recurrence import Tokens, delta_rule_recurrent
+from spectral_pod.ops.delta_rule import delta_rule
 
 METHODS = ["chunked", "recurrent"]
 LENGTHS = [1, 31, 32, 33, 63, 64, 100, 256, 257, 513]
 CLIPS = ["never", "once", "everywhere"]
+GATES = ["none", "mixed", "strong"]
 B, K, V = 2, 8, 6
 # Float32 against float64, relative to the largest entry. Measured: at most 2e-6 and 2e-5.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
-def problem(seed, N, H=2, clips="never", beta=(0.0, 1.0), unit_keys=True):
-    """q, k, v, beta and a state in float32, whose clip of 10 fires as often as `clips` says."""
+def problem(seed, N, H=2, clips="never", gates="none", beta=(0.0, 1.0), unit_keys=True):
+    """q, k, v, beta, log gates or None, and a state, in float32.
+
+    The clip of 10 fires as often as `clips` says. Mixed gates are mostly near 1, some are strong:
+    e^-5; strong ones are all at least e^-4.
+    """
     rng = np.random.default_rng(seed)
     q, k = rng.normal(size=(2, B, N, H, K))
     if unit_keys:
@@ -37,36 +47,50 @@ def problem(seed, N, H=2, clips="never", beta=(0.0, 1.0), unit_keys=True):
     elif clips == "once":
         v[1, N // 2, 0] *= 200
     state = 0.1 * rng.normal(size=(B, H, V, K))
-    return [x.astype(np.float32) for x in (q, k, v, rng.uniform(*beta, (B, N, H)), state)]
+    inputs = [q, k, v, rng.uniform(*beta, (B, N, H)), state]
+    uniform = rng.uniform(size=(B, N, H))
+    log_gate = {"none": None, "mixed": -5 * uniform**8, "strong": -4 - uniform}[gates]
+    inputs.insert(4, log_gate)
+    return jax.tree.map(np.float32, inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "clip"))
-def run(q, k, v, beta, state=None, mask=None, method="chunked", clip=10.0):
-    return delta_rule(q, k, v, beta, state_BHVK=state, mask_BN=mask, method=method, clip=clip)
+def run(q, k, v, beta, log_gate, state=None, mask=None, method="chunked", clip=10.0):
+    gate = {"log_gate_BNH": log_gate}
+    return delta_rule(
+        q, k, v, beta, **gate, state_BHVK=state, mask_BN=mask, method=method, clip=clip
+    )
+
+
+def truth(q, k, v, beta, log_gate, state=None, mask=None, clip=10.0):
+    return reference.delta_rule(q, k, v, beta, state, mask, clip, log_gate)
 
 
 def loss(fn, weights, inputs):
     """A scalar in which every read and every entry of the final state counts differently."""
-    return sum(jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, fn(*inputs), strict=True))
+    *tokens, state = inputs
+    return sum(
+        jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, fn(Tokens(*tokens), state), strict=True)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="method")
 def gradients(weights, inputs, method="chunked"):
     fn = delta_rule_chunked if method == "chunked" else delta_rule_recurrent
-    return jax.grad(functools.partial(loss, fn, weights))(inputs)
+    return jax.tree.leaves(jax.grad(functools.partial(loss, fn, weights))(inputs))
 
 
 def float64_gradients(weights, inputs):
     with jax.enable_x64(True):
         weights, inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (weights, inputs))
-        truth = gradients(weights, inputs, "recurrent")
-        assert all(x.dtype == jnp.float64 for x in truth)
-        return jax.tree.map(np.asarray, truth)
+        found = gradients(weights, inputs, "recurrent")
+        assert all(x.dtype == jnp.float64 for x in found)
+        return jax.tree.map(np.asarray, found)
 
 
 def random_weights(seed, inputs):
     rng = np.random.default_rng(seed)
-    weights = rng.normal(size=inputs[2].shape), rng.normal(size=inputs[4].shape)
+    weights = rng.normal(size=inputs[2].shape), rng.normal(size=inputs[-1].shape)
     return tuple(x.astype(np.float32) for x in weights)
 
 
@@ -86,30 +110,30 @@ def assert_close(actual, expected, tolerance):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("N", LENGTHS)
 def test_equals_the_float64_loop(N, method):
-    for clips in CLIPS:
-        inputs = problem(N, N, H=3 if N % 2 else 1, clips=clips)
-        assert_close(run(*inputs, method=method), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
+    for clips, gates in itertools.product(CLIPS, GATES):
+        inputs = problem(N, N, H=3 if N % 2 else 1, clips=clips, gates=gates)
+        assert_close(run(*inputs, method=method), truth(*inputs), OUTPUT_TOLERANCE)
 
 
 def test_another_chunk_length_gives_the_same():
     chunked = jax.jit(functools.partial(delta_rule_chunked, chunk=16))
     for clips in CLIPS:
-        inputs = problem(0, 150, clips=clips)
-        assert_close(chunked(*inputs), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
+        *tokens, state = inputs = problem(0, 150, clips=clips, gates="mixed")
+        assert_close(chunked(Tokens(*tokens), state), truth(*inputs), OUTPUT_TOLERANCE)
     with pytest.raises(ValueError, match="must have 8"):
-        jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), *inputs)
+        jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), Tokens(*tokens), state)
 
 
 def test_starts_from_an_empty_memory():
     *tokens, _ = problem(0, 40)
-    assert_close(run(*tokens, method="recurrent"), reference.delta_rule(*tokens), OUTPUT_TOLERANCE)
+    assert_close(run(*tokens, method="recurrent"), truth(*tokens), OUTPUT_TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_state_carries_a_split_sequence(method):
     cut = int(np.random.default_rng(3).integers(1, 300))
     for clips in CLIPS:
-        *tokens, state = problem(3, 300, clips=clips)
+        *tokens, state = problem(3, 300, clips=clips, gates="mixed")
         whole = run(*tokens, state, method=method)
         first, between = run(*(x[:, :cut] for x in tokens), state, method=method)
         second, last = run(*(x[:, cut:] for x in tokens), between, method=method)
@@ -117,22 +141,24 @@ def test_the_state_carries_a_split_sequence(method):
 
 
 def with_garbage(tokens, mask):
-    at_tokens = [mask.reshape(mask.shape + (1,) * (x.ndim - 2)) for x in tokens]
-    return [np.where(m, x, np.float32(1e30)) for m, x in zip(at_tokens, tokens, strict=True)]
+    return [
+        np.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, np.float32(1e30))
+        for x in tokens
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_masked_tokens_neither_write_nor_read(method):
     mask = np.random.default_rng(4).uniform(size=(B, 70)) < 0.7
     for clips in CLIPS:
-        *tokens, state = problem(4, 70, clips=clips)
+        *tokens, state = problem(4, 70, clips=clips, gates="mixed")
         actual = run(*with_garbage(tokens, mask), state, mask, method=method)
-        assert_close(actual, reference.delta_rule(*tokens, state, mask), OUTPUT_TOLERANCE)
+        assert_close(actual, truth(*tokens, state, mask), OUTPUT_TOLERANCE)
         assert not np.asarray(actual[0])[~mask].any()
 
 
 def test_masked_tokens_get_no_gradient():
-    *tokens, state = problem(4, 40, clips="once")
+    *tokens, state = problem(4, 40, clips="once", gates="mixed")
     mask = np.random.default_rng(4).uniform(size=(B, 40)) < 0.7
 
     @jax.jit
@@ -151,9 +177,9 @@ def test_repeated_keys(different_keys, beta):
     inputs = problem(5, 300, beta=beta)
     inputs[1] = inputs[1][:, np.arange(300) % different_keys]
     weights = random_weights(5, inputs)
-    assert_close(run(*inputs), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
-    truth = float64_gradients(weights, inputs)
-    assert_close(gradients(weights, inputs), truth, GRADIENT_TOLERANCE)
+    assert_close(run(*inputs), truth(*inputs), OUTPUT_TOLERANCE)
+    expected = float64_gradients(weights, inputs)
+    assert_close(gradients(weights, inputs), expected, GRADIENT_TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -162,10 +188,10 @@ def test_the_clip_keeps_long_keys_finite(method):
     inputs = problem(1, 300, beta=(0.5, 1.0))
     inputs[1][:, :16] *= 3e5
     assert np.isnan(run(*inputs, method=method, clip=None)[0]).any()
-    assert_close(run(*inputs, method=method), reference.delta_rule(*inputs), OUTPUT_TOLERANCE)
+    assert_close(run(*inputs, method=method), truth(*inputs), OUTPUT_TOLERANCE)
     weights = random_weights(6, inputs)
-    truth = float64_gradients(weights, inputs)
-    assert_close(gradients(weights, inputs, method), truth, GRADIENT_TOLERANCE)
+    expected = float64_gradients(weights, inputs)
+    assert_close(gradients(weights, inputs, method), expected, GRADIENT_TOLERANCE)
 
 
 def test_both_forms_agree_on_raw_keys():
@@ -180,45 +206,46 @@ def test_both_forms_agree_on_raw_keys():
 def test_the_clip_matters(clips, method):
     inputs = problem(7, 300, clips=clips)
     unclipped = run(*inputs, method=method, clip=None)
-    assert_close(unclipped, reference.delta_rule(*inputs, clip=None), OUTPUT_TOLERANCE)
+    assert_close(unclipped, truth(*inputs, clip=None), OUTPUT_TOLERANCE)
     difference = error(run(*inputs, method=method)[0], unclipped[0])
     assert difference == 0 if clips == "never" else difference > 0.1
 
 
 def test_the_certificate_fires_exactly_when_a_clip_does():
-    forward = jax.jit(_segment_forward, static_argnums=0)
+    certified = jax.jit(lambda tokens, state: forward(*cut(tokens, clip=10.0), state))
     fired = []
     for seed in range(40):
-        *tokens, state = problem(seed, 64)
-        tokens[2][0, seed, 0] *= 10 / np.linalg.norm(tokens[2][0, seed, 0])  # an error near 10
-        _, clipped = reference.delta_rule(*tokens, state)
-        _, unclipped = reference.delta_rule(*tokens, state, clip=None)
-        _, (_, flag) = forward(10.0, (*(_split(jnp.asarray(x), 32) for x in tokens), state))
-        fired.append(bool(flag))
+        *tokens, state = problem(seed, 64, gates="mixed" if seed % 2 else "none")
+        tokens[2][0, seed, 0] *= 9.99 / np.linalg.norm(tokens[2][0, seed, 0])  # an error near 10
+        _, clipped = truth(*tokens, state)
+        _, unclipped = truth(*tokens, state, clip=None)
+        _, residuals = certified(Tokens(*tokens), state)
+        fired.append(bool(residuals.fired.any()))
         assert fired[-1] == np.any(clipped != unclipped), seed
     assert 5 < sum(fired) < 35
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("clips", CLIPS)
-def test_gradients_equal_float64(clips, method):
+def test_gradients_equal_float64(clips, gates, method):
     for seed in range(3):
-        inputs = problem(seed, 300, clips=clips)
+        inputs = problem(seed, 300, clips=clips, gates=gates)
         weights = random_weights(seed, inputs)
-        truth = float64_gradients(weights, inputs)
-        assert_close(gradients(weights, inputs, method), truth, GRADIENT_TOLERANCE)
+        expected = float64_gradients(weights, inputs)
+        assert_close(gradients(weights, inputs, method), expected, GRADIENT_TOLERANCE)
 
 
 @pytest.mark.parametrize("clips", CLIPS)
 def test_the_float64_gradients_equal_finite_differences(clips):
-    inputs = [x.astype(np.float64) for x in problem(8, 300, clips=clips)]
+    inputs = [x.astype(np.float64) for x in problem(8, 300, clips=clips, gates="mixed")]
     weights = random_weights(8, inputs)
     rng = np.random.default_rng(8)
 
     def value(i, at, shift):
         moved = [x.copy() for x in inputs]
         moved[i][at] += shift
-        return sum(np.sum(w * np.sin(x)) for w, x in zip(weights, reference.delta_rule(*moved)))
+        return sum(np.sum(w * np.sin(x)) for w, x in zip(weights, truth(*moved)))
 
     for i, gradient in enumerate(float64_gradients(weights, inputs)):
         for _ in range(4):
@@ -230,7 +257,7 @@ def test_the_float64_gradients_equal_finite_differences(clips):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("clips", CLIPS)
 def test_no_read_depends_on_a_later_token(clips, method):
-    inputs = problem(9, 300, clips=clips)
+    inputs = problem(9, 300, clips=clips, gates="mixed")
     for t in (0, 45, 149, 256, 298):
         o_weights, state_weights = map(np.zeros_like, random_weights(9, inputs))
         o_weights[:, t] = 1
@@ -242,12 +269,12 @@ def test_no_read_depends_on_a_later_token(clips, method):
 
 def test_computes_in_float32_and_returns_the_dtype_of_v():
     *tokens, state = problem(10, 40)
-    tokens = [jnp.asarray(x, jnp.bfloat16) for x in tokens]
+    tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tokens)
     o, last_state = run(*tokens, state, method="recurrent")
     assert o.dtype == jnp.bfloat16
     assert last_state.dtype == jnp.float32
-    rounded = [np.asarray(x, np.float32) for x in tokens]
-    expected = reference.delta_rule(*rounded, state)
+    rounded = jax.tree.map(lambda x: np.asarray(x, np.float32), tokens)
+    expected = truth(*rounded, state)
     assert_close((last_state,), expected[1:], OUTPUT_TOLERANCE)
     assert_close((o,), expected[:1], 2**-8)  # half a unit in the last place of bfloat16
 
@@ -259,3 +286,17 @@ def test_unit_lower_inverse(size):
     lower = np.stack([repeated, 3 * repeated, np.tril(rng.normal(size=(size, size)), -1) / 4])
     actual = _unit_lower_inverse(jnp.asarray(lower, jnp.float32))
     assert_close((actual,), (np.linalg.inv(np.eye(size)[None] + lower),), 1e-6)
+
+
+def test_a_gated_layer_starts_out_forgetting_slowly_and_learns_to():
+    layer = DeltaMemoryLayer(4, 8, True, (0.0, 1.0), "recurrent", jnp.float32, gated=True)
+    x = jnp.asarray(np.random.default_rng(11).normal(size=(B, 40, 16)), jnp.float32)
+    mask = jnp.ones((B, 40), bool)
+    params = nn.unbox(layer.init(jax.random.key(0), x, mask))
+    with mock.patch.object(delta_memory, "delta_rule", wraps=delta_rule) as rule:
+        layer.apply(params, x, mask)
+    rates = -np.asarray(rule.call_args.kwargs["log_gate_BNH"])
+    assert (rates > 0).all()
+    np.testing.assert_allclose(np.median(rates, (0, 1)), [0.001, 0.0046, 0.022, 0.1], rtol=0.5)
+    square = jax.jit(jax.grad(lambda params: jnp.sum(layer.apply(params, x, mask)[0] ** 2)))
+    assert all(np.asarray(g).any() for g in jax.tree.leaves(square(params)["params"]["gate"]))

@@ -1,0 +1,178 @@
+"""Splitting positions over devices changes no number of the delta rule, and only states travel."""
+
+import functools
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectral_pod.ops import delta_sequence
+from spectral_pod.ops.delta_rule import delta_rule
+from spectral_pod.parallel.sharding import spec
+from tests.multidevice import fake_devices
+
+B, N, H, K, V = 2, 600, 2, 8, 6  # stretches of 300, 150 and 75 positions
+CLIPS = ("never", "once", "everywhere", "overflow")
+# Meshes, and whether there are gates.
+QUICK = (("sequence=2", True), ("sequence=8", True), ("data=2 sequence=2 tensor=2", False))
+SLOW = (
+    ("sequence=4", True),
+    ("sequence=4", False),
+    ("sequence=8", False),
+    ("data=2 sequence=2", True),
+    ("sequence=4 tensor=2", True),
+)
+TOLERANCE = 1e-5  # relative to the largest entry; measured: at most 2e-6
+AXES = {"q": ("batch", "position", "head", None), "state": ("batch", "head", None, None)}
+AXES |= {"k": AXES["q"], "v": AXES["q"], "beta": AXES["q"][:3], "log_gate": AXES["q"][:3]}
+AXES |= {"mask": AXES["q"][:2], "o": AXES["q"]}
+
+
+# ---- in a process with fake devices
+
+
+def problem(clips="never", gated=True, length=N):
+    """Inputs in float32 whose clip of 10 fires as often as `clips` says.
+
+    The memory is long: what a stretch passes on of what it got is not lost in rounding.
+    'overflow': long keys, on which the states without clips are NaN from the first stretch on.
+    """
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, B, length, H, K))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    v = 0.3 * rng.normal(size=(B, length, H, V))
+    if clips == "everywhere":
+        v *= 200
+    elif clips == "once":
+        v[1, length // 2, 0] *= 200
+    elif clips == "overflow":
+        k[:, :16] *= 3e5
+    inputs = {"q": q, "k": k, "v": v, "beta": rng.uniform(0, 0.1, (B, length, H))}
+    inputs["state"] = 0.1 * rng.normal(size=(B, H, V, K))
+    if gated:
+        inputs["log_gate"] = -0.01 * rng.uniform(size=(B, length, H))
+    return {name: x.astype(np.float32) for name, x in inputs.items()}
+
+
+def results(inputs):
+    """The reads, the final state and the gradients of a function of both, by name."""
+    mask = jnp.asarray(np.random.default_rng(1).random((B, inputs["q"].shape[1])) < 0.9)
+    rng = np.random.default_rng(2)
+    weights = [jnp.float32(rng.normal(size=inputs[name].shape)) for name in ("v", "state")]
+
+    def loss(inputs):
+        tokens = [inputs[name] for name in ("q", "k", "v", "beta")]
+        found = delta_rule(
+            *tokens,
+            log_gate_BNH=inputs.get("log_gate"),
+            state_BHVK=inputs["state"],
+            mask_BN=mask,
+        )
+        return sum(jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, found, strict=True)), found
+
+    gradients, (o, state) = jax.grad(loss, has_aux=True)(inputs)
+    return {"o": o, "last": state} | {f"d{name}": x for name, x in gradients.items()}
+
+
+def compiled(sizes, gated=True, length=N):
+    """`results` as a program for a mesh, and the shardings of its inputs."""
+    inputs = problem(gated=gated, length=length)
+    mesh = fake_devices.mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        places = {name: jax.NamedSharding(mesh, spec(*AXES[name])) for name in inputs}
+        return jax.jit(results, in_shardings=(places,)).lower(inputs).compile(), places
+
+
+def compare(sizes, gated):
+    """By kind of clips and result, the largest difference from one device, relative to the largest
+    entry; NaN where an entry is."""
+    program, places = compiled(sizes, gated)
+    found = {}
+    for clips in CLIPS:
+        inputs = problem(clips, gated)
+        expected = jax.device_get(on_one(gated)(inputs))
+        actual = jax.device_get(program(jax.device_put(inputs, places)))
+        found[clips] = {name: distance(actual[name], x) for name, x in expected.items()}
+    return found
+
+
+@functools.cache
+def on_one(gated):
+    return compiled("", gated)[0]
+
+
+def distance(actual, expected):
+    assert np.isfinite(expected).all()
+    assert np.abs(expected).max() > 0
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def compare_all(cases):
+    return [compare(*case) for case in cases]
+
+
+def without_handing_over():
+    """Whether results are finite where handing states over gives NaN, by kind of clips."""
+
+    def hand_over(run, first, **_):
+        return run(delta_sequence._varying(first * jnp.nan))
+
+    with mock.patch.object(delta_sequence, "_hand_over", hand_over):
+        program, places = compiled("sequence=2")
+    found = {}
+    for clips in CLIPS:
+        actual = jax.device_get(program(jax.device_put(problem(clips), places)))
+        found[clips] = all(np.isfinite(x).all() for x in actual.values())
+    return found
+
+
+def programs(cases):
+    """Of each (mesh, positions): the collectives as [kind, type], and bytes of temporaries."""
+    found = []
+    for sizes, length in cases:
+        program, _ = compiled(sizes, length=length)
+        pattern = r"= (\(.*?\)|\S+) ([a-z-]+)\(.*channel_id="
+        collectives = re.findall(pattern, program.as_text())
+        found.append((sorted(collectives), program.memory_analysis().temp_size_in_bytes))
+    return found
+
+
+# ---- under pytest
+
+
+@functools.cache
+def compared(cases):
+    return dict(zip(cases, fake_devices.run(__file__, "compare_all", cases), strict=True))
+
+
+@pytest.mark.parametrize("clips", CLIPS)
+@pytest.mark.parametrize(
+    "case",
+    [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=lambda case: f"{case[0]}, {'gated' if case[1] else 'not gated'}",
+)
+def test_equals_one_device(case, clips):
+    distances = compared(QUICK if case in QUICK else SLOW)[case][clips]
+    assert len(distances) == 8 if case[1] else 7
+    assert not np.isnan([*distances.values()]).any(), distances
+    assert max(distances.values()) <= TOLERANCE, distances
+
+
+def test_states_are_handed_over_only_where_a_clip_fires():
+    finite = fake_devices.run(__file__, "without_handing_over")
+    assert finite == {clips: clips == "never" for clips in CLIPS}
+
+
+def test_only_states_travel_and_memory_is_split():
+    cases = ("sequence=2", N), ("sequence=2", 4 * N), ("sequence=8", 4 * N)
+    (few, _), (many, memory), (_, split_memory) = fake_devices.run(__file__, "programs", cases)
+    assert {kind for _, kind in few} == {"all-gather", "all-reduce", "collective-permute"}
+    assert few == many
+    assert split_memory < memory / 2
+
+
+if __name__ == "__main__":
+    fake_devices.main(compare_all, without_handing_over, programs)
