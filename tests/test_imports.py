@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": ("shapes", "ops", "layers", "models", "parallel.sharding"),
     "parallel": ("shapes", "errors", "parallel"),
     "data": ("shapes", "errors", "data"),
-    "analysis": ("shapes", "analysis"),
+    "analysis": ("shapes", "errors", "models", "analysis"),
     "train": ("shapes", "errors", "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "parallel.sharding"),
     "train.loop": (*_TRAINABLE, "data", "analysis", "train"),

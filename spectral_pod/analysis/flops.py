@@ -5,17 +5,20 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
+
+from spectral_pod import models
+from spectral_pod.analysis.hardware import CHIPS
 
 # Peak dense bfloat16 FLOP/s of one JAX device, by `device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+    kind: chip.peak_flops
+    for chip in CHIPS.values()
+    for kind in chip.device_kinds
+    if kind != "cpu"  # whose figure is nominal
+} | {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -26,6 +29,26 @@ PEAK_FLOPS = {
 def peak_flops(device: jax.Device) -> float | None:
     """Peak bfloat16 FLOP/s of a device, or None where it isn't known (CPUs)."""
     return PEAK_FLOPS.get(device.device_kind)
+
+
+def train_flops(config: ConfigDict, params: Any, num_classes: int) -> float:
+    """Model FLOPs of one training step: the forward pass, and twice that for the backward.
+
+    Those of the formulas, with their FFTs, whatever method computes them. `params` may be
+    `jax.ShapeDtypeStruct`s.
+    """
+    plain = ConfigDict(config.to_dict())
+    plain.model.spectral.method = "plain"
+    model = models.build(plain, seq_len=config.data.seq_len, num_classes=num_classes)
+    tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.data.seq_len), jnp.int32)
+    mask = jax.ShapeDtypeStruct(tokens.shape, bool)
+    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+    def forward(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, tokens, mask)
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return 3.0 * forward_flops(forward, unsharded, tokens, mask)
 
 
 def forward_flops(fn: Callable[..., Any], *args: Any) -> float:

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+from spectral_pod.errors import ConfigError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -11,8 +14,34 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, laid out by JAX for the hardware's links.
 
-    `sizes` come from `config.validate_mesh`. The axes are automatic: the compiler places what the
-    table in `sharding.py` does not.
+    Slices of TPUs lie along `data`, the axis that communicates least: the other axes never leave a
+    slice. `sizes` come from `config.validate_mesh`. The axes are automatic: the compiler places
+    what the table in `sharding.py` does not.
+
+    Raises:
+      ConfigError: `data` cannot be split over the slices.
     """
+    devices = jax.devices() if devices is None else devices
     shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = num_slices(devices)
+    if sizes["data"] % slices:
+        raise ConfigError(
+            f"config.mesh.data is {sizes['data']}, and there are {slices} slices, which lie along "
+            f"it: make it a multiple of {slices}"
+        )
+    # Splitting a physical axis costs bandwidth, but tensor=2 must be possible on 4x4x4.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """TPU slices that the devices are in; other devices count as one."""
+    return len({getattr(d, "slice_index", None) or 0 for d in devices if d.platform == "tpu"}) or 1

@@ -28,8 +28,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layer", None),  # stacked parameters of scanned layers
     ("embed", "fsdp"),  # model width of parameters: gathered just before use
     ("hidden", "tensor"),  # hidden width of a channel mixer
-    ("filter", ("fsdp", "tensor", SEQUENCE)),  # channels of a spectral filter
-    ("few_filters", ("fsdp", "tensor")),  # the same where they are too few to go round
+    # Channels of a spectral filter; gathered over fsdp, the last, they are where they are used.
+    ("filter", ("tensor", SEQUENCE, "fsdp")),
+    ("few_filters", ("tensor", "fsdp")),  # the same where they are too few to go round
     ("frequency", None),  # frequency bins; their number is odd, so never split
     ("vocab", None),
     ("tap", None),  # positions of a short convolution kernel

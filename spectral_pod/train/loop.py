@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import parameter_overview
@@ -99,7 +98,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
                 0, {"config": f"```\n{config}\n```", "parameters": f"```\n{overview}\n```"}
             )
         eval_step = jit_eval_step(model, mesh, abstract)
-        progress = _Progress(config, mesh, model, abstract, writer, first_step)
+        progress = _Progress(config, mesh, abstract, len(store.classes), writer, first_step)
 
         def run_eval(split: str) -> dict[str, Any]:
             with progress.time("eval"):
@@ -261,8 +260,8 @@ class _Progress:
         self,
         config: ConfigDict,
         mesh: Mesh,
-        model: Any,
         abstract: TrainState,
+        num_classes: int,
         writer: MetricWriter,
         first_step: int,
     ):
@@ -276,7 +275,7 @@ class _Progress:
         peak = flops.peak_flops(mesh.devices.flat[0])
         self._peak = peak * mesh.size if peak else None
         self._model_flops = (
-            _train_flops(model, abstract.params, config) if self._peak is not None else 0.0
+            flops.train_flops(config, abstract.params, num_classes) if self._peak else 0.0
         )
 
     @contextlib.contextmanager
@@ -362,19 +361,6 @@ def _check_finite(step: int, averages: Any, scalars: Mapping[str, Any]) -> None:
         "newest sound checkpoint is kept. Look at the data of this step, or start again in another "
         "--workdir with lower learning rates or a lower config.optimizer.clip_norm"
     )
-
-
-def _train_flops(model: Any, params: Any, config: ConfigDict) -> float:
-    """Model FLOPs of one training step: the forward pass, and twice that for the backward."""
-    tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.data.seq_len), jnp.int32)
-    mask = jax.ShapeDtypeStruct(tokens.shape, bool)
-    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-
-    def forward(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, tokens, mask)
-
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return 3.0 * flops.forward_flops(forward, unsharded, tokens, mask)
 
 
 def enable_compilation_cache(workdir: str) -> None:

@@ -6,7 +6,6 @@ XLA gathers the whole batch for a plain FFT; that step is compiled too, to see t
 
 import functools
 import itertools
-import json
 from unittest import mock
 
 import jax
@@ -61,9 +60,20 @@ SLOW = {
 # ---- in a process with fake devices
 
 
-def compile_steps(programs):
-    """The collectives of each program, as [kind, bytes, what, source]."""
-    return [compile_step(**program) for program in programs]
+def compile_pairs(pairs):
+    """For each pair of programs the kinds of the larger one's collectives, and those that grow."""
+    return [compare(*pair) for pair in pairs]
+
+
+def compare(small, large):
+    small, large = compile_step(**small), compile_step(**large)
+    return {
+        "kinds": sorted({c.kind for c in large}),
+        "grown": [
+            [mine.kind, mine.source, mine.count, mine.bytes, cover and cover.bytes]
+            for mine, cover in hlo.grown(small, large)
+        ],
+    }
 
 
 def compile_step(sizes, rows_a_chip, overrides, evaluation=False, plain_fft=False):
@@ -78,55 +88,36 @@ def compile_step(sizes, rows_a_chip, overrides, evaluation=False, plain_fft=Fals
         else:
             step = jit_train_step(s.model, s.tx, s.config, s.mesh, s.abstract)
             step = step.lower(s.abstract, batch)
-        found = hlo.collectives(step.compile().as_text())
-    return [(c.kind, c.bytes, c.what, c.source) for c in found]
+        return hlo.collectives(step.compile().as_text())
 
 
 # ---- under pytest
 
 
 @functools.cache
-def compiled(slow):
-    """The collectives of every program of every pair, by name of the pair."""
+def compared(slow):
+    """What the processes say of every pair, by its name."""
     pairs = SLOW if slow else QUICK | CONTROL
-    programs = {json.dumps(p): p for programs in pairs.values() for p in programs}
-    found = dict(zip(programs, fake_devices.run(__file__, "compile_steps", [*programs.values()])))
-    return {name: [found[json.dumps(p)] for p in programs] for name, programs in pairs.items()}
-
-
-def grown(small, large):
-    """The collectives of the larger mesh that one of the smaller mesh doesn't account for.
-
-    By kind, every one is covered by one of its own in the smaller mesh, of at least its bytes.
-    """
-    found = []
-    for kind in {c[0] for c in large}:
-        ours, theirs = (
-            sorted((c for c in cs if c[0] == kind), key=lambda c: -c[1]) for cs in (large, small)
-        )
-        for mine, cover in itertools.zip_longest(ours, theirs[: len(ours)]):
-            if cover is None or mine[1] > cover[1]:
-                found.append((mine, cover))
-    return found
+    return dict(zip(pairs, fake_devices.run(__file__, "compile_pairs", [*pairs.values()])))
 
 
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_no_collective_grows_with_the_mesh(name):
-    small, large = compiled(slow=name in SLOW)[name]
-    assert {c[0] for c in large} >= {"all-reduce"}
-    assert grown(small, large) == []
+    found = compared(slow=name in SLOW)[name]
+    assert "all-reduce" in found["kinds"]
+    assert found["grown"] == []
 
 
 def test_a_plain_fft_would_grow():
-    found = grown(*compiled(slow=False)["plain FFT"])
-    assert len(found) >= 4  # forward and backward, to frequencies and back
-    for mine, cover in found:
-        assert mine[0] == "all-gather"
-        assert "fft" in mine[3]
-        assert mine[1] == 4 * cover[1]  # twice the chips, twice the rows a chip
+    found = compared(slow=False)["plain FFT"]["grown"]
+    assert sum(one[2] for one in found) >= 4  # forward and backward, to frequencies and back
+    for kind, source, _, size, size_before in found:
+        assert kind == "all-gather"
+        assert "fft" in source
+        assert size == 4 * size_before  # twice the chips, twice the rows a chip
 
 
 if __name__ == "__main__":
-    fake_devices.main(compile_steps)
+    fake_devices.main(compile_pairs)

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -283,6 +283,11 @@ def ladder_rung(accuracy: float, ladder: Mapping[str, float]) -> str:
     else:
         place = f"between {named[reached - 1]} and {named[reached]}"
     return f"accuracy {accuracy:.1%} stands {place}"
+
+
+def num_classes(**options: Any) -> int:
+    """The classes of a store, known before it is built."""
+    return len(CLASSES)
 
 
 def build(

@@ -1,0 +1,244 @@
+"""The chips that programs are compiled for, the names users give to slices, and their devices.
+
+Importing this imports no JAX: `prepare` has to come first.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from spectral_pod.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak figures of one chip, which is one JAX device."""
+
+    family: str
+    device_kinds: tuple[str, ...]
+    peak_flops: float  # bfloat16 FLOP/s
+    hbm_bytes: int  # that a program may use; 0: see `memory`
+    hbm_bandwidth: float  # bytes/s
+    ici_bandwidth: float  # bytes/s that a chip sends, over all its links
+    dcn_bandwidth: float  # bytes/s that a host sends
+    chips_per_host: int
+    dimensions: int  # of the torus that links chips
+    cores: int  # TensorCores of a chip; what v4-128 counts
+    largest: int  # chips of a slice
+
+    def __str__(self) -> str:
+        return self.family
+
+
+_GIB = 2**30
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI is half of the documented bidirectional
+# figure (v4: 6 links of 50 GB/s, v5e 400, v5p 1,200, v6e 800 GB/s). DCN is NIC bandwidth: 50 Gbit/s
+# a chip on v5p, 2 x 100 Gbit/s for 8 chips on v5e and 4 x 200 on v6e, whose slices of more than 8
+# chips have 4 chips a host; v4's isn't documented and taken to be v5p's. HBM is what the compiler
+# (libtpu 0.0.52) says is available to a program, a little less than what is installed.
+# CPU: nominal figures of one laptop core, so that the arithmetic has something to work with.
+_TPUS = (
+    Chip(
+        family="v4", device_kinds=("TPU v4",), peak_flops=275e12, hbm_bytes=int(30.75 * _GIB),
+        hbm_bandwidth=1.2e12, ici_bandwidth=300e9, dcn_bandwidth=25e9, chips_per_host=4,
+        dimensions=3, cores=2, largest=4096,
+    ),
+    Chip(
+        family="v5e", device_kinds=("TPU v5 lite", "TPU v5e"), peak_flops=197e12,
+        hbm_bytes=int(15.75 * _GIB), hbm_bandwidth=819e9, ici_bandwidth=200e9,
+        dcn_bandwidth=12.5e9, chips_per_host=4, dimensions=2, cores=1, largest=256,
+    ),
+    Chip(
+        family="v5p", device_kinds=("TPU v5", "TPU v5p"), peak_flops=459e12,
+        hbm_bytes=int(95.73 * _GIB), hbm_bandwidth=2.765e12, ici_bandwidth=600e9,
+        dcn_bandwidth=25e9, chips_per_host=4, dimensions=3, cores=2, largest=6144,
+    ),
+    Chip(
+        family="v6e", device_kinds=("TPU v6 lite", "TPU v6e"), peak_flops=918e12,
+        hbm_bytes=int(31.24 * _GIB), hbm_bandwidth=1.638e12, ici_bandwidth=400e9,
+        dcn_bandwidth=50e9, chips_per_host=4, dimensions=2, cores=1, largest=256,
+    ),
+)  # fmt: skip
+_CPU = Chip(
+    family="cpu", device_kinds=("cpu",), peak_flops=1e11, hbm_bytes=0, hbm_bandwidth=10e9,
+    ici_bandwidth=10e9, dcn_bandwidth=1e9, chips_per_host=256, dimensions=1, cores=1, largest=256,
+)  # fmt: skip
+CHIPS = {chip.family: chip for chip in (*_TPUS, _CPU)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Slices of equal shape, joined by the data centre's network where there are several."""
+
+    chip: Chip
+    shape: tuple[int, ...]  # chips along each dimension of a slice
+    num_slices: int = 1
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape) * self.num_slices
+
+    def __str__(self) -> str:
+        separator = "-" if self.chip.family == "cpu" else ":"
+        slices = f" x {self.num_slices} slices" if self.num_slices > 1 else ""
+        return f"{self.chip}{separator}{'x'.join(map(str, self.shape))}{slices}"
+
+    def half(self) -> "Topology | None":
+        """Slices of half the chips; None where that would split a host."""
+        per_slice = self.num_chips // self.num_slices
+        fits = self.chip.family == "cpu" or per_slice > self.chip.chips_per_host
+        return self._resized(lambda n: n // 2 if n % 2 == 0 else 0) if fits else None
+
+    def double(self) -> "Topology | None":
+        """Slices of twice the chips, where there are such."""
+        return self._resized(lambda n: 2 * n)
+
+    def _resized(self, resize: Callable[[int], int]) -> "Topology | None":
+        candidates = [
+            (*self.shape[:d], resize(n), *self.shape[d + 1 :]) for d, n in enumerate(self.shape)
+        ]
+        candidates = [tuple(sorted(c, key=lambda n: (n == 1, n))) for c in candidates]  # 2x2x1
+        real = [shape for shape in candidates if _exists(self.chip, shape)]
+        compact = min(real, key=lambda shape: max(shape) - min(shape), default=None)
+        return dataclasses.replace(self, shape=compact) if compact else None
+
+
+def parse(name: str, num_slices: int = 1) -> Topology:
+    """The topology that a user means by `v4:4x4x4`, `v4-128`, `v5litepod-256` or `cpu-8`.
+
+    `v4-N` and `v5p-N` count TensorCores, two a chip; `v5e-N`, `v5litepod-N`, `v6e-N` and `cpu-N`
+    count chips.
+
+    Raises:
+      ConfigError: no such topology; says what may be meant.
+    """
+    if num_slices < 1:
+        raise ConfigError(f"--num_slices is {num_slices}; it must be at least 1")
+    match = re.fullmatch(r"(\w+?)(?:[:-](\d+(?:x\d+)*))", name.strip().lower())
+    family = {"v5litepod": "v5e", "v5lite": "v5e"}.get(match[1], match[1]) if match else ""
+    if not match or family not in CHIPS:
+        raise ConfigError(f"--topology={name} is no known topology{_hint(name)}")
+    chip, sizes = CHIPS[family], tuple(int(n) for n in match[2].split("x"))
+    if family == "cpu":
+        if len(sizes) != 1 or num_slices > 1 or not _exists(chip, sizes):
+            raise ConfigError(f"--topology={name}: CPUs are cpu-1 to cpu-256, in one slice")
+        return Topology(chip, sizes)
+    if len(sizes) > 1 or ":" in name:
+        if len(sizes) != chip.dimensions or not _exists(chip, sizes):
+            raise ConfigError(
+                f"--topology={name}: a {family} slice is {'AxBxC'[: 2 * chip.dimensions - 1]} "
+                "chips, each of them 2 or a multiple of 4, and "
+                f"{chip.largest} in all at most{_hint(name)}"
+            )
+        return Topology(chip, sizes, num_slices)
+    shape = _default_shape(chip, sizes[0] // chip.cores) if sizes[0] % chip.cores == 0 else None
+    if shape is None:
+        counts = f"TensorCores, {chip.cores} a chip" if chip.cores > 1 else "chips"
+        near = min(_sizes(chip), key=lambda n: abs(math.log(n * chip.cores / max(sizes[0], 1))))
+        raise ConfigError(
+            f"--topology={name}: {family}-N counts {counts}, and there is no {family} slice of "
+            f"{sizes[0]}; did you mean {family}-{near * chip.cores}?"
+        )
+    return Topology(chip, shape, num_slices)
+
+
+def prepare(topology: Topology) -> None:
+    """Sets the environment in which JAX can compile for the topology; before JAX is imported."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if topology.chip.family == "cpu":
+        flags = re.sub(
+            r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
+        )
+        count = f"--xla_force_host_platform_device_count={topology.num_chips}"
+        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+        # XLA sizes its thread pool by this; collectives between fake devices starve with fewer.
+        os.environ["PJRT_NPROC"] = str(2 * topology.num_chips)
+        return
+    os.environ.pop("XLA_FLAGS", None)  # libtpu aborts at flags of other backends
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+def memory(topology: Topology) -> int:
+    """Bytes of memory for each chip; fake CPU devices share what the machine has."""
+    if topology.chip.family != "cpu":
+        return topology.chip.hbm_bytes
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // topology.num_chips
+
+
+def devices(topology: Topology) -> Sequence[Any]:
+    """The `jax.Device`s of a topology: real fake CPUs, or TPUs that programs can be compiled for.
+
+    Raises:
+      ConfigError: libtpu is missing, or knows no such slice.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    if topology.chip.family == "cpu":
+        return jax.devices("cpu")[: topology.num_chips]
+    shape = "x".join(map(str, topology.shape))
+    options: dict[str, Any] = {}
+    if topology.chip.cores > 1:
+        options["chip_config_name"] = "megacore"  # one device a chip, as JAX has on these TPUs
+    if topology.num_slices > 1:
+        options["num_slices"] = topology.num_slices
+    if topology.shape == (2, 4):
+        options["chips_per_host_bounds"] = [2, 4, 1]  # eight chips in one host
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{topology.chip}:{shape}", **options
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"--topology={topology}: libtpu cannot describe it ({error}); it comes with "
+            "`pip install libtpu`"
+        ) from error
+    return description.devices
+
+
+def _exists(chip: Chip, shape: Sequence[int]) -> bool:
+    if chip.family == "cpu":
+        return 1 <= shape[0] <= chip.largest
+    if tuple(shape) in ((2, 2, 1), (1, 1)):  # what a single host has
+        return len(shape) == chip.dimensions
+    sides = all(n == 2 or (n > 0 and n % 4 == 0) for n in shape)
+    return sides and math.prod(shape) <= chip.largest
+
+
+def _default_shape(chip: Chip, num_chips: int) -> tuple[int, ...] | None:
+    """The shape a slice of so many chips has unless another is asked for: the most compact one."""
+    if chip.dimensions == 3 and num_chips == 4:
+        return (2, 2, 1)
+    sides = [n for n in range(1, num_chips + 1) if num_chips % n == 0]
+    shapes = [
+        shape
+        for shape in itertools.combinations_with_replacement(sides, chip.dimensions)
+        if math.prod(shape) == num_chips and _exists(chip, shape)
+    ]
+    return min(shapes, key=lambda shape: shape[-1] - shape[0], default=None)
+
+
+def _sizes(chip: Chip) -> list[int]:
+    powers = [2**n for n in range(chip.largest.bit_length()) if 2**n <= chip.largest]
+    return [n for n in powers if _default_shape(chip, n)]
+
+
+def _hint(name: str) -> str:
+    known = [f"{chip}-{n * chip.cores}" for chip in _TPUS for n in _sizes(chip)]
+    known += [f"v5litepod-{n}" for n in _sizes(CHIPS["v5e"])] + ["cpu-8", "v4:4x4x4", "v5e:16x16"]
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    examples = "v4-128, v4:4x4x4, v5e-256, v5p-4096, v6e-64, cpu-8"
+    return f"; did you mean {near[0]}?" if near else f"; names look like {examples}"

@@ -1,0 +1,183 @@
+"""What one run of a compiled program costs a chip: FLOPs and memory traffic, loops counted in full.
+
+XLA's `cost_analysis` counts a loop's body once and elementwise work beside products; these count
+what the matrix units do, and what crosses the memory bus.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from spectral_pod.analysis.hlo import Array, Instruction, Program
+
+# What neither computes nor moves data. The `-done` half of an asynchronous pair is left out, too.
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "replica-id", "iota", "while", "conditional", "call", "async-start", "opt-barrier", "domain",
+    "send", "recv",
+)  # fmt: skip
+
+
+def flops(program: Program) -> float:
+    """FLOPs of products, convolutions and FFTs in one run, for one chip.
+
+    A product counts 2mnk, a convolution 2 per tap that meets data, a complex FFT 5 n log2 n, a real
+    one half of that, and a custom call what its cost estimate says. Elementwise work is left out.
+    """
+    runs = program.runs(lambda i: _flops(program, i))
+    return math.fsum(count * _flops(program, i) for i, count in runs)
+
+
+def matrix_work(program: Program) -> float:
+    """`flops`, each as often as a TPU's matrix unit passes over it.
+
+    The units multiply bfloat16; a float32 product at precision HIGH takes 3 passes over the parts
+    of its operands, and at HIGHEST 6.
+    """
+    runs = program.runs(lambda i: _flops(program, i))
+    return math.fsum(count * _passes(i) * _flops(program, i) for i, count in runs)
+
+
+def _passes(i: Instruction) -> int:
+    precision = i.attribute(r"operand_precision=\{(\w+)") or "default"
+    return {"default": 1, "high": 3, "highest": 6}.get(precision, 1)
+
+
+def traffic(program: Program) -> float:
+    """Bytes that one run reads from and writes to one chip's HBM, if no cache helps.
+
+    A fusion reads its operands and writes its results once; of an operand that it only slices, the
+    slice counts, and so does the update of one that it updates in place.
+    """
+    runs = program.runs(lambda i: _traffic(program, i), fused=False)
+    return math.fsum(count * _traffic(program, i) for i, count in runs)
+
+
+def _flops(program: Program, i: Instruction) -> float:
+    if i.opcode == "dot":
+        lhs = program.operands(i)[0].arrays[0].shape
+        axes = _integers(i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "")
+        return 2.0 * math.prod(i.arrays[0].shape) * math.prod(lhs[axis] for axis in axes)
+    if i.opcode == "convolution":
+        return _convolution_flops(program, i)
+    if i.opcode == "fft":
+        length = math.prod(_integers(i.attribute(r"fft_length=\{([\d,]*)\}") or "1"))
+        ends = (program.operands(i)[0].arrays[0], i.arrays[0])
+        whole = max(ends, key=lambda a: a.shape[-1])
+        real = any(end.dtype in ("f32", "f64") for end in ends)
+        return math.prod(whole.shape) * math.log2(max(length, 2)) * (2.5 if real else 5.0)
+    if i.opcode == "custom-call":
+        estimate = i.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
+        return float(estimate or 0)
+    return 0.0
+
+
+def _convolution_flops(program: Program, i: Instruction) -> float:
+    lhs, rhs = (operand.arrays[0].shape for operand in program.operands(i)[:2])
+    labels = i.attribute(r"dim_labels=(\w+->\w+)") or ""
+    lhs_labels, rhs_labels, out_labels = re.split("_|->", labels)
+    window = dict(re.findall(r"(\w+)=([\dx_-]+)", i.attribute(r"window=\{([^}]*)\}") or ""))
+    batch, features = lhs[lhs_labels.index("b")], lhs[lhs_labels.index("f")]
+    outputs = rhs[rhs_labels.index("o")]
+    taps = 1
+    for d in range(len(lhs) - 2):
+
+        def setting(name: str, default: str, d: int = d) -> str:
+            return window[name].split("x")[d] if name in window else default
+
+        low, _, _ = setting("pad", "0_0").partition("_")
+        taps *= _meeting_taps(
+            data=lhs[lhs_labels.index(str(d))],
+            kernel=rhs[rhs_labels.index(str(d))],
+            out=i.arrays[0].shape[out_labels.index(str(d))],
+            stride=int(setting("stride", "1")),
+            low=int(low),
+            data_dilation=int(setting("lhs_dilate", "1")),
+            kernel_dilation=int(setting("rhs_dilate", "1")),
+        )
+    features //= int(i.attribute(r"feature_group_count=(\d+)") or 1)
+    batch //= int(i.attribute(r"batch_group_count=(\d+)") or 1)
+    return 2.0 * batch * features * outputs * taps
+
+
+@functools.lru_cache(maxsize=4096)
+def _meeting_taps(
+    *, data: int, kernel: int, out: int, stride: int, low: int, data_dilation: int,
+    kernel_dilation: int,
+) -> int:  # fmt: skip
+    """Pairs of output position and tap, in one dimension, that meet data and not padding.
+
+    TPUs spell batched products as convolutions, whose other pairs are padding or dilation.
+    """
+    place = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None] * kernel_dilation
+    meets = (place % data_dilation == 0) & (place >= 0) & (place < data * data_dilation)
+    return int(np.count_nonzero(meets))
+
+
+def _traffic(program: Program, i: Instruction) -> float:
+    if i.opcode in _FREE or i.opcode.endswith("-done"):
+        return 0.0
+    given = [_size(operand.arrays) for operand in program.operands(i)]
+    results: Sequence[Array] = i.arrays
+    if i.opcode.endswith("-start") and len(results) > 1:  # (operands, results, semaphores)
+        results = [a for a in results if a.shape][len(given) :] or results
+    made = _size(results)
+    if i.opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
+        return made + (sum(a.bytes for a in results) if given[0] else 0.0)
+    if i.opcode == "dynamic-update-slice":
+        return given[1] + min(made, program.operands(i)[1].arrays[0].bytes)
+    if i.opcode == "fusion":
+        return _fusion_traffic(program, i, made)
+    return sum(given) + made
+
+
+def _fusion_traffic(program: Program, fusion: Instruction, made: float) -> float:
+    inner = program.computations[fusion.callees[0]]
+    users: dict[str, list[Instruction]] = {}
+    for instruction in inner.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+    parameters = {int(p.operands[0]): p for p in inner.values() if p.opcode == "parameter"}
+    total = made
+    for index, operand in enumerate(program.operands(fusion)):
+        whole = _size(operand.arrays)
+        if not whole or index not in parameters:
+            continue
+        readers = _readers(parameters[index], users)
+        if readers and all(_touches_part(r, of) for r, of in readers):
+            part = 0.0
+            for reader, _ in readers:
+                if reader.opcode == "dynamic-update-slice":
+                    update = inner[reader.operands[1]].arrays[0].bytes
+                    total += update - _size(operand.arrays)  # written in place, not as a whole
+                else:
+                    part += sum(a.bytes for a in reader.arrays)
+            whole = min(whole, part)
+        total += whole
+    return max(total, 0.0)
+
+
+def _readers(
+    value: Instruction, users: dict[str, list[Instruction]]
+) -> list[tuple[Instruction, str]]:
+    """What uses a value, seen through bitcasts, and the name by which it does."""
+    found = []
+    for user in users.get(value.name, []):
+        found += _readers(user, users) if user.opcode == "bitcast" else [(user, value.name)]
+    return found
+
+
+def _touches_part(reader: Instruction, name: str) -> bool:
+    sliced = reader.opcode in ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
+    return sliced and reader.operands[0] == name
+
+
+def _size(arrays: Sequence[Array]) -> float:
+    return float(sum(a.bytes for a in arrays if a.in_hbm))
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]

@@ -1,0 +1,83 @@
+"""The real steps, compiled for absent TPU slices, move no more when slice and batch grow.
+
+CPUs and TPUs are partitioned differently, so what `test_collectives.py` finds on fake CPU devices
+says little about these. Each test is one run of preflight, which compiles both steps for two sizes
+of slice with libtpu.
+"""
+
+import importlib.util
+import json
+
+import pytest
+
+from tests.tools.test_preflight import preflight
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+ONE_ROW_A_CHIP = ("--config.train.global_batch_size=256", "--config.train.eval_batch_size=256")
+MEMORY = (
+    "--config.model.memory_interval=2", "--config.model.memory.num_heads=2",
+    "--config.model.memory.head_dim=8",
+)  # fmt: skip
+QUICK = {
+    "v4:4x4x4": ("--topology=v4:4x4x4", "--config.mesh.fsdp=4"),
+    "two slices": ("--topology=v5p-32", "--num_slices=2", "--config.mesh.fsdp=2"),
+}
+SLOW = {
+    "v5e-256": ("--topology=v5e-256", "--config.mesh.fsdp=4", *ONE_ROW_A_CHIP),
+    "v5p-1024": (
+        "--topology=v5p-1024", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", *ONE_ROW_A_CHIP,
+    ),
+    "v6e-16": ("--topology=v6e-16", "--config.mesh.fsdp=2"),
+    "tensor": ("--topology=v5p-128", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"),
+    "only fsdp": ("--topology=v4-16", "--config.mesh.fsdp=8"),
+    "memory": ("--topology=v4:4x4x4", "--config.mesh.fsdp=4", *MEMORY),
+    "memory, two slices": (
+        "--topology=v5e-16", "--num_slices=2", "--config.mesh.fsdp=4", *MEMORY,
+    ),
+}  # fmt: skip
+CHIPS = {"v4:4x4x4": (64, 16), "v5e-256": (256, 64), "two slices": (32, 8)}
+
+
+def report(tmp_path, *arguments, code=0):
+    path = tmp_path / "report.json"
+    done = preflight(tmp_path, *arguments, f"--json={path}", code=code)
+    # Progress, and nothing of what libtpu says to its developers.
+    assert all("compiled in" in line for line in done.stderr.splitlines()[1:]), done.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+def test_no_collective_grows(name, tmp_path):
+    found = report(tmp_path, *(QUICK | SLOW)[name])
+    rows = found["collectives"]
+    assert found["fits"]
+    assert {"all-reduce", "all-gather"} <= {row["kind"] for row in rows}
+    assert not any(row["scales_with_batch"] for row in rows + found["eval"]["collectives"])
+    assert all(row["axes"] for row in rows if row["count"] * row["bytes"] > 1024)
+    if name in CHIPS:
+        assert (found["chips"], found["hosts"]) == CHIPS[name]
+    crossing = [row for row in rows if row["link"] == "DCN"]
+    assert bool(crossing) == ("slices" in name)
+    assert all(row["axes"][0] == "data" for row in crossing)  # fsdp stays within a slice
+
+
+def test_a_plain_fft_is_seen_to_reduce_the_global_batch(tmp_path):
+    plain = "--config.model.spectral.method=plain"
+    found = report(tmp_path, *QUICK["v4:4x4x4"], plain, code=2)
+    grown = [row for row in found["collectives"] if row["scales_with_batch"]]
+    assert grown
+    for row in grown:
+        assert "data" in row["axes"]
+        assert "spectral" in row["what"]
+        assert "[64," in row["what"]  # every row of the batch, on every chip
+
+
+def test_slices_lie_along_data(tmp_path):
+    done = preflight(
+        tmp_path, "--topology=v5p-16", "--num_slices=2", "--config.mesh.fsdp=16", code=3
+    )
+    assert "config.mesh.data is 1, and there are 2 slices" in done.stderr

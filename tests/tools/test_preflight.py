@@ -1,0 +1,188 @@
+"""Preflight as a user runs it, for fake CPUs: exit codes, the report, and what it remembers."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from spectral_pod.analysis import hardware
+from spectral_pod.analysis.hlo import Collective
+from spectral_pod.analysis.roofline import roofline
+from spectral_pod.data.tasks import TASKS
+from spectral_pod.errors import ConfigError
+from tests import trainer
+
+# Only to compile quickly; fake devices are preflight's own business.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def preflight(home, *arguments, code=0):
+    """Runs preflight to its end, which must be `code`, with what it remembers below `home`."""
+    command = [sys.executable, "-m", "tools.preflight", "--config=tests/tools/tiny.py", *arguments]
+    environment = trainer.environment() | {"XLA_FLAGS": FLAGS, "HOME": str(home)}
+    del environment["PJRT_NPROC"]  # preflight sets it by itself
+    done = subprocess.run(
+        command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def fits(home):
+    """(the finished process, its JSON) of the tiny model on eight devices."""
+    path, hlo = home / "report.json", home / "step.hlo"
+    done = preflight(
+        home, "--topology=cpu-8", "--config.mesh.fsdp=2", f"--json={path}", f"--hlo={hlo}",
+        "--price_per_chip_hour=2",
+    )  # fmt: skip
+    return done, json.loads(path.read_text()), hlo.read_text()
+
+
+def test_the_report_holds_what_it_should(fits):
+    done, report, text = fits
+    assert report["fits"] is True
+    assert (report["chips"], report["hosts"]) == (8, 1)
+    hbm = report["hbm"]
+    assert set(hbm) == {"capacity", "arguments", "temporaries", "headroom"}
+    assert hbm["capacity"] > hbm["headroom"] > 0 < hbm["temporaries"]
+    assert set(report["flops"]) == {"lowered", "analytic"}
+    assert report["flops"]["lowered"] > report["flops"]["analytic"] > 0  # with remat
+    bounds = report["roofline"]
+    assert set(bounds) == {"compute_s", "memory_s", "network_s", "step_s", "mfu_ceiling"}
+    assert bounds["step_s"] == max(bounds[f"{what}_s"] for what in ("compute", "memory", "network"))
+    assert 0 < bounds["mfu_ceiling"] < 1
+    assert report["cost"] == pytest.approx(1000 * bounds["step_s"] / 3600 * 8 * 2)
+    assert text.startswith("HloModule jit_train_step")
+    assert "FITS" in done.stdout.splitlines()[-1]
+    assert done.stderr.count("compiled in") == 4  # two steps, two sizes
+
+
+def test_the_table_of_collectives(fits):
+    rows = fits[1]["collectives"]
+    keys = {"kind", "count", "bytes", "axes", "link", "what", "scales_with_batch"}
+    assert all(set(row) == keys for row in rows)
+    assert not any(row["scales_with_batch"] for row in rows)
+    gathers = [row for row in rows if row["kind"] == "all-gather"]
+    assert all(row["axes"] == ["fsdp"] and row["link"] == "ICI" for row in gathers)
+    names = " ".join(row["what"] for row in rows)
+    assert "parameter encoder/convolution/kernel" in names
+    assert "gradient of" in names
+    filters = [r for r in gathers if "spectral/filter" in r["what"] and "again" not in r["what"]]
+    assert sum(r["count"] for r in filters) in (2, 4)  # per layer, real and imaginary perhaps apart
+
+
+def test_the_second_run_compiles_nothing(home, fits):
+    again = home / "again.json"
+    done = preflight(
+        home, "--topology=cpu-8", "--config.mesh.fsdp=2", f"--json={again}",
+        "--price_per_chip_hour=2",
+    )  # fmt: skip
+    assert "compiled in" not in done.stderr
+    assert done.stderr.count("compiled before") == 4
+    assert json.loads(again.read_text()) == fits[1]
+
+
+def test_what_does_not_fit(home):
+    done = preflight(
+        home, "--topology=cpu-1", "--config.model.hidden_dim=65536", "--config.model.remat=none",
+        "--config.train.global_batch_size=2", "--config.train.eval_batch_size=1", code=1,
+    )  # fmt: skip
+    assert "DOES NOT FIT" in done.stdout
+    assert "config.mesh.fsdp=2" in done.stdout
+    assert "config.model.remat='full'" in done.stdout
+
+
+def test_a_plain_fft_grows(home):
+    path = home / "plain.json"
+    plain = "--config.model.spectral.method=plain"
+    done = preflight(home, "--topology=cpu-8", plain, f"--json={path}", code=2)
+    grown = [row for row in json.loads(path.read_text())["collectives"] if row["scales_with_batch"]]
+    assert {row["kind"] for row in grown} == {"all-gather"}
+    assert all(row["axes"] == ["data"] and "fft" in row["what"] for row in grown)
+    assert "scales with the batch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v4-12"], "TensorCores"),
+        (["--topology=v4-128x"], "did you mean v4-128?"),
+        (["--topology=cpu-8", "--config.mesh.fdsp=2"], "'fdsp'"),
+        (["--topology=cpu-8", "--config.mesh.fsdp=3"], "config.mesh"),
+        (["--topology=cpu-8", "--config.train.global_batch_size=12"], "train.global_batch_size"),
+        (["--topology=cpu-8", "--config.data.task=listop"], "did you mean 'listops'?"),
+        (["--topology=cpu-8", "--config=configs/no_such.py"], "no_such.py"),
+        (["--topology=cpu-8", "--num_slices=2"], "one slice"),
+        ([], "topology"),
+    ],
+)
+def test_what_is_invalid(home, arguments, message):
+    done = preflight(home, *arguments, code=3)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+# ---- without a process
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "text"),
+    [
+        ("v4-8", 4, "v4:2x2x1"), ("v4-128", 64, "v4:4x4x4"), ("v4:4x4x4", 64, "v4:4x4x4"),
+        ("v4-512", 256, "v4:4x8x8"), ("v5p-4096", 2048, "v5p:8x16x16"),
+        ("v5p-12288", 6144, "v5p:16x16x24"), ("v5e-256", 256, "v5e:16x16"),
+        ("v5litepod-16", 16, "v5e:4x4"), ("v6e-64", 64, "v6e:8x8"), ("v6e-8", 8, "v6e:2x4"),
+        ("cpu-8", 8, "cpu-8"),
+    ],
+)  # fmt: skip
+def test_names_of_topologies(name, chips, text):
+    topology = hardware.parse(name)
+    assert (topology.num_chips, str(topology)) == (chips, text)
+    if topology.half():
+        assert 2 * topology.half().num_chips == chips
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("v4-100", "v4-128"), ("v5e-250", "v5e-256"), ("v6-64", "v6e-64"), ("v5-256", "v5p-256"),
+        ("v4:4x4", "v4:4x4x4"), ("v5litepod-17", "v5e-16"), ("slice", "names look like"),
+        ("v4:3x3x3", "multiple of 4"), ("v6e:32x16", "256 in all"), ("cpu-0", "cpu-1"),
+    ],
+)  # fmt: skip
+def test_unknown_topologies(name, hint):
+    with pytest.raises(ConfigError, match=hint):
+        hardware.parse(name)
+
+
+def test_every_task_knows_its_classes():
+    for name, task in TASKS.items():
+        assert task.num_classes() >= 2, name
+
+
+def test_the_roofline_by_hand():
+    chip = hardware.CHIPS["v5e"]
+    gather = functools.partial(Collective, "all-gather", 10**9, (), "", axes=("fsdp",))
+    bound = roofline(
+        matrix_work=197e12,
+        traffic=819e9 / 2,
+        collectives=[
+            gather(count=3, group_size=4),
+            Collective("all-reduce", 10**9, (), "", link="DCN", group_size=2),
+        ],
+        analytic_flops=98.5e12,
+        chip=chip,
+    )
+    assert (bound.compute_s, bound.memory_s) == (1.0, 0.5)
+    ici, dcn = 3 * 0.75e9 / 200e9, 4 * 2 * 0.5e9 / 12.5e9  # four chips share a host's network
+    assert bound.network_s == pytest.approx(ici + dcn)
+    assert (bound.step_s, bound.mfu_ceiling) == (1.0, 0.5)

@@ -1,0 +1,184 @@
+"""The real train and evaluation step of a configuration, compiled for a topology.
+
+Compiling for TPUs takes a minute or so, and without a TPU JAX's own cache cannot read such programs
+back. So what the compiler said is kept in `CACHE`: the program as text and its memory figures, or
+that it ran out of memory.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spectral_pod import config as config_lib
+from spectral_pod import models
+from spectral_pod.analysis import flops, hardware
+from spectral_pod.analysis.hardware import Topology
+from spectral_pod.data import tasks
+from spectral_pod.parallel.mesh import make_mesh
+from spectral_pod.train.optim import make_optimizer
+from spectral_pod.train.state import TrainState, abstract_state
+from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
+
+CACHE = "~/.cache/spectral_pod/preflight"
+_MEMORY = ("argument", "output", "alias", "temp", "generated_code")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step: its program and bytes per chip, or why it could not."""
+
+    text: str
+    memory: dict[str, int]
+    out_of_memory: str = ""  # the compiler's message; then there is no text
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of a chip's memory in use at the most, results in place of donated arguments."""
+        return sum(self.memory.values()) - 2 * self.memory["alias"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A configuration on a topology, with its steps lowered but not compiled."""
+
+    config: ConfigDict
+    topology: Topology
+    num_hosts: int
+    mesh: Mesh
+    abstract: TrainState
+    analytic_flops: float  # of a training step on the whole mesh
+    lowered: dict[str, Any]  # 'train', 'eval'
+
+
+def set_up(config: ConfigDict, topology: Topology) -> Setup:
+    """Builds what `train/loop.py` builds, from the same parts, without data or memory.
+
+    Raises:
+      ConfigError: the configuration cannot run on this topology.
+    """
+    config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS)
+    devices = hardware.devices(topology)
+    mesh = make_mesh(config_lib.validate_mesh(config, len(devices)), devices)
+    options = config.data.options.to_dict()
+    tasks.store_path(config.data.dir, config.data.task, options)  # checks their names
+    num_classes = tasks.TASKS[config.data.task].num_classes(**options)
+    seq_len, tx = config.data.seq_len, make_optimizer(config)
+    model = models.build(config, seq_len=seq_len, num_classes=num_classes)
+    abstract = abstract_state(model, tx, mesh, seq_len)
+    batch = abstract_batch(config.train.global_batch_size, seq_len, mesh)
+    eval_batch = abstract_batch(config.train.eval_batch_size, seq_len, mesh)
+    steps: dict[str, tuple[Any, ...]] = {
+        "train": (jit_train_step(model, tx, config, mesh, abstract), abstract, batch),
+        "eval": (jit_eval_step(model, mesh, abstract), abstract.params, eval_batch),
+    }
+    with jax.set_mesh(mesh):
+        lowered = {
+            name: step.trace(*arguments).lower(lowering_platforms=(devices[0].platform,))
+            for name, (step, *arguments) in steps.items()
+        }
+    return Setup(
+        config=config,
+        topology=topology,
+        num_hosts=len({(getattr(d, "slice_index", 0), d.process_index) for d in devices}),
+        mesh=mesh,
+        abstract=abstract,
+        analytic_flops=flops.train_flops(config, abstract.params, num_classes),
+        lowered=lowered,
+    )
+
+
+def neighbour(setup: Setup) -> tuple[ConfigDict, Topology] | None:
+    """The same configuration on half the chips, or else on twice as many, with as many rows a chip.
+
+    The axis that changes is `data`, or `fsdp` where there is one shard of data. None where a batch
+    is not split at all, or there is no slice of such a size.
+    """
+    sizes = dict(setup.mesh.shape)
+    axis = "data" if sizes["data"] > 1 else "fsdp"
+    half, double = setup.topology.half(), setup.topology.double()
+    per_slice = sizes[axis] // (setup.topology.num_slices if axis == "data" else 1)
+    if sizes[axis] == 1:
+        return None
+    if half and per_slice % 2 == 0:
+        return _resized(setup.config, sizes, axis, lambda n: n // 2), half
+    if double and setup.topology.chip.family != "cpu":
+        return _resized(setup.config, sizes, axis, lambda n: n * 2), double
+    return None
+
+
+def _resized(
+    config: ConfigDict, sizes: dict[str, int], axis: str, resize: Callable[[int], int]
+) -> ConfigDict:
+    other = ConfigDict(config.to_dict())
+    other.mesh.update(sizes | {axis: resize(sizes[axis])})
+    for field in ("global_batch_size", "eval_batch_size"):
+        other.train[field] = resize(config.train[field])
+    return other
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Bytes of the largest shard of every leaf, together."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def compile_all(setups: list[Setup], say: Callable[[str], None]) -> list[dict[str, Compiled]]:
+    """Compiles every step of every setup, two at a time; `say` is told of each."""
+    jobs = [(s, name) for s in setups for name in s.lowered]
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        done = list(pool.map(lambda job: _compile(job[0], job[1], say), jobs))
+    found: list[dict[str, Compiled]] = [{} for _ in setups]
+    for (setup, name), compiled in zip(jobs, done, strict=True):
+        found[setups.index(setup)][name] = compiled
+    return found
+
+
+def _compile(setup: Setup, name: str, say: Callable[[str], None]) -> Compiled:
+    path = os.path.join(os.path.expanduser(CACHE), f"{_key(setup, name)}.json.gz")
+    label = f"{name} step for {setup.topology}"
+    if os.path.exists(path):
+        with gzip.open(path, "rt") as file:
+            say(f"{label}: compiled before")
+            return Compiled(**json.load(file))
+    started = time.monotonic()
+    try:
+        executable = setup.lowered[name].compile()
+        figures = executable.memory_analysis()
+        memory = {what: getattr(figures, f"{what}_size_in_bytes") for what in _MEMORY}
+        compiled = Compiled(executable.as_text(), memory)
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search("RESOURCE_EXHAUSTED|Oom|out of memory", str(error), re.IGNORECASE):
+            raise
+        compiled = Compiled("", dict.fromkeys(_MEMORY, 0), str(error))
+    say(f"{label}: compiled in {time.monotonic() - started:.0f} s")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with gzip.open(f"{path}.{os.getpid()}", "wt", compresslevel=5) as file:
+        json.dump(dataclasses.asdict(compiled), file)
+    os.replace(f"{path}.{os.getpid()}", path)
+    return compiled
+
+
+def _key(setup: Setup, name: str) -> str:
+    """A digest of all that decides what the compiler says; line numbers of the code don't."""
+    text = setup.lowered[name].as_text(debug_info=True)
+    text = re.sub(r'\.py":\d+:\d+( to (\d+)?:\d+)?', '.py"', text)
+    compiler = "jaxlib" if setup.topology.chip.family == "cpu" else "libtpu"
+    versions = f"{compiler} {importlib.metadata.version(compiler)} {jax.__version__}"
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC")]
+    kept = [field.name for field in dataclasses.fields(Compiled)]
+    meaning = json.dumps([text, str(setup.topology), versions, flags, kept])
+    return hashlib.sha256(meaning.encode()).hexdigest()[:24]

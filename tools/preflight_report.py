@@ -1,0 +1,274 @@
+"""What preflight says about compiled steps: figures, for programs and for people."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from spectral_pod.analysis import hardware, hlo, hlo_cost
+from spectral_pod.analysis.hlo import Collective
+from spectral_pod.analysis.provenance import describe, parameter_shapes
+from spectral_pod.analysis.roofline import Roofline, roofline
+from tools.compiled_step import Compiled, Setup, bytes_per_chip
+
+_BOUNDS = [field.name for field in dataclasses.fields(Roofline)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    text: str  # for people
+    data: dict[str, Any]  # for programs: what `--json` writes
+    grows: bool  # a collective moves more bytes a chip when slice and batch grow together
+
+
+def make(
+    setup: Setup,
+    compiled: dict[str, Compiled],
+    other: tuple[Setup, dict[str, Compiled]] | None,
+    price_per_chip_hour: float | None = None,
+) -> Report:
+    """The report on a setup's compiled steps, held against another size of slice if there is one.
+
+    Of the data, sizes are bytes per chip, FLOPs those of one chip and step, and what a step that
+    did not compile would have told is None.
+    """
+    config, topology, train = setup.config, setup.topology, compiled["train"]
+    found = {name: _collectives(setup, one) for name, one in compiled.items()}
+    grown = {name: _grown(setup, name, compiled, other) for name in compiled}
+    rows = {name: _rows(setup, found[name], [one for one, _ in grown[name]]) for name in compiled}
+    hbm = {name: _memory(setup, one) for name, one in compiled.items()}
+    notes = {_told(name, *pair) for name, pairs in grown.items() for pair in pairs}
+    if other is None:
+        notes.add("there is no other size to compare with: growth of collectives isn't checked")
+
+    analytic = setup.analytic_flops / topology.num_chips
+    lowered, bound, hours = None, None, 0.0
+    if train.text:
+        program = hlo.Program(train.text)
+        lowered = hlo_cost.flops(program)
+        bound = roofline(
+            matrix_work=hlo_cost.matrix_work(program),
+            traffic=hlo_cost.traffic(program),
+            collectives=found["train"],
+            analytic_flops=analytic,
+            chip=topology.chip,
+        )
+        hours = config.train.total_steps * bound.step_s / 3600
+        notes |= program.notes
+    tokens = config.train.global_batch_size * config.data.seq_len
+    data = {
+        "fits": all(one["headroom"] >= 0 for one in hbm.values()),
+        "chips": topology.num_chips,
+        "hosts": setup.num_hosts,
+        "hbm": hbm["train"],
+        "collectives": rows["train"],
+        "flops": {"lowered": lowered, "analytic": analytic},
+        "roofline": dataclasses.asdict(bound) if bound else dict.fromkeys(_BOUNDS),
+        "topology": str(topology),
+        "mesh": dict(setup.mesh.shape),
+        "parameters_per_chip": bytes_per_chip(setup.abstract.params),
+        "optimizer_per_chip": bytes_per_chip(setup.abstract.opt_state),
+        "tokens_per_second": tokens / bound.step_s if bound else None,
+        "eval": {"hbm": hbm["eval"], "collectives": rows["eval"]},
+        "notes": sorted(notes),
+    }
+    if price_per_chip_hour is not None and bound:
+        data["cost"] = hours * topology.num_chips * price_per_chip_hour
+    grows = any(grown.values())
+    return Report(_text(setup, data, compiled, hours, grows), data, grows)
+
+
+def _collectives(setup: Setup, compiled: Compiled) -> list[Collective]:
+    if not compiled.text:
+        return []
+    return hlo.collectives(compiled.text, dict(setup.mesh.shape), setup.topology.num_slices)
+
+
+def _grown(
+    setup: Setup,
+    name: str,
+    compiled: dict[str, Compiled],
+    other: tuple[Setup, dict[str, Compiled]] | None,
+) -> list[tuple[Collective, Collective | None]]:
+    """The collectives of a step that grow, each with its counterpart in the other setup."""
+    if other is None or not compiled[name].text or not other[1][name].text:
+        return []
+    mine, theirs = _collectives(setup, compiled[name]), _collectives(other[0], other[1][name])
+    if other[0].topology.num_chips < setup.topology.num_chips:
+        return hlo.grown(theirs, mine)
+    return [(here or larger, larger) for larger, here in hlo.grown(mine, theirs)]
+
+
+def _told(name: str, one: Collective, cover: Collective | None) -> str:
+    other = f"{_size(cover.bytes)} by {cover.kind}" if cover else "nothing like it"
+    return (
+        f"{name}: the {one.kind} of {one.what} from {one.source or 'an unnamed operation'} scales "
+        f"with the batch: {_size(one.bytes)} a chip here, {other} on the other size of slice"
+    )
+
+
+def _rows(setup: Setup, found: list[Collective], grown: list[Collective]) -> list[dict[str, Any]]:
+    """The collectives as the JSON report has them, those alike together."""
+    leaves = jax.tree_util.tree_leaves_with_path(setup.abstract.params)
+    names = {jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in leaves}
+    parameters = parameter_shapes(names, setup.mesh.shape)
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in found:
+        row = {
+            "kind": one.kind,
+            "count": 0,
+            "bytes": one.bytes,
+            "axes": list(one.axes),
+            "link": one.link,
+            "what": describe(one, parameters),
+            "scales_with_batch": one in grown,
+        }
+        key = tuple(map(str, row.values()))
+        rows.setdefault(key, row)["count"] += one.count
+    return list(rows.values())
+
+
+def _memory(setup: Setup, compiled: Compiled) -> dict[str, int]:
+    """Bytes of a chip's HBM; what is left also pays for the program and undonated results."""
+    capacity = hardware.memory(setup.topology)
+    if compiled.out_of_memory:
+        arguments = bytes_per_chip(setup.abstract)
+        temporaries = _temporaries(compiled.out_of_memory)
+        return {
+            "capacity": capacity,
+            "arguments": arguments,
+            "temporaries": temporaries,
+            "headroom": min(-1, capacity - arguments - temporaries),
+        }
+    return {
+        "capacity": capacity,
+        "arguments": compiled.memory["argument"],
+        "temporaries": compiled.memory["temp"],
+        "headroom": capacity - compiled.peak_bytes,
+    }
+
+
+def _temporaries(message: str) -> int:
+    """Bytes of temporaries that a program which ran out would have needed; 0 if it isn't told."""
+    match = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", message)
+    return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2]))) if match else 0
+
+
+def advice(setup: Setup, train: Mapping[str, int], evaluation: Mapping[str, int]) -> list[str]:
+    """Changes that make the steps that don't fit smaller, the most promising first."""
+    config, shape = setup.config, setup.mesh.shape
+    state, found = bytes_per_chip(setup.abstract), []
+    if state > min(train["temporaries"], 0.5 * train["capacity"]):
+        found.append(
+            f"config.mesh.fsdp={2 * shape['fsdp']} halves the {_size(state)} of parameters and "
+            "optimizer state on each chip"
+        )
+    if train["headroom"] < 0:
+        if config.model.remat != "full":
+            found.append(
+                f"config.model.remat='full' (it is {config.model.remat!r}) computes activations "
+                "again instead of keeping them"
+            )
+        micro_batches = config.train.grad_accumulation
+        if config.train.global_batch_size > shape["data"] * shape["fsdp"] * micro_batches:
+            found.append(
+                f"config.train.grad_accumulation={2 * micro_batches} halves the activations at the "
+                "same batch"
+            )
+        found.append(
+            "more chips, or a smaller config.train.global_batch_size or config.data.seq_len"
+        )
+    elif evaluation["headroom"] < 0:
+        found.append("a smaller config.train.eval_batch_size")
+    return found
+
+
+def axes(shape: Mapping[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "of one chip"
+
+
+def _text(
+    setup: Setup,
+    data: dict[str, Any],
+    compiled: dict[str, Compiled],
+    hours: float,
+    grows: bool,
+) -> str:
+    topology, config, bound = setup.topology, setup.config, data["roofline"]
+    lines = [
+        f"{topology}  {data['chips']} chips, {data['hosts']} hosts  mesh {axes(data['mesh'])}",
+        f"parameters {_size(data['parameters_per_chip'])}, optimizer "
+        f"{_size(data['optimizer_per_chip'])} a chip",
+    ]
+    for name, hbm in (("train", data["hbm"]), ("eval", data["eval"]["hbm"])):
+        lines.append(
+            f"{name} step: HBM {_size(hbm['capacity'])}, arguments {_size(hbm['arguments'])}, "
+            f"temporaries {_size(hbm['temporaries'])}, headroom {_size(hbm['headroom'])}"
+        )
+    for name, rows in (("train", data["collectives"]), ("eval", data["eval"]["collectives"])):
+        lines += ["", f"{name} step: {_total(rows)}"] + (_table(rows) if rows else [])
+    lines.append("")
+    if data["flops"]["lowered"] is not None:
+        chip, rate = topology.chip, data["tokens_per_second"] or 0.0
+        lines += [
+            f"FLOPs a chip and step: {data['flops']['lowered']:.3g} as lowered, "
+            f"{data['flops']['analytic']:.3g} analytic",
+            f"roofline at {chip.peak_flops / 1e12:.3g} TFLOP/s, HBM "
+            f"{chip.hbm_bandwidth / 1e9:.0f} GB/s, ICI {chip.ici_bandwidth / 1e9:.0f} GB/s, DCN "
+            f"{chip.dcn_bandwidth / 1e9:.3g} GB/s a host"
+            + (" (nominal figures)" if chip.family == "cpu" else "")
+            + f": compute {_time(bound['compute_s'])}, memory {_time(bound['memory_s'])}, "
+            f"network {_time(bound['network_s'])}",
+            f"a step takes at least {_time(bound['step_s'])}: MFU at most "
+            f"{bound['mfu_ceiling']:.1%}, {rate:,.0f} bytes/s at most",
+            f"{config.train.total_steps:,} steps take at least {hours:.3g} hours"
+            + (f" and cost {data['cost']:,.2f}" if "cost" in data else "")
+            + ", evaluations not counted",
+        ]
+    lines += [f"note: {note}" for note in data["notes"]]
+    if not data["fits"]:
+        for name in ("train", "eval"):
+            if compiled[name].out_of_memory:
+                lines.append(f"{name} step: {compiled[name].out_of_memory.strip().splitlines()[0]}")
+        lines.append("DOES NOT FIT. What helps:")
+        lines += [f"  - {line}" for line in advice(setup, data["hbm"], data["eval"]["hbm"])]
+    elif grows:
+        lines.append("FITS, but a collective grows with the batch: it won't scale (see notes)")
+    else:
+        lines.append("FITS")
+    return "\n".join(lines)
+
+
+def _total(rows: list[dict[str, Any]]) -> str:
+    moved = {
+        link: sum(row["count"] * row["bytes"] for row in rows if row["link"] == link)
+        for link in ("ICI", "DCN")
+    }
+    count = sum(row["count"] for row in rows)
+    sizes = ", ".join(f"{_size(size)} over {link}" for link, size in moved.items() if size)
+    return f"{count} collectives a step, {sizes}" if sizes else "no collectives"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"  {'kind':<18}{'count':>6}{'bytes':>10}  {'axes':<18}{'link':<5}what"]
+    for row in sorted(rows, key=lambda row: -row["count"] * row["bytes"]):
+        grows = "  GROWS" if row["scales_with_batch"] else ""
+        lines.append(
+            f"  {row['kind']:<18}{row['count']:>6}{_size(row['bytes']):>10}  "
+            f"{','.join(row['axes']):<18}{row['link']:<5}{row['what']}{grows}"
+        )
+    return lines
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
