@@ -5,9 +5,7 @@ This file is intentionally kept short: the run itself is in `train/loop.py`.
 
 import errno
 import os
-import re
 import sys
-import traceback
 from typing import Any
 
 # etils would pick TensorFlow's file system where TensorFlow is installed; it isn't needed here.
@@ -16,6 +14,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from spectral_pod import command_line
 from spectral_pod.errors import ConfigError, UserError
 from spectral_pod.parallel import runtime
 from spectral_pod.train import loop
@@ -53,42 +52,10 @@ def _own_news(record: Any) -> bool:
     return ours or record.levelno > 20
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line and loads the config file; what is wrong there is one message."""
-    try:
-        rest = flags.FLAGS(argv)
-        _ = _CONFIG.value.seed  # config_flags doesn't report a missing file before the first use
-    except UserError:
-        raise
-    except Exception as error:
-        raise ConfigError(_told(error, argv)) from error
-    return rest
-
-
-def _told(error: BaseException, argv: list[str]) -> str:
-    while "Traceback" in str(error) and error.__context__:  # a quote of what the config file raised
-        error = error.__context__
-    if isinstance(error, flags.Error):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"the config file cannot be read: {str(error).splitlines()[-1].strip()}"
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    ours = [f for f in frames if not re.search("site-packages|<frozen|/main.py$", f[0])]
-    if ours:
-        return f"{ours[-1][0]}:{ours[-1][1]}: {type(error).__name__}: {error}"
-    field = re.findall(r"\w+", str(error))[0]
-    for argument in argv:
-        if field in argument.partition("=")[0].split("."):
-            near = re.search('Did you mean "(.*)" instead', str(error))
-            hint = f"; did you mean {near[1]!r}?" if near else ""
-            return f"{argument}: the configuration has no field {field!r}{hint}"
-    return f"--config: {error}"
-
-
 def run() -> None:
     """Runs `main`; an error that the user can cure is one message and its exit code."""
     try:
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=command_line.parser(_CONFIG))
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

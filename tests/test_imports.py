@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "train": ("shapes", "errors", "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "parallel.sharding"),
     "train.loop": (*_TRAINABLE, "data", "analysis", "train"),
-    "main": ("config", "errors", "parallel.runtime", "train.loop"),
+    "command_line": ("errors",),
+    "main": ("command_line", "config", "errors", "parallel.runtime", "train.loop"),
 }
 PURE = ("ops", "layers", "models", "train.step", "train.state", "train.optim", "train.loss")
 NOT_IN_PURE = ("absl", "etils", "tensorstore", "orbax", "tensorflow", "grain", "os", "pathlib")

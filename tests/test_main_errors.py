@@ -93,10 +93,6 @@ def content(folder):
     [
         ({"data__task": "lsitops"}, "config.data.task is 'lsitops'.*did you mean 'listops'"),
         ({"mesh__data": 99}, "config.mesh asks for data=99 .* there are"),
-        (
-            {"mesh__sequence": 3},
-            "seq_len in patches of 4 is .*, not divisible by mesh.sequence = 3",
-        ),
         ({"train__global_batch_size": 9}, "global_batch_size is 9, not divisible by mesh.data x"),
         ({"data__truncate": False}, r"record \d+ of split 'train' has \d+ bytes, .*data.truncate"),
     ],

@@ -14,12 +14,12 @@ configuration or the topology is invalid.
 
 import json
 import logging
-import re
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from spectral_pod import command_line
 from spectral_pod.analysis import hardware
 from spectral_pod.errors import ConfigError, UserError
 
@@ -70,30 +70,11 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-        _ = _CONFIG.value.seed  # config_flags doesn't report a missing file before the first use
-    except UserError:
-        raise
-    except Exception as error:
-        raise ConfigError(_told(error, argv)) from error
-    return rest
-
-
-def _told(error: Exception, argv: list[str]) -> str:
-    field = (re.findall(r"\w+", str(error)) or [""])[0]
-    for argument in argv:
-        if isinstance(error, (AttributeError, KeyError)) and f".{field}" in argument.split("=")[0]:
-            return f"{argument}: the configuration has no field {field!r}"
-    return str(error).strip().splitlines()[-1].strip()
-
-
 def run() -> None:
     """Runs `main`; an error that the user can cure is one message and exit code 3."""
     logging.getLogger().setLevel(logging.WARNING)
     try:
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=command_line.parser(_CONFIG))
     except (UserError, OSError) as error:
         say(f"{type(error).__name__}: {error}")
         sys.exit(INVALID)

@@ -40,9 +40,9 @@ SLOW = {
 CHIPS = {"v4:4x4x4": (64, 16), "v5e-256": (256, 64), "two slices": (32, 8)}
 
 
-def report(tmp_path, *arguments, code=0):
+def report(tmp_path, *arguments, **options):
     path = tmp_path / "report.json"
-    done = preflight(tmp_path, *arguments, f"--json={path}", code=code)
+    done = preflight(tmp_path, *arguments, f"--json={path}", **options)
     # Progress, and nothing of what libtpu says to its developers.
     assert all("compiled in" in line for line in done.stderr.splitlines()[1:]), done.stderr
     return json.loads(path.read_text())
@@ -74,6 +74,42 @@ def test_a_plain_fft_is_seen_to_reduce_the_global_batch(tmp_path):
         assert "data" in row["axes"]
         assert "spectral" in row["what"]
         assert "[64," in row["what"]  # every row of the batch, on every chip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["configs/quickstart.py", "configs/lra_listops.py"])
+@pytest.mark.parametrize(
+    ("topology", "chips"),
+    [("v4:4x4x4", 64), ("v5e-256", 256), ("v5p-1024", 512), ("v5p-128 x 2", 128), ("cpu-8", 8)],
+)
+def test_no_collective_of_a_shipped_config_grows(config, topology, chips, tmp_path):
+    name, _, slices = topology.partition(" x ")
+    arguments = [
+        f"--topology={name}", f"--num_slices={slices or 1}", "--config.mesh.fsdp=2",
+        f"--config.train.global_batch_size={chips}", f"--config.train.eval_batch_size={chips}",
+    ]  # fmt: skip
+    found = report(tmp_path, *arguments, config=config)
+    assert found["fits"]
+    assert not any(
+        row["scales_with_batch"] for row in found["collectives"] + found["eval"]["collectives"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seq_len", "splits"), [(65_536, (4, 64)), (1_048_576, (16, 64))])
+def test_long_sequences_fit_and_take_less_of_a_chip_when_split_further(seq_len, splits, tmp_path):
+    used = []
+    for split in splits:
+        rows = 64 // split  # one sequence for each group of chips
+        arguments = [
+            "--topology=v4-128", f"--config.data.seq_len={seq_len}",
+            f"--config.mesh.sequence={split}", f"--config.train.global_batch_size={rows}",
+            f"--config.train.eval_batch_size={rows}",
+        ]  # fmt: skip
+        found = report(tmp_path, *arguments, config="configs/lra_listops.py")
+        assert found["fits"]
+        used.append(found["hbm"]["arguments"] + found["hbm"]["temporaries"])
+    assert used[1] < used[0] / 2
 
 
 def test_slices_lie_along_data(tmp_path):

@@ -18,13 +18,13 @@ from tests import trainer
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
-def preflight(home, *arguments, code=0):
+def preflight(home, *arguments, code=0, config="tests/tools/tiny.py"):
     """Runs preflight to its end, which must be `code`, with what it remembers below `home`."""
-    command = [sys.executable, "-m", "tools.preflight", "--config=tests/tools/tiny.py", *arguments]
+    command = [sys.executable, "-m", "tools.preflight", f"--config={config}", *arguments]
     environment = trainer.environment() | {"XLA_FLAGS": FLAGS, "HOME": str(home)}
     del environment["PJRT_NPROC"]  # preflight sets it by itself
     done = subprocess.run(
-        command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
