@@ -48,6 +48,9 @@ def default() -> ConfigDict:
     c.model.norm = "pre"  # or 'post'
     c.model.pooling = "attention"  # or 'mean', 'last'
     c.model.dropout = 0.0
+    c.model.unroll = (
+        1  # repeats of the layers' pattern written out: faster on CPUs, slow to compile
+    )
     c.model.remat = "none"  # or 'full', 'dots': what the backward pass computes again
     c.model.spectral = ConfigDict()
     c.model.spectral.padding = "linear"  # or 'circular'
@@ -111,9 +114,10 @@ _CHOICES = {
     "train.eval_split": ("train", "validation", "test"),
 }
 _AT_LEAST_ONE = (
-    "data.seq_len", "data.threads", "data.prefetch", "model.num_layers", "model.hidden_dim",
-    "model.embed_dim", "model.memory.num_heads", "model.memory.head_dim", "train.total_steps",
-    "train.global_batch_size", "train.grad_accumulation", "train.log_every_steps",
+    "data.seq_len", "data.threads", "data.prefetch", "model.num_layers", "model.unroll",
+    "model.hidden_dim", "model.embed_dim", "model.memory.num_heads", "model.memory.head_dim",
+    "train.total_steps", "train.global_batch_size", "train.grad_accumulation",
+    "train.log_every_steps",
     "train.eval_every_steps", "train.eval_batch_size", "checkpoint.every_steps",
     "checkpoint.keep_latest", "optimizer.warmup_steps",
 )  # fmt: skip

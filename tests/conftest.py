@@ -13,6 +13,9 @@ os.environ.setdefault(
 
 import jax
 
+from spectral_pod.parallel import runtime
+
+runtime.initialize(None, 1, 0)
 pytest.register_assert_rewrite("tests.trainer")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

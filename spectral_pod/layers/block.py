@@ -137,6 +137,7 @@ def block_stack(
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=repeats,
+            unroll=min(config.unroll, repeats),
             metadata_params={nn.PARTITION_NAME: "layer"},
         )
         x_BND, _ = scanned(config, patterns, deterministic, name="blocks")(x_BND, mask_BN)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.ops.product import product
+from spectral_pod.ops.affine import affine
 from spectral_pod.parallel.sharding import Axes, constrain, num_shards, partitioned
 
 
@@ -36,13 +36,14 @@ class Dense(nn.Module):
         # Parameters split over `embed` are gathered here, so that the product is each device's own.
         kernel = constrain(kernel.astype(self.dtype), *(_gathered(axis) for axis in self.axes))
         x = x.astype(self.dtype)
+        bias = bias.astype(self.dtype)
         if num_shards("position") > 1:  # rows and positions, both split, have no joint axis
             y = jnp.tensordot(x, kernel, num_in)
-        else:  # XLA on CPUs takes three times as long to differentiate x of rank 3
-            rows = x.reshape(-1, math.prod(x.shape[-num_in:]))
-            y = product(rows, kernel.reshape(rows.shape[-1], -1))
-            y = y.reshape(*x.shape[:-num_in], *features)
-        return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+            return y + jnp.broadcast_to(bias, y.shape)
+        # XLA on CPUs takes three times as long to differentiate x of rank 3.
+        rows = x.reshape(-1, math.prod(x.shape[-num_in:]))
+        y = affine(rows, kernel.reshape(rows.shape[-1], -1), bias.reshape(-1))
+        return y.reshape(*x.shape[:-num_in], *features)
 
 
 def _gathered(axis: str | None) -> str | None:

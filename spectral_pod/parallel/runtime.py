@@ -7,13 +7,15 @@ from typing import Any
 import jax
 from jax._src import distributed
 
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")  # TPUs and GPUs
+
 
 def initialize(coordinator_address: str | None, num_processes: int, process_id: int) -> None:
     """Joins `num_processes` processes; one process without a coordinator needs nothing."""
-    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
-        # No TPU here: libtpu, installed to compile for one elsewhere, would complain at length.
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    if not (os.environ.get("JAX_PLATFORMS") or any(map(glob.glob, _ACCELERATORS))):
+        # libtpu, installed to compile for TPUs elsewhere, would look for one here, complain at
+        # length, and bring down JAX's profiler.
+        jax.config.update("jax_platforms", "cpu")
     if coordinator_address:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
 

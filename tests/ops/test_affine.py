@@ -1,25 +1,25 @@
-"""The product of a dense layer against float64, with its gradients, in the forms of both dtypes."""
+"""The affine map of a dense layer against float64, with its gradients, in both dtypes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spectral_pod.ops.product import product
+from spectral_pod.ops.affine import affine
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize(("rows", "num_in", "num_out"), [(1, 1, 1), (7, 33, 5), (64, 256, 96)])
 def test_equals_float64(rows, num_in, num_out, dtype, tolerance):
     rng = np.random.default_rng(0)
-    x, w, dy = (
+    x, w, b, dy = (
         jnp.asarray(rng.normal(size=s), dtype)
-        for s in ((rows, num_in), (num_in, num_out), (rows, num_out))
+        for s in ((rows, num_in), (num_in, num_out), (num_out,), (rows, num_out))
     )
-    y, pullback = jax.vjp(product, x, w)
+    y, pullback = jax.vjp(affine, x, w, b)
     got = (y, *pullback(dy))
-    x64, w64, dy64 = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, w, dy))
-    want = (x64 @ w64, dy64 @ w64.T, x64.T @ dy64)
+    x64, w64, b64, dy64 = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, w, b, dy))
+    want = (x64 @ w64 + b64, dy64 @ w64.T, x64.T @ dy64, dy64.sum(0))
     for g, truth in zip(got, want):
         assert g.dtype == dtype
         error = np.abs(np.asarray(g.astype(jnp.float32)) - truth).max()
@@ -28,12 +28,12 @@ def test_equals_float64(rows, num_in, num_out, dtype, tolerance):
 
 def test_bfloat16_operands_stay_bfloat16_in_the_backward_pass():
     """A transpose that is not written out would be a float32 product, off the matrix unit."""
-    x, w = jnp.ones((64, 32), jnp.bfloat16), jnp.ones((32, 48), jnp.bfloat16)
+    x, w, b = (jnp.ones(shape, jnp.bfloat16) for shape in ((64, 32), (32, 48), 48))
 
-    def step(x, w):
-        return jax.vjp(product, x, w)[1](jnp.ones((64, 48), jnp.bfloat16))
+    def step(x, w, b):
+        return jax.vjp(affine, x, w, b)[1](jnp.ones((64, 48), jnp.bfloat16))
 
-    text = jax.jit(step).lower(x, w).compile().as_text()
+    text = jax.jit(step).lower(x, w, b).compile().as_text()
     products = [line for line in text.splitlines() if " dot(" in line]
     assert products
     for line in products:
