@@ -128,7 +128,8 @@ def block_stack(
     """
     group = BlockGroup
     if config.remat != "none":
-        group = nn.remat(BlockGroup, prevent_cse=False, policy=REMAT[config.remat])
+        # Inside a loop nothing merges what is computed twice; layers written out need to be told.
+        group = nn.remat(BlockGroup, prevent_cse=config.unroll > 1, policy=REMAT[config.remat])
     repeats, rest = divmod(config.num_layers, len(patterns))
     if repeats:
         scanned = nn.scan(
