@@ -12,4 +12,7 @@ for argument in "$@"; do
     --workdir=* | --workdir) workdir= ;;
     esac
 done
+# glibc would map and zero the memory of every step anew, a sixth of the time of a step on CPUs.
+export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1} MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 exec "$python" -m spectral_pod.main ${config:+"$config"} ${workdir:+"$workdir"} "$@"

@@ -1,0 +1,155 @@
+"""The benchmarks as a user runs them, with tiny sizes; nothing depends on how fast they are."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import trainer
+from tools.bench.timing import Case, Comparison, Group, Ratio, Seconds, measure, met
+
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+ROW = {
+    "name", "what", "shape", "baseline", "speedup", "repeats", "ms", "ms_min", "wall_ms", "cpu_ms",
+    "temporaries", "rates",
+}  # fmt: skip
+
+
+def bench(*arguments, code=0):
+    """Runs the benchmarks to their end, which must be `code`."""
+    command = [sys.executable, "-m", "tools.bench", *arguments]
+    environment = trainer.environment() | {"XLA_FLAGS": FLAGS}
+    done = subprocess.run(
+        command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def report(tmp_path, *arguments):
+    path = tmp_path / "report.json"
+    done = bench(*arguments, "--quick", f"--json={path}")
+    data = json.loads(path.read_text())
+    assert set(data) == {"machine", "ratios", "rows"}
+    assert data["machine"]["quick"]
+    assert data["machine"]["cores_used"] == 1
+    names = [row["name"] for row in data["rows"]]
+    assert len(set(names)) == len(names)
+    for row in data["rows"]:
+        assert set(row) == ROW
+        assert row["baseline"] in ("", *names)
+        assert 0 < row["ms_min"] <= row["ms"]
+        assert row["name"] in done.stdout
+    assert all(value > 0 for value in data["ratios"].values())
+    assert "the ratios mean nothing" in done.stdout
+    assert "ETA" in done.stderr
+    return data
+
+
+def test_ops(tmp_path):
+    data = report(tmp_path, "ops")
+    expected = {
+        "delta_chunked_vs_scan_2048", "delta_chunked_vs_remat_2048", "delta_temporaries_2048",
+        "causal_conv_vs_jnp_1024", "causal_conv_vs_jnp_4096", "causal_conv_vs_jnp_16384",
+        "spectral_vs_seed_literal_2048", "spectral_linear_vs_seed_literal_2048",
+        "wavelet_vs_pywt_1024", "door_vs_best_256", "door_vs_best_1000",
+    }  # fmt: skip
+    assert expected <= set(data["ratios"])
+    assert ("bf16_dense_vs_float32" in data["ratios"]) == data["machine"]["amx"]
+    assert data["ratios"]["door_vs_best_256"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "ratios"),
+    [
+        pytest.param(
+            "step", {"step_vs_seed_naive_2048", "t8192_over_t1024"}, marks=pytest.mark.slow
+        ),  # which compiles four training steps
+        ("generate", {"decode_online_vs_cached_1024", "decode_online_vs_recomputed_1024"}),
+        ("data", {"pipeline_warm_vs_memory", "pipeline_cold_vs_memory"}),
+        ("checkpoint", {"checkpoint_blocks_of_save", "checkpoint_save_vs_numpy"}),
+    ],
+)
+def test_the_others(tmp_path, benchmark, ratios):
+    data = report(tmp_path, benchmark)
+    assert set(data["ratios"]) == ratios
+    rates = {unit for row in data["rows"] for unit in row["rates"]}
+    units = {"step": {"bytes"}, "generate": {"positions"}, "data": {"records", "bytes"}}
+    assert rates == units.get(benchmark, {"MB"})
+
+
+def test_a_filter_that_matches_nothing():
+    done = bench("generate", "--quick", "--filter=no_such_group", code=2)
+    assert "--filter=no_such_group" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_peer_that_is_no_interpreter():
+    done = bench("generate", "--quick", "--peers=/no/such/python", code=2)
+    assert "/no/such/python" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_peer_without_its_packages(tmp_path):
+    """An interpreter without PyTorch: said in one line, after the peer's own error."""
+    done = bench("generate", "--quick", f"--peers={sys.executable}", code=2)
+    assert "tools/peers/requirements.txt" in done.stderr.splitlines()[-1]
+
+
+# ---- without a process
+
+
+def case(name, seconds, calls, **fields):
+    """A case that takes `seconds` in turn, the first for the warm-up, and notes when it ran."""
+    turns = iter(seconds)
+
+    def run():
+        calls.append(name)
+        cpu = next(turns)
+        return Seconds(wall=10 * cpu, cpu=cpu)
+
+    return Case(name, "", "", run, **fields)
+
+
+def measured(comparison, **options):
+    options = {"repeats": 3, "clock": "cpu", "only": "", "say": lambda line: None} | options
+    return measure([Group("group", 1, lambda: comparison)], **options)
+
+
+def test_cases_take_turns_and_medians_are_compared():
+    calls = []
+    cases = [
+        case("a", [9, 1, 5, 2], calls, baseline="b", work={"bytes": 8}),
+        case("b", [9, 4, 6, 40], calls),
+    ]
+    ratio = Ratio("b_over_a", lambda rows: rows["b"].ms / rows["a"].ms, ">= 2")
+    report = measured(Comparison(cases, [ratio]))
+    assert "".join(calls) == "ab" * 4
+    a, b = report.rows
+    assert (a.ms, a.ms_min, a.wall_ms, a.repeats) == (2000, 1000, 20_000, 3)
+    assert (a.baseline, a.speedup, a.rates) == ("group/b", 3, {"bytes": 4})
+    assert (b.ms, b.baseline, b.speedup) == (6000, "", None)
+    assert report.ratios == {"b_over_a": 3}
+    assert measured(Comparison([case("a", [1] * 4, [])]), clock="wall").rows[0].ms == 10_000
+
+
+def test_who_has_lost_a_contest_runs_no_more():
+    calls = []
+    cases = [case("a", [1] * 4, calls), case("b", [2] * 4, calls), case("c", [1.5] * 4, calls)]
+    rows = measured(Comparison(cases, contest=True)).rows
+    assert [row.repeats for row in rows] == [3, 1, 3]
+    assert "".join(calls) == "abcabcacac"
+
+
+def test_targets():
+    assert [met(x, ">= 2") for x in (2.1, 2, 1.9)] == [True, True, False]
+    assert [met(x, "<= 1.1") for x in (1.0, 1.1, 1.2)] == [True, True, False]
+
+
+@pytest.mark.skipif("BENCH_PEERS" not in os.environ, reason="BENCH_PEERS names no interpreter")
+def test_peers(tmp_path):
+    data = report(tmp_path, "ops", "--filter=delta|1024", f"--peers={os.environ['BENCH_PEERS']}")
+    assert {"delta_chunked_vs_fla_2048", "causal_conv_vs_torch_1024"} <= set(data["ratios"])
+    assert set(data["machine"]["peers"]) == {"torch", "fla-core"}

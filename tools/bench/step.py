@@ -1,0 +1,163 @@
+"""The whole training step of the SpectralModel: forward, backward, clipping and AdamW.
+
+Groups: step_2048 (batch 8) against the original design written naively and, with --peers, against
+a Transformer in PyTorch; lengths (batch 4, rematerialized), from 1,024 to 8,192 bytes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spectral_pod import config as config_lib
+from spectral_pod import models
+from spectral_pod.parallel.mesh import make_mesh
+from spectral_pod.parallel.sharding import batch_sharding
+from spectral_pod.train.optim import make_optimizer
+from spectral_pod.train.state import abstract_state, init_state
+from spectral_pod.train.step import abstract_batch, jit_train_step
+from tools.bench import machine
+from tools.bench.seed_naive import SeedNaive, train_step
+from tools.bench.settings import Settings
+from tools.bench.timing import (
+    Case,
+    Comparison,
+    Group,
+    Ratio,
+    Seconds,
+    temporaries,
+    timed,
+    times_faster,
+)
+
+NUM_CLASSES = 10
+
+
+class _Size(NamedTuple):
+    width: int
+    layers: int
+    memory: int  # width of a key
+
+
+def groups(settings: Settings) -> list[Group]:
+    size = _Size(16, 2, 8) if settings.quick else _Size(256, 6, 64)
+    lengths = (32, 64) if settings.quick else (1024, 2048, 4096, 8192)
+    length = 64 if settings.quick else 2048
+    return [
+        Group("step_2048", 8, functools.partial(_step, settings, size, length)),
+        Group("lengths", 8, functools.partial(_lengths, size, lengths)),
+    ]
+
+
+def _step(settings: Settings, size: _Size, length: int) -> Comparison:
+    batch = 8
+    cases = [
+        _ours("ours", size, length, batch, "none", baseline="seed_naive"),
+        _seed_naive(size, length, batch),
+    ]
+    ratios = [times_faster("step_vs_seed_naive_2048", "ours", "seed_naive", ">= 2")]
+    if settings.peers:
+        # As many parameters in its channel mixers as ours has, which is less than is usual.
+        peer, mlp = "torch_transformer_patches", 3 * size.width // 2
+        sizes = {"batch": batch, "bytes": length, "width": size.width, "layers": size.layers}
+        sizes |= {"heads": max(1, size.width // 64), "mlp": mlp}
+        what = "pre-norm Transformer of PyTorch on the same patches, SDPA, bfloat16, AdamW"
+        work = {"bytes": batch * length}
+        cases.append(settings.peers.case(peer, what, sizes, baseline="seed_naive", work=work))
+        ratios.append(times_faster("step_vs_torch_transformer_2048", "ours", peer, ">= 1.15"))
+    return Comparison(cases, ratios)
+
+
+def _lengths(size: _Size, lengths: tuple[int, ...]) -> Comparison:
+    cases = [_ours(f"bytes_{n}", size, n, 4, "full") for n in lengths]
+    first, last = cases[0].name, cases[-1].name
+    ratio = Ratio("t8192_over_t1024", lambda rows: rows[last].ms / rows[first].ms, "<= 10")
+    return Comparison(cases, [ratio])
+
+
+def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline: str = "") -> Case:
+    config = config_lib.default()
+    config.data.seq_len, config.train.global_batch_size = length, batch
+    config.model.hidden_dim = config.model.embed_dim = size.width
+    config.model.num_layers, config.model.memory.head_dim = size.layers, size.memory
+    config.model.remat = remat
+    # What CPUs are fastest with; unrolled, rematerialization would be undone by the compiler.
+    config.model.unroll = size.layers if remat == "none" else 1
+    if jax.default_backend() == "cpu" and not machine.has_amx():
+        config.model.dtype = "float32"  # which is faster there
+    mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count()))
+    model = models.build(config, seq_len=length, num_classes=NUM_CLASSES)
+    tx = make_optimizer(config)
+    abstract = abstract_state(model, tx, mesh, length)
+    state = init_state(model, tx, mesh, length, seed=0)
+    with jax.set_mesh(mesh):
+        jitted: Any = jit_train_step(model, tx, config, mesh, abstract)
+        program = jitted.lower(abstract, abstract_batch(batch, length, mesh)).compile()
+    tokens, labels = _data(batch, length)
+    data = {"tokens": tokens, "labels": labels, "valid": np.ones(batch, bool)}
+    data = jax.device_put(data, batch_sharding(mesh))
+
+    def step(state: Any) -> tuple[Any, Any]:
+        state, metrics = program(state, data)
+        return (state,), metrics
+
+    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+    return Case(
+        name,
+        f"SpectralModel, {parameters:,} parameters, {config.model.dtype}, remat {remat}",
+        f"B={batch} L={length} D={size.width} layers={size.layers}",
+        _chain(step, state),
+        baseline,
+        temporaries(program),
+        {"bytes": batch * length},
+    )
+
+
+def _seed_naive(size: _Size, length: int, batch: int) -> Case:
+    model = SeedNaive(size.width, size.layers, size.memory, size.width, NUM_CLASSES)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, 0.9, 0.98))
+    tokens, labels = (jnp.asarray(x) for x in _data(batch, length))
+    params = model.init(jax.random.key(0), tokens)["params"]
+    arguments = params, tx.init(params), tokens, labels
+    jitted = jax.jit(train_step(model, tx), donate_argnums=(0, 1))
+    program = jitted.lower(*arguments).compile()
+
+    def step(params: Any, opt_state: Any) -> tuple[Any, Any]:
+        params, opt_state, loss = program(params, opt_state, tokens, labels)
+        return (params, opt_state), loss
+
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    return Case(
+        "seed_naive",
+        f"the original design, naively: {parameters:,} parameters, float32",
+        f"B={batch} L={length} D={size.width} layers={size.layers}",
+        _chain(step, *arguments[:2]),
+        temporaries=temporaries(program),
+        work={"bytes": batch * length},
+    )
+
+
+def _chain(step: Callable[..., tuple[Any, Any]], *state: Any) -> Callable[[], Seconds]:
+    """One repetition of a step that consumes its state: the next one goes on from there."""
+
+    def run() -> Seconds:
+        nonlocal state
+
+        def once() -> Any:
+            nonlocal state
+            state, metrics = step(*state)
+            return state, metrics
+
+        return timed(once)
+
+    return run
+
+
+def _data(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (batch, length)).astype(np.int32)
+    return tokens, rng.integers(0, NUM_CLASSES, batch).astype(np.int32)

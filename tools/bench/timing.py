@@ -1,0 +1,249 @@
+"""Interleaved timing: within a group every case runs once a round, in turn.
+
+Other work on the machine, clock rates and caches drift over seconds and minutes. Cases that take
+turns share the drift, so the ratios of their medians hold where their milliseconds don't.
+"""
+
+import dataclasses
+import re
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tools.bench.errors import BenchError
+
+Clock = Literal["cpu", "wall"]
+
+# In a contest a case this much slower than the fastest has lost, and runs no second time.
+_LOST = 2.0
+
+
+class Seconds(NamedTuple):
+    """What one repetition took. CPU time counts all threads of the process that ran it."""
+
+    wall: float
+    cpu: float
+
+
+class Case(NamedTuple):
+    """One side of a comparison."""
+
+    name: str
+    what: str
+    shape: str
+    run: Callable[[], Seconds]  # one repetition
+    baseline: str = ""  # the case of its group that it is compared with
+    temporaries: int | None = None  # bytes, as the compiler planned them
+    work: Mapping[str, float] = types.MappingProxyType({})  # what a repetition does, by its unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A case as measured, in milliseconds of the clock that ratios are taken by, and of both."""
+
+    name: str  # GROUP/CASE
+    what: str
+    shape: str
+    baseline: str
+    speedup: float | None  # over the baseline
+    repeats: int
+    ms: float  # median
+    ms_min: float
+    wall_ms: float
+    cpu_ms: float
+    temporaries: int | None
+    rates: dict[str, float]  # of work per second, by its unit
+
+
+class Ratio(NamedTuple):
+    """A figure with a name that stays, from the rows of a group by their case's name."""
+
+    name: str
+    of: Callable[[Mapping[str, Row]], float]
+    target: str = ""  # such as '>= 2.2'
+
+
+class Comparison(NamedTuple):
+    """Cases that take turns, and what is made of them."""
+
+    cases: Sequence[Case]
+    ratios: Sequence[Ratio] = ()
+    contest: bool = False  # only who is fastest matters
+
+
+class Group(NamedTuple):
+    """A comparison that is set up, and takes memory, only when its turn comes."""
+
+    name: str
+    weight: float  # its share of the time of all groups
+    build: Callable[[], Comparison]
+
+
+class Report(NamedTuple):
+    rows: list[Row]
+    ratios: dict[str, float]
+    targets: dict[str, str]
+
+
+def times_faster(name: str, fast: str, slow: str, target: str = "") -> Ratio:
+    """How many times as long as the case `fast` the case `slow` takes."""
+    return Ratio(name, lambda rows: rows[slow].ms / rows[fast].ms, target)
+
+
+def met(value: float, target: str) -> bool:
+    """Whether a value is where its target, '>= x' or '<= x', wants it."""
+    relation, bound = target.split()
+    return value >= float(bound) if relation == ">=" else value <= float(bound)
+
+
+# ---- one repetition
+
+
+def timed(fn: Callable[..., Any], *arguments: Any) -> Seconds:
+    """Runs `fn` and waits until every array of its result is there."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(fn(*arguments))
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def compiled(fn: Callable[..., Any], *arguments: Any) -> tuple[Callable[[], Seconds], int]:
+    """One repetition of a function that is compiled here, and its bytes of temporaries."""
+    program = jax.jit(fn).lower(*arguments).compile()
+    return lambda: timed(program, *arguments), temporaries(program)
+
+
+def temporaries(program: jax.stages.Compiled) -> int:
+    """Bytes that a compiled program needs besides its arguments and results."""
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def forward_backward(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """(weights, *arguments) -> the weighted sum of `fn`'s results and its gradients.
+
+    The sum is returned because compilers would drop what only the results need; the weights are
+    arguments because compilers would transform constants ahead of time.
+    """
+
+    def loss(arguments: tuple[Any, ...], weights: Any) -> jax.Array:
+        products = jax.tree.map(lambda y, w: jnp.sum(y * w), fn(*arguments), weights)
+        return sum(jax.tree.leaves(products), jnp.zeros(()))
+
+    return lambda weights, *arguments: jax.value_and_grad(loss)(arguments, weights)
+
+
+# ---- groups
+
+
+def measure(
+    groups: Sequence[Group], *, repeats: int, clock: Clock, only: str, say: Callable[[str], None]
+) -> Report:
+    """Runs the groups whose names match the regular expression `only`, one after the other."""
+    groups = [group for group in groups if re.search(only, group.name)]
+    if not groups:
+        raise BenchError(f"--filter={only} matches no group of this benchmark")
+    report = Report([], {}, {})
+    started, done = time.monotonic(), 0.0
+    total = sum(group.weight for group in groups)
+    for i, group in enumerate(groups):
+        rows, ratios = _measure(group, repeats, clock)
+        report.rows.extend(rows.values())
+        for ratio in ratios:
+            report.ratios[ratio.name] = ratio.of(rows)
+            if ratio.target:
+                report.targets[ratio.name] = ratio.target
+        done += group.weight
+        left = int((time.monotonic() - started) * (total - done) / done)
+        say(f"{group.name}: {i + 1} of {len(groups)} groups, ETA {left // 60}:{left % 60:02d}")
+    return report
+
+
+def _measure(group: Group, repeats: int, clock: Clock) -> tuple[dict[str, Row], Sequence[Ratio]]:
+    cases, ratios, contest = group.build()
+    for case in cases:
+        case.run()  # first calls allocate
+    seconds: dict[str, list[Seconds]] = {case.name: [] for case in cases}
+    racing = list(cases)
+    for _ in range(repeats):
+        for case in racing:
+            seconds[case.name].append(case.run())
+        if contest:
+            best = min(getattr(seconds[case.name][0], clock) for case in racing)
+            racing = [c for c in racing if getattr(seconds[c.name][0], clock) < _LOST * best]
+    ms = {name: 1e3 * _median(runs, clock) for name, runs in seconds.items()}
+    rows = {
+        case.name: Row(
+            name=f"{group.name}/{case.name}",
+            what=case.what,
+            shape=case.shape,
+            baseline=case.baseline and f"{group.name}/{case.baseline}",
+            speedup=ms[case.baseline] / ms[case.name] if case.baseline else None,
+            repeats=len(seconds[case.name]),
+            ms=ms[case.name],
+            ms_min=1e3 * min(getattr(run, clock) for run in seconds[case.name]),
+            wall_ms=1e3 * _median(seconds[case.name], "wall"),
+            cpu_ms=1e3 * _median(seconds[case.name], "cpu"),
+            temporaries=case.temporaries,
+            rates={unit: 1e3 * work / ms[case.name] for unit, work in case.work.items()},
+        )
+        for case in cases
+    }
+    return rows, ratios
+
+
+def _median(runs: Sequence[Seconds], clock: Clock) -> float:
+    return statistics.median(getattr(run, clock) for run in runs)
+
+
+# ---- to be read
+
+
+def table(rows: Sequence[Row], clock: Clock) -> str:
+    """The rows as text, one line each; times by `clock`."""
+    head = ("case", "shape", f"{clock} ms", "min", "vs baseline", "temporaries", "rates", "what")
+    lines = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    left = (0, 1, len(head) - 1)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.shape,
+        f"{row.ms:.2f}",
+        f"{row.ms_min:.2f}",
+        "" if row.speedup is None else f"{row.speedup:.2f} x",
+        "" if row.temporaries is None else f"{row.temporaries / 2**20:.1f} MiB",
+        ", ".join(f"{rate:,.0f} {unit}/s" for unit, rate in row.rates.items()),
+        row.what,
+    )
+
+
+def ratio_lines(report: Report, verdicts: bool) -> str:
+    """The ratios as text, with their targets and whether they are met if `verdicts`."""
+    width = max((len(name) for name in report.ratios), default=0)
+    lines = []
+    for name, value in report.ratios.items():
+        target = report.targets.get(name, "") if verdicts else ""
+        verdict = f"  {target}: {'met' if met(value, target) else 'MISSED'}" if target else ""
+        lines.append(f"{name.ljust(width)}  {value:8.2f}{verdict}")
+    return "\n".join(lines)
+
+
+def progress(line: str) -> None:
+    """Progress goes to stderr: the tables are all that is on stdout."""
+    print(line, file=sys.stderr, flush=True)
