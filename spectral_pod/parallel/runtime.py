@@ -2,6 +2,7 @@
 
 import glob
 import os
+import signal
 from typing import Any
 
 import jax
@@ -18,6 +19,31 @@ def initialize(coordinator_address: str | None, num_processes: int, process_id: 
         jax.config.update("jax_platforms", "cpu")
     if coordinator_address:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+class Interrupt:
+    """Ctrl-C within this context waits for `check`; a second one doesn't.
+
+    Raised wherever it happens to arrive, KeyboardInterrupt is lost when that is one of JAX's
+    garbage-collection callbacks.
+    """
+
+    def __enter__(self) -> "Interrupt":
+        self._noted = False
+        self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if there was one."""
+        if self._noted:
+            raise KeyboardInterrupt
+
+    def _note(self, *_: object) -> None:
+        self.check()
+        self._noted = True
 
 
 def is_leader() -> bool:

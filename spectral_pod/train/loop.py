@@ -88,6 +88,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     # ---- steps
     with (
         jax.set_mesh(mesh),
+        runtime.Interrupt() as interrupt,
         checkpointer,
         contextlib.closing(
             MetricWriter(workdir, is_leader=runtime.is_leader(), resume_step=first_step)
@@ -121,6 +122,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             prefetch=config.data.prefetch,
         )
         for step in range(first_step + 1, config.train.total_steps + 1):
+            interrupt.check()
             with progress.time("data"):
                 batch = next(batches)
             checkpointer.check()  # a save that failed in the background ends the run now
