@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense, layer_norm
+from spectral_pod.layers.embedding import lookup
 from spectral_pod.ops.halo import previous
 from spectral_pod.parallel.sharding import constrain, partitioned, shard_op
 from spectral_pod.shapes import VOCAB_SIZE
@@ -40,7 +41,7 @@ class ByteLatentEncoder(nn.Module):
         )
         # Gather the table, not the batch: a lookup in a split table would collect all indices.
         table_VE = constrain(table_VE.astype(self.dtype), None, None)
-        x_BLE = _lookup(table_VE, tokens_BL)
+        x_BLE = lookup(table_VE, tokens_BL)
         x_BLE = jnp.where(mask_BL[..., None], x_BLE, jnp.zeros((), self.dtype))
         x_BLE = constrain(x_BLE, "batch", "position", None)
 
@@ -54,33 +55,6 @@ class ByteLatentEncoder(nn.Module):
         x_BND = layer_norm(nn.gelu(x_BND), "norm").astype(self.dtype)
         mask_BN = mask_BL.reshape(B, L // STRIDE, STRIDE).any(axis=-1)
         return constrain(x_BND, "batch", "position", "width"), mask_BN
-
-
-@jax.custom_vjp
-def _lookup(table_VE: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """The embeddings [B, L, E]; their gradient is a matrix product, for a table this small several
-    times as fast as adding up rows one by one."""
-    return table_VE[tokens_BL]
-
-
-def _lookup_forward(
-    table_VE: jax.Array, tokens_BL: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return table_VE[tokens_BL], (tokens_BL, table_VE[:, :0])
-
-
-def _lookup_backward(
-    residuals: tuple[jax.Array, jax.Array], dx_BLE: jax.Array
-) -> tuple[jax.Array, None]:
-    tokens_BL, like_VE = residuals
-    one_hot_VBL = jnp.arange(len(like_VE))[:, None, None] == tokens_BL[None]
-    dtable_VE = jnp.tensordot(
-        one_hot_VBL.astype(dx_BLE.dtype), dx_BLE, 2, preferred_element_type=jnp.float32
-    )
-    return dtable_VE.astype(like_VE.dtype), None
-
-
-_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _windows(x_BLE: jax.Array) -> jax.Array:
