@@ -40,6 +40,10 @@ def default() -> ConfigDict:
     c.model = ConfigDict()
     c.model.name = "spectral_model"
     c.model.dtype = "bfloat16"  # of activations and products; parameters are float32
+    c.model.pattern = ()  # blocks, repeating: ('hyena', 'hyena+delta'); () is the model's own
+    c.model.channel_mixer = "gated"  # or 'frequency', with a causal long filter beside it
+    c.model.positions = "learned"  # or 'none'; of causal models
+    c.model.consistency_weight = 0.0  # of spectral_llm's loss between spectra
     c.model.num_layers = 6
     c.model.hidden_dim = 256
     c.model.embed_dim = 256  # width of byte embeddings before patching
@@ -59,6 +63,23 @@ def default() -> ConfigDict:
     c.model.spectral.energy_gate = "rms"  # or 'norm' (the original design), 'none'
     c.model.spectral.kernel_dropout = 0.0  # 'time' only
     c.model.spectral.kernel_threshold = 0.0  # 'time' only: soft threshold on taps
+    c.model.hyena = ConfigDict()
+    c.model.hyena.filter = "explicit"  # or 'implicit', an MLP of the lag
+    c.model.hyena.decay = "learned"  # per channel; or 'fixed' at 0.01 (the original design)
+    c.model.hyena.short_conv = 3  # width; 1 is none (the original design)
+    c.model.wavelet = ConfigDict()
+    c.model.wavelet.name = "db4"
+    c.model.wavelet.levels = 3
+    c.model.wavelet.num_heads = 4
+    c.model.attention = ConfigDict()  # of all kinds of attention
+    c.model.attention.num_heads = 4
+    c.model.attention.window = 128  # positions that local attention sees
+    c.model.attention.rank = 64  # positions that linformer projects to
+    c.model.s5 = ConfigDict()
+    c.model.s5.state_dim = 64  # complex numbers
+    c.model.selective = ConfigDict()
+    c.model.selective.form = "low_rank"  # or 'broadcast' (the original design: no filter at all)
+    c.model.selective.rank = 8  # filters that the input mixes
     c.model.memory = ConfigDict()
     c.model.memory.num_heads = 1
     c.model.memory.head_dim = 64
@@ -91,7 +112,7 @@ def default() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 500
     c.checkpoint.keep_latest = 2
-    c.checkpoint.keep_best = 1  # by validation accuracy
+    c.checkpoint.keep_best = 1  # by validation accuracy, language models by loss
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: all devices that the other axes leave
@@ -110,12 +131,20 @@ _CHOICES = {
     "model.spectral.parametrization": ("frequency", "time"),
     "model.spectral.method": ("auto", "right_angle", "real", "matmul", "plain"),
     "model.spectral.energy_gate": ("rms", "norm", "none"),
+    "model.channel_mixer": ("gated", "frequency"),
+    "model.positions": ("learned", "none"),
+    "model.hyena.filter": ("explicit", "implicit"),
+    "model.hyena.decay": ("learned", "fixed"),
+    "model.selective.form": ("low_rank", "broadcast"),
     "model.memory.method": ("chunked", "recurrent"),
     "train.eval_split": ("train", "validation", "test"),
 }
 _AT_LEAST_ONE = (
     "data.seq_len", "data.threads", "data.prefetch", "model.num_layers", "model.unroll",
     "model.hidden_dim", "model.embed_dim", "model.memory.num_heads", "model.memory.head_dim",
+    "model.hyena.short_conv", "model.wavelet.levels", "model.wavelet.num_heads",
+    "model.attention.num_heads", "model.attention.window", "model.attention.rank",
+    "model.s5.state_dim", "model.selective.rank",
     "train.total_steps", "train.global_batch_size", "train.grad_accumulation",
     "train.log_every_steps",
     "train.eval_every_steps", "train.eval_batch_size", "checkpoint.every_steps",

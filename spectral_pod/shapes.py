@@ -24,6 +24,7 @@ VOCAB_SIZE = 260
 Tokens = Int[Array, "B L"]
 TokenMask = Bool[Array, "B L"]
 Logits = Float[Array, "B C"]
+SequenceLogits = Float[Array, "B L C"]
 Labels = Int[Array, " B"]
 Positions = Float[Array, "B N D"]
 PositionMask = Bool[Array, "B N"]

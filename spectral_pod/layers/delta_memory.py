@@ -38,9 +38,11 @@ class DeltaMemoryLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BND: jax.Array, mask_BN: jax.Array, state_BHVK: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """[B, N, D] to [B, N, D] in `dtype`, and the float32 memory after the last position."""
+        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`."""
+        decoding = position is not None
+        state_BHVK = self.get_variable("cache", "memory") if decoding else None
         heads = (self.num_heads, self.head_dim)
         q_BNHK, k_BNHK, v_BNHV = (
             Dense(heads, ("embed", "head", None), self.dtype, name=name)(x_BND)
@@ -65,12 +67,14 @@ class DeltaMemoryLayer(nn.Module):
             log_gate_BNH=log_gate_BNH,
             state_BHVK=state_BHVK,
             mask_BN=mask_BN,
-            method=self.method,
+            method="recurrent" if decoding else self.method,  # of a single position
         )
+        if self.is_mutable_collection("cache"):
+            self.put_variable("cache", "memory", state_BHVK)
         y_BND = Dense(x_BND.shape[-1], ("head", None, "embed"), self.dtype, name="out")(o_BNHV)
         scale = self.param("scale_memory", partitioned(nn.initializers.constant(0.1)), ())
         y_BND = y_BND * scale.astype(self.dtype)
-        return constrain(y_BND, "batch", "position", "width"), state_BHVK
+        return constrain(y_BND, "batch", "position", "width")
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -5,26 +5,68 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from spectral_pod.models.spectral_model import SpectralModel, max_positions
+from spectral_pod.layers.mixers import mixers_of
+from spectral_pod.models.spectral_gpt import SpectralGPT
+from spectral_pod.models.spectral_model import SpectralModel
 from spectral_pod.ops import fft
 from spectral_pod.parallel.sharding import platform
+from spectral_pod.shapes import VOCAB_SIZE
 
-MODELS = {"spectral_model": SpectralModel}
+# A model has a `mixer`, that of its blocks unless the config gives a pattern, its
+# `bytes_per_position`, and whether it is `causal`.
+MODELS: dict[str, Any] = {"spectral_model": SpectralModel, "spectral_gpt": SpectralGPT}
+
+
+def pattern(config: Any) -> tuple[str, ...]:
+    """The blocks of a model, repeating: the config's own, or the model's mixer with a delta memory
+    in every `memory_interval`-th block (0: in none)."""
+    model = config.model
+    if model.pattern:
+        return tuple(model.pattern)
+    mixer, interval = MODELS[model.name].mixer, model.memory_interval
+    if interval == 0 or interval > model.num_layers:
+        return (mixer,)
+    memory = "gated_delta" if model.memory.gated else "delta"
+    return (mixer,) * (interval - 1) + (f"{mixer}+{memory}",)
+
+
+def max_positions(config: Any, seq_len: int) -> int:
+    """Positions of the blocks for sequences of `seq_len` bytes."""
+    return seq_len // MODELS[config.model.name].bytes_per_position
 
 
 def operations(config: Any, *, seq_len: int) -> dict[str, str]:
     """The method that each operation's door takes on the mesh that is set, to be recorded."""
-    spectral, positions = config.model.spectral, max_positions(seq_len)
-    fft_length = {"linear": 2, "circular": 1}[spectral.padding] * positions
-    chosen = {"spectral_filter": spectral.method}
-    if spectral.method == "auto":
-        chosen["spectral_filter"] = fft.choose(platform(), positions, fft_length)
-    if config.model.memory_interval:
+    mixers, positions = mixers_of(pattern(config)), max_positions(config, seq_len)
+    chosen = {}
+    if "spectral" in mixers:
+        chosen["spectral_filter"] = config.model.spectral.method
+        if config.model.spectral.method == "auto":
+            fft_length = {"linear": 2, "circular": 1}[config.model.spectral.padding] * positions
+            chosen["spectral_filter"] = fft.choose(platform(), positions, fft_length)
+    if mixers & {"delta", "gated_delta"}:
         chosen["delta_rule"] = config.model.memory.method
     return chosen
 
 
-def build(config: Any, *, seq_len: int, num_classes: int) -> nn.Module:
-    """The model of `config.model` for sequences of up to `seq_len` bytes."""
-    fields = config.model.to_dict() | {"max_positions": max_positions(seq_len)}
-    return MODELS[config.model.name](ml_collections.FrozenConfigDict(fields), num_classes)
+def build(
+    config: Any,
+    *,
+    seq_len: int,
+    num_classes: int,
+    vocab_size: int = VOCAB_SIZE,
+    decoding: bool = False,
+) -> nn.Module:
+    """The model of `config.model` for sequences of up to `seq_len` bytes.
+
+    With `decoding` its layers are not stacked; see `layers/block.py` for the parameters then.
+    """
+    cls = MODELS[config.model.name]
+    fields = config.model.to_dict() | {
+        "max_positions": max_positions(config, seq_len),
+        "pattern": pattern(config),
+        "vocab_size": vocab_size,
+        "causal": cls.causal,
+        "decoding": decoding,
+    }
+    return cls(ml_collections.FrozenConfigDict(fields), num_classes)

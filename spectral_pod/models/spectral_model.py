@@ -18,12 +18,16 @@ class SpectralModel(nn.Module):
     """A classifier of byte sequences.
 
     Attributes:
-      config: `config.model`, frozen, with `max_positions` (patches) filled in.
+      config: `config.model`, frozen, with what `models.build` adds.
       num_classes: C.
     """
 
     config: ml_collections.FrozenConfigDict
     num_classes: int
+
+    mixer = "spectral"
+    bytes_per_position = STRIDE
+    causal = False
 
     @nn.compact
     def __call__(self, tokens_BL: Tokens, mask_BL: TokenMask, train: bool = False) -> Logits:
@@ -37,22 +41,8 @@ class SpectralModel(nn.Module):
         x_BND, mask_BN = encoder(tokens_BL, mask_BL)
         x_BND += sinusoidal_positions(x_BND.shape[1], config.hidden_dim, dtype)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
-        memory = "gated_delta" if config.memory.gated else "delta"
-        patterns = memory_pattern(config.memory_interval, config.num_layers, memory)
-        x_BND = block_stack(config, patterns, not train, x_BND, mask_BN)
+        x_BND = block_stack(config, config.pattern, not train, x_BND, mask_BN)
         x_BND = layer_norm(x_BND, "norm")
         pooling: Any = POOLING[config.pooling](name="pooling")
         pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)
         return Dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")(pooled_BD)
-
-
-def memory_pattern(memory_interval: int, num_layers: int, memory: str) -> tuple[str, ...]:
-    """Every `memory_interval`-th block has this memory after its filter; 0 means none has."""
-    if memory_interval == 0 or memory_interval > num_layers:
-        return ("spectral",)
-    return ("spectral",) * (memory_interval - 1) + (f"spectral+{memory}",)
-
-
-def max_positions(seq_len: int) -> int:
-    """Patches in a sequence of `seq_len` bytes."""
-    return seq_len // STRIDE

@@ -1,15 +1,19 @@
-"""Losses, per example, in float32."""
+"""Losses in float32."""
 
 import jax
-import optax
-from jaxtyping import Float
-
-from spectral_pod.shapes import Labels, Logits
+import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 
-def classification_loss(
-    logits_BC: Logits, labels_B: Labels, smoothing: float
-) -> Float[jax.Array, " B"]:
-    """[B]: cross-entropy in nats against labels smoothed towards uniform by `smoothing`."""
-    targets_BC = optax.smooth_labels(jax.nn.one_hot(labels_B, logits_BC.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits_BC, targets_BC)
+def cross_entropy(
+    logits: Float[jax.Array, "*places C"], labels: Int[jax.Array, "*places"], smoothing: float
+) -> Float[jax.Array, "*places"]:
+    """Cross-entropy in nats, of rows or of positions, against labels smoothed towards uniform.
+
+    A fraction `smoothing` of a target's weight is spread over all classes.
+    """
+    log_p = jax.nn.log_softmax(logits)
+    # A comparison, not a gather: its gradient is no scatter, and classes may be split.
+    is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    loss = -jnp.sum(jnp.where(is_label, log_p, 0.0), axis=-1)
+    return (1.0 - smoothing) * loss - smoothing * jnp.mean(log_p, axis=-1)

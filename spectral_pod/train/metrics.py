@@ -1,5 +1,7 @@
 """What is measured: CLU collections for averages over examples, norms by parameter group."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -48,6 +50,55 @@ class Evaluation(metrics.Collection):
     loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
     accuracy: metrics.Average.from_output("correct")  # type: ignore[valid-type]
     confusion: Confusion
+
+
+@flax.struct.dataclass
+class Count(metrics.Metric):
+    """How many valid examples there were."""
+
+    total: jax.Array
+
+    @classmethod
+    def from_model_output(cls, mask: jax.Array, **_: Any) -> "Count":
+        return cls(jnp.sum(mask.astype(jnp.int32)))
+
+    def merge(self, other: "Count") -> "Count":
+        return Count(self.total + other.total)
+
+    def compute(self) -> jax.Array:
+        return self.total
+
+
+@flax.struct.dataclass
+class Predictions(metrics.Collection):
+    """The averages over the labelled positions of an evaluation, and how many they are."""
+
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    accuracy: metrics.Average.from_output("correct")  # type: ignore[valid-type]
+    positions: Count
+
+
+def derived(objective: str, values: Mapping[str, float]) -> dict[str, float]:
+    """`loss` and `accuracy`, and what follows from the loss of a language model per byte."""
+    if objective != "next":
+        return {name: values[name] for name in ("loss", "accuracy")}
+    nats = values["loss"]
+    return {
+        "loss": nats,
+        "accuracy": values["accuracy"],
+        "bits_per_byte": nats / math.log(2),
+        "perplexity": math.exp(min(nats, 100.0)),  # a bad start must not overflow
+    }
+
+
+def summary(objective: str, values: Mapping[str, float]) -> str:
+    """What a line to the user says of `derived` values."""
+    if objective != "next":
+        return f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.2%}"
+    return (
+        f"{values['loss']:.4f} nats  {values['bits_per_byte']:.4f} bits per byte  "
+        f"perplexity {values['perplexity']:.3f}"
+    )
 
 
 def group_of(path: Any) -> str:

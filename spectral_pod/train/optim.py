@@ -12,8 +12,11 @@ import ml_collections
 import optax
 
 # Last component of a parameter's path -> group membership. Layers keep to these names.
-DYNAMICS = ("filter", "energy_slope", "energy_bias", "scale_memory")
-DECAYED = ("kernel", "embedding")
+DYNAMICS = (
+    "filter", "filter_0", "filter_1", "filter_out", "log_decay",
+    "energy_slope", "energy_bias", "scale_memory",
+)  # fmt: skip
+DECAYED = ("kernel", "embedding", "position_embedding")
 
 
 def leaf_name(path: Any) -> str:

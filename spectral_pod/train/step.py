@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
 from spectral_pod.shapes import PAD
-from spectral_pod.train.loss import classification_loss
-from spectral_pod.train.metrics import Averages, Evaluation, norms
+from spectral_pod.train.loss import cross_entropy
+from spectral_pod.train.metrics import Averages, Evaluation, Predictions, norms
 from spectral_pod.train.optim import schedules
 from spectral_pod.train.state import TrainState
 
@@ -39,15 +39,23 @@ def train_step(
     total_valid = jnp.maximum(jnp.sum(batch["valid"].astype(jnp.float32)), 1.0)
 
     def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
-        tokens_BL = micro["tokens"]
-        logits_BC = model.apply(
-            {"params": params}, tokens_BL, tokens_BL != PAD, train=True, rngs={"dropout": key}
+        tokens_BL, labels = micro["tokens"], micro["labels"]
+        logits, sown = model.apply(
+            {"params": params},
+            tokens_BL,
+            tokens_BL != PAD,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["losses"],
         )
-        loss_B = classification_loss(logits_BC, micro["labels"], config.train.label_smoothing)
-        correct_B = (jnp.argmax(logits_BC, axis=-1) == micro["labels"]).astype(jnp.float32)
+        loss = cross_entropy(logits, labels, config.train.label_smoothing)
+        correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
         # Normalised by the whole batch, so that micro-batches just add up.
-        loss = jnp.sum(jnp.where(micro["valid"], loss_B, 0.0)) / total_valid
-        return loss, {"loss": loss_B, "correct": correct_B, "mask": micro["valid"]}
+        total = jnp.sum(jnp.where(micro["valid"], loss, 0.0)) / total_valid
+        auxiliary_B = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
+        total += jnp.sum(auxiliary_B) / len(batch["tokens"])
+        outputs = {"loss": loss, "correct": correct, "mask": micro["valid"]}
+        return total, outputs | {"auxiliary": auxiliary_B}
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_micro == 1:
@@ -62,7 +70,7 @@ def train_step(
         micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, outputs = jax.lax.scan(accumulate, zeros, micros)
-        outputs = jax.tree.map(lambda x: jnp.ravel(x.T), outputs)  # rows where they were
+        outputs = jax.tree.map(_whole_batch, outputs)
 
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -74,6 +82,7 @@ def train_step(
     scalars |= {
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
     }
+    scalars["auxiliary_loss"] = jnp.mean(outputs.pop("auxiliary"))
     state = TrainState(state.step + 1, params, opt_state)
     return state, (Averages.single_from_model_output(**outputs), scalars)
 
@@ -87,15 +96,21 @@ def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
     return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
 
-def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Evaluation:
-    """Sums over the valid rows of one evaluation batch."""
-    tokens_BL = batch["tokens"]
-    logits_BC = model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
-    return Evaluation.single_from_model_output(
-        loss=classification_loss(logits_BC, batch["labels"], 0.0),
-        correct=(jnp.argmax(logits_BC, axis=-1) == batch["labels"]).astype(jnp.float32),
-        logits=logits_BC,
-        labels=batch["labels"],
+def _whole_batch(x: jax.Array) -> jax.Array:
+    """Undoes `_micro_batches`: rows where they were."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Evaluation | Predictions:
+    """Sums over what is valid in one evaluation batch: labelled rows, or labelled positions."""
+    tokens_BL, labels = batch["tokens"], batch["labels"]
+    logits = model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
+    collection = Evaluation if labels.ndim == 1 else Predictions
+    return collection.single_from_model_output(
+        loss=cross_entropy(logits, labels, 0.0),
+        correct=(jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32),
+        logits=logits,
+        labels=labels,
         mask=batch["valid"],
     )
 
@@ -119,7 +134,7 @@ def jit_train_step(
 
 def jit_eval_step(
     model: nn.Module, mesh: Mesh, abstract: TrainState
-) -> Callable[[Any, Batch], Evaluation]:
+) -> Callable[[Any, Batch], Evaluation | Predictions]:
     """`eval_step` compiled for the mesh; its sums are on every device."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     return jax.jit(
@@ -129,12 +144,15 @@ def jit_eval_step(
     )
 
 
-def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> Batch:
-    """The batch as `jax.ShapeDtypeStruct`s with their shardings."""
+def abstract_batch(
+    batch_size: int, seq_len: int, mesh: Mesh, *, by_position: bool = False
+) -> Batch:
+    """The batch as `jax.ShapeDtypeStruct`s with their shardings; labels by row or by position."""
+    labelled = (batch_size, seq_len) if by_position else (batch_size,)
     shapes = {
         "tokens": ((batch_size, seq_len), jnp.int32),
-        "labels": ((batch_size,), jnp.int32),
-        "valid": ((batch_size,), bool),
+        "labels": (labelled, jnp.int32),
+        "valid": (labelled, bool),
     }
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))

@@ -1,0 +1,145 @@
+"""The causal long-convolution mixer of Hyena (Poli et al. 2023), of order two."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spectral_pod.layers.dense import Dense
+from spectral_pod.ops.halo import previous
+from spectral_pod.ops.long_conv import causal_conv
+from spectral_pod.ops.online_conv import FilterBlock, filter_step
+from spectral_pod.parallel.sharding import constrain, filter_axis, partitioned, shard_op
+
+FIXED_DECAY = 0.01  # of the original design: e^-4.6 after 460 positions
+_BANDS = 16  # of the positional features of an implicit filter: 33 features, as Hyena has
+_ORDER = 64  # width of its MLP
+_FREQUENCY = 10.0  # of its sines
+
+
+class CausalFilter(nn.Module):
+    """A long filter per channel, under an exponential envelope `e^{-alpha t}`.
+
+    Attributes:
+      num_taps: T.
+      parametrization: 'explicit' learns the taps; 'implicit' an MLP of t with sines, as Hyena.
+      decay: 'learned' learns alpha per channel, log-spaced at first from 1 to 1 / T, so that the
+        slowest channel reaches the whole context; 'fixed' is 0.01 (the original design), which
+        forgets everything past some 460 positions.
+    """
+
+    num_taps: int
+    parametrization: str
+    decay: str
+
+    @nn.compact
+    def __call__(self, width: int) -> jax.Array:
+        """float32 [D, T], of unit energy at first."""
+        t_T = jnp.arange(self.num_taps, dtype=jnp.float32)
+        alpha_D = self._alpha(width)
+        taps_TD = {"explicit": self._explicit, "implicit": self._implicit}[self.parametrization](
+            width
+        )
+        envelope_DT = jnp.exp(-alpha_D[:, None] * t_T[None])
+        # Of the initial envelope: the norm of the taps is the optimizer's.
+        energy_D = jnp.sum(jnp.square(jax.lax.stop_gradient(envelope_DT)), axis=1)
+        return taps_TD.T * envelope_DT * jax.lax.rsqrt(energy_D)[:, None]
+
+    def _alpha(self, width: int) -> jax.Array:
+        if self.decay == "fixed":
+            return jnp.full((width,), FIXED_DECAY, jnp.float32)
+
+        def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return -jnp.log(jnp.float32(self.num_taps)) * jnp.linspace(0.0, 1.0, *shape)
+
+        return jnp.exp(self.param("log_decay", partitioned(init, "width"), (width,)))
+
+    def _explicit(self, width: int) -> jax.Array:
+        init = partitioned(nn.initializers.normal(1.0), "frequency", filter_axis(width))
+        return self.param("filter", init, (self.num_taps, width))
+
+    def _implicit(self, width: int) -> jax.Array:
+        """Features t / T, cos and sin of bands, through two layers of sines."""
+        t_T1 = jnp.arange(self.num_taps, dtype=jnp.float32)[:, None] / self.num_taps
+        angles = 2 * jnp.pi * t_T1 * jnp.linspace(1e-4, _BANDS - 1, _BANDS)[None]
+        x = jnp.concatenate([t_T1, jnp.cos(angles), -jnp.sin(angles)], axis=1)
+        for i, features in enumerate((_ORDER, _ORDER)):
+            x = jnp.sin(_FREQUENCY * self._linear(f"filter_{i}", x, features, "width"))
+        # Sines have a mean square of 1/2.
+        return jnp.sqrt(2.0) * self._linear("filter_out", x, width, filter_axis(width))
+
+    def _linear(self, name: str, x: jax.Array, features: int, axis: str) -> jax.Array:
+        init = partitioned(nn.initializers.lecun_normal(), None, axis)
+        return jnp.dot(x, self.param(name, init, (x.shape[1], features)))
+
+
+class HyenaLayer(nn.Module):
+    """`W_o (u * (h conv v))` with u, v short convolutions of projections of x.
+
+    Attributes:
+      max_positions: taps of the filter.
+      filter, decay: see `CausalFilter`.
+      short_conv: width of the depthwise causal convolution of u and v; 1 has none (the original
+        design).
+    """
+
+    max_positions: int
+    filter: str
+    decay: str
+    short_conv: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`."""
+        width = x_BND.shape[-1]
+        uv_BN2D = Dense((2, width), ("embed", None, "hidden"), self.dtype, name="in")(x_BND)
+        uv_BN2D = jnp.where(mask_BN[..., None, None], uv_BN2D, jnp.zeros((), self.dtype))
+        uv_BN2D = constrain(uv_BN2D, "batch", "position", None, "channel")
+        if self.short_conv > 1:
+            uv_BN2D = self._short(uv_BN2D, position)
+        u_BND, v_BND = uv_BN2D[:, :, 0], uv_BN2D[:, :, 1]
+        y_BND = self._long(v_BND, position).astype(self.dtype)
+        y_BND = Dense(width, ("hidden", "embed"), self.dtype, name="out")(u_BND * y_BND)
+        return constrain(y_BND, "batch", "position", "width")
+
+    def _short(self, x_BN2D: jax.Array, position: jax.Array | None) -> jax.Array:
+        """`sum_i k_i x_{t - i}`, by shifts: XLA would gather the channels of a grouped one."""
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=())
+        shape = (self.short_conv, *x_BN2D.shape[2:])
+        kernel_T2D = self.param("short_filter", partitioned(init, "tap", None, "hidden"), shape)
+        kernel_T2D = kernel_T2D.astype(self.dtype)
+        before = self.short_conv - 1
+        if position is not None:
+            recent_BT2D = jnp.concatenate([self.get_variable("cache", "recent"), x_BN2D], axis=1)
+            self.put_variable("cache", "recent", recent_BT2D[:, 1:])
+            return jnp.einsum("btcd,tcd->bcd", recent_BT2D, kernel_T2D[::-1])[:, None]
+        if self.is_mutable_collection("cache"):
+            padded = jnp.pad(x_BN2D[:, -before:], ((0, 0), (before, 0), (0, 0), (0, 0)))
+            self.put_variable("cache", "recent", padded[:, -before:])
+
+        def op(x_BN2D: jax.Array, kernel_T2D: jax.Array) -> jax.Array:
+            length = x_BN2D.shape[1]
+            x_BN2D = jnp.concatenate([previous(x_BN2D, before), x_BN2D], axis=1)
+            shifted = [x_BN2D[:, before - i : before - i + length] for i in range(before + 1)]
+            return sum(x * k[None, None] for x, k in zip(shifted, kernel_T2D))  # type: ignore[return-value]
+
+        axes = ("batch", "position", None, "channel")
+        return shard_op(op, (axes, (None, None, "channel")), axes)(x_BN2D, kernel_T2D)
+
+    def _long(self, v_BND: jax.Array, position: jax.Array | None) -> jax.Array:
+        if position is not None:
+            block = FilterBlock(*self.get_variable("cache", "block"))
+            taps_TD = self.get_variable("cache", "taps")
+            y_BD, block = filter_step(taps_TD, block, v_BND[:, 0], position)
+            self.put_variable("cache", "block", block)
+            return y_BD[:, None]
+        filters = CausalFilter(self.max_positions, self.filter, self.decay, name="long")
+        h_DT = filters(v_BND.shape[-1])
+        if self.is_mutable_collection("cache"):
+            self.put_variable("cache", "taps", h_DT.T)
+            self.put_variable("cache", "inputs", v_BND.astype(jnp.float32))
+        return jnp.swapaxes(causal_conv(jnp.swapaxes(v_BND, 1, 2), h_DT), 1, 2)

@@ -1,0 +1,73 @@
+"""Mixers by name: the layers through which positions see one another.
+
+A mixer is called with (x_BND, mask_BN) and returns [B, N, D]. A causal one can also decode: called
+with the collection `cache` mutable it leaves there what later positions need of these, and called
+with a third argument `position` it takes x_B1D as the next position of the sequences in the cache
+(`generate/decode.py`).
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+import ml_collections
+
+from spectral_pod.layers.delta_memory import DeltaMemoryLayer
+from spectral_pod.layers.hyena import HyenaLayer
+from spectral_pod.layers.spectral import SpectralLayer
+
+Config = ml_collections.FrozenConfigDict
+
+
+def _spectral(config: Config, deterministic: bool, name: str) -> nn.Module:
+    return SpectralLayer(
+        max_positions=config.max_positions,
+        padding=config.spectral.padding,
+        parametrization=config.spectral.parametrization,
+        method=config.spectral.method,
+        energy_gate=config.spectral.energy_gate,
+        kernel_dropout=config.spectral.kernel_dropout,
+        kernel_threshold=config.spectral.kernel_threshold,
+        deterministic=deterministic,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
+def _delta(config: Config, name: str, *, gated: bool) -> nn.Module:
+    return DeltaMemoryLayer(
+        num_heads=config.memory.num_heads,
+        head_dim=config.memory.head_dim,
+        normalize_keys=config.memory.normalize_keys,
+        beta_range=(config.memory.beta_min, config.memory.beta_max),
+        method=config.memory.method,
+        gated=gated,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
+def _hyena(config: Config, deterministic: bool, name: str) -> nn.Module:
+    return HyenaLayer(
+        max_positions=config.max_positions,
+        filter=config.hyena.filter,
+        decay=config.hyena.decay,
+        short_conv=config.hyena.short_conv,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
+MIXERS: dict[str, Callable[[Config, bool, str], nn.Module]] = {
+    "spectral": _spectral,
+    "delta": lambda config, deterministic, name: _delta(config, name, gated=False),
+    "gated_delta": lambda config, deterministic, name: _delta(config, name, gated=True),
+    "hyena": _hyena,
+}
+# They see the whole sequence whatever the model: not for causal ones.
+NOT_CAUSAL = frozenset({"spectral"})
+
+
+def mixers_of(patterns: tuple[str, ...]) -> set[str]:
+    """The mixers that a model of these blocks has."""
+    return {name for pattern in patterns for name in pattern.split("+")}

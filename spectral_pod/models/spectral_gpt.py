@@ -1,0 +1,19 @@
+"""SpectralGPT: bytes -> causal long convolutions with delta memories -> the next byte."""
+
+import jax.numpy as jnp
+
+from spectral_pod.layers.embedding import Embedding
+from spectral_pod.models.causal_model import CausalModel
+from spectral_pod.shapes import Positions, Tokens
+
+
+class SpectralGPT(CausalModel):
+    """Learned embeddings; by default Hyena blocks, every second with a delta memory."""
+
+    mixer = "hyena"
+
+    def embed(self, tokens_BL: Tokens) -> Positions:
+        config = self.config
+        return Embedding(
+            config.vocab_size, config.hidden_dim, jnp.dtype(config.dtype), name="embedding"
+        )(tokens_BL)
