@@ -22,6 +22,9 @@ _FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
+_PATCHED = ("spectral_model",)  # models whose positions are patches of four bytes
+
+
 def default() -> ConfigDict:
     """Every field that exists, with the value it has unless an experiment sets it."""
     c = ConfigDict()
@@ -42,6 +45,7 @@ def default() -> ConfigDict:
     c.model.dtype = "bfloat16"  # of activations and products; parameters are float32
     c.model.pattern = ()  # blocks, repeating: ('hyena', 'hyena+delta'); () is the model's own
     c.model.channel_mixer = "gated"  # or 'frequency', with a causal long filter beside it
+    c.model.context = 0  # positions that a causal model is made for; 0: data.seq_len
     c.model.positions = "learned"  # or 'none'; of causal models
     c.model.consistency_weight = 0.0  # of spectral_llm's loss between spectra
     c.model.num_layers = 6
@@ -107,6 +111,9 @@ def default() -> ConfigDict:
     c.train.eval_every_steps = 500  # on the validation split
     c.train.eval_batch_size = 64
     c.train.eval_split = "test"  # of the evaluation at the end
+    c.train.eval_records = 1000  # of tasks whose examples are drawn
+    c.train.sample_bytes = 256  # that a language model writes at every validation; 0: none
+    c.train.sample_prompt = "\n"  # which they continue
     c.train.compilation_cache = True  # in the workdir: a restart compiles nothing again
 
     c.checkpoint = ConfigDict()
@@ -146,14 +153,22 @@ _AT_LEAST_ONE = (
     "model.attention.num_heads", "model.attention.window", "model.attention.rank",
     "model.s5.state_dim", "model.selective.rank",
     "train.total_steps", "train.global_batch_size", "train.grad_accumulation",
-    "train.log_every_steps",
+    "train.log_every_steps", "train.eval_records",
     "train.eval_every_steps", "train.eval_batch_size", "checkpoint.every_steps",
     "checkpoint.keep_latest", "optimizer.warmup_steps",
 )  # fmt: skip
 
 
-def validate(config: ConfigDict, *, tasks: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+def validate(
+    config: ConfigDict,
+    *,
+    tasks: Mapping[str, Any],
+    models: Mapping[str, Any],
+    mixers: Mapping[str, bool],
+) -> None:
     """Checks every field that can be checked without devices or data.
+
+    `tasks` and `models` are those there are, by name; `mixers` says which of them can be causal.
 
     Raises:
       ConfigError: names the field, its value and what it may be.
@@ -172,13 +187,25 @@ def validate(config: ConfigDict, *, tasks: Mapping[str, Any], models: Mapping[st
     for field in _AT_LEAST_ONE:
         if _get(config, field) < 1:
             raise ConfigError(f"config.{field} is {_get(config, field)}; it must be at least 1")
-    for field in ("model.memory_interval", "checkpoint.keep_best", "data.train_records"):
+    for field in (
+        "model.memory_interval", "model.context", "checkpoint.keep_best", "data.train_records",
+        "train.sample_bytes",
+    ):  # fmt: skip
         if _get(config, field) < 0:
             raise ConfigError(f"config.{field} is {_get(config, field)}; it cannot be negative")
     for field in ("model.dropout", "model.spectral.kernel_dropout", "train.label_smoothing"):
         if not 0 <= _get(config, field) < 1:
             raise ConfigError(f"config.{field} is {_get(config, field)}; it must be in [0, 1)")
-    if config.data.seq_len % 4:
+    _check_model(config, models[config.model.name].causal, mixers)
+    objective, causal = tasks[config.data.task].OBJECTIVE, models[config.model.name].causal
+    if causal != (objective != "class"):
+        fitting = sorted(name for name, model in models.items() if model.causal != causal)
+        raise ConfigError(
+            f"config.model.name is {config.model.name!r}, which predicts "
+            f"{'every next token' if causal else 'one class a record'}; task "
+            f"{config.data.task!r} needs one of {fitting}"
+        )
+    if config.model.name in _PATCHED and config.data.seq_len % 4:
         raise ConfigError(
             f"config.data.seq_len is {config.data.seq_len}; it must be a multiple of 4, the bytes "
             "of a patch"
@@ -187,6 +214,32 @@ def validate(config: ConfigDict, *, tasks: Mapping[str, Any], models: Mapping[st
         raise ConfigError(
             f"config.model.memory.beta_min, beta_max are {config.model.memory.beta_min}, "
             f"{config.model.memory.beta_max}; they need 0 <= beta_min < beta_max <= 1"
+        )
+
+
+def _check_model(config: ConfigDict, causal: bool, mixers: Mapping[str, bool]) -> None:
+    for name in _mixers(config):
+        _one_of("model.pattern", name, mixers)
+        if causal and not mixers[name]:
+            raise ConfigError(
+                f"config.model.pattern has {name!r}, which sees the whole sequence: "
+                f"{config.model.name} is causal"
+            )
+    if "attention" in " ".join(_mixers(config)) or "linformer" in _mixers(config):
+        _divides(config, "model.hidden_dim", config.model.hidden_dim, "model.attention.num_heads")
+    if "wavelet" in _mixers(config):
+        _divides(config, "model.hidden_dim", config.model.hidden_dim, "model.wavelet.num_heads")
+
+
+def _mixers(config: ConfigDict) -> set[str]:
+    """The mixers of a pattern; empty where the model has its own."""
+    return {name for block in config.model.pattern for name in block.split("+")}
+
+
+def _divides(config: ConfigDict, field: str, value: int, by: str) -> None:
+    if value % _get(config, by):
+        raise ConfigError(
+            f"config.{field} is {value}, not divisible by config.{by} = {_get(config, by)}"
         )
 
 
@@ -211,19 +264,24 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
         )
     rows, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
     accumulation = config.train.grad_accumulation
-    memory = config.model.memory_interval > 0
-    patches, sequence = config.data.seq_len // 4, sizes["sequence"]
+    mixers = _mixers(config)
+    memory = bool(mixers & {"delta", "gated_delta"}) if mixers else config.model.memory_interval > 0
+    attention = any("attention" in name for name in mixers) or "linformer" in mixers
+    stride = 4 if config.model.name in _PATCHED else 1
+    patches, sequence = config.data.seq_len // stride, sizes["sequence"]
     for field, value, divisor, why in (
         ("train.global_batch_size", config.train.global_batch_size, rows * accumulation,
          "mesh.data x mesh.fsdp x train.grad_accumulation"),
         ("train.eval_batch_size", config.train.eval_batch_size, rows, "mesh.data x mesh.fsdp"),
         ("model.hidden_dim", config.model.hidden_dim, tensor * sizes["fsdp"],
          "mesh.fsdp x mesh.tensor"),
-        ("data.seq_len in patches of 4", patches, sequence, "mesh.sequence"),
+        (f"data.seq_len in patches of {stride}", patches, sequence, "mesh.sequence"),
         ("model.embed_dim", config.model.embed_dim, sizes["fsdp"], "mesh.fsdp"),
         ("model.hidden_dim x model.mlp_expansion",
          int(config.model.hidden_dim * config.model.mlp_expansion), tensor, "mesh.tensor"),
         ("model.memory.num_heads", config.model.memory.num_heads if memory else 0, tensor,
+         "mesh.tensor"),
+        ("model.attention.num_heads", config.model.attention.num_heads if attention else 0, tensor,
          "mesh.tensor"),
     ):  # fmt: skip
         if value % divisor:

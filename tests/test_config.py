@@ -1,15 +1,20 @@
 """Checks of the configuration: impossible values are named, possible ones pass."""
 
 import json
+import types
 
 import pytest
 
 from spectral_pod import config as config_lib
 from spectral_pod.config import claim_workdir, default, validate, validate_mesh
 from spectral_pod.errors import ConfigError
+from spectral_pod.layers.mixers import can_be_causal
 from spectral_pod.models import MODELS
 
-TASKS = {"listops": None, "content_type": None}
+TASKS = {
+    name: types.SimpleNamespace(OBJECTIVE=objective)
+    for name, objective in (("listops", "class"), ("content_type", "class"), ("lm", "next"))
+}
 
 
 def config(**fields):
@@ -20,7 +25,7 @@ def config(**fields):
 
 
 def test_the_defaults_pass():
-    validate(config(), tasks=TASKS, models=MODELS)
+    validate(config(), tasks=TASKS, models=MODELS, mixers=can_be_causal())
     assert validate_mesh(config(), 4) == {"data": 4, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
@@ -34,11 +39,18 @@ def test_the_defaults_pass():
         ({"model__dropout": 1.0}, "config.model.dropout is 1.0"),
         ({"data__seq_len": 2047}, "config.data.seq_len is 2047; it must be a multiple of 4"),
         ({"model__memory__beta_min": 1.0}, "beta_min"),
+        ({"model__pattern": ("spectral", "hyna")}, "model.pattern is 'hyna'.*did you mean 'hyena'"),
+        ({"model__pattern": ("spectral",), "model__name": "spectral_gpt", "data__task": "lm"},
+         "'spectral', which sees the whole sequence"),
+        ({"data__task": "lm"}, "'spectral_model', which predicts one class a record; task 'lm'"),
+        ({"model__name": "spectral_gpt"}, "every next token; task 'listops' needs one of"),
+        ({"model__pattern": ("attention",), "model__hidden_dim": 30},
+         "hidden_dim is 30, not divisible by config.model.attention.num_heads = 4"),
     ],
-)
+)  # fmt: skip
 def test_impossible_values_are_named(fields, message):
     with pytest.raises(ConfigError, match=message):
-        validate(config(**fields), tasks=TASKS, models=MODELS)
+        validate(config(**fields), tasks=TASKS, models=MODELS, mixers=can_be_causal())
 
 
 @pytest.mark.parametrize(

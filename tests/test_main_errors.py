@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
 from spectral_pod import models
+from spectral_pod.data import byte_store
 from spectral_pod.errors import UserError
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train import loop
@@ -121,7 +122,7 @@ def test_a_record_of_a_later_split_is_measured_before_training(tmp_path, monkeyp
     """All records of the training split fit, one of the validation split doesn't."""
     lengths = {"train": 100, "validation": 300, "test": 100}
     monkeypatch.setattr(
-        loop.byte_store.Split, "lengths", property(lambda s: np.full(len(s), lengths[s.name]))
+        byte_store.Split, "lengths", property(lambda s: np.full(len(s), lengths[s.name]))
     )
     with pytest.raises(UserError, match="split 'validation' has 300 bytes"):
         loop.run(config(data__truncate=False), str(tmp_path / "run"))

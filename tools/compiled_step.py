@@ -27,6 +27,7 @@ from spectral_pod import models
 from spectral_pod.analysis import flops, hardware
 from spectral_pod.analysis.hardware import Topology
 from spectral_pod.data import tasks
+from spectral_pod.layers.mixers import can_be_causal
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import TrainState, abstract_state
@@ -69,17 +70,24 @@ def set_up(config: ConfigDict, topology: Topology) -> Setup:
     Raises:
       ConfigError: the configuration cannot run on this topology.
     """
-    config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS)
+    config_lib.validate(
+        config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal()
+    )
     devices = hardware.devices(topology)
     mesh = make_mesh(config_lib.validate_mesh(config, len(devices)), devices)
     options = config.data.options.to_dict()
-    tasks.store_path(config.data.dir, config.data.task, options)  # checks their names
-    num_classes = tasks.TASKS[config.data.task].num_classes(**options)
+    tasks.check_options(config.data.task, options)
+    task = tasks.TASKS[config.data.task]
+    num_classes, vocab_size = task.num_classes(**options), task.vocab_size(**options)
     seq_len, tx = config.data.seq_len, make_optimizer(config)
-    model = models.build(config, seq_len=seq_len, num_classes=num_classes)
+    model = models.build(
+        config, seq_len=seq_len, num_classes=num_classes, vocab_size=vocab_size
+    )
     abstract = abstract_state(model, tx, mesh, seq_len)
-    batch = abstract_batch(config.train.global_batch_size, seq_len, mesh)
-    eval_batch = abstract_batch(config.train.eval_batch_size, seq_len, mesh)
+    batch, eval_batch = (
+        abstract_batch(rows, seq_len, mesh, by_position=task.OBJECTIVE != "class")
+        for rows in (config.train.global_batch_size, config.train.eval_batch_size)
+    )
     steps: dict[str, tuple[Any, ...]] = {
         "train": (jit_train_step(model, tx, config, mesh, abstract), abstract, batch),
         "eval": (jit_eval_step(model, mesh, abstract), abstract.params, eval_batch),
@@ -95,7 +103,7 @@ def set_up(config: ConfigDict, topology: Topology) -> Setup:
         num_hosts=len({(getattr(d, "slice_index", 0), d.process_index) for d in devices}),
         mesh=mesh,
         abstract=abstract,
-        analytic_flops=flops.train_flops(config, abstract.params, num_classes),
+        analytic_flops=flops.train_flops(config, abstract.params, num_classes, vocab_size),
         lowered=lowered,
     )
 

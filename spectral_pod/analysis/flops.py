@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from spectral_pod import models
 from spectral_pod.analysis.hardware import CHIPS
+from spectral_pod.shapes import VOCAB_SIZE
 
 # Peak dense bfloat16 FLOP/s of one JAX device, by `device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -31,7 +32,9 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS.get(device.device_kind)
 
 
-def train_flops(config: ConfigDict, params: Any, num_classes: int) -> float:
+def train_flops(
+    config: ConfigDict, params: Any, num_classes: int, vocab_size: int = VOCAB_SIZE
+) -> float:
     """Model FLOPs of one training step: the forward pass, and twice that for the backward.
 
     Those of the formulas, with their FFTs, whatever method computes them. `params` may be
@@ -39,7 +42,9 @@ def train_flops(config: ConfigDict, params: Any, num_classes: int) -> float:
     """
     plain = ConfigDict(config.to_dict())
     plain.model.spectral.method = "plain"
-    model = models.build(plain, seq_len=config.data.seq_len, num_classes=num_classes)
+    model = models.build(
+        plain, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
+    )
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.data.seq_len), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
     unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)

@@ -44,7 +44,8 @@ class Split:
         self.name = name
         self._url = f"{url}/{name}"
         self._bytes = _open(f"{self._url}/bytes", context)
-        self._offsets = self._load("offsets", info, context)
+        # int64[n + 1]: record i is bytes offsets[i] to offsets[i + 1]
+        self.offsets: np.ndarray = self._load("offsets", info, context)
         self.labels: np.ndarray = self._load("labels", info, context)
         if len(self) != info["records"] or self._bytes.shape != (info["bytes"],):
             raise DataError(f"{self._url} does not hold what its manifest counts; delete the store")
@@ -55,21 +56,25 @@ class Split:
     @property
     def lengths(self) -> np.ndarray:
         """int64[n]: bytes in each record."""
-        return np.diff(self._offsets)
+        return np.diff(self.offsets)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """The records at `indices` as uint8 arrays, in one burst of concurrent reads.
 
         Raises:
-          DataError: a chunk is missing or fails its checksum; names the records.
+          DataError: a chunk is missing or fails its checksum; names the bytes.
         """
-        bounds = [(int(self._offsets[i]), int(self._offsets[i + 1])) for i in indices]
-        futures = [self._bytes[start:stop].read() for start, stop in bounds]
+        return self.read_ranges([(self.offsets[i], self.offsets[i + 1]) for i in indices])
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """As `read`: bytes start to stop of the split, for each (start, stop)."""
+        futures = [self._bytes[int(start) : int(stop)].read() for start, stop in ranges]
         try:
             return [future.result() for future in futures]
         except ValueError as error:
+            places = ", ".join(f"{start}..{stop}" for start, stop in sorted(ranges)[:8])
             raise DataError(
-                f"{self._url}/bytes is damaged near records {sorted(map(int, indices))[:8]}...; "
+                f"{self._url}/bytes is damaged near bytes {places}...; "
                 f"delete the store to have it written again ({error})"
             ) from error
 

@@ -1,11 +1,14 @@
-"""From a byte store to global arrays: every batch is a pure function of (seed, step).
+"""From records to global arrays: every batch is a pure function of (seed, step).
 
 There is no iterator state to save: a run that starts at step s reads what an uninterrupted run
 reads at step s, on any number of processes, each of which reads its own rows only.
+
+Sources of batches: `Batches` of labelled records, here; `windows.Windows` of a stream of bytes;
+`drawn.Drawn`, examples that are made where they are needed.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -16,7 +19,29 @@ from spectral_pod.data.byte_store import Split
 from spectral_pod.errors import DataError
 from spectral_pod.shapes import PAD
 
-Batch = dict[str, Any]  # tokens int32 [B, L], labels int32 [B], valid bool [B]
+# tokens int32 [B, L]; labels int32 and valid bool, [B] or [B, L]. Only what is valid is scored.
+Batch = dict[str, Any]
+
+
+class Source(Protocol):
+    """Batches by number; two objects of the same arguments give the same ones."""
+
+    batch_size: int
+    seq_len: int
+
+    @property
+    def num_records(self) -> int:
+        """Records, windows or examples in an epoch; 0 where there is no end."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that cover all of them, the last one padded."""
+
+    def rows(self, step: int, rows: np.ndarray) -> Batch:
+        """Those rows (int [b]) of a step's batch, as numpy arrays with b rows; threads call it.
+
+        Where nothing is to be scored `valid` is False, the label is 0; tokens end with PAD.
+        """
 
 
 class Batches:
@@ -87,7 +112,7 @@ class Batches:
 
 
 def load(
-    batches: Batches,
+    source: Source,
     sharding: NamedSharding,
     start: int,
     stop: int,
@@ -96,20 +121,20 @@ def load(
     prefetch: int,
 ) -> Iterator[Batch]:
     """Global arrays for steps start..stop-1, read ahead by threads, rows split as in `sharding`."""
-    indices = sharding.addressable_devices_indices_map((batches.batch_size,))
+    indices = sharding.addressable_devices_indices_map((source.batch_size,))
     mine = sorted(
-        {row for (s,) in indices.values() for row in range(*s.indices(batches.batch_size))}
+        {row for (s,) in indices.values() for row in range(*s.indices(source.batch_size))}
     )
     rows = np.asarray(mine)
 
     def read(step: int) -> Batch:
-        return batches.rows(int(step), rows)
+        return source.rows(int(step), rows)
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     for local in grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options):
         yield {
             name: jax.make_array_from_callback(
-                (batches.batch_size, *values.shape[1:]), sharding, _picker(values, rows)
+                (source.batch_size, *values.shape[1:]), sharding, _picker(values, rows)
             )
             for name, values in local.items()
         }

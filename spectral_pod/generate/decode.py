@@ -32,6 +32,7 @@ from spectral_pod.ops import online_conv
 from spectral_pod.ops.online_conv import BLOCK
 from spectral_pod.shapes import EOS, PAD
 
+PLAIN = Sampling()
 END_OF_DOCUMENT = 256  # the class that is not a byte
 
 _Path = tuple[str, ...]
@@ -136,7 +137,7 @@ def generate(
     *,
     num_bytes: int,
     seed: int = 0,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     context: int | None = None,
     rows: int = 1,
 ) -> Iterator[list[bytes]]:
@@ -185,6 +186,11 @@ def generate(
             drawn, left = drawn + count, left - count
 
 
+def context_of(model: nn.Module) -> int | None:
+    """Positions that a model was made for; without learned positions there is no limit."""
+    return model.config.max_positions if model.config.positions == "learned" else None
+
+
 def _append(texts: list[bytearray], ended: list[bool], tokens_BT: np.ndarray) -> list[bytes]:
     pieces = []
     for row, text in enumerate(texts):
@@ -200,7 +206,7 @@ def _append(texts: list[bytearray], ended: list[bool], tokens_BT: np.ndarray) ->
 
 
 def _aligned(texts: Sequence[bytes | bytearray], rows: int, context: int | None) -> np.ndarray:
-    """Prompts with PAD before them, [rows, P]; P a power of two, so that few shapes are compiled."""
+    """Prompts with PAD before them, [rows, P]; P is a power of two: few shapes are compiled."""
     if context is not None:
         texts = [text if len(text) < context else text[-max(1, context // 2) :] for text in texts]
     longest = max(len(text) for text in texts)

@@ -51,7 +51,7 @@ class CausalFilter(nn.Module):
             return jnp.full((width,), FIXED_DECAY, jnp.float32)
 
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return -jnp.log(jnp.float32(self.num_taps)) * jnp.linspace(0.0, 1.0, *shape)
+            return -jnp.log(jnp.float32(self.num_taps)) * jnp.linspace(0.0, 1.0, shape[0])
 
         return jnp.exp(self.param("log_decay", partitioned(init, "width"), (width,)))
 
@@ -72,6 +72,33 @@ class CausalFilter(nn.Module):
     def _linear(self, name: str, x: jax.Array, features: int, axis: str) -> jax.Array:
         init = partitioned(nn.initializers.lecun_normal(), None, axis)
         return jnp.dot(x, self.param(name, init, (x.shape[1], features)))
+
+
+class LongConvolution(nn.Module):
+    """Every channel convolved with a `CausalFilter` of its own, whose attributes these are."""
+
+    num_taps: int
+    parametrization: str
+    decay: str
+
+    @nn.compact
+    def __call__(self, v_BND: jax.Array, position: jax.Array | None = None) -> jax.Array:
+        """[B, N, D] to [B, N, D] in the dtype of v; see `layers/mixers.py` for `position`.
+
+        Invalid positions must be zero already.
+        """
+        if position is not None:
+            block = FilterBlock(*self.get_variable("cache", "block"))
+            taps_TD = self.get_variable("cache", "taps")
+            y_BD, block = filter_step(taps_TD, block, v_BND[:, 0], position)
+            self.put_variable("cache", "block", block)
+            return y_BD[:, None].astype(v_BND.dtype)
+        filters = CausalFilter(self.num_taps, self.parametrization, self.decay, name="taps")
+        h_DT = filters(v_BND.shape[-1])
+        if self.is_mutable_collection("cache"):
+            self.put_variable("cache", "taps", h_DT.T)
+            self.put_variable("cache", "inputs", v_BND.astype(jnp.float32))
+        return jnp.swapaxes(causal_conv(jnp.swapaxes(v_BND, 1, 2), h_DT), 1, 2)
 
 
 class HyenaLayer(nn.Module):
@@ -102,7 +129,8 @@ class HyenaLayer(nn.Module):
         if self.short_conv > 1:
             uv_BN2D = self._short(uv_BN2D, position)
         u_BND, v_BND = uv_BN2D[:, :, 0], uv_BN2D[:, :, 1]
-        y_BND = self._long(v_BND, position).astype(self.dtype)
+        long = LongConvolution(self.max_positions, self.filter, self.decay, name="long")
+        y_BND = long(v_BND, position)
         y_BND = Dense(width, ("hidden", "embed"), self.dtype, name="out")(u_BND * y_BND)
         return constrain(y_BND, "batch", "position", "width")
 
@@ -129,17 +157,3 @@ class HyenaLayer(nn.Module):
 
         axes = ("batch", "position", None, "channel")
         return shard_op(op, (axes, (None, None, "channel")), axes)(x_BN2D, kernel_T2D)
-
-    def _long(self, v_BND: jax.Array, position: jax.Array | None) -> jax.Array:
-        if position is not None:
-            block = FilterBlock(*self.get_variable("cache", "block"))
-            taps_TD = self.get_variable("cache", "taps")
-            y_BD, block = filter_step(taps_TD, block, v_BND[:, 0], position)
-            self.put_variable("cache", "block", block)
-            return y_BD[:, None]
-        filters = CausalFilter(self.max_positions, self.filter, self.decay, name="long")
-        h_DT = filters(v_BND.shape[-1])
-        if self.is_mutable_collection("cache"):
-            self.put_variable("cache", "taps", h_DT.T)
-            self.put_variable("cache", "inputs", v_BND.astype(jnp.float32))
-        return jnp.swapaxes(causal_conv(jnp.swapaxes(v_BND, 1, 2), h_DT), 1, 2)

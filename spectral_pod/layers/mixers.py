@@ -7,16 +7,17 @@ with a third argument `position` it takes x_B1D as the next position of the sequ
 """
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax.numpy as jnp
-import ml_collections
 
 from spectral_pod.layers.delta_memory import DeltaMemoryLayer
 from spectral_pod.layers.hyena import HyenaLayer
 from spectral_pod.layers.spectral import SpectralLayer
+from spectral_pod.layers.wavelet_attention import WaveletAttention
 
-Config = ml_collections.FrozenConfigDict
+Config: TypeAlias = Any  # config.model, frozen
 
 
 def _spectral(config: Config, deterministic: bool, name: str) -> nn.Module:
@@ -58,11 +59,22 @@ def _hyena(config: Config, deterministic: bool, name: str) -> nn.Module:
     )
 
 
+def _wavelet(config: Config, deterministic: bool, name: str) -> nn.Module:
+    return WaveletAttention(
+        wavelet=config.wavelet.name,
+        levels=config.wavelet.levels,
+        num_heads=config.wavelet.num_heads,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
 MIXERS: dict[str, Callable[[Config, bool, str], nn.Module]] = {
     "spectral": _spectral,
     "delta": lambda config, deterministic, name: _delta(config, name, gated=False),
     "gated_delta": lambda config, deterministic, name: _delta(config, name, gated=True),
     "hyena": _hyena,
+    "wavelet": _wavelet,
 }
 # They see the whole sequence whatever the model: not for causal ones.
 NOT_CAUSAL = frozenset({"spectral"})

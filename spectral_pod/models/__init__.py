@@ -31,8 +31,8 @@ def pattern(config: Any) -> tuple[str, ...]:
 
 
 def max_positions(config: Any, seq_len: int) -> int:
-    """Positions of the blocks for sequences of `seq_len` bytes."""
-    return seq_len // MODELS[config.model.name].bytes_per_position
+    """Positions that the blocks are made for: of `seq_len` bytes, or the context if longer."""
+    return max(seq_len, config.model.context) // MODELS[config.model.name].bytes_per_position
 
 
 def operations(config: Any, *, seq_len: int) -> dict[str, str]:

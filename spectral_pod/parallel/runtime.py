@@ -51,6 +51,12 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
+def say(line: str) -> None:
+    """One line to the user, from the leader only."""
+    if is_leader():
+        print(line, flush=True)
+
+
 def barrier(name: str, timeout_s: int = 3600) -> None:
     """Waits for every process to arrive at `name`; fails naming it after `timeout_s` seconds."""
     if jax.process_count() == 1:

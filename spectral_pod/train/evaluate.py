@@ -7,20 +7,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spectral_pod.data.pipeline import Batches, load
+from spectral_pod.data.pipeline import Source, load
 from spectral_pod.parallel.sharding import batch_sharding
 
 
 def evaluate(
     eval_step: Callable[[Any, Any], Any],
     params: Any,
-    batches: Batches,
+    batches: Source,
     mesh: Mesh,
     *,
     threads: int,
     prefetch: int,
 ) -> dict[str, Any]:
-    """Loss, accuracy, number of records and the confusion table over the whole split."""
+    """Loss and accuracy over the whole split, and how many records or labelled positions it has.
+
+    Of records also the confusion table.
+    """
     total = None
     steps = load(
         batches,
@@ -34,13 +37,11 @@ def evaluate(
         part = eval_step(params, batch)
         total = part if total is None else total.merge(part)
     result = jax.device_get(total).compute()
+    values = {"loss": float(result["loss"]), "accuracy": float(result["accuracy"])}
+    if "positions" in result:
+        return values | {"positions": int(result["positions"])}
     confusion = np.asarray(result["confusion"]).astype(int)
-    return {
-        "loss": float(result["loss"]),
-        "accuracy": float(result["accuracy"]),
-        "records": int(confusion.sum()),
-        "confusion": confusion.tolist(),
-    }
+    return values | {"records": int(confusion.sum()), "confusion": confusion.tolist()}
 
 
 def confusion_table(confusion: list[list[int]], classes: list[str]) -> str:

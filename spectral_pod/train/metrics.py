@@ -91,6 +91,12 @@ def derived(objective: str, values: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def scores_of(objective: str, result: Mapping[str, float]) -> dict[str, float]:
+    """What a checkpoint records of its validation; the best has the highest `score`."""
+    score = -result["loss"] if objective == "next" else result["accuracy"]
+    return {"score": score, "loss": result["loss"], "accuracy": result["accuracy"]}
+
+
 def summary(objective: str, values: Mapping[str, float]) -> str:
     """What a line to the user says of `derived` values."""
     if objective != "next":

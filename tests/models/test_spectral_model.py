@@ -10,7 +10,7 @@ import pytest
 from spectral_pod import models
 from spectral_pod.config import default
 from spectral_pod.layers.spectral import norm_gate, rms_gate
-from spectral_pod.models.spectral_model import memory_pattern
+from spectral_pod.models import pattern
 from spectral_pod.shapes import PAD
 
 
@@ -147,9 +147,16 @@ def test_the_original_energy_gate_does_nothing_and_the_default_does():
 
 
 def test_memory_stands_where_the_interval_says():
-    assert memory_pattern(2, 6, "delta") == ("spectral", "spectral+delta")
-    assert memory_pattern(0, 6, "delta") == ("spectral",)
-    assert memory_pattern(1, 6, "gated_delta") == ("spectral+gated_delta",)
+    config = default()
+    for interval, gated, blocks in (
+        (2, False, ("spectral", "spectral+delta")),
+        (0, False, ("spectral",)),
+        (1, True, ("spectral+gated_delta",)),
+    ):
+        config.model.memory_interval, config.model.memory.gated = interval, gated
+        assert pattern(config) == blocks
+    config.model.pattern = ("delta", "spectral")
+    assert pattern(config) == ("delta", "spectral")
     _, params = make(memory_interval=2, num_layers=3)
     assert "delta" in params["blocks"]["block_1"]
     assert "delta" not in params["last_blocks"]["block_0"]

@@ -30,10 +30,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from spectral_pod import shapes
 from spectral_pod.data import byte_store
 from spectral_pod.errors import DataError
 
 VERSION = 1
+OBJECTIVE = "class"
 SPLITS = ("train", "validation", "test")
 MIN_KINDS = 8
 _MIN_FILLED = 0.4  # a kind that fills less than this part of a split is left out
@@ -114,6 +116,11 @@ KINDS: dict[str, tuple[str, ...] | Callable[[Sequence[File]], list[File]]] = {
 def num_classes(**options: Any) -> int:
     """The most classes that a store can have; `build` leaves out kinds with too few files."""
     return len(KINDS)
+
+
+def vocab_size(**options: Any) -> int:
+    """Rows of the embedding: bytes and special tokens."""
+    return shapes.VOCAB_SIZE
 
 
 def build(

@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+from spectral_pod import shapes
 from spectral_pod.data import byte_store
 from spectral_pod.errors import ConfigError
 
 VERSION = 1
+OBJECTIVE = "class"
 MAX_DEPTH = 10
 MAX_ARGS = 10
 MIN_LENGTH = 500  # exclusive, as is the next
@@ -288,6 +290,11 @@ def ladder_rung(accuracy: float, ladder: Mapping[str, float]) -> str:
 def num_classes(**options: Any) -> int:
     """The classes of a store, known before it is built."""
     return len(CLASSES)
+
+
+def vocab_size(**options: Any) -> int:
+    """Rows of the embedding: bytes and special tokens."""
+    return shapes.VOCAB_SIZE
 
 
 def build(

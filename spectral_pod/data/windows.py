@@ -1,0 +1,88 @@
+"""Windows of a stream of bytes, and the byte that follows each of theirs: language modelling.
+
+The documents of a split lie end to end in the stream, each followed by EOS:
+
+    position      0   1   2   3   4   5   6
+    stream        a   b   c  EOS  d   e  EOS          documents "abc" and "de"
+    tokens            b   c  EOS  d                   the window of 4 at start 1
+    labels            c  EOS  d   e
+"""
+
+import numpy as np
+
+from spectral_pod.data.byte_store import Split
+from spectral_pod.data.pipeline import Batch
+from spectral_pod.errors import DataError
+from spectral_pod.shapes import EOS, PAD
+
+EOS_CLASS = 256  # byte b is class b
+NUM_CLASSES = 257
+
+
+class Windows:
+    """Batches of windows of one split: at random starts without end, or in order and once."""
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seq_len: int,
+        num_documents: int = 0,
+        shuffle_seed: int | None = None,
+    ):
+        """`num_documents` > 0 takes only the first so many; `shuffle_seed` None reads in order.
+
+        In order, every token of the stream but the first is predicted exactly once, and the last
+        window is padded. Shuffled, a window starts anywhere it fits with equal probability.
+
+        Raises:
+          DataError: the stream is empty, or, if shuffled, too short for one window.
+        """
+        self._split, self.batch_size, self.seq_len = split, batch_size, seq_len
+        self._seed = shuffle_seed
+        self._ends = split.offsets[1 : 1 + (num_documents or len(split))]
+        self._eos = self._ends + np.arange(len(self._ends))  # its positions in the stream
+        self._stop = int(self._eos[-1]) + 1 if len(self._eos) else 0
+        if self._stop < 2:
+            raise DataError(f"split {split.name!r} holds no bytes to predict")
+        if shuffle_seed is not None and self._stop <= seq_len:
+            raise DataError(
+                f"split {split.name!r} has {self._stop} bytes and document ends, too few for "
+                f"windows of config.data.seq_len = {seq_len}; it must be below that"
+            )
+
+    @property
+    def num_records(self) -> int:
+        """Windows, one after the other, that cover the stream."""
+        return -(-(self._stop - 1) // self.seq_len)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold as many windows, the last one padded."""
+        return -(-self.num_records // self.batch_size)
+
+    def starts(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """int64 [b]: where in the stream the windows in those rows of a step's batch start."""
+        if self._seed is None:
+            return (step * self.batch_size + rows) * self.seq_len
+        # One generator a step draws the starts of all rows: whoever reads a row, it is the same.
+        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(step,)))
+        return rng.integers(self._stop - self.seq_len, size=self.batch_size)[rows]
+
+    def rows(self, step: int, rows: np.ndarray) -> Batch:
+        """Those rows of a step's batch, as numpy arrays [b, L]: see `pipeline.Source`."""
+        starts = np.minimum(self.starts(step, rows), self._stop)
+        stops = np.minimum(starts + self.seq_len + 1, self._stop)
+        before, after = np.searchsorted(self._eos, starts), np.searchsorted(self._eos, stops)
+        first, last = starts - before, stops - after  # the bytes: positions less document ends
+        shape = len(rows), self.seq_len
+        tokens = np.full(shape, PAD, np.int32)
+        labels, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for row, data in enumerate(self._split.read_ranges(list(zip(first, last)))):
+            ends = self._ends[before[row] : after[row]] - first[row]
+            window = np.insert(data.astype(np.int32), ends, EOS)
+            n = len(window[1:])
+            tokens[row, :n], valid[row, :n] = window[:n], True
+            labels[row, :n] = np.where(window[1:] == EOS, EOS_CLASS, window[1:])
+        return {"tokens": tokens, "labels": labels, "valid": valid}

@@ -1,0 +1,318 @@
+"""What every mixer owes (causality, masks, decoding), and naive float64 forms of the baselines."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from spectral_pod.config import default
+from spectral_pod.layers.mixers import MIXERS, NOT_CAUSAL
+from spectral_pod.layers.selective import BLOCK
+
+WIDTH, HEADS, WINDOW, RANK, MAX_POSITIONS = 8, 2, 6, 5, 150
+SMALL = {
+    "dtype": "float32",
+    "hyena.filter": "implicit",
+    "wavelet.num_heads": HEADS,
+    "attention.num_heads": HEADS,
+    "attention.window": WINDOW,
+    "attention.rank": RANK,
+    "s5.state_dim": 6,
+    "selective.rank": 3,
+    "memory.num_heads": HEADS,
+    "memory.head_dim": 4,
+    "memory.method": "recurrent",  # compiles fastest; both are the same function (tests/ops)
+}
+CAUSAL = sorted(MIXERS.keys() - NOT_CAUSAL)
+# They look at `config.causal`; of the rest, those in NOT_CAUSAL never are, the others always.
+EITHER = ["attention", "linear_attention", "local_attention", "s5", "selective"]
+ALL = [*((name, True) for name in CAUSAL), *((name, False) for name in sorted(NOT_CAUSAL))]
+ALL += [(name, False) for name in EITHER]
+# An FFT spreads its rounding over all positions; the others leak exactly nothing.
+BY_FFT = ("hyena", "selective", "wavelet")
+
+
+@functools.cache
+def make(name, causal, **overrides):
+    """(jitted apply(variables, ...), parameters off their initial values, the module)."""
+    config = default().model
+    config.update_from_flattened_dict(SMALL | {k.replace("__", "."): v for k, v in overrides.items()})
+    fields = config.to_dict() | {"max_positions": MAX_POSITIONS, "causal": causal}
+    module = MIXERS[name](ml_collections.FrozenConfigDict(fields), True, "mixer")
+    x, mask = jnp.zeros((1, MAX_POSITIONS, WIDTH)), jnp.ones((1, MAX_POSITIONS), bool)
+    variables = nn.unbox(jax.jit(module.init)(jax.random.key(0), x, mask))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + jnp.float32(0.1 * rng.normal(size=x.shape)), variables.get("params", {})
+    )
+    return module, params, jax.jit(lambda x, mask: module.apply({"params": params}, x, mask))
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_close(actual, expected, where=None, tolerance=1e-4):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if where is not None:
+        actual, expected = actual[where], expected[where]
+    assert np.abs(actual - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
+
+
+def leak(name, causal, rows, length, **overrides):
+    """The largest gradient that the outputs up to a random position have after it, and before."""
+    module, params, _ = make(name, causal, **overrides)
+    last = np.random.default_rng(length).integers(length // 3, length - 1)
+
+    @jax.jit
+    def gradient(x, dy):
+        mask = jnp.ones(x.shape[:2], bool)
+        return jax.vjp(lambda x: module.apply({"params": params}, x, mask), x)[1](dy)[0]
+
+    dy = draw(rows, length, WIDTH, seed=1)
+    dy[:, last + 1 :] = 0
+    dx = np.abs(gradient(draw(rows, length, WIDTH), dy))
+    return dx[:, last + 1 :].max(), dx[:, : last + 1].max()
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 37), (3, 149)])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_mixers_never_see_the_future(name, rows, length):
+    after, before = leak(name, True, rows, length)
+    assert before > 1e-3
+    assert after <= (1e-5 * before if name in BY_FFT else 0)
+
+
+def test_the_broadcast_form_of_a_causal_selective_mixer_never_sees_the_future():
+    assert leak("selective", True, 2, 149, selective__form="broadcast")[0] == 0
+
+
+@pytest.mark.parametrize("name", [*sorted(NOT_CAUSAL), *EITHER])
+def test_the_others_see_it(name):
+    after, before = leak(name, False, 2, 37)
+    assert after > 1e-3 * before
+
+
+@pytest.mark.parametrize(("name", "causal"), ALL)
+def test_padding_changes_nothing(name, causal):
+    """On the right for all, on the left too for causal ones; garbage in it or not."""
+    _, _, apply = make(name, causal)
+    x, places = draw(2, 137, WIDTH), np.arange(137)
+    lengths = np.array([[101], [70]])
+    short = apply(x[:, :101], places[:101] < lengths)
+    right = apply(x, places < lengths)
+    valid = places[:101] < lengths
+    assert_close(right[:, :101], short, valid, tolerance=1e-5)
+    if causal:
+        shifted = np.stack([np.roll(row, 137 - n, axis=0) for row, (n,) in zip(x, lengths)])
+        left = np.array(apply(shifted, places >= 137 - lengths))
+        back = np.stack([np.roll(row, n - 137, axis=0) for row, (n,) in zip(left, lengths)])
+        assert_close(back[:, :101], short, valid, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("name", "causal"), ALL)
+def test_bfloat16_stays_finite_and_near(name, causal):
+    x, mask = draw(2, 101, WIDTH), np.arange(101) < [[101], [1]]
+    got = make(name, causal, dtype="bfloat16")[2](x.astype(jnp.bfloat16), mask)
+    assert got.dtype == jnp.bfloat16
+    want = np.asarray(make(name, causal)[2](x, mask))
+    got = np.asarray(got.astype(jnp.float32))
+    assert np.isfinite(got).all()
+    error = np.linalg.norm((got - want)[mask]) / np.linalg.norm(want[mask])
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("name", ["delta", "gated_delta", *EITHER])
+def test_steps_continue_a_prompt(name):
+    """Long convolutions are the decoder's; of the selective mixer this is the form without one."""
+    overrides = {"selective__form": "broadcast"} if name == "selective" else {}
+    module, params, apply = make(name, True, **overrides)
+    prompt, length = 50, 80
+    x, mask = draw(2, length, WIDTH), np.arange(length) >= [[0], [21]]
+    _, cache = jax.jit(functools.partial(module.apply, mutable=["cache"]))(
+        {"params": params}, x[:, :prompt], mask[:, :prompt]
+    )
+    cache = {
+        key: jnp.pad(value, [(0, 0), (0, length - prompt)] + [(0, 0)] * (value.ndim - 2))
+        if key in ("keys", "values", "valid")
+        else value
+        for key, value in cache["cache"].items()
+    }
+
+    @jax.jit
+    def step(cache, x, position):
+        variables = {"params": params, "cache": cache}
+        ones = jnp.ones((2, 1), bool)
+        y, cache = module.apply(variables, x, ones, position, mutable=["cache"])
+        return y, cache["cache"]
+
+    outputs = []
+    for position in range(prompt, length):
+        y, cache = step(cache, x[:, position : position + 1], position)
+        outputs.append(y)
+    assert_close(np.concatenate(outputs, axis=1), apply(x, mask)[:, prompt:], tolerance=1e-5)
+
+
+# ---- Naive forms, in float64
+
+
+def dense(params, x, num_in=1):
+    kernel = np.float64(params["kernel"])
+    return np.tensordot(x, kernel, num_in) + np.float64(params["bias"])
+
+
+def heads(params, x):
+    return np.moveaxis(dense(params["query_key_value"], x), 3, 0)
+
+
+def softmax(scores, seen):
+    weights = np.where(seen, np.exp(np.where(seen, scores, 0)), 0)
+    return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+
+
+def seen_from(mask, causal, near=lambda lag: True):
+    """[B, H=1, N, N]"""
+    n = np.arange(mask.shape[1])
+    lag = n[:, None] - n
+    return (mask[:, None] & (near(lag) & ((lag >= 0) | (not causal))))[:, None]
+
+
+def attention(params, x, mask, causal, near=lambda lag: True):
+    q, k, v = heads(params, x)
+    scores = np.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(WIDTH / HEADS)
+    weights = softmax(scores, seen_from(mask, causal, near))
+    return dense(params["out"], np.einsum("bhnm,bmhk->bnhk", weights, v), 2)
+
+
+def local_attention(params, x, mask, causal):
+    if causal:
+        return attention(params, x, mask, True, lambda lag: lag < WINDOW)
+    return attention(params, x, mask, False, lambda lag: (lag <= 3) & (lag >= -2))
+
+
+def linear_attention(params, x, mask, causal):
+    q, k, v = heads(params, x)
+    q, k = (np.where(a > 0, a + 1, np.exp(np.minimum(a, 0))) for a in (q, k))
+    weights = np.einsum("bnhk,bmhk->bhnm", q, k) * seen_from(mask, causal)
+    weights /= weights.sum(-1, keepdims=True) + 1e-6
+    return dense(params["out"], np.einsum("bhnm,bmhk->bnhk", weights, v), 2)
+
+
+def linformer(params, x, mask, causal):
+    q, k, v = heads(params, x)
+    k, v = (
+        np.einsum("bnhk,nr->brhk", a * mask[..., None, None], np.float64(params[name])[: x.shape[1]])
+        for a, name in ((k, "key_combinations"), (v, "value_combinations"))
+    )
+    scores = np.einsum("bnhk,brhk->bhnr", q, k) / np.sqrt(WIDTH / HEADS)
+    weights = softmax(scores, np.ones_like(scores, bool))
+    return dense(params["out"], np.einsum("bhnr,brhk->bnhk", weights, v), 2)
+
+
+def fnet(params, x, mask, causal):
+    dft_n, dft_d = (
+        np.exp(-2j * np.pi * np.outer(np.arange(m), np.arange(m)) / m) / np.sqrt(m)
+        for m in (MAX_POSITIONS, WIDTH)
+    )
+    length = x.shape[1]
+    x = x * mask[..., None]
+    return np.einsum("nm,bmd,de->bne", dft_n[:length, :length], x, dft_d).real
+
+
+def s5(params, x, mask, causal):
+    x, p = x * mask[..., None], jax.tree.map(np.float64, params)
+    eigenvalue, step = p["ssm_lambda"][0] + 1j * p["ssm_lambda"][1], np.exp(p["ssm_log_step"])
+    a = np.exp(eigenvalue * step)
+    b = (a - 1) / eigenvalue * (p["ssm_b"][:, 0] + 1j * p["ssm_b"][:, 1])
+
+    def scan(x, name):
+        c, state, y = p[name][0] + 1j * p[name][1], 0, []
+        for n in range(x.shape[1]):
+            state = a * state + x[:, n] @ b
+            y.append(2 * (state @ c).real)
+        return np.stack(y, 1)
+
+    y = scan(x, "readout") + p["skip"] * x
+    return y if causal else y + scan(x[:, ::-1], "readout_reverse")[:, ::-1]
+
+
+def context(params, mean):
+    h = dense(params["context_hidden"], mean)
+    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    return dense(params["context_out"], h)
+
+
+def contexts(params, x, mask, causal):
+    """[B, N, R], by definition: each position by itself."""
+    rows = []
+    for row, valid in zip(x, mask):
+        c = []
+        for n in range(len(row)):
+            index = valid[: n + 1].sum() - 1
+            before = row[valid][: max(index, 0) // BLOCK * BLOCK] if causal else row[valid]
+            c.append(context(params, before.mean(0) if len(before) else np.zeros(WIDTH)))
+        rows.append(np.stack(c))
+    return np.stack(rows)
+
+
+def selective(params, x, mask, causal, taps=None):
+    """The filter of every position, mixed first, then applied."""
+    x = x * mask[..., None]
+    length = x.shape[1]
+    if causal:
+        kernel = np.pad(np.float64(taps), ((0, MAX_POSITIONS), (0, 0)))
+    else:
+        kernel = np.fft.irfft(params["filter"][0] + 1j * np.float64(params["filter"][1]), axis=0)
+    kernel = kernel.reshape(2 * MAX_POSITIONS, WIDTH, -1)  # negative lags at the end
+    c = contexts(params, x, mask, causal)
+    c = np.concatenate([np.ones_like(c[..., :1]), c], axis=-1)
+    mixed = np.einsum("bnr,tdr->bntd", c, kernel)
+    lag = np.arange(length)[:, None] - np.arange(length)
+    return np.einsum("bnmd,bmd->bnd", mixed[:, np.arange(length)[:, None], lag], x)
+
+
+REFERENCES = {
+    "attention": attention,
+    "local_attention": local_attention,
+    "linear_attention": linear_attention,
+    "linformer": linformer,
+    "fnet": fnet,
+    "s5": s5,
+    "selective": selective,
+}
+CASES = [(name, causal) for name, causal in ALL if name in REFERENCES]
+
+
+@pytest.mark.parametrize(("name", "causal"), CASES)
+def test_equals_its_definition(name, causal):
+    module, params, apply = make(name, causal)
+    x, n = draw(3, 139, WIDTH), np.arange(139)
+    mask = (n >= [[0], [13], [0]]) & (n < [[139], [139], [70]])
+    options = {}
+    if (name, causal) == ("selective", True):
+        _, cache = module.apply({"params": params}, x, mask, mutable=["cache"])
+        options["taps"] = cache["cache"]["taps"]
+    expected = REFERENCES[name](jax.device_get(params), np.float64(x), mask, causal, **options)
+    assert_close(apply(x, mask), expected, mask, tolerance=2e-5)
+
+
+def test_a_filter_without_frequencies_is_a_product():
+    """The original selective block, w tiled over frequencies, is x times w: nothing is filtered."""
+    _, params, apply = make("selective", False, selective__form="broadcast")
+    x, mask = draw(2, 139, WIDTH), np.arange(139) < [[139], [70]]
+    x *= mask[..., None]
+    w = contexts(jax.device_get(params), np.float64(x), mask, False)[:, :1]
+    original = np.fft.irfft(np.fft.rfft(x, 278, axis=1) * np.tile(w, (1, 140, 1)), axis=1)[:, :139]
+    assert_close(apply(x, mask), original, tolerance=1e-5)
+    assert_close(apply(x, mask), x * w, tolerance=1e-5)
+
+
+def test_the_broadcast_form_takes_its_context_from_blocks_before():
+    _, params, apply = make("selective", True, selective__form="broadcast")
+    x, mask = draw(2, 139, WIDTH), np.arange(139) >= [[0], [30]]
+    w = contexts(jax.device_get(params), np.float64(x), mask, True)
+    assert_close(apply(x, mask), x * w, mask, tolerance=1e-5)
