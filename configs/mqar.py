@@ -1,0 +1,55 @@
+"""Multi-query associative recall, as Zoology poses it (Arora et al. 2023).
+
+A sequence gives keys with their values and then asks for keys again, each after a gap; what is
+scored is the value at the repeated key.
+
+    launch/local.sh --config=configs/mqar.py --workdir=DIR
+
+The default is Zoology's: 8,192 symbols, sequences of 64 to 256 with 4 to 64 pairs. `:cpu` is one
+that a CPU learns in minutes, and `:bytes` has the 256 bytes as symbols. Other mixers:
+`--config.model.pattern="('hyena', 'hyena')"`. Longer tests of a trained model (TEST_SETTINGS in
+`data/tasks/mqar.py`):
+
+    python -m spectral_pod.main --config=configs/mqar.py --workdir=DIR --eval_only \\
+        --config.data.seq_len=1024 --config.data.options.settings="((1024, 256),)"
+"""
+
+from ml_collections import ConfigDict
+
+from spectral_pod.config import default
+from spectral_pod.data.tasks.mqar import TRAIN_SETTINGS
+
+
+def get_config(size: str = "zoology") -> ConfigDict:
+    c = default()
+    c.data.task = "mqar"
+    c.data.options.settings = TRAIN_SETTINGS
+    c.data.options.vocab_size = 8192
+    c.data.seq_len = 256
+    c.model.name = "spectral_gpt"
+    c.model.pattern = ("hyena", "hyena+delta")
+    c.model.num_layers = 2
+    c.model.hidden_dim = 128
+    c.model.memory.num_heads = 2
+    c.model.memory.head_dim = 64
+    c.model.positions = "none"
+    c.model.context = 1024
+    c.train.global_batch_size = 256
+    c.train.total_steps = 25_000
+    c.train.eval_every_steps = 1000
+    c.train.eval_records = 3000
+    c.checkpoint.every_steps = 1000
+    c.optimizer.weight_decay = 0.1
+    if size in ("cpu", "bytes"):
+        c.model.hidden_dim = 64
+        c.model.memory.num_heads = 1
+        c.data.seq_len = c.model.context = 64
+        c.data.options.settings = ((64, 4), (64, 8), (64, 16))
+        c.train.global_batch_size = 64
+        c.train.total_steps = 1500
+        c.train.eval_every_steps = 250
+        c.train.eval_records = 1000
+        c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 3e-3
+    if size == "bytes":
+        c.data.options.vocab_size = 256
+    return c
