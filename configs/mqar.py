@@ -25,6 +25,7 @@ def get_config(size: str = "zoology") -> ConfigDict:
     c.data.task = "mqar"
     c.data.options.settings = TRAIN_SETTINGS
     c.data.options.vocab_size = 8192
+    c.data.options.random_non_queries = True
     c.data.seq_len = 256
     c.model.name = "spectral_gpt"
     c.model.pattern = ("hyena", "hyena+delta")
@@ -32,6 +33,7 @@ def get_config(size: str = "zoology") -> ConfigDict:
     c.model.hidden_dim = 128
     c.model.memory.num_heads = 2
     c.model.memory.head_dim = 64
+    c.model.memory.short_conv = 3
     c.model.positions = "none"
     c.model.context = 1024
     c.train.global_batch_size = 256
@@ -52,4 +54,5 @@ def get_config(size: str = "zoology") -> ConfigDict:
         c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 3e-3
     if size == "bytes":
         c.data.options.vocab_size = 256
+        c.data.options.random_non_queries = False  # of 256 symbols one would often be a key
     return c

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense
+from spectral_pod.layers.short_convolution import ShortConvolution
 from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.parallel.sharding import constrain, partitioned
 
@@ -26,6 +27,8 @@ class DeltaMemoryLayer(nn.Module):
       gated: forgets a learned part of the memory at every position and head (Gated DeltaNet). Its
         log is -softplus(.) and starts near -r, with the rates r of the heads log-spaced over the
         range of Mamba's step sizes: `FORGETTING_RATES`, memories of 1000 to 10 positions.
+      short_conv: width of a depthwise causal convolution of q, k and v, with which a key can be
+        that of the position before its value; 1 has none.
     """
 
     num_heads: int
@@ -35,6 +38,7 @@ class DeltaMemoryLayer(nn.Module):
     method: Any
     dtype: Any
     gated: bool = False
+    short_conv: int = 1
 
     @nn.compact
     def __call__(
@@ -48,6 +52,13 @@ class DeltaMemoryLayer(nn.Module):
             Dense(heads, ("embed", "head", None), self.dtype, name=name)(x_BND)
             for name in ("query", "key", "value")
         )
+        if self.short_conv > 1:
+            q_BNHK, k_BNHK, v_BNHV = (
+                ShortConvolution(self.short_conv, ("head", None), self.dtype, name=f"short_{name}")(
+                    jnp.where(mask_BN[..., None, None], x, jnp.zeros((), x.dtype)), position
+                )
+                for name, x in (("query", q_BNHK), ("key", k_BNHK), ("value", v_BNHV))
+            )
         if self.normalize_keys:
             q_BNHK, k_BNHK = _unit(q_BNHK), _unit(k_BNHK)
         low, high = self.beta_range
@@ -71,9 +82,10 @@ class DeltaMemoryLayer(nn.Module):
         )
         if self.is_mutable_collection("cache"):
             self.put_variable("cache", "memory", state_BHVK)
-        y_BND = Dense(x_BND.shape[-1], ("head", None, "embed"), self.dtype, name="out")(o_BNHV)
+        # Before the projection, where there is less to sum for the scale's gradient.
         scale = self.param("scale_memory", partitioned(nn.initializers.constant(0.1)), ())
-        y_BND = y_BND * scale.astype(self.dtype)
+        o_BNHV = o_BNHV * scale.astype(o_BNHV.dtype)
+        y_BND = Dense(x_BND.shape[-1], ("head", None, "embed"), self.dtype, name="out")(o_BNHV)
         return constrain(y_BND, "batch", "position", "width")
 
 

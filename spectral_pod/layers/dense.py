@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.ops import layer_norm as op
 from spectral_pod.ops.affine import affine
 from spectral_pod.parallel.sharding import Axes, constrain, num_shards, partitioned
 
@@ -50,12 +51,18 @@ def _gathered(axis: str | None) -> str | None:
     return None if axis == "embed" else axis
 
 
-def layer_norm(x: jax.Array, name: str) -> jax.Array:
+class LayerNorm(nn.Module):
     """LayerNorm over the model width; computed and returned in float32 whatever comes in."""
-    return nn.LayerNorm(
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        scale_init=partitioned(nn.initializers.ones_init(), "width"),
-        bias_init=partitioned(nn.initializers.zeros_init(), "width"),
-        name=name,
-    )(x.astype(jnp.float32))
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        shape = (x_BND.shape[-1],)
+        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        scale_D = self.param("scale", partitioned(ones, "width"), shape)
+        bias_D = self.param("bias", partitioned(zeros, "width"), shape)
+        return op.layer_norm(x_BND, scale_D, bias_D)
+
+
+def layer_norm(x_BND: jax.Array, name: str) -> jax.Array:
+    """`LayerNorm` by this name in the module that calls it."""
+    return LayerNorm(name=name)(x_BND)

@@ -1,7 +1,68 @@
 """From tokens to vectors."""
 
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from spectral_pod.parallel.sharding import constrain, partitioned
+
+
+class Embedding(nn.Module):
+    """A learned vector per token."""
+
+    vocab_size: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        """int [B, L] to [B, L, D] in `dtype`."""
+        init = partitioned(nn.initializers.normal(1.0), "vocab", "embed")
+        table_VD = self.param("embedding", init, (self.vocab_size, self.width))
+        # Gather the table, not the batch: a lookup in a split table would collect all indices.
+        return lookup(constrain(table_VD.astype(self.dtype), None, None), tokens_BL)
+
+
+class HarmonicEmbedding(nn.Module):
+    """A sum of sines per token: `e[v, d] = sum_h A[v, h] sin(2 pi f[v, h] t_d + phi[v, h])`.
+
+    t_d = d / D, so a frequency f has f periods across the width. Those of a token are drawn one
+    from each of `num_harmonics` equal parts of 0 to D / 2, above which a sine could not be told
+    from a slower one; all sines of a token are then nearly orthogonal, two tokens share none, and
+    with A^2 = 2 / `num_harmonics` each vector has a mean square of about 1.
+    """
+
+    vocab_size: int
+    width: int
+    dtype: Any
+    num_harmonics: int = 16
+
+    @nn.compact
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        """int [B, L] to [B, L, D] in `dtype`."""
+        return lookup(constrain(self.table().astype(self.dtype), None, None), tokens_BL)
+
+    def table(self) -> jax.Array:
+        """float32 [V, D], the vectors of all tokens: fewer than a batch has positions."""
+        shape = (self.vocab_size, self.num_harmonics)
+
+        def parameter(name: str, init: Callable[..., jax.Array]) -> jax.Array:
+            return self.param(name, partitioned(init, "vocab", None), shape)
+
+        amplitude_VH = parameter("amplitude", nn.initializers.constant((2 / shape[1]) ** 0.5))
+        frequency_VH = parameter("frequency", self._spread)
+        phase_VH = parameter("phase", nn.initializers.uniform(2 * jnp.pi))
+        t_D = jnp.arange(self.width, dtype=jnp.float32) / self.width
+        angle_VHD = 2 * jnp.pi * frequency_VH[..., None] * t_D[None, None] + phase_VH[..., None]
+        return jnp.sum(amplitude_VH[..., None] * jnp.sin(angle_VHD), axis=1)
+
+    def _spread(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        part = self.width / 2 / self.num_harmonics
+        first_H = part * jnp.arange(self.num_harmonics, dtype=jnp.float32)
+        return first_H[None] + jax.random.uniform(key, shape, maxval=part)
 
 
 @jax.custom_vjp

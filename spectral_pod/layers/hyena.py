@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense
 from spectral_pod.ops.halo import previous
-from spectral_pod.ops.long_conv import causal_conv
+from spectral_pod.ops.long_conv import causal_conv, circular_product
 from spectral_pod.ops.online_conv import FilterBlock, filter_step
 from spectral_pod.parallel.sharding import constrain, filter_axis, partitioned, shard_op
 
@@ -75,30 +75,50 @@ class CausalFilter(nn.Module):
 
 
 class LongConvolution(nn.Module):
-    """Every channel convolved with a `CausalFilter` of its own, whose attributes these are."""
+    """Every channel convolved with a filter of its own.
+
+    Attributes:
+      num_taps, parametrization, decay: see `CausalFilter`.
+      padding: 'linear', or 'circular', with which positions see later ones and nothing can be
+        decoded.
+    """
 
     num_taps: int
     parametrization: str
     decay: str
+    padding: str = "linear"
 
     @nn.compact
     def __call__(self, v_BND: jax.Array, position: jax.Array | None = None) -> jax.Array:
         """[B, N, D] to [B, N, D] in the dtype of v; see `layers/mixers.py` for `position`.
 
         Invalid positions must be zero already.
+
+        Raises:
+          ValueError: a circular convolution is to decode.
         """
+        prefill = self.is_mutable_collection("cache") and not self.is_initializing()
+        if self.padding == "circular" and (prefill or position is not None):
+            raise ValueError(
+                "a long convolution with padding 'circular' sees later positions, so it cannot "
+                "decode; use 'linear'"
+            )
         if position is not None:
             block = FilterBlock(*self.get_variable("cache", "block"))
             taps_TD = self.get_variable("cache", "taps")
             y_BD, block = filter_step(taps_TD, block, v_BND[:, 0], position)
             self.put_variable("cache", "block", block)
             return y_BD[:, None].astype(v_BND.dtype)
-        filters = CausalFilter(self.num_taps, self.parametrization, self.decay, name="taps")
+        filters = CausalFilter(self.num_taps, self.parametrization, self.decay, name="filter")
         h_DT = filters(v_BND.shape[-1])
-        if self.is_mutable_collection("cache"):
+        if prefill:
             self.put_variable("cache", "taps", h_DT.T)
             self.put_variable("cache", "inputs", v_BND.astype(jnp.float32))
-        return jnp.swapaxes(causal_conv(jnp.swapaxes(v_BND, 1, 2), h_DT), 1, 2)
+        v_BDN = jnp.swapaxes(v_BND, 1, 2)
+        if self.padding == "circular":
+            h_BDN = jnp.broadcast_to(h_DT[None, :, : v_BDN.shape[2]], v_BDN.shape)
+            return jnp.swapaxes(circular_product(v_BDN, h_BDN).astype(v_BND.dtype), 1, 2)
+        return jnp.swapaxes(causal_conv(v_BDN, h_DT), 1, 2)
 
 
 class HyenaLayer(nn.Module):

@@ -12,8 +12,12 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax.numpy as jnp
 
+from spectral_pod.layers.attention import AttentionLayer, LinearAttentionLayer, LinformerLayer
 from spectral_pod.layers.delta_memory import DeltaMemoryLayer
+from spectral_pod.layers.fnet import FNetLayer
 from spectral_pod.layers.hyena import HyenaLayer
+from spectral_pod.layers.s5 import S5Layer
+from spectral_pod.layers.selective import SelectiveLayer
 from spectral_pod.layers.spectral import SpectralLayer
 from spectral_pod.layers.wavelet_attention import WaveletAttention
 
@@ -43,6 +47,7 @@ def _delta(config: Config, name: str, *, gated: bool) -> nn.Module:
         beta_range=(config.memory.beta_min, config.memory.beta_max),
         method=config.memory.method,
         gated=gated,
+        short_conv=config.memory.short_conv,
         dtype=jnp.dtype(config.dtype),
         name=name,
     )
@@ -69,15 +74,85 @@ def _wavelet(config: Config, deterministic: bool, name: str) -> nn.Module:
     )
 
 
+def _attention(config: Config, name: str, *, window: int | None) -> nn.Module:
+    return AttentionLayer(
+        num_heads=config.attention.num_heads,
+        causal=config.causal,
+        window=window,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
+def _linear_attention(config: Config, deterministic: bool, name: str) -> nn.Module:
+    return LinearAttentionLayer(
+        num_heads=config.attention.num_heads,
+        causal=config.causal,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
+def _linformer(config: Config, deterministic: bool, name: str) -> nn.Module:
+    return LinformerLayer(
+        max_positions=config.max_positions,
+        num_heads=config.attention.num_heads,
+        rank=config.attention.rank,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
+def _fnet(config: Config, deterministic: bool, name: str) -> nn.Module:
+    return FNetLayer(max_positions=config.max_positions, dtype=jnp.dtype(config.dtype), name=name)
+
+
+def _s5(config: Config, deterministic: bool, name: str) -> nn.Module:
+    return S5Layer(
+        state_dim=config.s5.state_dim,
+        causal=config.causal,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
+def _selective(config: Config, deterministic: bool, name: str) -> nn.Module:
+    return SelectiveLayer(
+        max_positions=config.max_positions,
+        form=config.selective.form,
+        rank=config.selective.rank,
+        causal=config.causal,
+        filter=config.hyena.filter,
+        decay=config.hyena.decay,
+        method=config.spectral.method,
+        dtype=jnp.dtype(config.dtype),
+        name=name,
+    )
+
+
 MIXERS: dict[str, Callable[[Config, bool, str], nn.Module]] = {
     "spectral": _spectral,
     "delta": lambda config, deterministic, name: _delta(config, name, gated=False),
     "gated_delta": lambda config, deterministic, name: _delta(config, name, gated=True),
     "hyena": _hyena,
+    "selective": _selective,
+    "attention": lambda config, deterministic, name: _attention(config, name, window=None),
+    "local_attention": lambda config, deterministic, name: _attention(
+        config, name, window=config.attention.window
+    ),
+    "linear_attention": _linear_attention,
+    "linformer": _linformer,
+    "fnet": _fnet,
+    "s5": _s5,
     "wavelet": _wavelet,
 }
 # They see the whole sequence whatever the model: not for causal ones.
-NOT_CAUSAL = frozenset({"spectral"})
+NOT_CAUSAL = frozenset({"spectral", "linformer", "fnet"})
+
+
+def can_be_causal() -> dict[str, bool]:
+    """Of every mixer, whether a causal model may have it."""
+    return {name: name not in NOT_CAUSAL for name in MIXERS}
 
 
 def mixers_of(patterns: tuple[str, ...]) -> set[str]:

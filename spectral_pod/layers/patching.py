@@ -1,5 +1,6 @@
 """Bytes to patches: the byte-latent encoder, and positions."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -7,13 +8,69 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense, layer_norm
-from spectral_pod.layers.embedding import lookup
+from spectral_pod.ops.affine import affine
+from spectral_pod.ops.gelu import gelu
 from spectral_pod.ops.halo import previous
 from spectral_pod.parallel.sharding import constrain, partitioned, shard_op
 from spectral_pod.shapes import VOCAB_SIZE
 
 STRIDE = 4
 KERNEL = 6  # with padding 2 on both sides: patch p sees bytes 4p - 2 .. 4p + 3
+
+
+class ByteConvolution(nn.Module):
+    """A convolution over embedded bytes: at every tap, a row of a table for the byte there.
+
+    There are few bytes and many positions, so embedding and kernel are multiplied once, to a row
+    per byte and tap, and a position only adds up rows.
+    """
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, table_VE: jax.Array, ids_BNT: jax.Array) -> jax.Array:
+        """[B, N, D] in `dtype` from the bytes at every tap, or V for none, which embeds to zero."""
+        (V, E), T, D = table_VE.shape, ids_BNT.shape[2], self.features
+        init, zeros = nn.initializers.lecun_normal((0, 1)), nn.initializers.zeros_init()
+        kernel_TED = self.param("kernel", partitioned(init, "tap", "embed", None), (T, E, D))
+        bias_D = self.param("bias", partitioned(zeros, None), (D,))
+        # Split over `embed`, the kernel is gathered here, as in a Dense layer.
+        kernel_TED = constrain(kernel_TED.astype(self.dtype), None, None, None)
+        kernel_EM = jnp.swapaxes(kernel_TED, 0, 1).reshape(E, T * D)
+        bias_M = jnp.pad(bias_D.astype(self.dtype), (0, (T - 1) * D))  # in the rows of one tap
+        rows = affine(jnp.pad(table_VE, ((0, 1), (0, 0))), kernel_EM, bias_M)
+        return _sum_rows(rows.reshape(V + 1, T, D), ids_BNT)
+
+
+@jax.custom_vjp
+def _sum_rows(rows_VTD: jax.Array, ids_BNT: jax.Array) -> jax.Array:
+    """`sum_t rows[ids[:, :, t], t]`, [B, N, D], summed in float32."""
+    taps = range(ids_BNT.shape[2])
+    found = [rows_VTD[:, t][ids_BNT[:, :, t]].astype(jnp.float32) for t in taps]
+    return functools.reduce(jnp.add, found).astype(rows_VTD.dtype)
+
+
+def _sum_rows_forward(
+    rows_VTD: jax.Array, ids_BNT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _sum_rows(rows_VTD, ids_BNT), (rows_VTD[..., :0], ids_BNT)
+
+
+def _sum_rows_backward(
+    residuals: tuple[jax.Array, jax.Array], dy_BND: jax.Array
+) -> tuple[jax.Array, None]:
+    """A matrix product with one-hot ids: for so few rows faster than adding them up in turn."""
+    like_VTD, ids_BNT = residuals
+    ids_TBN = jnp.moveaxis(ids_BNT, 2, 0)
+    one_hot_VTBN = jnp.arange(len(like_VTD))[:, None, None, None] == ids_TBN[None]
+    drows_VTD = jnp.tensordot(
+        one_hot_VTBN.astype(dy_BND.dtype), dy_BND, 2, preferred_element_type=jnp.float32
+    )
+    return drows_VTD.astype(dy_BND.dtype), None
+
+
+_sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
 class ByteLatentEncoder(nn.Module):
@@ -39,32 +96,27 @@ class ByteLatentEncoder(nn.Module):
             partitioned(nn.initializers.normal(1.0), "vocab", "embed"),
             (VOCAB_SIZE, self.embed_dim),
         )
-        # Gather the table, not the batch: a lookup in a split table would collect all indices.
         table_VE = constrain(table_VE.astype(self.dtype), None, None)
-        x_BLE = lookup(table_VE, tokens_BL)
-        x_BLE = jnp.where(mask_BL[..., None], x_BLE, jnp.zeros((), self.dtype))
-        x_BLE = constrain(x_BLE, "batch", "position", None)
-
-        # The convolution as a dense product over the six bytes that each patch sees.
-        activation = ("batch", "position", None)
-        windows = shard_op(_windows, [activation], (*activation, None))(x_BLE)
-        x_BND = Dense(self.hidden_dim, ("tap", "embed", None), self.dtype, name="convolution")(
-            windows
-        )
+        ids_BL = jnp.where(mask_BL, tokens_BL, VOCAB_SIZE)
+        windows = shard_op(_windows, [("batch", "position")], ("batch", "position", None))
+        convolution = ByteConvolution(self.hidden_dim, self.dtype, name="convolution")
+        x_BND = convolution(table_VE, windows(ids_BL))
+        x_BND = constrain(x_BND, "batch", "position", None)
         x_BND = Dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
-        x_BND = layer_norm(nn.gelu(x_BND), "norm").astype(self.dtype)
+        x_BND = layer_norm(gelu(x_BND), "norm").astype(self.dtype)
         mask_BN = mask_BL.reshape(B, L // STRIDE, STRIDE).any(axis=-1)
         return constrain(x_BND, "batch", "position", "width"), mask_BN
 
 
-def _windows(x_BLE: jax.Array) -> jax.Array:
-    """The bytes 4p - 2 .. 4p + 3 of every patch p, [B, N, 6, E]; zero before the first byte."""
-    B, L, E = x_BLE.shape
+def _windows(ids_BL: jax.Array) -> jax.Array:
+    """The bytes 4p - 2 .. 4p + 3 of every patch p, [B, N, 6]; VOCAB_SIZE before the first byte."""
+    B, L = ids_BL.shape
     before = KERNEL - STRIDE
-    padded = jnp.concatenate([previous(x_BLE, before), x_BLE], axis=1)
-    padded = jnp.pad(padded, ((0, 0), (0, STRIDE - before), (0, 0)))
-    blocks = padded.reshape(B, L // STRIDE + 1, STRIDE, E)
-    return jnp.concatenate([blocks[:, :-1], blocks[:, 1:, :before]], axis=2)
+    own_BNT = ids_BL.reshape(B, L // STRIDE, STRIDE)
+    # What comes before a sequence is zero: counted down from VOCAB_SIZE, that is no byte.
+    first_BNT = VOCAB_SIZE - previous(VOCAB_SIZE - ids_BL, before)[:, None]
+    before_BNT = jnp.concatenate([first_BNT, own_BNT[:, :-1, STRIDE - before :]], axis=1)
+    return jnp.concatenate([before_BNT, own_BNT], axis=2)
 
 
 def sinusoidal_positions(length: int, width: int, dtype: Any) -> jax.Array:

@@ -7,6 +7,7 @@ import ml_collections
 
 from spectral_pod.layers.mixers import mixers_of
 from spectral_pod.models.spectral_gpt import SpectralGPT
+from spectral_pod.models.spectral_llm import SpectralLLM
 from spectral_pod.models.spectral_model import SpectralModel
 from spectral_pod.ops import fft
 from spectral_pod.parallel.sharding import platform
@@ -14,7 +15,11 @@ from spectral_pod.shapes import VOCAB_SIZE
 
 # A model has a `mixer`, that of its blocks unless the config gives a pattern, its
 # `bytes_per_position`, and whether it is `causal`.
-MODELS: dict[str, Any] = {"spectral_model": SpectralModel, "spectral_gpt": SpectralGPT}
+MODELS: dict[str, Any] = {
+    "spectral_model": SpectralModel,
+    "spectral_gpt": SpectralGPT,
+    "spectral_llm": SpectralLLM,
+}
 
 
 def pattern(config: Any) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""Causal long convolution: y_n = sum_{t <= n} h_t u_{n - t}, per channel.
+"""Causal long convolution, y_n = sum_{t <= n} h_t u_{n - t} per channel, with a filter h of the
+layer's own or with one that is a sequence of the batch itself.
 
 Channels come before positions here, [B, D, N] as in safari and FlashFFTConv: transforms run along
 rows, and a projection writes this order at no cost.
@@ -37,9 +38,7 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.
     """
     length, h_DT = u_BDN.shape[2], h_DT[:, : u_BDN.shape[2]]
     num_points = stretch(length, h_DT.shape[1])
-    if method == "auto":
-        method = {"tpu": "matmul", "cpu": "right_angle"}.get(platform(), "real")
-    convolve = {"right_angle": _right_angle, "real": _real, "matmul": _matmul}[method]
+    convolve = _method(method)
     shards = num_shards("position")
     channels = u_BDN.shape[1] // num_shards("channel")
     if channels % shards:
@@ -56,10 +55,76 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.
     return shard_op(on_device, (activation, (channel, None)), activation)(u_BDN, h_DT)
 
 
+def causal_product(
+    q_BDN: jax.Array, k_BDN: jax.Array, start_B: jax.Array, method: str = "auto"
+) -> jax.Array:
+    """The convolution of two sequences, y_n = sum_{t <= n} q_t k_{n - t} per channel, in float32.
+
+    n and t count from `start_B`: if both sequences come later, so does their product, by as much
+    (a plain convolution would delay it by both delays). Every sequence of k is a filter of its own
+    here, of which there are B D.
+
+    Args:
+      q_BDN, k_BDN: real, any float dtype; any N >= 1.
+      start_B: where each row begins; everything before must be zero.
+      method: as in `causal_conv`.
+
+    Returns:
+      [B, D, N] in the dtype of q.
+
+    Raises:
+      ValueError: positions are split over devices and a device's channels do not divide by them.
+    """
+    convolve = _method(method)
+    shards, channels = num_shards("position"), q_BDN.shape[1] // num_shards("channel")
+    if channels % shards:
+        raise ValueError(
+            f"{channels} channels of a device cannot be exchanged for positions over {shards} "
+            "devices: channels must be a multiple of the devices that share a sequence"
+        )
+
+    def whole(q_BDN: jax.Array, k_BDN: jax.Array, start_B: jax.Array) -> jax.Array:
+        B, D, N = q_BDN.shape
+        q_BDN = jax.vmap(lambda q_DN, start: jnp.roll(q_DN, -start, axis=1))(q_BDN, start_B)
+        filters = k_BDN.reshape(B * D, N).astype(jnp.float32)
+        return convolve(q_BDN.reshape(1, B * D, N), filters, stretch(N, N)).reshape(B, D, N)
+
+    def on_device(q_BDN: jax.Array, k_BDN: jax.Array, start_B: jax.Array) -> jax.Array:
+        if shards == 1:
+            return whole(q_BDN, k_BDN, start_B)
+        B, pair = len(q_BDN), jnp.concatenate([q_BDN, k_BDN.astype(q_BDN.dtype)])
+        return sequence_fft.exchange(lambda pair: whole(pair[:B], pair[B:], start_B), pair)
+
+    activation = ("batch", "channel", "position")
+    run = shard_op(on_device, (activation, activation, ("batch",)), activation)
+    return run(q_BDN, k_BDN, start_B)
+
+
+def circular_product(q_BDN: jax.Array, k_BDN: jax.Array) -> jax.Array:
+    """`irfft(rfft(q) rfft(k))` at N points, whose ends wrap: every position sees later ones.
+
+    What published spectral language models compute in place of `causal_product`; here to show that
+    it leaks. [B, D, N] in float32.
+    """
+
+    def op(q_BDN: jax.Array, k_BDN: jax.Array) -> jax.Array:
+        q_BDF, k_BDF = (jnp.fft.rfft(x.astype(jnp.float32)) for x in (q_BDN, k_BDN))
+        return jnp.fft.irfft(q_BDF * k_BDF, q_BDN.shape[2])
+
+    activation = ("batch", "channel", None)
+    return shard_op(op, (activation, activation), activation)(q_BDN, k_BDN)
+
+
 def stretch(length: int, num_taps: int) -> int:
     """Points that are convolved at once: all, or where the filter is short as many as it has."""
     at_least = max(num_taps, _LEAST_STRETCH)
     return next_fast_len(length if 2 * at_least >= length else at_least)
+
+
+def _method(name: str) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    if name == "auto":
+        name = {"tpu": "matmul", "cpu": "right_angle"}.get(platform(), "real")
+    return {"right_angle": _right_angle, "real": _real, "matmul": _matmul}[name]
 
 
 def _right_angle(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:

@@ -61,7 +61,9 @@ def convolve(x_BDN: jax.Array, s_DM: jax.Array) -> jax.Array:
         y_BCN = _from_spectra(_spectra(x_BCN, s_CM.shape[1]) * s_CM[None, :, None], x_BCN.shape[2])
         return _put(y_BDN, y_BCN, i)
 
-    return jax.lax.fori_loop(0, blocks, one, jnp.zeros_like(x_BDN))
+    # Not in bfloat16, in which XLA on CPUs writes the whole array again for each block.
+    y_BDN = jax.lax.fori_loop(0, blocks, one, jnp.zeros_like(x_BDN, jnp.float32))
+    return y_BDN.astype(x_BDN.dtype)
 
 
 def _convolve_forward(
@@ -86,7 +88,9 @@ def _convolve_backward(
         ds_CM = jnp.sum(g_BCGM.conj() * _spectra(x_BCN, num_points), (0, 2)) / num_points
         return _put(dx_BDN, dx_BCN, i), _put(ds_DM, ds_CM, i)
 
-    return jax.lax.fori_loop(0, blocks, one, (jnp.zeros_like(x_BDN), jnp.zeros_like(s_DM)))
+    zeros = jnp.zeros_like(x_BDN, jnp.float32), jnp.zeros_like(s_DM)
+    dx_BDN, ds_DM = jax.lax.fori_loop(0, blocks, one, zeros)
+    return dx_BDN.astype(x_BDN.dtype), ds_DM
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)

@@ -14,6 +14,7 @@ def cross_entropy(
     """
     log_p = jax.nn.log_softmax(logits)
     # A comparison, not a gather: its gradient is no scatter, and classes may be split.
-    is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+    is_label = classes == jnp.expand_dims(labels, -1)
     loss = -jnp.sum(jnp.where(is_label, log_p, 0.0), axis=-1)
     return (1.0 - smoothing) * loss - smoothing * jnp.mean(log_p, axis=-1)

@@ -1,0 +1,33 @@
+"""Small tests of memory, learned in minutes on a CPU: `:copy`, `:recall`, `:overwrite`.
+
+copy: repeat a string of random bytes. recall: "a=10, b=20. What is a?". overwrite: the same where
+some names get a new value, and the newest counts.
+
+    launch/local.sh --config=configs/memory.py:recall --workdir=DIR
+
+Without a memory: `--config.model.memory_interval=0`.
+"""
+
+from ml_collections import ConfigDict
+
+from spectral_pod.config import default
+
+SEQ_LEN = {"copy": 64, "recall": 112, "overwrite": 136}
+
+
+def get_config(task: str = "recall") -> ConfigDict:
+    c = default()
+    c.data.task = task
+    c.data.seq_len = SEQ_LEN[task]
+    c.model.name = "spectral_gpt"
+    c.model.num_layers = 2
+    c.model.hidden_dim = 64
+    c.model.memory.head_dim = 64
+    c.model.memory.short_conv = 3
+    c.model.positions = "none"
+    c.train.global_batch_size = 64
+    c.train.total_steps = 2000
+    c.train.eval_every_steps = 500
+    c.checkpoint.every_steps = 500
+    c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 3e-3
+    return c

@@ -1,0 +1,37 @@
+"""SpectralLLM: bytes -> sums of sines -> convolutional attention on wavelet bands -> the next byte.
+
+All of it is causal; the published design is not. Its full-length FFTs, in attention and in the
+feed-forward, let every position see the bytes that it is to predict.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from spectral_pod.layers.embedding import HarmonicEmbedding
+from spectral_pod.models.causal_model import CausalModel
+from spectral_pod.ops.log_spectra import log_spectral_distance
+from spectral_pod.shapes import Positions, TokenMask, Tokens
+
+
+class SpectralLLM(CausalModel):
+    """Harmonic embeddings, wavelet attention, and a loss between spectra."""
+
+    mixer = "wavelet"
+
+    def embed(self, tokens_BL: Tokens) -> Positions:
+        config = self.config
+        return HarmonicEmbedding(
+            config.vocab_size, config.hidden_dim, jnp.dtype(config.dtype), name="embedding"
+        )(tokens_BL)
+
+    def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:
+        """Sows `consistency_weight` times the distance of the log power spectra over time of the
+        final hidden states and of the embeddings of the bytes that follow, which are constants.
+        """
+        if self.config.consistency_weight == 0:
+            return
+        next_BND = jnp.roll(jax.lax.stop_gradient(embedded_BND), -1, axis=1)
+        # The first byte follows nothing: it is rolled to the last position, which is not compared.
+        has_next_BN = jnp.pad(mask_BN[:, 1:], ((0, 0), (0, 1)))
+        distance_B = log_spectral_distance(x_BND, next_BND, mask_BN & has_next_BN)
+        self.sow("losses", "consistency", self.config.consistency_weight * distance_B)

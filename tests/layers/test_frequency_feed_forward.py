@@ -1,0 +1,123 @@
+"""The frequency feed-forward against its definition, and its causality, padding and decoding."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectral_pod.layers.feed_forward import FrequencyFeedForward, GatedFeedForward
+from spectral_pod.layers.hyena import CausalFilter
+from spectral_pod.ops import reference
+from spectral_pod.ops.online_conv import BLOCK, filter_advance, filter_prefill, plan_filter
+
+WIDTH, CONTEXT = 8, 160
+
+
+def layer(dtype="float32", **fields):
+    return FrequencyFeedForward(
+        2.0, 0.0, True, jnp.dtype(dtype), CONTEXT, "explicit", "learned", **fields
+    )
+
+
+@functools.cache
+def parameters():
+    with jax.ensure_compile_time_eval():
+        x_BND = jnp.zeros((1, 9, WIDTH))
+        params = nn.unbox(layer().init(jax.random.key(0), x_BND, everything(x_BND))["params"])
+        return params | {"mix": jnp.float32(0.7)}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def apply(x_BND, mask_BN, module):
+    return module.apply({"params": parameters()}, x_BND, mask_BN)
+
+
+@jax.jit
+def step(cache, x_B1D, position):
+    y_B1D, variables = layer().apply(
+        {"params": parameters(), "cache": cache},
+        x_B1D,
+        jnp.ones((len(x_B1D), 1), bool),
+        position,
+        mutable=["cache"],
+    )
+    return y_B1D, variables["cache"]
+
+
+def random(*shape):
+    return jnp.float32(np.random.default_rng(0).normal(size=shape))
+
+
+def everything(x_BND):
+    return jnp.ones(x_BND.shape[:2], bool)
+
+
+def test_equals_its_definition():
+    x_BND, params = random(2, 131, WIDTH), parameters()
+    filters = CausalFilter(CONTEXT, "explicit", "learned")
+    h_DT = filters.apply({"params": params["long"]["filter"]}, WIDTH)
+    mlp = GatedFeedForward(2.0, 0.0, True, jnp.dtype("float32"))
+    mlp_BND = mlp.apply({"params": params["mlp"]}, x_BND)
+    long_BND = reference.causal_convolution(x_BND, np.asarray(h_DT.T)[None, :131])
+    alpha = 1 / (1 + np.exp(-0.7))
+    want = (1 - alpha) * np.asarray(mlp_BND) + alpha * long_BND
+    np.testing.assert_allclose(apply(x_BND, everything(x_BND), layer()), want, atol=1e-5)
+
+
+def future_share(module, length, i):
+    def output(x_ND):
+        return jnp.sum(apply(x_ND[None], jnp.ones((1, length), bool), module)[0, i])
+
+    gradient_ND = np.abs(jax.grad(output)(random(length, WIDTH)))
+    return gradient_ND[i + 1 :].max() / gradient_ND[: i + 1].max()
+
+
+@pytest.mark.parametrize(("length", "i"), [(37, 20), (101, 63)])
+def test_nothing_comes_from_the_future(length, i):
+    """But for the rounding of transforms."""
+    assert future_share(layer(), length, i) <= 1e-6
+
+
+def test_the_circular_convolution_leaks():
+    assert future_share(layer(padding="circular"), 101, 63) > 0.01
+
+
+def test_invalid_positions_change_nothing():
+    x_BND = random(2, 101, WIDTH)
+    index_BN = jnp.broadcast_to(jnp.arange(101)[None], (2, 101))
+    mask_BN = (index_BN >= 13) & (index_BN < 77)
+    got = apply(x_BND, mask_BN, layer())[:, 13:77]
+    alone = x_BND[:, 13:77]
+    np.testing.assert_allclose(got, apply(alone, everything(alone), layer()), atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "prompt"), [(40, 1), (131, 50)])
+def test_a_step_equals_the_whole(length, prompt):
+    x_BND = random(2, length, WIDTH)
+    y_BND, variables = layer().apply(
+        {"params": parameters()}, x_BND[:, :prompt], everything(x_BND[:, :prompt]), mutable="cache"
+    )
+    cache = variables["cache"]["long"]
+    plan = plan_filter(cache["taps"][None], length)
+    _, state, block = filter_prefill(plan, cache["inputs"][None])
+    cache = {"taps": plan.h_JTD[0], "block": jax.tree.map(lambda x: x[0], block)}
+    outputs = [y_BND]
+    for t in range(prompt, length):
+        y_B1D, variables = step({"long": cache}, x_BND[:, t : t + 1], jnp.int32(t))
+        cache = variables["long"]
+        outputs.append(y_B1D)
+        if (t + 1) % BLOCK == 0 and t + 1 < length:
+            block = jax.tree.map(lambda x: x[None], cache["block"])
+            state, block = filter_advance(plan, state, block, t + 1)
+            cache = cache | {"block": jax.tree.map(lambda x: x[0], block)}
+    want = apply(x_BND, everything(x_BND), layer())
+    np.testing.assert_allclose(np.concatenate(outputs, 1), want, atol=1e-5)
+
+
+def test_what_leaks_cannot_decode():
+    x_BND, params = random(1, 9, WIDTH), {"params": parameters()}
+    with pytest.raises(ValueError, match="padding 'circular' sees later positions"):
+        layer(padding="circular").apply(params, x_BND, everything(x_BND), mutable="cache")
