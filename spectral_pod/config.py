@@ -75,6 +75,9 @@ def default() -> ConfigDict:
     c.model.wavelet.name = "db4"
     c.model.wavelet.levels = 3
     c.model.wavelet.num_heads = 4
+    c.model.wavelet.padding = "linear"  # or 'circular' (the original design: sees the future)
+    c.model.frequency = ConfigDict()  # of the channel mixer
+    c.model.frequency.padding = "linear"  # or 'circular' (the original design: sees the future)
     c.model.attention = ConfigDict()  # of all kinds of attention
     c.model.attention.num_heads = 4
     c.model.attention.window = 128  # positions that local attention sees
@@ -89,6 +92,7 @@ def default() -> ConfigDict:
     c.model.memory.head_dim = 64
     c.model.memory.normalize_keys = True
     c.model.memory.gated = False  # the memory also forgets, by a learned rate per token and head
+    c.model.memory.short_conv = 1  # width of a causal convolution of q, k, v; 1 is none
     c.model.memory.beta_min = 0.0
     c.model.memory.beta_max = 1.0
     c.model.memory.method = "chunked"  # or 'recurrent': the same numbers
@@ -140,6 +144,8 @@ _CHOICES = {
     "model.spectral.energy_gate": ("rms", "norm", "none"),
     "model.channel_mixer": ("gated", "frequency"),
     "model.positions": ("learned", "none"),
+    "model.wavelet.padding": ("linear", "circular"),
+    "model.frequency.padding": ("linear", "circular"),
     "model.hyena.filter": ("explicit", "implicit"),
     "model.hyena.decay": ("learned", "fixed"),
     "model.selective.form": ("low_rank", "broadcast"),
@@ -149,7 +155,8 @@ _CHOICES = {
 _AT_LEAST_ONE = (
     "data.seq_len", "data.threads", "data.prefetch", "model.num_layers", "model.unroll",
     "model.hidden_dim", "model.embed_dim", "model.memory.num_heads", "model.memory.head_dim",
-    "model.hyena.short_conv", "model.wavelet.levels", "model.wavelet.num_heads",
+    "model.hyena.short_conv", "model.memory.short_conv",
+    "model.wavelet.levels", "model.wavelet.num_heads",
     "model.attention.num_heads", "model.attention.window", "model.attention.rank",
     "model.s5.state_dim", "model.selective.rank",
     "train.total_steps", "train.global_batch_size", "train.grad_accumulation",
@@ -283,9 +290,18 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
          "mesh.tensor"),
         ("model.attention.num_heads", config.model.attention.num_heads if attention else 0, tensor,
          "mesh.tensor"),
+        ("model.s5.state_dim", config.model.s5.state_dim if "s5" in mixers else 0, tensor,
+         "mesh.tensor"),
     ):  # fmt: skip
         if value % divisor:
             raise ConfigError(f"config.{field} is {value}, not divisible by {why} = {divisor}")
+    before = {"local_attention": config.model.attention.window - 1, "hyena": 2, "wavelet": 49}
+    for name in sorted(mixers & before.keys()):
+        if sequence > 1 and patches // sequence < before[name]:
+            raise ConfigError(
+                f"config.mesh.sequence is {sequence}, which leaves a device "
+                f"{patches // sequence} positions; {name} looks {before[name]} back"
+            )
     channels, linear = config.model.hidden_dim // tensor, config.model.spectral.padding == "linear"
     if channels % sequence and not (linear and patches % sequence**2 == 0):
         raise ConfigError(

@@ -8,6 +8,7 @@
     A  micro-batches (accumulation)      M  hidden width of a channel mixer
     G  chunks or stretches               T  positions in a chunk, or taps of a filter
     J  layers that are decoded together  P  positions of a prompt
+    R  filters that an input mixes       S  keys in sight of a query, or wavelet bands
 
 The aliases annotate the boundaries of operations and models; the tests check them at every call.
 """

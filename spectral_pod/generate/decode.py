@@ -6,7 +6,8 @@ past is in Flax's collection `cache`. The prompts' pass fills it; then two kinds
 ready for steps:
 
     taps, inputs             a long convolution: -> taps, block
-    product_q, product_k     a convolution of two sequences: -> product_block
+    product_q, product_k,
+    product_start            a convolution of two sequences: -> product_block
     keys, values, valid      of attention: room for the positions to come
 
 A program of `BLOCK` positions, compiled once and driven from the host, takes and returns the cache
@@ -302,11 +303,11 @@ def _make_ready(cache: _Flat, capacity: int) -> tuple[list[_Filters], list[_Prod
                 cache[(*path, name)] = value
     products = []
     for paths in _by_shape(cache, "product_q"):
-        q_JBPD, k_JBPD = (
+        q_JBPD, k_JBPD, start_JB = (
             jnp.stack([cache.pop((*path, name)) for path in paths])
-            for name in ("product_q", "product_k")
+            for name in ("product_q", "product_k", "product_start")
         )
-        _, product, product_block = online_conv.product_prefill(q_JBPD, k_JBPD, capacity)
+        _, product, product_block = online_conv.product_prefill(q_JBPD, k_JBPD, start_JB, capacity)
         products.append(_Products(paths, product))
         for path, value in zip(paths, _unstack(product_block, len(paths))):
             cache[(*path, "product_block")] = value

@@ -52,7 +52,7 @@ class FrequencyFeedForward(nn.Module):
     max_positions: int
     filter: str
     decay: str
-    padding: str = "linear"
+    padding: str
 
     @nn.compact
     def __call__(
@@ -87,6 +87,7 @@ def _frequency(config: Config, deterministic: bool, name: str) -> FrequencyFeedF
         max_positions=config.max_positions,
         filter=config.hyena.filter,
         decay=config.hyena.decay,
+        padding=config.frequency.padding,
         name=name,
     )
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense
-from spectral_pod.ops.halo import previous
+from spectral_pod.layers.short_convolution import ShortConvolution
 from spectral_pod.ops.long_conv import causal_conv, circular_product
 from spectral_pod.ops.online_conv import FilterBlock, filter_step
-from spectral_pod.parallel.sharding import constrain, filter_axis, partitioned, shard_op
+from spectral_pod.parallel.sharding import constrain, filter_axis, partitioned
 
 FIXED_DECAY = 0.01  # of the original design: e^-4.6 after 460 positions
 _BANDS = 16  # of the positional features of an implicit filter: 33 features, as Hyena has
@@ -147,33 +147,10 @@ class HyenaLayer(nn.Module):
         uv_BN2D = jnp.where(mask_BN[..., None, None], uv_BN2D, jnp.zeros((), self.dtype))
         uv_BN2D = constrain(uv_BN2D, "batch", "position", None, "channel")
         if self.short_conv > 1:
-            uv_BN2D = self._short(uv_BN2D, position)
+            short = ShortConvolution(self.short_conv, (None, "channel"), self.dtype, name="short")
+            uv_BN2D = short(uv_BN2D, position)
         u_BND, v_BND = uv_BN2D[:, :, 0], uv_BN2D[:, :, 1]
         long = LongConvolution(self.max_positions, self.filter, self.decay, name="long")
         y_BND = long(v_BND, position)
         y_BND = Dense(width, ("hidden", "embed"), self.dtype, name="out")(u_BND * y_BND)
         return constrain(y_BND, "batch", "position", "width")
-
-    def _short(self, x_BN2D: jax.Array, position: jax.Array | None) -> jax.Array:
-        """`sum_i k_i x_{t - i}`, by shifts: XLA would gather the channels of a grouped one."""
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=())
-        shape = (self.short_conv, *x_BN2D.shape[2:])
-        kernel_T2D = self.param("short_filter", partitioned(init, "tap", None, "hidden"), shape)
-        kernel_T2D = kernel_T2D.astype(self.dtype)
-        before = self.short_conv - 1
-        if position is not None:
-            recent_BT2D = jnp.concatenate([self.get_variable("cache", "recent"), x_BN2D], axis=1)
-            self.put_variable("cache", "recent", recent_BT2D[:, 1:])
-            return jnp.einsum("btcd,tcd->bcd", recent_BT2D, kernel_T2D[::-1])[:, None]
-        if self.is_mutable_collection("cache"):
-            padded = jnp.pad(x_BN2D[:, -before:], ((0, 0), (before, 0), (0, 0), (0, 0)))
-            self.put_variable("cache", "recent", padded[:, -before:])
-
-        def op(x_BN2D: jax.Array, kernel_T2D: jax.Array) -> jax.Array:
-            length = x_BN2D.shape[1]
-            x_BN2D = jnp.concatenate([previous(x_BN2D, before), x_BN2D], axis=1)
-            shifted = [x_BN2D[:, before - i : before - i + length] for i in range(before + 1)]
-            return sum(x * k[None, None] for x, k in zip(shifted, kernel_T2D))  # type: ignore[return-value]
-
-        axes = ("batch", "position", None, "channel")
-        return shard_op(op, (axes, (None, None, "channel")), axes)(x_BN2D, kernel_T2D)

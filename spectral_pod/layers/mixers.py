@@ -69,6 +69,7 @@ def _wavelet(config: Config, deterministic: bool, name: str) -> nn.Module:
         wavelet=config.wavelet.name,
         levels=config.wavelet.levels,
         num_heads=config.wavelet.num_heads,
+        padding=config.wavelet.padding,
         dtype=jnp.dtype(config.dtype),
         name=name,
     )

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense
-from spectral_pod.layers.hyena import CausalFilter
-from spectral_pod.layers.spectral import _decaying_noise
+from spectral_pod.layers.hyena import LongConvolution
+from spectral_pod.layers.spectral import decaying_noise
 from spectral_pod.ops.fft import spectral_filter
-from spectral_pod.ops.long_conv import causal_conv
-from spectral_pod.ops.online_conv import FilterBlock, filter_step
 from spectral_pod.parallel.sharding import constrain, filter_axis, partitioned
 
 BLOCK = 64  # valid positions that share a causal context, the mean of all those before them
@@ -111,27 +109,17 @@ class SelectiveLayer(nn.Module):
         """
         B, N, D = x_BND.shape
         x_BNC = jnp.repeat(constrain(x_BND, "batch", "position", "channel"), self.rank + 1, axis=2)
-        u_BNC = self._convolved(x_BNC, position) if self.causal else self._spectral(x_BNC)
+        if self.causal:
+            long = LongConvolution(self.max_positions, self.filter, self.decay, name="long")
+            u_BNC = long(x_BNC, position)
+        else:
+            u_BNC = self._spectral(x_BNC)
         u_BNC = constrain(u_BNC, "batch", "position", "channel").astype(self.dtype)
         return u_BNC.reshape(B, N, D, self.rank + 1)
 
     def _spectral(self, x_BNC: jax.Array) -> jax.Array:
         fft_length, width = 2 * self.max_positions, x_BNC.shape[2]
-        init = partitioned(_decaying_noise, None, "frequency", filter_axis(width))
+        init = partitioned(decaying_noise, None, "frequency", filter_axis(width))
         real_imag = self.param("filter", init, (2, fft_length // 2 + 1, width))
         w_FC = jax.lax.complex(real_imag[0], real_imag[1])
         return spectral_filter(x_BNC, w_FC, fft_length, self.method)
-
-    def _convolved(self, x_BNC: jax.Array, position: jax.Array | None) -> jax.Array:
-        if position is not None:
-            block = FilterBlock(*self.get_variable("cache", "block"))
-            taps_TC = self.get_variable("cache", "taps")
-            y_BC, block = filter_step(taps_TC, block, x_BNC[:, 0], position)
-            self.put_variable("cache", "block", block)
-            return y_BC[:, None]
-        filters = CausalFilter(self.max_positions, self.filter, self.decay, name="long")
-        h_CT = filters(x_BNC.shape[2])
-        if self.is_mutable_collection("cache"):
-            self.put_variable("cache", "taps", h_CT.T)
-            self.put_variable("cache", "inputs", x_BNC.astype(jnp.float32))
-        return jnp.swapaxes(causal_conv(jnp.swapaxes(x_BNC, 1, 2), h_CT), 1, 2)

@@ -52,7 +52,7 @@ class SpectralLayer(nn.Module):
         if self.parametrization == "frequency":
             axes = (None, "frequency", channels)
             shape = (2, fft_length // 2 + 1, width)
-            real_imag = self.param("filter", partitioned(_decaying_noise, *axes), shape)
+            real_imag = self.param("filter", partitioned(decaying_noise, *axes), shape)
             return jax.lax.complex(real_imag[0], real_imag[1])
         init = partitioned(nn.initializers.normal(0.002), "frequency", channels)
         kernel = self.param("filter", init, (fft_length, width))
@@ -122,7 +122,7 @@ def norm_gate(u_BND: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(jnp.sqrt(jnp.sum(jnp.square(u_BND), axis=-1, keepdims=True) + 1e-12))
 
 
-def _decaying_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+def decaying_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Transfer functions of unit-energy noise kernels, from short to full-length channels.
 
     The envelopes `exp(-|lag| / tau_d)` have tau_d log-spaced over the channels from one position to

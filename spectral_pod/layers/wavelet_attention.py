@@ -43,8 +43,8 @@ class WaveletAttention(nn.Module):
     wavelet: str
     levels: int
     num_heads: int
+    padding: str
     dtype: Any
-    padding: str = "linear"
 
     @nn.compact
     def __call__(

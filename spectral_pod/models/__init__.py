@@ -44,7 +44,7 @@ def operations(config: Any, *, seq_len: int) -> dict[str, str]:
     """The method that each operation's door takes on the mesh that is set, to be recorded."""
     mixers, positions = mixers_of(pattern(config)), max_positions(config, seq_len)
     chosen = {}
-    if "spectral" in mixers:
+    if "spectral" in mixers or ("selective" in mixers and not MODELS[config.model.name].causal):
         chosen["spectral_filter"] = config.model.spectral.method
         if config.model.spectral.method == "auto":
             fft_length = {"linear": 2, "circular": 1}[config.model.spectral.padding] * positions

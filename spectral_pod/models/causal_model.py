@@ -1,6 +1,5 @@
 """What the causal models share: bytes -> embeddings -> causal blocks -> the next byte."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

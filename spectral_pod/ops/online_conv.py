@@ -10,8 +10,8 @@ et al. 2024, "Flash Inference"). When i positions have arrived, with U = i & -i 
 i, the last U inputs are convolved with h[0 : 2 U] by one circular FFT of 2 U points, whose upper
 half, free of wrapping, is what they add to the next U outputs. A pair (s, t) is counted by the one
 tile whose i is the multiple of the largest power of two in (s, t]. In the product form the roles
-of q and k are taken in turn, and at i = U, where nothing beyond U is known yet, the tile holds the
-product of the first U entries of both. N positions cost O(N log^2 N).
+of q and k are taken in turn, and pairs of inputs of the same tile are counted once. N positions
+cost O(N log^2 N).
 
 Tiles below `BLOCK` are not worth an FFT: each step adds its input directly to the outputs of its
 own block of positions. So two things, kept apart, make up what a decoder carries:
@@ -32,7 +32,10 @@ would copy the state instead.
         if (position + 1) % BLOCK == 0 and position + 1 < length:
             state, block = filter_advance(plan, state, block, position + 1)
 
-All sequences of a batch are at the same position. In shape suffixes J stands for layers and P for
+All sequences of a batch are at the same position, but may begin at different ones: before these
+all is zero. That delays the output of a filter as it does its input. In a product both factors are
+delayed, but the output shall be by once as much: each input then meets the other factor as counted
+from where its sequence begins. In shape suffixes J stands for layers and P for
 the positions of a prompt.
 """
 
@@ -48,6 +51,7 @@ from spectral_pod.parallel.sharding import Axes, shard_op
 BLOCK = 32  # positions summed directly; the smallest tile
 
 _SEQUENCES: Axes = ("layer", "batch", None, "channel")
+_STARTS: Axes = ("layer", "batch")
 _SPECTRUM: Axes = ("layer", None, "channel", None)
 
 
@@ -74,18 +78,19 @@ class FilterBlock(NamedTuple):
 
 
 class ProductState(NamedTuple):
-    """The sums hold all pairs of positions before `start`, the length of the prompt."""
+    """The sums hold all pairs of positions before `prompt`, the length of the prompt."""
 
     q_JBND: jax.Array
     k_JBND: jax.Array
     sums_JBND: jax.Array
-    start: jax.Array
+    start_JB: jax.Array  # where the sequences begin
+    prompt: jax.Array
 
 
 class ProductBlock(NamedTuple):
     """Of one layer without its J; q and k of a prompt stay zero, but not in the head.
 
-    The head is the first `BLOCK` positions, as far as they arrived before this block.
+    The head is the first `BLOCK` positions of each sequence, as far as they have arrived.
     """
 
     q_JBTD: jax.Array
@@ -93,6 +98,7 @@ class ProductBlock(NamedTuple):
     q_head_JBTD: jax.Array
     k_head_JBTD: jax.Array
     sums_JBTD: jax.Array
+    start_JB: jax.Array
 
 
 # ---- One side known --------------------------------------------------------------------------
@@ -237,17 +243,19 @@ def product_init(
     """State and block of sequences before the first of up to `length` positions."""
     shape = (layers, batch, _capacity(length), width)
     q_JBND, k_JBND, sums_JBND = (jnp.zeros(shape) for _ in range(3))
-    state = ProductState(q_JBND, k_JBND, sums_JBND, start=jnp.int32(0))
+    start_JB = jnp.zeros((layers, batch), jnp.int32)
+    state = ProductState(q_JBND, k_JBND, sums_JBND, start_JB, prompt=jnp.int32(0))
     return state, _product_block(state, 0)
 
 
 def product_prefill(
-    q_JBPD: jax.Array, k_JBPD: jax.Array, length: int
+    q_JBPD: jax.Array, k_JBPD: jax.Array, start_JB: jax.Array, length: int
 ) -> tuple[jax.Array, ProductState, ProductBlock]:
     """Multiplies a prompt's q and k by one FFT, and readies what follows it.
 
     Args:
-      q_JBPD, k_JBPD: the prompts, P >= 1.
+      q_JBPD, k_JBPD: the prompts, P >= 1, zero before they begin.
+      start_JB: int32, where they do.
       length: most positions that will be decoded, prompt included.
 
     Returns:
@@ -260,12 +268,16 @@ def product_prefill(
     _check_room(P, N)
     points = _even_points(2 * P - 1)
 
-    def op(q_JBPD: jax.Array, k_JBPD: jax.Array) -> jax.Array:
+    def op(q_JBPD: jax.Array, k_JBPD: jax.Array, start_JB: jax.Array) -> jax.Array:
+        q_JBPD = _head(q_JBPD, start_JB, P)
         return _inverse(_spectrum(q_JBPD, points) * _spectrum(k_JBPD, points), 0, min(N, points))
 
     q_JBPD, k_JBPD = q_JBPD.astype(jnp.float32), k_JBPD.astype(jnp.float32)
-    sums = shard_op(op, (_SEQUENCES, _SEQUENCES), _SEQUENCES)(q_JBPD, k_JBPD)
-    state = ProductState(_fit(q_JBPD, N), _fit(k_JBPD, N), _fit(sums, N), start=jnp.int32(P))
+    run = shard_op(op, (_SEQUENCES, _SEQUENCES, _STARTS), _SEQUENCES)
+    sums = run(q_JBPD, k_JBPD, start_JB)
+    state = ProductState(
+        _fit(q_JBPD, N), _fit(k_JBPD, N), _fit(sums, N), start_JB, prompt=jnp.int32(P)
+    )
     return sums[:, :, :P], state, _product_block(state, P - P % BLOCK)
 
 
@@ -282,17 +294,18 @@ def product_step(
     Returns:
       The output y_BD in float32, and the block.
     """
-    before_BTD, k_BTD, q_head_BTD, k_head_BTD, sums_BTD = block
+    q_BTD, k_BTD, q_head_BTD, k_head_BTD, sums_BTD, start_B = block
     phase = position % BLOCK
     q_BD, k_BD = q_BD.astype(jnp.float32), k_BD.astype(jnp.float32)
-    q_BTD, k_BTD = _put(before_BTD, q_BD, phase), _put(k_BTD, k_BD, phase)
-    # In the first block, which is its own head, q meets the k up to its own, and k earlier q only.
-    first = position < BLOCK
-    q_taps_BTD = q_head_BTD + jnp.where(first, before_BTD, 0)
-    k_taps_BTD = k_head_BTD + jnp.where(first, k_BTD, 0)
-    sums_BTD += _delay(k_taps_BTD, phase) * q_BD[:, None]
-    sums_BTD += _delay(q_taps_BTD, phase) * k_BD[:, None]
-    return _at(sums_BTD, phase), ProductBlock(q_BTD, k_BTD, q_head_BTD, k_head_BTD, sums_BTD)
+    here_BT1 = (jnp.arange(BLOCK)[None] == (position - start_B)[:, None])[..., None]
+    # Of its own position's entries q meets k, once.
+    k_head_BTD = jnp.where(here_BT1, k_BD[:, None], k_head_BTD)
+    sums_BTD += _delay(k_head_BTD, phase) * q_BD[:, None]
+    sums_BTD += _delay(q_head_BTD, phase) * k_BD[:, None]
+    q_head_BTD = jnp.where(here_BT1, q_BD[:, None], q_head_BTD)
+    q_BTD, k_BTD = _put(q_BTD, q_BD, phase), _put(k_BTD, k_BD, phase)
+    block = ProductBlock(q_BTD, k_BTD, q_head_BTD, k_head_BTD, sums_BTD, start_B)
+    return _at(sums_BTD, phase), block
 
 
 def product_advance(
@@ -301,10 +314,10 @@ def product_advance(
     """Ends a block, as `filter_advance` does; five FFTs a tile where a known filter takes two."""
     size, reach = _tile(position, state.q_JBND.shape[2])
     entries = block.q_JBTD, block.k_JBTD
-    return _product_tile(state, entries, position, size=size, reach=reach, first=size == position)
+    return _product_tile(state, entries, position, size=size, reach=reach)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "reach", "first"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("size", "reach"), donate_argnames="state")
 def _product_tile(
     state: ProductState,
     entries: tuple[jax.Array, jax.Array],
@@ -312,19 +325,20 @@ def _product_tile(
     *,
     size: int,
     reach: int,
-    first: bool,
 ) -> tuple[ProductState, ProductBlock]:
     """The pairs of a tile that have a position past the prompt.
 
-    They are new q with any k, and new k with any q; but in the first tile of a size, whose factors
-    are the same positions, new k with the prompt's q only.
+    They are new q with any k, and new k with any q but the new ones of the same tile, which have
+    met it already. No pair is in two tiles: where the later of its positions is an input of one
+    and the earlier of another one, the later had not arrived yet when that was added.
     """
 
     def op(
         q_JBND: jax.Array,
         k_JBND: jax.Array,
         sums_JBND: jax.Array,
-        start: jax.Array,
+        start_JB: jax.Array,
+        prompt: jax.Array,
         q_JBTD: jax.Array,
         k_JBTD: jax.Array,
         position: jax.Array,
@@ -332,36 +346,50 @@ def _product_tile(
         # Added, since the block that a prompt ends in holds the prompt's entries.
         q_JBND = _add(q_JBND, q_JBTD, position - BLOCK)
         k_JBND = _add(k_JBND, k_JBTD, position - BLOCK)
-        new = (jnp.arange(size) + position - size >= start)[None, None, :, None]
+        fresh = jnp.maximum(position - size, prompt)  # the first new input of this tile
+        new = (jnp.arange(size) + position - size >= fresh)[None, None, :, None]
         q_new, k_new = (
             jnp.where(new, _read(x_JBND, position - size, size), 0) for x_JBND in (q_JBND, k_JBND)
         )
-        known = size if first else 2 * size
-        q_head, k_head = q_JBND[:, :, :known], k_JBND[:, :, :known]
-        if first:
-            q_head -= q_new
+        q_head, k_head = (_head(x_JBND, start_JB, 2 * size) for x_JBND in (q_JBND, k_JBND))
+        met = start_JB[..., None] + jnp.arange(2 * size)[None, None] >= fresh
+        q_head = jnp.where(met[..., None], 0, q_head)
         q_new, k_new, q_head, k_head = (
             _spectrum(x_JBND, 2 * size) for x_JBND in (q_new, k_new, q_head, k_head)
         )
         tile = _inverse(q_new * k_head + k_new * q_head, size, reach)
         return q_JBND, k_JBND, _add(sums_JBND, tile, position)
 
-    in_axes = (*(_SEQUENCES,) * 3, (), *(_SEQUENCES,) * 2, ())
+    in_axes = (*(_SEQUENCES,) * 3, _STARTS, (), *(_SEQUENCES,) * 2, ())
     run = shard_op(op, in_axes, (_SEQUENCES,) * 3)
     q_JBND, k_JBND, sums_JBND = run(*state, *entries, position)
-    state = ProductState(q_JBND, k_JBND, sums_JBND, state.start)
+    state = ProductState(q_JBND, k_JBND, sums_JBND, state.start_JB, state.prompt)
     return state, _product_block(state, position)
 
 
 def _product_block(state: ProductState, begin: int | jax.Array) -> ProductBlock:
-    q_head_JBTD, k_head_JBTD = state.q_JBND[:, :, :BLOCK], state.k_JBND[:, :, :BLOCK]
+    head = shard_op(functools.partial(_head, count=BLOCK), (_SEQUENCES, _STARTS), _SEQUENCES)
+    sums_JBTD = _read(state.sums_JBND, begin, BLOCK)
     return ProductBlock(
-        q_JBTD=jnp.zeros_like(q_head_JBTD),
-        k_JBTD=jnp.zeros_like(k_head_JBTD),
-        q_head_JBTD=q_head_JBTD,
-        k_head_JBTD=k_head_JBTD,
-        sums_JBTD=_read(state.sums_JBND, begin, BLOCK),
+        q_JBTD=jnp.zeros_like(sums_JBTD),
+        k_JBTD=jnp.zeros_like(sums_JBTD),
+        q_head_JBTD=head(state.q_JBND, state.start_JB),
+        k_head_JBTD=head(state.k_JBND, state.start_JB),
+        sums_JBTD=sums_JBTD,
+        start_JB=state.start_JB,
     )
+
+
+def _head(x_JBND: jax.Array, start_JB: jax.Array, count: int) -> jax.Array:
+    """The first `count` positions of sequences that begin at `start_JB`, zeros after the last."""
+    N = x_JBND.shape[2]
+    known = min(count, N)
+
+    def read(x_ND: jax.Array, start: jax.Array) -> jax.Array:
+        before = jnp.minimum(start, N - known)
+        return _read(_fit(_read(x_ND, before, known), known + count), start - before, count)
+
+    return jax.vmap(jax.vmap(read))(x_JBND, start_JB)
 
 
 # ---- The tiling ------------------------------------------------------------------------------

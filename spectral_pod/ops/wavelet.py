@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pywt
 
-from spectral_pod.parallel.sharding import shard_op
+from spectral_pod.ops.halo import previous
+from spectral_pod.parallel.sharding import num_shards, shard_op
 from spectral_pod.shapes import Positions
 
 Boundary = Literal[
@@ -141,13 +142,15 @@ def causal_wavedec(
       in float32 or, for a float64 input, float64.
 
     Raises:
-      ValueError: the wavelet is unknown or not orthogonal.
+      ValueError: the wavelet is unknown or not orthogonal, or positions are split over devices and
+        one of these has fewer than the `causal_reach` of the transform, less one.
     """
     bank = _bank(wavelet)
     low, high = (tuple(tap / sum(bank.low) for tap in taps) for taps in bank)
+    before = causal_reach(wavelet, levels) - 1 if num_shards("position") > 1 else 0
 
     def op(x_BND: jax.Array) -> tuple[jax.Array, ...]:
-        a_BND = _upcast(x_BND)
+        a_BND = _upcast(jnp.concatenate([previous(x_BND, before), x_BND], 1))
         details: tuple[jax.Array, ...] = ()
         for level in range(levels):
             smooth_BND = _causal_filter(a_BND, low, 2**level)
@@ -156,9 +159,10 @@ def causal_wavedec(
             else:
                 d_BND = _causal_filter(a_BND, high, 2**level)
             a_BND, details = smooth_BND, (d_BND, *details)
-        return tuple(y_BND.astype(x_BND.dtype) for y_BND in (a_BND, *details))
+        return tuple(y_BND[:, before:].astype(x_BND.dtype) for y_BND in (a_BND, *details))
 
-    return shard_op(op, (_AXES,), (_AXES,) * (levels + 1))(x_BND)
+    axes = ("batch", "position", "channel")
+    return shard_op(op, (axes,), (axes,) * (levels + 1))(x_BND)
 
 
 def causal_reach(wavelet: str, levels: int) -> int:

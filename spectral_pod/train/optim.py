@@ -14,7 +14,7 @@ import optax
 # Last component of a parameter's path -> group membership. Layers keep to these names.
 DYNAMICS = (
     "filter", "filter_0", "filter_1", "filter_out", "log_decay",
-    "energy_slope", "energy_bias", "scale_memory",
+    "energy_slope", "energy_bias", "scale_memory", "ssm_lambda", "ssm_b", "ssm_log_step",
 )  # fmt: skip
 DECAYED = ("kernel", "embedding", "position_embedding")
 

@@ -85,7 +85,7 @@ def test_incremental_is_the_whole(case):
 
 
 def text_of(prompts, **options):
-    model, decoding, params = make()
+    _, decoding, params = make()
     texts = [b""] * len(prompts)
     for pieces in generate(decoding, unstack(params), prompts, **options):
         texts = [text + piece for text, piece in zip(texts, pieces)]

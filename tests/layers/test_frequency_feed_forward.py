@@ -16,10 +16,9 @@ from spectral_pod.ops.online_conv import BLOCK, filter_advance, filter_prefill, 
 WIDTH, CONTEXT = 8, 160
 
 
-def layer(dtype="float32", **fields):
-    return FrequencyFeedForward(
-        2.0, 0.0, True, jnp.dtype(dtype), CONTEXT, "explicit", "learned", **fields
-    )
+def layer(padding="linear"):
+    dtype = jnp.dtype("float32")
+    return FrequencyFeedForward(2.0, 0.0, True, dtype, CONTEXT, "explicit", "learned", padding)
 
 
 @functools.cache

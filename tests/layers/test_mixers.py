@@ -302,7 +302,7 @@ def test_equals_its_definition(name, causal):
     if (name, causal) == ("selective", True):
         prefill = jax.jit(functools.partial(module.apply, mutable=["cache"]))
         _, cache = prefill({"params": params}, x, mask)
-        options["taps"] = cache["cache"]["taps"]
+        options["taps"] = cache["cache"]["long"]["taps"]
     expected = REFERENCES[name](jax.device_get(params), np.float64(x), mask, causal, **options)
     assert_close(apply(x, mask), expected, mask, tolerance=2e-5)
 

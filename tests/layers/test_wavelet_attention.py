@@ -17,8 +17,8 @@ from spectral_pod.ops.online_conv import BLOCK, product_advance, product_prefill
 WIDTH, HEADS = 8, 2
 
 
-def layer(dtype="float32", **fields):
-    return WaveletAttention("db4", 3, HEADS, jnp.dtype(dtype), **fields)
+def layer(dtype="float32", padding="linear"):
+    return WaveletAttention("db4", 3, HEADS, padding, jnp.dtype(dtype))
 
 
 @functools.cache
@@ -131,8 +131,8 @@ def decode(x_BND, mask_BN, prompt):
     """The outputs of a prompt at once and of the positions after it one by one."""
     length = x_BND.shape[1]
     y_BND, cache = prefill(x_BND[:, :prompt], mask_BN[:, :prompt], layer())
-    q_JBPD, k_JBPD = (cache.pop(name)[None] for name in ("product_q", "product_k"))
-    _, state, block = product_prefill(q_JBPD, k_JBPD, length)
+    names = ("product_q", "product_k", "product_start")
+    _, state, block = product_prefill(*(cache.pop(name)[None] for name in names), length)
     cache["product_block"] = jax.tree.map(lambda x: x[0], block)
     outputs = [y_BND]
     for t in range(prompt, length):
@@ -151,6 +151,14 @@ def test_a_step_equals_the_whole(length, prompt):
     want = apply(x_BND, everything(x_BND), layer())
     got = decode(x_BND, everything(x_BND), prompt)
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_steps_after_prompts_of_different_lengths():
+    x_BND, starts = random(3, 131, WIDTH), (0, 12, 60)
+    mask_BN = jnp.arange(131)[None] >= jnp.asarray(starts)[:, None]
+    got, want = decode(x_BND, mask_BN, 64), apply(x_BND, mask_BN, layer())
+    for row, start in enumerate(starts):
+        np.testing.assert_allclose(got[row, start:], want[row, start:], atol=1e-4)
 
 
 def test_what_leaks_cannot_decode():

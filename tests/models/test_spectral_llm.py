@@ -11,6 +11,7 @@ import pytest
 
 from spectral_pod import models
 from spectral_pod.config import default
+from spectral_pod.generate.decode import Decoder
 from spectral_pod.layers.block import unstack
 from spectral_pod.ops.log_spectra import FLOOR, log_spectral_distance
 from spectral_pod.shapes import PAD
@@ -78,6 +79,31 @@ def test_padding_changes_no_logit():
     padded = jnp.pad(tokens, ((0, 0), (24, 0)), constant_values=PAD)
     before = prefill(make(decoding=True)[0], unstack(params), padded)
     np.testing.assert_allclose(before[:, 24:], want, atol=1e-4)
+
+
+def test_decoding_equals_the_whole():
+    """Prompts of different lengths, over the ends of blocks and tiles."""
+    model, params = make()
+    tokens = random_tokens(2, 128).at[1, :21].set(PAD)
+    decoder = Decoder(make(decoding=True)[0], unstack(params), tokens[:, :32], num_positions=96)
+    found = [decoder.logits_BC[:, None]]
+    found += [decoder.force(tokens[:, i : i + 32]) for i in (32, 64, 96)]
+    got = np.concatenate(found, 1)
+    for row, start in enumerate((0, 21)):
+        want = apply(model, params, tokens[row : row + 1, start:])[0]
+        np.testing.assert_allclose(got[row], want[31 - start :], atol=1e-4)
+
+
+@pytest.mark.parametrize("field", ["wavelet.padding", "frequency.padding"])
+def test_what_leaks_is_chosen_by_the_config_and_cannot_decode(field):
+    model, params = make(**{field: "circular"})
+    tokens, others = random_tokens(2, 1, 101)
+    changed = jnp.where(jnp.arange(101)[None] > 50, others, tokens)
+    one, other = apply(model, params, tokens), apply(model, params, changed)
+    assert np.abs(one[:, :51] - other[:, :51]).max() > 0.01
+    decoding = make(**{field: "circular"}, decoding=True)[0]
+    with pytest.raises(ValueError, match="padding 'circular' sees later positions"):
+        prefill(decoding, unstack(params), tokens)
 
 
 def spectral_distance(x_ND, y_ND, points):
