@@ -34,4 +34,6 @@ def get_config(model: str = "gpt") -> ConfigDict:
         c.model.memory_interval = 0
         c.model.channel_mixer = "frequency"
         c.model.consistency_weight = 0.1
+    if model not in ("gpt", "llm"):
+        raise ValueError(f"unknown model {model!r}; there are ("gpt", "llm")")
     return c

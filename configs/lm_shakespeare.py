@@ -45,4 +45,6 @@ def get_config(size: str = "cpu") -> ConfigDict:
         c.train.global_batch_size = 64
         c.train.total_steps = 3000
         c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 1e-3
+    if size not in ("cpu", "gpu"):
+        raise ValueError(f"unknown size {size!r}; there are ("cpu", "gpu")")
     return c

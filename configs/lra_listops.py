@@ -2,6 +2,8 @@
 
 Command:  python -m spectral_pod.main --config=configs/lra_listops.py --workdir=DIR
           --config=configs/lra_listops.py:stripped or :raw    the other encodings
+          --config=configs/lra_listops.py:hybrid              local attention beside the filters
+          --config=configs/lra_listops.py:multi_scale         and views of 4 and 16 patches
           --config=configs/lra_listops.py:cpu                 a preset for 15 minutes on 2 cores
           --config=configs/lra_listops.py:overfit             memorises 100 examples in 500 steps
 
@@ -15,6 +17,7 @@ from spectral_pod.config import default
 
 # The longest record is below 2,000 symbols; spelt out it has at most about 4,900 and 13,000 bytes.
 SEQ_LEN = {"symbol": 2048, "stripped": 5120, "raw": 16384}
+PRESETS = ("hybrid", "multi_scale", "cpu", "overfit")
 
 
 def get_config(preset: str = "symbol") -> ConfigDict:
@@ -43,6 +46,11 @@ def get_config(preset: str = "symbol") -> ConfigDict:
     c.optimizer.warmup_steps = 1_920
     c.optimizer.weight_decay = 0.04
 
+    if preset == "hybrid":
+        c.model.pattern = ("spectral+local_attention", "spectral+delta")
+        c.model.attention.window = 64
+    if preset == "multi_scale":
+        c.model.coarser_scales = (4, 4)
     if preset in ("cpu", "overfit"):
         c.model.dtype = "float32"  # CPUs are faster in float32
         c.model.num_layers = 4
@@ -68,6 +76,6 @@ def get_config(preset: str = "symbol") -> ConfigDict:
         c.checkpoint.every_steps = 500
         c.optimizer.warmup_steps = 25
         c.optimizer.weight_decay = 0.0
-    elif preset not in (*SEQ_LEN, "cpu"):
-        raise ValueError(f"unknown preset {preset!r}; there are {[*SEQ_LEN, 'cpu', 'overfit']}")
+    if preset not in (*SEQ_LEN, *PRESETS):
+        raise ValueError(f"unknown preset {preset!r}; there are {[*SEQ_LEN, *PRESETS]}")
     return c

@@ -55,4 +55,6 @@ def get_config(size: str = "zoology") -> ConfigDict:
     if size == "bytes":
         c.data.options.vocab_size = 256
         c.data.options.random_non_queries = False  # of 256 symbols one would often be a key
+    if size not in ("zoology", "cpu", "bytes"):
+        raise ValueError(f"unknown size {size!r}; there are ("zoology", "cpu", "bytes")")
     return c

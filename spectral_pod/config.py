@@ -51,6 +51,7 @@ def default() -> ConfigDict:
     c.model.num_layers = 6
     c.model.hidden_dim = 256
     c.model.embed_dim = 256  # width of byte embeddings before patching
+    c.model.coarser_scales = ()  # of spectral_model: (4, 4) adds views by 4 and 16 patches
     c.model.mlp_expansion = 1.0  # hidden width of the channel mixer over hidden_dim
     c.model.memory_interval = 2  # every n-th block has a delta memory; 0: none
     c.model.norm = "pre"  # or 'post'
@@ -217,6 +218,13 @@ def validate(
             f"config.data.seq_len is {config.data.seq_len}; it must be a multiple of 4, the bytes "
             "of a patch"
         )
+    scales = config.model.coarser_scales
+    if any(not isinstance(ratio, int) or ratio < 2 for ratio in scales):
+        raise ConfigError(f"config.model.coarser_scales is {scales}; a ratio is an int, 2 or more")
+    if scales and config.model.name not in _PATCHED:
+        raise ConfigError(
+            f"config.model.coarser_scales is {scales}; only {', '.join(_PATCHED)} has patches"
+        )
     if not 0 <= config.model.memory.beta_min < config.model.memory.beta_max <= 1:
         raise ConfigError(
             f"config.model.memory.beta_min, beta_max are {config.model.memory.beta_min}, "
@@ -275,6 +283,7 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     memory = bool(mixers & {"delta", "gated_delta"}) if mixers else config.model.memory_interval > 0
     attention = any("attention" in name for name in mixers) or "linformer" in mixers
     stride = 4 if config.model.name in _PATCHED else 1
+    scales = config.model.coarser_scales
     patches, sequence = config.data.seq_len // stride, sizes["sequence"]
     for field, value, divisor, why in (
         ("train.global_batch_size", config.train.global_batch_size, rows * accumulation,
@@ -282,7 +291,9 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
         ("train.eval_batch_size", config.train.eval_batch_size, rows, "mesh.data x mesh.fsdp"),
         ("model.hidden_dim", config.model.hidden_dim, tensor * sizes["fsdp"],
          "mesh.fsdp x mesh.tensor"),
-        (f"data.seq_len in patches of {stride}", patches, sequence, "mesh.sequence"),
+        (f"data.seq_len in patches of {stride}", patches,
+         sequence * (math.prod(scales) if sequence > 1 else 1),
+         "mesh.sequence" + (" x model.coarser_scales" if scales else "")),
         ("model.embed_dim", config.model.embed_dim, sizes["fsdp"], "mesh.fsdp"),
         ("model.hidden_dim x model.mlp_expansion",
          int(config.model.hidden_dim * config.model.mlp_expansion), tensor, "mesh.tensor"),

@@ -42,6 +42,7 @@ def test_the_defaults_pass():
         ({"model__pattern": ("spectral", "hyna")}, "model.pattern is 'hyna'.*did you mean 'hyena'"),
         ({"model__pattern": ("spectral",), "model__name": "spectral_gpt", "data__task": "lm"},
          "'spectral', which sees the whole sequence"),
+        ({"model__coarser_scales": (4, 1)}, "coarser_scales is \\(4, 1\\); a ratio"),
         ({"data__task": "lm"}, "'spectral_model', which predicts one class a record; task 'lm'"),
         ({"model__name": "spectral_gpt"}, "every next token; task 'listops' needs one of"),
         ({"model__pattern": ("attention",), "model__hidden_dim": 30},

@@ -8,6 +8,7 @@ import ml_collections
 
 from spectral_pod.layers.block import block_stack
 from spectral_pod.layers.dense import Dense, layer_norm
+from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.patching import STRIDE, ByteLatentEncoder, sinusoidal_positions
 from spectral_pod.layers.pooling import POOLING
 from spectral_pod.parallel.sharding import constrain
@@ -39,6 +40,8 @@ class SpectralModel(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         encoder = ByteLatentEncoder(config.hidden_dim, config.embed_dim, dtype, name="encoder")
         x_BND, mask_BN = encoder(tokens_BL, mask_BL)
+        if config.coarser_scales:
+            x_BND = MultiScale(config.coarser_scales, dtype, name="scales")(x_BND, mask_BN)
         x_BND += sinusoidal_positions(x_BND.shape[1], config.hidden_dim, dtype)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
         x_BND = block_stack(config, config.pattern, not train, x_BND, mask_BN)

@@ -9,6 +9,7 @@ import pytest
 
 from spectral_pod import models
 from spectral_pod.config import default
+from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.spectral import norm_gate, rms_gate
 from spectral_pod.models import pattern
 from spectral_pod.shapes import PAD
@@ -55,6 +56,8 @@ def rows():
         {"norm": "post", "pooling": "mean", "memory.normalize_keys": False},
         {"spectral.parametrization": "time", "pooling": "last", "spectral.energy_gate": "norm"},
         {"dtype": "bfloat16"},
+        {"coarser_scales": (4, 3)},
+        {"pattern": ("spectral+local_attention", "spectral"), "attention.window": 8},
         {"memory.num_heads": 2, "memory.method": "chunked", "memory.gated": True, "remat": "full"},
     ],
     ids=str,
@@ -160,3 +163,15 @@ def test_memory_stands_where_the_interval_says():
     _, params = make(memory_interval=2, num_layers=3)
     assert "delta" in params["blocks"]["block_1"]
     assert "delta" not in params["last_blocks"]["block_0"]
+
+
+def test_coarser_scales_see_further():
+    """Without mixers a patch depends on its own bytes; with scales on its whole coarse patch."""
+    rng = np.random.default_rng(0)
+    x_BND = jnp.asarray(rng.normal(size=(2, 13, 8)), jnp.float32)
+    module = MultiScale((2, 3), jnp.float32)
+    mask_BN = jnp.ones((2, 13), bool)
+    params = module.init(jax.random.key(0), x_BND, mask_BN)
+    changed_BND = module.apply(params, x_BND.at[:, 7].add(1.0), mask_BN)
+    moved_N = jnp.abs(changed_BND - module.apply(params, x_BND, mask_BN)).max((0, 2)) > 1e-6
+    np.testing.assert_array_equal(np.flatnonzero(moved_N), np.arange(6, 12))

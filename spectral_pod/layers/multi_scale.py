@@ -1,0 +1,46 @@
+"""Coarser views of a sequence of patches, added to the finer ones."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spectral_pod.layers.dense import Dense, layer_norm
+from spectral_pod.ops.gelu import gelu
+from spectral_pod.parallel.sharding import constrain
+
+
+class MultiScale(nn.Module):
+    """Merges patches scale by scale, and adds what the coarser see to the finer, coarse to fine.
+
+    Attributes:
+      ratios: patches of a scale that one of the next coarser scale merges.
+    """
+
+    ratios: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        """[B, N, D] to [B, N, D] in `dtype`; invalid patches count as zero, as do those past N.
+
+        A patch sees the whole coarse patch that it lies in, later patches too.
+        """
+        B, _, D = x_BND.shape
+        x_BND = jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype))
+        scales = [x_BND]
+        for i, ratio in enumerate(self.ratios):
+            fine_BND = scales[-1]
+            missing = -fine_BND.shape[1] % ratio
+            fine_BND = jnp.pad(fine_BND, ((0, 0), (0, missing), (0, 0)))
+            merged = fine_BND.reshape(B, -1, ratio * D)
+            y_BND = Dense(D, ("embed", None), self.dtype, name=f"merge_{i}")(merged)
+            y_BND = layer_norm(gelu(y_BND), f"norm_{i}").astype(self.dtype)
+            scales.append(constrain(y_BND, "batch", "position", "width"))
+        x_BND = scales.pop()
+        for i, ratio in reversed(list(enumerate(self.ratios))):
+            fine_BND = scales.pop()
+            y_BND = Dense(D, ("embed", None), self.dtype, name=f"spread_{i}")(x_BND)
+            x_BND = fine_BND + jnp.repeat(y_BND, ratio, axis=1)[:, : fine_BND.shape[1]]
+        return constrain(x_BND, "batch", "position", "width")
