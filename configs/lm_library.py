@@ -11,8 +11,12 @@ from ml_collections import ConfigDict
 
 from spectral_pod.config import default
 
+MODELS = ("gpt", "llm")
+
 
 def get_config(model: str = "gpt") -> ConfigDict:
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}; there are {MODELS}")
     c = default()
     c.data.task = "lm"
     c.data.seq_len = 256
@@ -34,6 +38,4 @@ def get_config(model: str = "gpt") -> ConfigDict:
         c.model.memory_interval = 0
         c.model.channel_mixer = "frequency"
         c.model.consistency_weight = 0.1
-    if model not in ("gpt", "llm"):
-        raise ValueError(f"unknown model {model!r}; there are ("gpt", "llm")")
     return c

@@ -13,8 +13,12 @@ from ml_collections import ConfigDict
 
 from spectral_pod.config import default
 
+SIZES = ("cpu", "gpu")
+
 
 def get_config(size: str = "cpu") -> ConfigDict:
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; there are {SIZES}")
     c = default()
     c.data.task = "lm"
     c.data.options.source = ""
@@ -45,6 +49,4 @@ def get_config(size: str = "cpu") -> ConfigDict:
         c.train.global_batch_size = 64
         c.train.total_steps = 3000
         c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 1e-3
-    if size not in ("cpu", "gpu"):
-        raise ValueError(f"unknown size {size!r}; there are ("cpu", "gpu")")
     return c

@@ -16,6 +16,8 @@ SEQ_LEN = {"copy": 64, "recall": 112, "overwrite": 136}
 
 
 def get_config(task: str = "recall") -> ConfigDict:
+    if task not in SEQ_LEN:
+        raise ValueError(f"unknown task {task!r}; there are {list(SEQ_LEN)}")
     c = default()
     c.data.task = task
     c.data.seq_len = SEQ_LEN[task]

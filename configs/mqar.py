@@ -19,8 +19,12 @@ from ml_collections import ConfigDict
 from spectral_pod.config import default
 from spectral_pod.data.tasks.mqar import TRAIN_SETTINGS
 
+SIZES = ("zoology", "cpu", "bytes")
+
 
 def get_config(size: str = "zoology") -> ConfigDict:
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; there are {SIZES}")
     c = default()
     c.data.task = "mqar"
     c.data.options.settings = TRAIN_SETTINGS
@@ -55,6 +59,4 @@ def get_config(size: str = "zoology") -> ConfigDict:
     if size == "bytes":
         c.data.options.vocab_size = 256
         c.data.options.random_non_queries = False  # of 256 symbols one would often be a key
-    if size not in ("zoology", "cpu", "bytes"):
-        raise ValueError(f"unknown size {size!r}; there are ("zoology", "cpu", "bytes")")
     return c
