@@ -67,7 +67,10 @@ def test_ops(tmp_path):
         pytest.param(
             "step", {"step_vs_seed_naive_2048", "t8192_over_t1024"}, marks=pytest.mark.slow
         ),  # which compiles four training steps
-        ("generate", {"decode_online_vs_cached_1024", "decode_online_vs_recomputed_1024"}),
+        (
+            "generate",
+            {"online_vs_cached_dot_16384", "speed_16384_vs_1024", "online_vs_recompute_1024"},
+        ),
         ("data", {"pipeline_warm_vs_memory", "pipeline_cold_vs_memory"}),
         ("checkpoint", {"checkpoint_blocks_of_save", "checkpoint_save_vs_numpy"}),
     ],
@@ -76,7 +79,7 @@ def test_the_others(tmp_path, benchmark, ratios):
     data = report(tmp_path, benchmark)
     assert set(data["ratios"]) == ratios
     rates = {unit for row in data["rows"] for unit in row["rates"]}
-    units = {"step": {"bytes"}, "generate": {"positions"}, "data": {"records", "bytes"}}
+    units = {"step": {"bytes"}, "generate": {"bytes"}, "data": {"records", "bytes"}}
     assert rates == units.get(benchmark, {"MB"})
 
 

@@ -1,148 +1,191 @@
-"""Decoding position by position through long convolutions, without the model around them.
+"""Decoding byte after byte: SpectralGPT of 6 layers and width 256, batch 1, float32.
 
-A chain of six causal convolutions of width 256 with filters as long as the sequence, tanh between
-them, batch 1: online (`ops/online_conv.py`), by a dot product with all inputs so far, and by
-convolving the whole prefix again for every position. Groups: decode_N.
+Sides: the decoder (`generate/decode.py`); the same model with each long convolution as a dot
+product with all inputs so far; the whole prefix computed again for every byte; and the model
+without long convolutions, which is what there is to reach. Group: decode.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectral_pod.ops.long_conv import causal_conv
-from spectral_pod.ops.online_conv import (
-    BLOCK,
-    FilterBlock,
-    filter_advance,
-    filter_init,
-    filter_step,
-    plan_filter,
-)
+from spectral_pod import config as config_lib
+from spectral_pod import models
+from spectral_pod.generate.decode import Decoder
+from spectral_pod.generate.sampling import Sampling
+from spectral_pod.layers import hyena
+from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.ops.online_conv import BLOCK
 from tools.bench.settings import Settings
-from tools.bench.timing import Case, Comparison, Group, Seconds, timed, times_faster
+from tools.bench.timing import Case, Comparison, Group, Ratio, Row, Seconds, timed, times_faster
 
-_STAGES = 8  # of the cached form: each has its own program, for prefixes up to its length
 _SAMPLE = 64  # positions of a stage that are run
+_NUM_CLASSES = 257
+_SHORT, _LONG = 1024, 16_384
 
 
 def groups(settings: Settings) -> list[Group]:
-    if settings.quick:
-        return [Group("decode_1024", 1, functools.partial(_decode, 1024, 2, 8, 64))]
-    return [
-        Group(f"decode_{n}", n, functools.partial(_decode, n, 6, 256, n))
-        for n in (1024, 4096, 16_384)
-    ]
+    size = (2, 16, 128, 256, 2) if settings.quick else (6, 256, _SHORT, _LONG, 8)
+    return [Group("decode", 1, functools.partial(_decode, *size))]
 
 
-def _decode(named: int, J: int, D: int, N: int) -> Comparison:
-    rng = np.random.default_rng(0)
-    h_JND = jnp.asarray(rng.normal(size=(J, N, D)) / np.sqrt(N), jnp.float32)
-    x_BD = jnp.asarray(rng.normal(size=(1, D)), jnp.float32)
+def _decode(layers: int, width: int, short: int, long: int, stages: int) -> Comparison:
+    def case(name: str, what: str, num_bytes: int, run: Callable[[], Seconds]) -> Case:
+        shape = f"layers={layers} D={width} N={num_bytes}"
+        return Case(name, what, shape, run, "", work={"bytes": num_bytes})
 
-    def case(name: str, what: str, run: Callable[[], Seconds]) -> Case:
-        baseline = "" if name == "cached" else "cached"
-        return Case(name, what, f"layers={J} D={D} N={N}", run, baseline, work={"positions": N})
-
+    model = functools.partial(_Model, layers, width)
+    what = {
+        "online": "tiles by FFT, in blocks of 32 from the host",
+        "cached": f"dot product with all inputs so far, in {stages} stages",
+        "recomputed": "the prefix again for every byte, at the price of the mean one",
+        "no_convolution": "the same model without long convolutions",
+    }
     cases = [
-        case("online", "tiles by FFT, in blocks of 32 from the host", _online(h_JND, x_BD)),
-        case("cached", "dot product with all inputs so far", _cached(h_JND, x_BD)),
-        case("recomputed", f"{N} times the causal_conv of a prefix of N/2", _recomputed(h_JND)),
+        case(f"{name}_{named}", what[name], num_bytes, run(model, num_bytes))
+        for name, run, named, num_bytes in (
+            ("online", _online, _SHORT, short),
+            ("online", _online, _LONG, long),
+            ("cached", functools.partial(_cached, stages), _LONG, long),
+            ("recomputed", _recomputed, _SHORT, short),
+            ("no_convolution", _without, _SHORT, short),
+        )
     ]
+
+    def speed(rows: Any, name: str) -> float:
+        row: Row = rows[name]
+        return row.rates["bytes"]
+
+    online, without = f"online_{_LONG}", f"no_convolution_{_SHORT}"
     return Comparison(
         cases,
         [
-            times_faster(f"decode_online_vs_cached_{named}", "online", "cached"),
-            times_faster(f"decode_online_vs_recomputed_{named}", "online", "recomputed"),
+            times_faster(f"online_vs_cached_dot_{_LONG}", online, f"cached_{_LONG}", ">= 25"),
+            times_faster(
+                f"online_vs_recompute_{_SHORT}", f"online_{_SHORT}", f"recomputed_{_SHORT}"
+            ),
+            Ratio(
+                f"speed_{_LONG}_vs_{_SHORT}",
+                lambda rows: speed(rows, online) / speed(rows, f"online_{_SHORT}"),
+                ">= 0.5",
+            ),
+            Ratio(
+                f"speed_{_LONG}_vs_no_convolution",
+                lambda rows: speed(rows, online) / speed(rows, without),
+                ">= 0.45",
+            ),
         ],
     )
 
 
-def _online(h_JND: jax.Array, x_BD: jax.Array) -> Callable[[], Seconds]:
-    J, N, _ = h_JND.shape
-    plan = plan_filter(h_JND, N)
+class _Model:
+    """The model for N positions with one form of its long convolutions, and its parameters."""
 
-    @jax.jit
-    def one_block(
-        h_JTD: jax.Array, block: FilterBlock, x_BD: jax.Array, start: jax.Array
-    ) -> tuple[FilterBlock, jax.Array]:
-        def step(carry: Any, position: jax.Array) -> tuple[Any, None]:
-            layers, x_BD = carry
-            after = []
-            for j in range(J):
-                y_BD, layer = filter_step(h_JTD[j], layers[j], x_BD, position)
-                after.append(layer)
-                x_BD = jnp.tanh(y_BD)
-            return (after, x_BD), None
+    def __init__(self, layers: int, width: int, length: int, form: str = "hyena"):
+        config = config_lib.default()
+        # A form has a name of its own, as programs are cached by a model's configuration.
+        pattern = (form, f"{form}+delta")
+        fields = {"name": "spectral_gpt", "num_layers": layers, "hidden_dim": width}
+        fields |= {"pattern": pattern, "dtype": "float32", "positions": "none"}
+        config.update_from_flattened_dict({f"model.{k}": v for k, v in fields.items()})
+        self.module = models.build(config, seq_len=length, num_classes=_NUM_CLASSES, decoding=True)
+        tokens_BL = jnp.zeros((1, BLOCK), jnp.int32)
+        init = jax.jit(self.module.init)
+        self.params = nn.unbox(init(jax.random.key(0), tokens_BL, tokens_BL == 0)["params"])
 
-        layers = [jax.tree.map(lambda x, j=j: x[j], block) for j in range(J)]
-        (layers, x_BD), _ = jax.lax.scan(step, (layers, x_BD), start + jnp.arange(BLOCK))
-        return jax.tree.map(lambda *x: jnp.stack(x), *layers), x_BD
-
-    def decode() -> jax.Array:
-        state, block = filter_init(plan, batch=1)
-        x = x_BD
-        for start in range(0, N, BLOCK):
-            block, x = one_block(plan.h_JTD, block, x, start)
-            if start + BLOCK < N:
-                state, block = filter_advance(plan, state, block, start + BLOCK)
-        return x
-
-    return functools.partial(timed, decode)
+    def decode(self, num_bytes: int) -> jax.Array:
+        """Draws that many bytes after a prompt of one block, whole blocks of them."""
+        decoder = Decoder(self.module, self.params, np.zeros((1, BLOCK)), num_positions=num_bytes)
+        keys_B = jax.random.split(jax.random.key(0), 1)
+        token_B = jnp.zeros(1, jnp.int32)
+        for drawn in range(0, num_bytes, BLOCK):
+            token_B = decoder.extend(token_B, keys_B, drawn, Sampling())[:, -1]
+        return token_B
 
 
-def _cached(h_JND: jax.Array, x_BD: jax.Array) -> Callable[[], Seconds]:
+def _online(model: Any, num_bytes: int) -> Callable[[], Seconds]:
+    return functools.partial(timed, model(num_bytes).decode, num_bytes - BLOCK)
+
+
+def _without(model: Any, num_bytes: int) -> Callable[[], Seconds]:
+    return _with(_NoConvolution, model, num_bytes, num_bytes - BLOCK)
+
+
+def _cached(stages: int, model: Any, num_bytes: int) -> Callable[[], Seconds]:
     """O(t) a position, in stages that touch no more than the inputs up to their own end.
 
     All positions of a stage cost the same, so some of them are run, and counted for all.
     """
-    J, N, D = h_JND.shape
-    length = N // _STAGES
+    length = num_bytes // stages
     sample = min(_SAMPLE, length)
+    runs = [
+        _with(_CachedConvolution, model, (stage + 1) * length, sample) for stage in range(stages)
+    ]
+
+    def run() -> Seconds:
+        took = [run() for run in runs]
+        total = Seconds(sum(t.wall for t in took), sum(t.cpu for t in took))
+        return _times(length // sample, total)
+
+    return run
+
+
+def _with(form: type[nn.Module], model: Any, length: int, num_bytes: int) -> Callable[[], Seconds]:
+    """A repetition with another form of long convolution, which is compiled here."""
+    name = form.__name__
+    MIXERS[name] = lambda config, deterministic, _: MIXERS["hyena"](config, deterministic, name)
+    with mock.patch.object(hyena, "LongConvolution", form):
+        made = model(length, name)
+        made.decode(num_bytes)
+    return functools.partial(timed, made.decode, num_bytes)
+
+
+def _recomputed(model: Any, num_bytes: int) -> Callable[[], Seconds]:
+    """N forward passes over the prefix of N/2 bytes."""
+    made = model(num_bytes)
+    tokens_BL = jnp.zeros((1, num_bytes // 2), jnp.int32)
 
     @jax.jit
-    def stage(h_JTD: jax.Array, x_BD: jax.Array, start: jax.Array) -> jax.Array:
-        T = h_JTD.shape[1]
-        # Back to front, and zeros for the inputs that are still to come.
-        taps = [jnp.pad(h_TD[::-1], ((0, length), (0, 0))) for h_TD in h_JTD]
+    def prefix(params: Any, tokens_BL: jax.Array) -> jax.Array:
+        logits_BLC = made.module.apply({"params": params}, tokens_BL, tokens_BL == 0)
+        return logits_BLC[:, -1]
 
-        def step(carry: Any, position: jax.Array) -> tuple[Any, None]:
-            caches, x_BD = carry
-            after = []
-            for cache, tap in zip(caches, taps):
-                cache = jax.lax.dynamic_update_slice(cache, x_BD, (position, 0))
-                after.append(cache)
-                aligned = jax.lax.dynamic_slice(tap, (T - 1 - position, 0), (T, D))
-                x_BD = jnp.tanh(jnp.sum(aligned * cache, 0, keepdims=True))
-            return (after, x_BD), None
-
-        caches = [jnp.zeros((T, D))] * J
-        (_, x_BD), _ = jax.lax.scan(step, (caches, x_BD), start + jnp.arange(sample))
-        return x_BD
-
-    filters = [h_JND[:, : (s + 1) * length] for s in range(_STAGES)]
-
-    def decode() -> list[jax.Array]:
-        return [stage(h_JTD, x_BD, s * length) for s, h_JTD in enumerate(filters)]
-
-    return lambda: _times(length // sample, timed(decode))
+    return lambda: _times(num_bytes, timed(prefix, made.params, tokens_BL))
 
 
-def _recomputed(h_JND: jax.Array) -> Callable[[], Seconds]:
-    """All positions at the price of the mean one; N convolutions would take minutes."""
-    _, N, D = h_JND.shape
-    x_BDN = jnp.ones((1, D, N // 2))
+class _NoConvolution(hyena.LongConvolution):
+    """What goes in comes out."""
 
-    @jax.jit
-    def prefix(h_JND: jax.Array, x_BDN: jax.Array) -> jax.Array:
-        for h_ND in h_JND:
-            x_BDN = jnp.tanh(causal_conv(x_BDN, h_ND.T))
-        return x_BDN[..., -1]
+    @nn.compact
+    def __call__(self, v_BND: jax.Array, position: jax.Array | None = None) -> jax.Array:
+        return v_BND
 
-    return lambda: _times(N, timed(prefix, h_JND, x_BDN))
+
+class _CachedConvolution(hyena.LongConvolution):
+    """A dot product with all inputs so far."""
+
+    @nn.compact
+    def __call__(self, v_BND: jax.Array, position: jax.Array | None = None) -> jax.Array:
+        N, D = self.num_taps, v_BND.shape[-1]
+        if position is None:
+            filters = hyena.CausalFilter(N, self.parametrization, self.decay, name="filter")
+            # Back to front, and zeros for the inputs that are still to come.
+            self.put_variable("cache", "reversed", jnp.pad(filters(D).T[::-1], ((0, N), (0, 0))))
+            self.put_variable("cache", "seen", jnp.zeros((N, D)))
+            return v_BND
+        seen_ND = jax.lax.dynamic_update_slice(
+            self.get_variable("cache", "seen"), v_BND[0], (position, 0)
+        )
+        self.put_variable("cache", "seen", seen_ND)
+        reversed_ND = self.get_variable("cache", "reversed")
+        aligned_ND = jax.lax.dynamic_slice(reversed_ND, (N - 1 - position, 0), (N, D))
+        return jnp.sum(aligned_ND * seen_ND, 0)[None, None]
 
 
 def _times(count: int, one: Seconds) -> Seconds:
