@@ -1,0 +1,16 @@
+"""Byte-level spectral sequence models. What is named here is in `api.py`, imported at first use."""
+
+import importlib
+from typing import Any
+
+__all__ = ["Config", "SpectralGPT", "SpectralLLM", "SpectralModel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # of PEP 562, so that the operations can be imported by themselves
+        return getattr(importlib.import_module("spectral_pod.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

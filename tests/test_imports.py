@@ -21,6 +21,10 @@ MAY_IMPORT = {
     "parallel": ("shapes", "errors", "parallel"),
     "data": ("shapes", "errors", "data"),
     "generate": ("shapes", "ops", "generate"),
+    "generate.restore": (*_TRAINABLE, "data.tasks", "train.checkpoint", "train.state"),
+    "generate.text": ("errors", "parallel.sharding", "generate"),
+    "generate.export": (*_TRAINABLE, "train.checkpoint", "generate"),
+    "generate.hub": ("errors",),
     "analysis": ("shapes", "errors", "models", "analysis"),
     "train": ("shapes", "errors", "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "parallel.sharding"),
@@ -28,6 +32,8 @@ MAY_IMPORT = {
     "train.progress": ("errors", "analysis", "parallel.runtime", "train"),
     "train.loop": (*_TRAINABLE, "data", "generate", "analysis", "train"),
     "command_line": ("errors",),
+    "": ("api",),
+    "api": (*_TRAINABLE, "data.tasks", "generate"),
     "main": ("command_line", "config", "errors", "parallel.runtime", "train.loop"),
 }
 PURE = ("ops", "layers", "models", "train.step", "train.state", "train.optim", "train.loss")

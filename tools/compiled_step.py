@@ -70,9 +70,7 @@ def set_up(config: ConfigDict, topology: Topology) -> Setup:
     Raises:
       ConfigError: the configuration cannot run on this topology.
     """
-    config_lib.validate(
-        config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal()
-    )
+    config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
     devices = hardware.devices(topology)
     mesh = make_mesh(config_lib.validate_mesh(config, len(devices)), devices)
     options = config.data.options.to_dict()
@@ -80,9 +78,7 @@ def set_up(config: ConfigDict, topology: Topology) -> Setup:
     task = tasks.TASKS[config.data.task]
     num_classes, vocab_size = task.num_classes(**options), task.vocab_size(**options)
     seq_len, tx = config.data.seq_len, make_optimizer(config)
-    model = models.build(
-        config, seq_len=seq_len, num_classes=num_classes, vocab_size=vocab_size
-    )
+    model = models.build(config, seq_len=seq_len, num_classes=num_classes, vocab_size=vocab_size)
     abstract = abstract_state(model, tx, mesh, seq_len)
     batch, eval_batch = (
         abstract_batch(rows, seq_len, mesh, by_position=task.OBJECTIVE != "class")

@@ -45,7 +45,6 @@ def log_spectral_distance(x_BND: Positions, y_BND: Positions, mask_BN: PositionM
         return jnp.mean(jnp.square(x_BDF - y_BDF), axis=2)
 
     activation = ("batch", "position", "channel")
-    channel = "channel" if shards == 1 else "exchanged_channel"
-    run = shard_op(op, (activation, activation, ("batch",)), ("batch", channel))
+    run = shard_op(op, (activation, activation, ("batch",)), ("batch", "exchanged_channel"))
     x_BND, y_BND = (jnp.where(valid, a.astype(jnp.float32), 0.0) for a in (x_BND, y_BND))
     return jnp.mean(run(x_BND, y_BND, count_B), axis=1)

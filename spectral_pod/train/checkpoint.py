@@ -43,7 +43,109 @@ _FAILED = -2  # a process could not say
 _HASH_THREADS = 8
 
 
-class Checkpointer:
+class SealedSteps:
+    """The steps that lie in a directory, and their seals. Changes nothing there, so that one may
+    read what a running job writes.
+    """
+
+    def __init__(self, directory: str):
+        """`directory`: a path or a gs:// URL, beside which the seals are."""
+        self._remote = "://" in directory
+        self.directory = epath.Path(directory if self._remote else os.path.abspath(directory))
+        self._seals = self.directory.parent / "seals"
+
+    @property
+    def latest_sound_step(self) -> int | None:
+        """The newest step with a seal; to restore is what compares the bytes."""
+        return max(self._sealed_steps(), default=None)
+
+    def choose(self, step: int | None = None) -> int:
+        """The newest sealed step whose bytes match its seal, or `step` itself if they do.
+
+        Raises:
+          CheckpointError: there is none, or the bytes of `step` differ from its seal.
+        """
+        sealed = sorted(self._sealed_steps(), reverse=True)
+        if step is not None and step not in sealed:
+            there = ", ".join(map(str, sealed)) or "none"
+            raise CheckpointError(
+                f"{self.directory} has no sealed checkpoint of step {step}; there are: {there}"
+            )
+        for candidate in sealed if step is None else [step]:
+            faults = self._faults(candidate)
+            if not faults:
+                return candidate
+            told = f"checkpoint step {candidate} is not sound: {'; '.join(faults)}"
+            if step is not None:
+                raise CheckpointError(f"{told}; take another step of {self.directory}")
+            logging.error("%s; the one before is tried", told)
+        raise CheckpointError(f"{self.directory} holds no sound checkpoint; train first")
+
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of a step's arrays by their '/'-joined names."""
+        return {
+            name: tuple(leaf.shape) for name, leaf in _named_leaves(self._metadata(step)).items()
+        }
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The parameters of a step that `choose` gave, without the rest of its state.
+
+        Args:
+          abstract_params: as the `abstract_state` of `Checkpointer.restore`, parameters only.
+
+        Raises:
+          CheckpointError: they are of another model; says how.
+        """
+        wanted = {"params": abstract_params}
+        held = {name: x for name, x in described(self._metadata(step)).items() if _is_param(name)}
+        check_same_model(self.directory / str(step), held, described(wanted))
+        args = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        return ocp.PyTreeCheckpointHandler().restore(self._item(step), args=args)["params"]
+
+    def _metadata(self, step: int) -> Any:
+        return ocp.PyTreeCheckpointHandler().metadata(self._item(step)).tree
+
+    def _item(self, step: int) -> Any:
+        return self.directory / str(step) / "default"  # as the CheckpointManager names it
+
+    def _faults(self, step: int) -> list[str]:
+        """How the files of a step differ from its seal; empty for a sound step."""
+        if not self._seal_path(step).exists():
+            return ["it has no seal: its writer was stopped before the step was complete"]
+        sealed = self._read_seal(step).get("files")
+        if not isinstance(sealed, dict):
+            return [f"its seal {self._seal_path(step)} is damaged"]
+        present = _digests(self.directory / str(step))
+        missing = [f"{name} is missing" for name in sealed.keys() - present.keys()]
+        added = [f"{name} was added" for name in present.keys() - sealed.keys()]
+        common = sealed.keys() & present.keys()
+        altered = [f"{name} is altered" for name in common if sealed[name] != present[name]]
+        return sorted(missing + added + altered)
+
+    def _steps(self) -> set[int]:
+        """The steps that Orbax takes for complete."""
+        found = ocp.path.step.standard_name_format().find_all(self.directory)
+        return {step.step for step in found}
+
+    def _sealed_steps(self) -> set[int]:
+        return {step for step in self._steps() if self._seal_path(step).exists()}
+
+    def _seal_path(self, step: int) -> Any:
+        return self._seals / f"{step}.json"
+
+    def _read_seal(self, step: int) -> dict[str, Any]:
+        """The seal of a step; empty where it is damaged."""
+        try:
+            return dict(json.loads(self._seal_path(step).read_text()))
+        except (ValueError, TypeError):
+            return {}
+
+
+class Checkpointer(SealedSteps):
     """Saves and restores a training state: any pytree of `jax.Array`s, sharded in any way.
 
     All processes make the same calls in the same order. One save runs at a time, in the background;
@@ -69,12 +171,10 @@ class Checkpointer:
         """
         if keep_latest < 1:
             raise CheckpointError(f"keep_latest is {keep_latest}; at least one step must be kept")
+        super().__init__(directory)
         self._keep_latest = keep_latest
         self._keep_best = keep_best
         self._best_metric = best_metric
-        self._remote = "://" in directory
-        self.directory = epath.Path(directory if self._remote else os.path.abspath(directory))
-        self._seals = self.directory.parent / "seals"
         self._quarantined = self.directory.parent / "quarantine"
         try:
             self._manager = ocp.CheckpointManager(
@@ -132,23 +232,12 @@ class Checkpointer:
         step = self._agree(self._newest_sound)
         if step == _NONE:
             return None
-        held, wanted = _leaves(self._manager.item_metadata(step)), _leaves(abstract_state)
-        differences = [
-            f"  {path}: checkpoint {held.get(path, 'absent')}, model {wanted.get(path, 'absent')}"
-            for path in sorted(held.keys() | wanted.keys())
-            if held.get(path) != wanted.get(path)
-        ]
-        if differences:  # Orbax would convert another dtype without a word
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} is of another model; restore it with the "
-                "configuration that wrote it, or choose another workdir:\n" + "\n".join(differences)
-            )
+        check_same_model(
+            self.directory / str(step),
+            described(self._manager.item_metadata(step)),
+            described(abstract_state),
+        )
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-
-    @property
-    def latest_sound_step(self) -> int | None:
-        """The newest step with a seal; `restore` is what compares the bytes."""
-        return max(self._sealed_steps(), default=None)
 
     def check(self) -> None:
         """Raises the failure of a background save that has ended; never waits. Call it often."""
@@ -257,20 +346,6 @@ class Checkpointer:
             if path.name not in kept_seals:
                 path.unlink()
 
-    def _faults(self, step: int) -> list[str]:
-        """How the files of a step differ from its seal; empty for a sound step."""
-        if not self._seal_path(step).exists():
-            return ["it has no seal: its writer was stopped before the step was complete"]
-        sealed = self._read_seal(step).get("files")
-        if not isinstance(sealed, dict):
-            return [f"its seal {self._seal_path(step)} is damaged"]
-        present = _digests(self.directory / str(step))
-        missing = [f"{name} is missing" for name in sealed.keys() - present.keys()]
-        added = [f"{name} was added" for name in present.keys() - sealed.keys()]
-        common = sealed.keys() & present.keys()
-        altered = [f"{name} is altered" for name in common if sealed[name] != present[name]]
-        return sorted(missing + added + altered)
-
     def _quarantine(self, step: int, faults: list[str]) -> None:
         n = 0
         while (target := self._quarantined / f"{step}-{n}").exists():
@@ -282,24 +357,6 @@ class Checkpointer:
         self._seal_path(step).unlink(missing_ok=True)
         reasons = "; ".join(faults)
         logging.error("checkpoint step %d is not sound: %s; moved to %s", step, reasons, target)
-
-    def _steps(self) -> set[int]:
-        """The steps that Orbax takes for complete."""
-        found = ocp.path.step.standard_name_format().find_all(self.directory)
-        return {step.step for step in found}
-
-    def _sealed_steps(self) -> set[int]:
-        return {step for step in self._steps() if self._seal_path(step).exists()}
-
-    def _seal_path(self, step: int) -> Any:
-        return self._seals / f"{step}.json"
-
-    def _read_seal(self, step: int) -> dict[str, Any]:
-        """The seal of a step; empty where it is damaged."""
-        try:
-            return dict(json.loads(self._seal_path(step).read_text()))
-        except (ValueError, TypeError):
-            return {}
 
     def _failure(self, step: int, error: BaseException) -> CheckpointError:
         free = (
@@ -331,9 +388,38 @@ def _digests(directory: Any) -> dict[str, dict[str, Any]]:
         return {str(path.relative_to(directory)): d for path, d in zip(files, digests, strict=True)}
 
 
-def _leaves(tree: Any) -> dict[str, str]:
-    """Dtype and shape of every array of a state, or of what Orbax knows of one, by its path."""
+def check_same_model(path: Any, held: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Compares what is `described` of a checkpoint and of a model.
+
+    Orbax would convert another dtype without a word.
+
+    Raises:
+      CheckpointError: lists every array that is missing, unknown, or of another shape or dtype.
+    """
+    differences = [
+        f"  {name}: checkpoint {held.get(name, 'absent')}, model {wanted.get(name, 'absent')}"
+        for name in sorted(held.keys() | wanted.keys())
+        if held.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"checkpoint {path} is of another model; restore it with the configuration that wrote "
+            "it, or choose another workdir:\n" + "\n".join(differences)
+        )
+
+
+def _is_param(name: str) -> bool:
+    return name.startswith("params/")
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Every array of a state, or what Orbax knows of one, by its path."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def described(tree: Any) -> dict[str, str]:
+    """Dtype and shape of every array of a tree, by its path."""
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in _named_leaves(tree).items()}

@@ -48,9 +48,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
       UserError: see `errors.py`; whatever was checkpointed before stays.
     """
     started = time.time()
-    config_lib.validate(
-        config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal()
-    )
+    config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
 
     # ---- mesh
     mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count()))

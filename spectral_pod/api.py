@@ -1,0 +1,280 @@
+"""The models as Python objects: `from spectral_pod import SpectralGPT, Config`.
+
+Thin over `models` and `generate`: each class holds the Linen module that training uses (`module`,
+its layers written out) and its parameters (`params`), and runs them on a mesh.
+"""
+
+import difflib
+import functools
+from collections.abc import Mapping
+from typing import Any, AnyStr, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spectral_pod import config as config_lib
+from spectral_pod import models
+from spectral_pod.data.tasks import TASKS
+from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.generate import export
+from spectral_pod.generate.restore import (
+    Trained,
+    abstract_params,
+    check,
+    fitted,
+    init_params,
+    one_device,
+    restore_for_inference,
+)
+from spectral_pod.generate.sampling import Sampling
+from spectral_pod.generate.text import continuations
+from spectral_pod.layers.block import unstack
+from spectral_pod.parallel.sharding import num_shards
+from spectral_pod.shapes import PAD
+
+
+def Config(**fields: Any) -> ConfigDict:
+    """`config.default()` with some fields changed.
+
+    Keywords are fields of `config.model`, or sections of the configuration; sections take mappings,
+    and names may be dotted.
+
+    >>> config = Config(num_layers=2, memory={"head_dim": 32}, data={"seq_len": 512})
+    >>> config.model.num_layers, config.model.memory.head_dim, config.data.seq_len
+    (2, 32, 512)
+    >>> Config(**{"model.wavelet.levels": 4}).model.wavelet.levels
+    4
+
+    Raises:
+      ConfigError: there is no such field, or its value is of another type.
+    """
+    config = config_lib.default()
+    for name, value in fields.items():
+        first = name.partition(".")[0]
+        section = config if first in config and first not in config.model else config.model
+        _set(section, name, value)
+    return config
+
+
+def _set(section: ConfigDict, name: str, value: Any) -> None:
+    name, _, rest = name.partition(".")
+    if rest:
+        value = {rest: value}
+    free = name == "options"  # of a task: checked by the task itself
+    if name not in section:
+        near = difflib.get_close_matches(name, list(section), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(section)}"
+        raise ConfigError(f"Config has no field {name!r}{hint}")
+    if isinstance(section[name], ConfigDict) and isinstance(value, Mapping) and not free:
+        for key, item in value.items():
+            _set(section[name], key, item)
+        return
+    try:
+        section[name] = ConfigDict(value) if free else value
+    except TypeError as error:
+        raise ConfigError(f"Config field {name!r}: {error}") from error
+
+
+class Model:
+    """What the models share.
+
+    A new one has the parameters that training starts with, by `config.seed`, on a mesh of
+    `parallel.mesh.make_mesh`; by default on one device.
+
+    Attributes:
+      config: of the model and its training.
+      module: the Linen module of `models`, with its layers written out.
+      params: its parameters, float32.
+      mesh: that they are on, and that it runs on.
+    """
+
+    name: str  # in `models.MODELS`
+    default_task: str  # of a configuration that names none
+
+    def __init__(self, config: ConfigDict, *, num_classes: int, mesh: Mesh | None = None):
+        config = config.copy_and_resolve_references()
+        config.model.name = self.name
+        config.data.task = config.data.task or self.default_task
+        check(config)
+        mesh = mesh or one_device()
+        vocab_size = TASKS[config.data.task].vocab_size(**config.data.options.to_dict())
+        build = functools.partial(
+            models.build,
+            fitted(config, mesh, config.model.dtype),
+            seq_len=config.data.seq_len,
+            num_classes=num_classes,
+            vocab_size=vocab_size,
+        )
+        module, rows = build(decoding=True), mesh.shape["data"] * mesh.shape["fsdp"]
+        _, shardings = abstract_params(module, mesh)
+
+        def init() -> Any:
+            return unstack(nn.unbox(init_params(build(), config.seed, rows)))
+
+        with jax.set_mesh(mesh):
+            params = jax.jit(init, out_shardings=shardings)()
+        self._use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, ""))
+
+    def _use(self, trained: Trained) -> None:
+        self._trained = trained
+        self.config, self.mesh = trained.config, trained.mesh
+        self.module, self.params = trained.module, trained.params
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        workdir: str,
+        *,
+        step: int | None = None,
+        mesh: Mesh | None = None,
+        dtype: str = "float32",
+    ) -> Self:
+        """The model of a run; see `generate.restore.restore_for_inference`.
+
+        Raises:
+          UserError: there is no sound checkpoint, or the model is of another class.
+        """
+        trained = restore_for_inference(workdir, step=step, mesh=mesh, dtype=dtype)
+        return cls._holding(trained, workdir)
+
+    @classmethod
+    def from_export(
+        cls, directory: str, *, mesh: Mesh | None = None, dtype: str = "float32"
+    ) -> Self:
+        """The model of a folder that `python -m tools.export` wrote.
+
+        Raises:
+          UserError: there is none, it is damaged, or the model is of another class.
+        """
+        return cls._holding(export.load(directory, mesh=mesh, dtype=dtype), directory)
+
+    @classmethod
+    def _holding(cls, trained: Trained, origin: str) -> Self:
+        name = trained.config.model.name
+        if name != cls.name:
+            raise ConfigError(
+                f"{origin} holds a {name}; load it with spectral_pod.{models.MODELS[name].__name__}"
+            )
+        model = cls.__new__(cls)
+        model._use(trained)
+        return model
+
+    def __call__(self, tokens_BL: Any) -> jax.Array:
+        """float32 logits of int tokens [B, L], `shapes.PAD` where there is none."""
+        with jax.set_mesh(self.mesh):
+            return _apply(self.module, self.params, jnp.asarray(tokens_BL, jnp.int32))
+
+    def count_parameters(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.params))
+
+
+class SpectralModel(Model):
+    """A classifier of byte sequences.
+
+    >>> config = Config(num_layers=2, hidden_dim=16, embed_dim=8, data={"seq_len": 64})
+    >>> model = SpectralModel(config, num_classes=10)
+    >>> f"{model.count_parameters():,} parameters"
+    '10,652 parameters'
+    >>> model.classify(b"a record of bytes").shape
+    (10,)
+    """
+
+    name, default_task = "spectral_model", "content_type"
+
+    def classify(self, record: bytes) -> np.ndarray:
+        """float32 logits [C] of one record, of at most `config.data.seq_len` bytes.
+
+        Called with int tokens [B, L], L a multiple of 4, a model gives those of a batch, [B, C].
+
+        Raises:
+          DataError: the record is empty or too long.
+        """
+        seq_len = self.config.data.seq_len
+        if not 0 < len(record) <= seq_len:
+            raise DataError(f"a record of {len(record)} bytes; this model takes 1 to {seq_len}")
+        with jax.set_mesh(self.mesh):
+            rows = num_shards("batch")
+        tokens_BL = np.full((rows, seq_len), PAD, np.int32)
+        tokens_BL[:, : len(record)] = np.frombuffer(record, np.uint8)
+        return np.asarray(self(tokens_BL))[0]
+
+
+class _LanguageModel(Model):
+    default_task = "lm"
+
+    def __init__(self, config: ConfigDict, *, mesh: Mesh | None = None):
+        task = TASKS[config.data.task or self.default_task]
+        classes = task.num_classes(**config.data.options.to_dict())
+        super().__init__(config, num_classes=classes, mesh=mesh)
+
+    def generate(
+        self,
+        prompt: AnyStr,
+        *,
+        max_length: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | bytes = "",
+    ) -> AnyStr:
+        """What the model writes after a prompt, without the prompt.
+
+        Args:
+          prompt: at least one byte. Of a str comes a str, in which U+FFFD stands for bytes that are
+            no UTF-8; of bytes come bytes.
+          max_length: most bytes to write; fewer where the document ends.
+          temperature, top_k, top_p: see `generate.sampling.Sampling`.
+          seed: of the random draws; the same one gives the same text on every mesh.
+          stop: the text ends before this; empty for none.
+
+        Raises:
+          ValueError: the prompt is empty.
+          ConfigError: the model does not predict bytes.
+        """
+        given = prompt.encode() if isinstance(prompt, str) else prompt
+        with jax.set_mesh(self.mesh):
+            pieces = continuations(
+                self._trained,
+                [given],
+                num_bytes=max_length,
+                seed=seed,
+                sampling=Sampling(temperature, top_k, top_p),
+                stop=stop.encode() if isinstance(stop, str) else stop,
+            )
+            written = b"".join(piece for (piece,) in pieces)
+        return written.decode(errors="replace") if isinstance(prompt, str) else written
+
+
+class SpectralGPT(_LanguageModel):
+    """A language model of bytes: causal long convolutions with delta memories.
+
+    >>> model = SpectralGPT(Config(num_layers=2, hidden_dim=16, data={"seq_len": 64}))
+    >>> f"{model.count_parameters():,} parameters"
+    '19,603 parameters'
+    >>> len(model.generate(b"The signal processing approach", max_length=8))
+    8
+    """
+
+    name = "spectral_gpt"
+
+
+class SpectralLLM(_LanguageModel):
+    """A language model of bytes: harmonic embeddings and wavelet attention.
+
+    >>> config = Config(num_layers=1, hidden_dim=16, wavelet={"levels": 2}, data={"seq_len": 64})
+    >>> model = SpectralLLM(config)
+    >>> isinstance(model.generate("The signal processing approach", max_length=8), str)
+    True
+    """
+
+    name = "spectral_llm"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module: nn.Module, params: Any, tokens_BL: jax.Array) -> jax.Array:
+    return module.apply({"params": params}, tokens_BL, tokens_BL != PAD)

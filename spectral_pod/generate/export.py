@@ -1,0 +1,192 @@
+"""A trained model as a folder to give away, and back, to the bit.
+
+DIR/model.safetensors   float32 parameters, by names such as layer_0.hyena.filter
+DIR/config.json         the configuration of the run and what else `Trained` holds; written last
+DIR/README.md           the model card
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from spectral_pod import models
+from spectral_pod.errors import CheckpointError, DataError
+from spectral_pod.generate.restore import (
+    Trained,
+    abstract_params,
+    fitted,
+    one_device,
+    recorded_config,
+)
+from spectral_pod.train.checkpoint import check_same_model, described
+
+_PARAMETERS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+
+
+def save(
+    trained: Trained,
+    directory: str,
+    *,
+    result: Mapping[str, Any] | None = None,
+    license: str | None = None,
+) -> None:
+    """Writes a trained model to a new or empty folder.
+
+    Args:
+      result: the content of the run's result.json, if it has ended.
+      license: an identifier for the card, such as 'apache-2.0'; None leaves it out.
+
+    Raises:
+      DataError: the folder holds something already.
+    """
+    folder = pathlib.Path(directory)
+    refuse_if_used(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    params = {
+        name: np.asarray(x, order="C")
+        for name, x in traverse_util.flatten_dict(trained.params, sep=".").items()
+    }
+    data = safetensors.numpy.save(params)
+    (folder / _PARAMETERS).write_bytes(data)  # `save_file` would let nobody else read it
+    (folder / _CARD).write_text(card(trained, result, license))
+    facts = {
+        "config": trained.config.to_dict(),
+        "num_classes": trained.num_classes,
+        "vocab_size": trained.vocab_size,
+        "step": trained.step,
+        "data_digest": trained.data_digest,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    (folder / _CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") -> Trained:
+    """What `save` wrote; `mesh` and `dtype` as for `restore_for_inference`.
+
+    Raises:
+      DataError: there is no exported model in the folder.
+      ConfigError: it is of another version, or does not fit the mesh.
+      CheckpointError: its parameters are damaged, or another model's.
+    """
+    folder = pathlib.Path(directory)
+    for name in (_CONFIG, _PARAMETERS):
+        if not (folder / name).exists():
+            raise DataError(f"{directory} holds no exported model: it has no {name}")
+    facts = json.loads((folder / _CONFIG).read_text())
+    data = (folder / _PARAMETERS).read_bytes()
+    if facts["sha256"] != hashlib.sha256(data).hexdigest():
+        raise CheckpointError(
+            f"{folder / _PARAMETERS} is damaged: its sha256 is not the one in {_CONFIG}; get or "
+            "export the model again"
+        )
+    mesh = mesh or one_device()
+    config = recorded_config(facts["config"], str(folder / _CONFIG))
+    module = models.build(
+        fitted(config, mesh, dtype),
+        seq_len=config.data.seq_len,
+        num_classes=facts["num_classes"],
+        vocab_size=facts["vocab_size"],
+        decoding=True,
+    )
+    params = traverse_util.unflatten_dict(safetensors.numpy.load(data), sep=".")
+    wanted, shardings = abstract_params(module, mesh)
+    check_same_model(folder, described(params), described(wanted))
+    return Trained(
+        config,
+        mesh,
+        module,
+        jax.device_put(params, shardings),
+        facts["step"],
+        facts["num_classes"],
+        facts["vocab_size"],
+        facts["data_digest"],
+    )
+
+
+def refuse_if_used(directory: str) -> None:
+    """Raises a `DataError` if a folder holds something."""
+    folder = pathlib.Path(directory)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{directory} holds something already; give a new or an empty folder")
+
+
+def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None) -> str:
+    """The model card, in Markdown with the fields that the Hugging Face Hub reads."""
+    config = trained.config
+    cls = models.MODELS[config.model.name].__name__  # as in spectral_pod.api
+    num_params = sum(x.size for x in jax.tree.leaves(trained.params))
+    fields = ["library_name: spectral_pod", "tags: [byte-level, spectral, jax]"]
+    if license:
+        fields.insert(0, f"license: {license}")
+    if trained.objective == "next":
+        fields.append("pipeline_tag: text-generation")
+        predicts = "the byte that follows, or the end of a document"
+        use = 'print(model.generate("To be", max_length=200))'
+    elif trained.objective == "class":
+        predicts = f"one of {trained.num_classes} classes"
+        use = 'print(model.classify(b"some bytes").argmax())'
+    else:
+        predicts = f"one of {trained.num_classes} symbols at every position"
+        use = "print(model(tokens).argmax(-1))  # int tokens [batch, length]"
+    options = ", ".join(f"{name}={value!r}" for name, value in config.data.options.items())
+    return "\n".join(
+        [
+            "---",
+            *fields,
+            "---",
+            "",
+            f"# {cls}, task {config.data.task}",
+            "",
+            f"A {cls} that reads bytes and predicts {predicts}. Trained with spectral_pod.",
+            "",
+            f"- {num_params:,} float32 parameters",
+            f"- {config.model.num_layers} layers of width {config.model.hidden_dim}, the blocks "
+            f"repeating {', '.join(models.pattern(config))}",
+            f"- trained for {trained.step:,} steps of {config.train.global_batch_size} x "
+            f"{config.data.seq_len} bytes",
+            "",
+            "## Data",
+            "",
+            f"Task `{config.data.task}`{f' with {options}' if options else ''}; sha256 of the data "
+            f"`{trained.data_digest}`.",
+            "",
+            "## Results",
+            "",
+            *_results(trained, result),
+            "",
+            "## Use",
+            "",
+            "```python",
+            f"from spectral_pod import {cls}",
+            "",
+            f'model = {cls}.from_export("this folder")',
+            use,
+            "```",
+            "",
+            "## License",
+            "",
+            license or "None is stated.",
+            "",
+        ]
+    )
+
+
+def _results(trained: Trained, result: Mapping[str, Any] | None) -> list[str]:
+    if result is None or result["step"] != trained.step:
+        return ["None are recorded of this step."]
+    scores = {name: x for name, x in result["eval"].items() if isinstance(x, int | float)}
+    return [
+        f"On the {result['eval']['split']} split:",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name.replace('_', ' ')} | {x:.6g} |" for name, x in scores.items()),
+    ]

@@ -1,0 +1,181 @@
+"""A trained model, ready for use: read from the workdir of a run, onto any mesh.
+
+A model that is used has its layers by themselves (`layers.block.unstack`), whichever form it was
+trained in: that is what decoding needs, and it names the parameters of an export plainly.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spectral_pod import config as config_lib
+from spectral_pod import models
+from spectral_pod.data.tasks import TASKS
+from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.layers.block import unstack
+from spectral_pod.layers.mixers import can_be_causal
+from spectral_pod.parallel.mesh import AXES, make_mesh
+from spectral_pod.parallel.sharding import num_shards, tree_shardings
+from spectral_pod.train.checkpoint import SealedSteps
+from spectral_pod.train.state import abstract_state
+
+
+class Trained(NamedTuple):
+    """A model that is used and no longer trained.
+
+    Attributes:
+      config: of its run.
+      mesh: that the parameters are on; to be set where the module is applied.
+      module: of `models.build(..., decoding=True)`; also reads whole sequences.
+      params: float32, of `layers.block.unstack`.
+      step: of training.
+      num_classes: of its logits.
+      vocab_size: rows of the embedding.
+      data_digest: of what it was trained on.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    module: nn.Module
+    params: Any
+    step: int
+    num_classes: int
+    vocab_size: int
+    data_digest: str
+
+    @property
+    def objective(self) -> str:
+        """'class', 'next' or 'positions', see `data/tasks`."""
+        return str(TASKS[self.config.data.task].OBJECTIVE)
+
+
+def restore_for_inference(
+    workdir: str, *, step: int | None = None, mesh: Mesh | None = None, dtype: str = "float32"
+) -> Trained:
+    """The model of a run; reads its configuration and parameters and changes nothing there.
+
+    In one process, whatever the number of those that trained.
+
+    Args:
+      workdir: a folder or a gs:// URL. Its run may still be training, on any mesh.
+      step: of a checkpoint; None is the newest sound one.
+      mesh: where the parameters go; None is the first device alone.
+      dtype: of activations and products, whatever the run had.
+
+    Raises:
+      DataError: there is no run in the workdir.
+      ConfigError: its configuration is that of another version, or does not fit the mesh.
+      CheckpointError: it has no such sound checkpoint, or one of another model.
+    """
+    file = epath.Path(workdir) / "config.json"
+    if not file.exists():
+        raise DataError(f"{workdir} is no workdir of a run: it has no config.json")
+    recorded = json.loads(file.read_text())
+    config = recorded_config(recorded["config"], str(file))
+    saved = SealedSteps(f"{workdir}/checkpoints")
+    step = saved.choose(step)
+    # Of classes a task knows only the most there can be; how many there were is in the data.
+    num_classes = saved.shapes(step)["params/head/bias"][0]
+    vocab_size = TASKS[config.data.task].vocab_size(**config.data.options.to_dict())
+    mesh = mesh or one_device()
+    build = functools.partial(
+        models.build,
+        fitted(config, mesh, dtype),
+        seq_len=config.data.seq_len,
+        num_classes=num_classes,
+        vocab_size=vocab_size,
+    )
+    stacked = abstract_state(build(), optax.identity(), mesh, config.data.seq_len).params
+    module = build(decoding=True)
+    _, shardings = abstract_params(module, mesh)
+    with jax.set_mesh(mesh):
+        params = saved.restore_params(step, stacked)
+        params = jax.jit(unstack, out_shardings=shardings)(params)
+    return Trained(
+        config, mesh, module, params, step, num_classes, vocab_size, recorded["data_digest"]
+    )
+
+
+def recorded_config(fields: dict[str, Any], file: str) -> ConfigDict:
+    """The configuration that a file has recorded, checked.
+
+    Fields that are newer than the file get their defaults, which are to leave older models as they
+    were, and are logged.
+
+    Raises:
+      ConfigError: it has fields or values that this version does not know.
+    """
+    newer = _fill(fields, config_lib.default().to_dict())
+    if newer:
+        logging.warning("%s is older than %s: the defaults are taken", file, ", ".join(newer))
+    config = ConfigDict(fields)
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{file} is of another version of spectral_pod; use that one ({error})"
+        ) from error
+    return config
+
+
+def _fill(fields: dict[str, Any], defaults: Mapping[str, Any], prefix: str = "config") -> list[str]:
+    """Puts defaults where fields are missing; returns the names of these."""
+    missing = []
+    for name, value in defaults.items():
+        if name not in fields:
+            fields[name] = value
+            missing.append(f"{prefix}.{name}")
+        elif isinstance(value, Mapping):
+            missing += _fill(fields[name], value, f"{prefix}.{name}")
+    return missing
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a `ConfigError` for what can be checked without devices or data."""
+    config_lib.validate(config, tasks=TASKS, models=models.MODELS, mixers=can_be_causal())
+
+
+def one_device() -> Mesh:
+    """The first device alone."""
+    return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+
+
+def fitted(config: ConfigDict, mesh: Mesh, dtype: str) -> ConfigDict:
+    """The configuration of a run for the use of its model on a mesh, in a dtype.
+
+    Raises:
+      ConfigError: the mesh cannot split the model.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.dtype = dtype
+    config.mesh.update(mesh.shape)
+    # The mesh need not split training's batches.
+    config.train.grad_accumulation = 1
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    config.train.global_batch_size = config.train.eval_batch_size = rows
+    config_lib.validate_mesh(config, mesh.size)
+    return config
+
+
+def abstract_params(module: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """The parameters of a model as shapes, and where they go on a mesh."""
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(lambda: init_params(module, 0, num_shards("batch")))
+    return nn.unbox(boxed), tree_shardings(boxed, mesh)
+
+
+def init_params(module: Any, seed: int, rows: int = 1) -> Any:
+    """The parameters that training starts with, boxed; `rows` is a multiple of the mesh's."""
+    shape = rows, module.config.max_positions * module.bytes_per_position
+    tokens_BL = jnp.zeros(shape, jnp.int32)
+    return module.init(jax.random.key(seed), tokens_BL, jnp.ones(shape, bool))["params"]

@@ -1,0 +1,209 @@
+"""A trained model is restored from its workdir alone, to the bit, and nothing there changes."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectral_pod import models
+from spectral_pod.errors import CheckpointError, ConfigError, DataError
+from spectral_pod.generate.restore import restore_for_inference
+from spectral_pod.generate.text import UntilStop, continuations, decoded
+from spectral_pod.layers.block import unstack
+from spectral_pod.shapes import PAD
+from tests.tiny_run import DIGEST, tiny_config, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(a workdir with steps 1 and 2, the parameters of step 2 as they were trained)."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, write_run(workdir, steps=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """The same of a classifier whose data have fewer classes than its task knows."""
+    workdir = tmp_path_factory.mktemp("classifier")
+    config = tiny_config(**{"model.name": "spectral_model", "data.task": "content_type"})
+    return workdir, write_run(workdir, config, num_classes=4)
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return shutil.copytree(run[0], tmp_path / "run")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_parameters_are_those_of_the_run(run):
+    workdir, params = run
+    before = contents(workdir)
+    trained = restore_for_inference(str(workdir))
+    assert contents(workdir) == before
+    jax.tree.map(np.testing.assert_array_equal, trained.params, unstack(params))
+    assert (trained.step, trained.num_classes, trained.vocab_size) == (2, 257, 260)
+    assert (trained.objective, trained.data_digest) == ("next", DIGEST)
+    assert trained.config.to_dict() == json.loads(json.dumps(tiny_config().to_dict()))
+    assert restore_for_inference(str(workdir), step=1).step == 1
+
+
+@pytest.mark.parametrize("fixture", ["run", "classifier"])
+def test_logits_are_those_of_the_trained_model(request, fixture):
+    """Layers by themselves compute what the scanned stack does."""
+    workdir, params = request.getfixturevalue(fixture)
+    trained = restore_for_inference(str(workdir))
+    config = trained.config.copy_and_resolve_references()
+    config.model.dtype = "float32"
+    stacked = models.build(config, seq_len=96, num_classes=trained.num_classes)
+    tokens = np.random.default_rng(0).integers(0, 256, (3, 64))
+    tokens[1, 40:] = PAD
+    logits = [
+        jax.jit(module.apply)({"params": p}, jnp.asarray(tokens), jnp.asarray(tokens != PAD))
+        for module, p in ((stacked, params), (trained.module, trained.params))
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def test_bfloat16_when_asked(run):
+    trained = restore_for_inference(str(run[0]), dtype="bfloat16")
+    assert trained.module.config.dtype == "bfloat16"
+    assert {x.dtype for x in jax.tree.leaves(trained.params)} == {jnp.dtype("float32")}
+
+
+# ---- what can be wrong
+
+
+def test_no_workdir(tmp_path):
+    with pytest.raises(DataError, match=r"no config\.json"):
+        restore_for_inference(str(tmp_path / "none"))
+
+
+def test_no_checkpoint(copied):
+    shutil.rmtree(copied / "checkpoints")
+    (copied / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        restore_for_inference(str(copied))
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        restore_for_inference(str(copied))
+    assert not (copied / "checkpoints").exists()
+
+
+def test_no_such_step(copied):
+    with pytest.raises(CheckpointError, match="no sealed checkpoint of step 7; there are: 2, 1"):
+        restore_for_inference(str(copied), step=7)
+
+
+def test_a_damaged_step_is_passed_over_and_left_where_it_is(copied):
+    largest = max((copied / "checkpoints/2").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    before = contents(copied)
+    assert restore_for_inference(str(copied)).step == 1
+    with pytest.raises(CheckpointError, match=r"step 2 is not sound: .* is altered"):
+        restore_for_inference(str(copied), step=2)
+    assert contents(copied) == before
+
+
+def test_a_step_that_is_being_written_is_none(copied):
+    (copied / "seals/2.json").unlink()
+    shutil.copytree(copied / "checkpoints/1", copied / "checkpoints/3.orbax-checkpoint-tmp")
+    before = contents(copied)
+    assert restore_for_inference(str(copied)).step == 1
+    assert contents(copied) == before
+
+
+def change_model(workdir, change):
+    recorded = json.loads((workdir / "config.json").read_text())
+    change(recorded["config"]["model"])
+    (workdir / "config.json").write_text(json.dumps(recorded))
+
+
+def test_fields_of_another_version(copied):
+    change_model(copied, lambda model: model.update(num_experts=2))
+    with pytest.raises(ConfigError, match=r"another version.*config\.model\.num_experts"):
+        restore_for_inference(str(copied))
+
+
+def test_fields_that_came_later_have_their_defaults(run, copied, caplog):
+    change_model(copied, lambda model: (model.pop("norm"), model.pop("selective")))
+    assert restore_for_inference(str(copied)).config == restore_for_inference(str(run[0])).config
+    assert "older than config.model.norm, config.model.selective" in caplog.text
+
+
+def test_parameters_of_another_model(copied):
+    change_model(copied, lambda model: model.update(mlp_expansion=2.0))
+    with pytest.raises(CheckpointError, match=r"feed_forward.*checkpoint float32\[.*model float32"):
+        restore_for_inference(str(copied))
+
+
+def test_a_classifier_writes_no_text(classifier):
+    trained = restore_for_inference(str(classifier[0]))
+    assert (trained.num_classes, trained.objective) == (4, "class")
+    with pytest.raises(ConfigError, match=r"spectral_model trained on 'content_type'"):
+        next(continuations(trained, [b"x"], num_bytes=1))
+
+
+# ---- text
+
+
+def cuts(data, rng):
+    """`data` in pieces, some of them empty."""
+    places = sorted(rng.integers(0, len(data) + 1, rng.integers(0, 6)).tolist())
+    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)])]
+
+
+def test_nothing_of_a_stop_string_is_shown():
+    rng = np.random.default_rng(0)
+    stopped = 0
+    for _ in range(3000):
+        data = bytes(rng.choice(list(b"ab"), rng.integers(0, 12)).tolist())
+        stop = bytes(rng.choice(list(b"ab"), rng.integers(0, 5)).tolist())
+        text, shown = UntilStop(stop), b""
+        for piece in cuts(data, rng):
+            shown += text.add(piece)
+            assert not stop or stop not in shown
+        found = bool(stop) and stop in data
+        shown += text.end()
+        assert shown == (data[: data.index(stop)] if found else data)
+        assert text.stopped == found
+        stopped += found
+    assert 500 < stopped < 2500
+
+
+def test_what_cannot_begin_a_stop_string_is_not_held_back():
+    text = UntilStop(b"\n\n")
+    assert (text.add(b"one\n"), text.add(b"two"), text.end()) == (b"one", b"\ntwo", b"")
+
+
+def test_characters_come_whole():
+    rng = np.random.default_rng(0)
+    text = "aé€😀"
+    data = text.encode()
+    for _ in range(100):
+        pieces = list(decoded(iter(cuts(data, rng))))
+        assert "".join(pieces) == text
+        assert "\ufffd" not in "".join(pieces)
+    assert "".join(decoded(iter([b"a\xff", "é".encode()[:1]]))) == "a\ufffd\ufffd"
+
+
+def test_a_stop_string_ends_a_continuation(run):
+    trained = restore_for_inference(str(run[0]))
+    prompts = [b"ab", b"a longer prompt"]
+
+    def texts(**options):
+        with jax.set_mesh(trained.mesh):
+            rows = continuations(trained, prompts, num_bytes=90, seed=5, **options)
+            return [b"".join(pieces) for pieces in zip(*rows)]
+
+    whole = texts()
+    assert max(map(len, whole)) > 40
+    stop = max(whole, key=len)[33:35]  # in the second piece
+    assert texts(stop=stop) == [text.partition(stop)[0] for text in whole]

@@ -1,0 +1,153 @@
+"""The models as Python objects; the examples of their docstrings are run as they stand."""
+
+import doctest
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import spectral_pod
+from spectral_pod import Config, SpectralGPT, SpectralLLM, SpectralModel, api, models
+from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.generate import text
+from spectral_pod.generate.restore import one_device
+from spectral_pod.layers.block import unstack
+from spectral_pod.shapes import PAD
+from spectral_pod.train.optim import make_optimizer
+from spectral_pod.train.state import init_state
+from tests.tiny_run import tiny_config, write_run
+
+
+@pytest.mark.parametrize("module", [api, text], ids=lambda module: module.__name__)
+def test_examples(module):
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return SpectralGPT(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    small = {"num_layers": 2, "hidden_dim": 16, "embed_dim": 8, "dtype": "float32"}
+    return SpectralModel(
+        Config(**small, memory={"head_dim": 4}, data={"seq_len": 64}), num_classes=3
+    )
+
+
+def test_the_package_itself_is_light():
+    program = (
+        "import sys, spectral_pod, spectral_pod.ops; "
+        "sys.exit(any(m in sys.modules for m in ('jax', 'spectral_pod.api')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert set(spectral_pod.__all__) <= set(dir(spectral_pod))
+    with pytest.raises(AttributeError, match="SpectralBERT"):
+        _ = spectral_pod.SpectralBERT
+
+
+# ---- Config
+
+
+def test_fields_by_every_name():
+    config = Config(
+        hidden_dim=32,
+        pattern=["hyena"],
+        memory={"num_heads": 2},
+        seed=7,
+        data={"task": "lm", "options": {"source": "a file"}},
+        optimizer={"learning_rate": 1},
+        **{"train.total_steps": 5, "wavelet.levels": 2},
+    )
+    assert (config.model.hidden_dim, config.model.memory.num_heads, config.seed) == (32, 2, 7)
+    assert (config.data.task, config.data.options.source) == ("lm", "a file")
+    assert (config.train.total_steps, config.model.wavelet.levels) == (5, 2)
+    assert config.optimizer.learning_rate == 1.0
+    assert config.model.pattern == ("hyena",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hiden_dim": 3}, "'hiden_dim'; did you mean 'hidden_dim'"),
+        ({"vocab_size": 50257}, "no field 'vocab_size'"),
+        ({"memory": {"heads": 3}}, "no field 'heads'"),
+        ({"train.steps": 3}, "no field 'steps'"),
+        ({"num_layers": "three"}, "'num_layers'"),
+        ({"memory": 3}, "'memory'"),
+    ],
+)
+def test_fields_that_are_none(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**fields)
+
+
+# ---- models
+
+
+def test_a_new_model_is_what_training_starts_with(gpt):
+    config = tiny_config()
+    model = models.build(config, seq_len=config.data.seq_len, num_classes=257)
+    state = init_state(model, make_optimizer(config), one_device(), config.data.seq_len, 0)
+    jax.tree.map(np.testing.assert_array_equal, gpt.params, unstack(state.params))
+    assert gpt.count_parameters() == sum(x.size for x in jax.tree.leaves(state.params))
+    assert isinstance(gpt.module, nn.Module)
+
+
+def test_a_text_comes_as_its_prompt_came(gpt):
+    written = gpt.generate(b"The caf\xc3\xa9", max_length=40, seed=2)
+    assert isinstance(written, bytes)
+    assert 0 < len(written) <= 40
+    assert gpt.generate("The café", max_length=40, seed=2) == written.decode(errors="replace")
+    assert gpt.generate(b"The caf\xc3\xa9", max_length=40, seed=3) != written
+    stop = written[5:7]
+    stopped = gpt.generate(b"The caf\xc3\xa9", max_length=40, seed=2, stop=stop)
+    assert stopped == written[: written.index(stop)]
+    with pytest.raises(ValueError, match="empty"):
+        gpt.generate("")
+
+
+def test_logits_of_every_position(gpt):
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 50))
+    logits = gpt(tokens)
+    assert logits.shape == (2, 50, 257)
+    greedy = gpt.generate(bytes(tokens[0].tolist()), max_length=1, temperature=0)
+    assert greedy == bytes([int(logits[0, -1].argmax())])
+
+
+def test_a_record_and_a_batch_of_tokens(classifier):
+    records = [b"of some bytes", b"x" * 64, b"\x00"]
+    tokens = np.full((3, 64), PAD)
+    for row, record in zip(tokens, records):
+        row[: len(record)] = list(record)
+    logits = classifier(tokens)
+    for record, expected in zip(records, logits):
+        np.testing.assert_allclose(classifier.classify(record), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("record", [b"", b"x" * 65])
+def test_a_record_of_no_length_or_too_long(classifier, record):
+    with pytest.raises(DataError, match=f"{len(record)} bytes; this model takes 1 to 64"):
+        classifier.classify(record)
+
+
+def test_from_checkpoint(tmp_path):
+    params = write_run(tmp_path / "run", steps=(3,))
+    model = SpectralGPT.from_checkpoint(str(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, model.params, unstack(params))
+    assert model.config.data.task == "lm"
+    with pytest.raises(ConfigError, match=r"holds a spectral_gpt; .* spectral_pod\.SpectralGPT"):
+        SpectralLLM.from_checkpoint(str(tmp_path / "run"))
+
+
+def test_a_model_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"model\.pattern has 'spectral'"):
+        SpectralGPT(Config(pattern=("spectral",)))
+    with pytest.raises(ConfigError, match=r"task .listops. needs one of"):
+        SpectralGPT(Config(data={"task": "listops"}))

@@ -1,0 +1,59 @@
+"""A workdir as a run leaves it, without the run: perturbed parameters through the real doors."""
+
+import jax
+import jax.numpy as jnp
+
+from spectral_pod import config as config_lib
+from spectral_pod import models
+from spectral_pod.config import default
+from spectral_pod.data.tasks import TASKS
+from spectral_pod.generate.restore import one_device
+from spectral_pod.train.checkpoint import Checkpointer
+from spectral_pod.train.optim import make_optimizer
+from spectral_pod.train.state import init_state
+
+DIGEST = "0123456789abcdef" * 4
+
+
+def tiny_config(**overrides):
+    """Three layers, so that one is beyond the last whole repeat of the pattern."""
+    config = default()
+    small = {
+        "data.task": "lm", "data.seq_len": 96, "model.name": "spectral_gpt",
+        "model.num_layers": 3, "model.hidden_dim": 16, "model.embed_dim": 8,
+        "model.memory.num_heads": 2, "model.memory.head_dim": 4, "model.wavelet.num_heads": 2,
+        "model.wavelet.levels": 2, "train.compilation_cache": False,
+    }  # fmt: skip
+    config.update_from_flattened_dict(small | overrides)
+    return config
+
+
+def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
+    """Writes a workdir; returns the parameters of its last step, stacked as they are trained."""
+    config, mesh = config or tiny_config(), mesh or one_device()
+    task, options = TASKS[config.data.task], config.data.options.to_dict()
+    config_lib.claim_workdir(str(workdir), config, DIGEST)
+    model = models.build(
+        config,
+        seq_len=config.data.seq_len,
+        num_classes=num_classes or task.num_classes(**options),
+        vocab_size=task.vocab_size(**options),
+    )
+    state = init_state(model, make_optimizer(config), mesh, config.data.seq_len, config.seed)
+    with (
+        Checkpointer(f"{workdir}/checkpoints", keep_latest=len(steps), keep_best=0) as checkpointer,
+        jax.set_mesh(mesh),
+    ):
+        for step in steps:
+            state = state.replace(step=jnp.int32(step), params=_perturbed(state.params, step))
+            checkpointer.save(step, state, None)
+    return state.params
+
+
+@jax.jit
+def _perturbed(params, seed):
+    """Trained parameters are not at their symmetric starts."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [x + 0.05 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, noisy)
