@@ -417,6 +417,9 @@ def _axes(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(axis for axis, varied in zip(sizes, varies, strict=True) if varied)
 
 
+_SCALAR_BYTES = 8
+
+
 def grown(
     small: Iterable[Collective], large: Iterable[Collective]
 ) -> list[tuple[Collective, Collective | None]]:
@@ -426,7 +429,8 @@ def grown(
     held against each other: every one, as often as it travels, is accounted for by one of at least
     its bytes in a collective of the same kind (an all-reduce is a reduction, as a reduce-scatter
     is), or else of any kind. Returns the collectives of which some array is left, each with what
-    the same operation did on the smaller mesh, if anything.
+    the same operation did on the smaller mesh, if anything. A scalar cannot grow, and the compiler
+    may sum one once or twice.
     """
     small = sorted(small, key=lambda c: c.bytes)
     same_operation = {c.source: c for c in small}
@@ -434,7 +438,8 @@ def grown(
     for one in small:
         for array in one.arrays:
             supply.setdefault(_nature(one.kind), Counter())[array.bytes] += one.count
-    demands = [(array.bytes, one) for one in large for array in one.arrays]
+    arrays = [(array.bytes, one) for one in large for array in one.arrays]
+    demands = [(size, one) for size, one in arrays if size > _SCALAR_BYTES]
     left = []
     for size, one in sorted(demands, key=lambda demand: -demand[0]):
         missing = _take(supply.get(_nature(one.kind), Counter()), size, one.count)
