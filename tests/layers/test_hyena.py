@@ -1,0 +1,65 @@
+"""Long filters: their energy, their reach, and what the original design forgets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectral_pod.layers.hyena import CausalFilter, HyenaLayer
+from spectral_pod.ops.delta_rule import delta_rule
+
+TAPS, WIDTH = 2048, 64
+
+
+def taps(**attributes):
+    module = CausalFilter(
+        TAPS, **({"parametrization": "explicit", "decay": "learned"} | attributes)
+    )
+    params = module.init(jax.random.key(0), WIDTH)
+    return np.asarray(module.apply(params, WIDTH), np.float64)
+
+
+@pytest.mark.parametrize("parametrization", ["explicit", "implicit"])
+@pytest.mark.parametrize("decay", ["learned", "fixed"])
+def test_filters_have_unit_energy(parametrization, decay):
+    """In the mean over channels: the shortest have a single tap."""
+    energy_D = np.sum(np.square(taps(parametrization=parametrization, decay=decay)), axis=1)
+    assert energy_D.mean() == pytest.approx(1, rel=0.35)
+
+
+def test_the_original_decay_forgets_and_the_default_reaches_the_whole_context():
+    """Of what is older than 460 positions the fixed decay keeps e^-9.2 of the energy, 1e-4."""
+    old = slice(460, None)
+    fixed, learned = taps(decay="fixed"), taps()
+    assert np.sum(np.square(fixed[:, old])) < 1e-3 * np.sum(np.square(fixed))
+    slowest = learned[-1]
+    assert np.sum(np.square(slowest[old])) > 0.3 * np.sum(np.square(slowest))
+    fastest = learned[0]
+    assert np.sum(np.square(fastest[8:])) < 1e-3 * np.sum(np.square(fastest))
+
+
+def test_the_original_rate_cannot_overwrite():
+    """A key written twice recalls, with beta = 0.3, 0.7 old + 0.3 new; with 1 the new."""
+    key = jnp.zeros((1, 3, 1, 4)).at[..., 0].set(1.0)
+    old, new = jnp.ones((1, 1, 1, 4)), 5 * jnp.ones((1, 1, 1, 4))
+    values = jnp.concatenate([old, new, new], axis=1)
+    for rate, recalled in ((0.3, 0.7 * 1 + 0.3 * 5), (1.0, 5.0)):
+        beta = jnp.asarray([1.0, rate, 0.0]).reshape(1, 3, 1)  # the third position only reads
+        o, _ = delta_rule(key, key, values, beta)
+        np.testing.assert_allclose(o[0, 2, 0], recalled, rtol=1e-6)
+
+
+def test_a_short_convolution_sees_two_positions_more():
+    """With a filter of one tap, what is left of the past is the short convolution's."""
+
+    def seen(short_conv):
+        layer = HyenaLayer(1, "explicit", "learned", short_conv, jnp.float32)
+        x_BND = jax.random.normal(jax.random.key(0), (1, 9, 8))
+        mask_BN = jnp.ones((1, 9), bool)
+        params = {"params": layer.init(jax.random.key(1), x_BND, mask_BN)["params"]}
+        moved = layer.apply(params, x_BND.at[0, 4].add(1.0), mask_BN)
+        moved -= layer.apply(params, x_BND, mask_BN)
+        return np.flatnonzero(np.abs(moved[0]).max(1) > 1e-6).tolist()
+
+    assert seen(1) == [4]
+    assert seen(3) == [4, 5, 6]

@@ -1,0 +1,62 @@
+"""Every shipped config, in each of its forms, passes the checks and makes a model."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from spectral_pod import models
+from spectral_pod.config import validate, validate_mesh
+from spectral_pod.data import tasks
+from spectral_pod.layers.mixers import can_be_causal
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+FORMS = {
+    "quickstart": [()],
+    "lra_listops": ["symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit"],
+    "lm_library": ["gpt", "llm"],
+    "lm_shakespeare": ["cpu", "gpu"],
+    "memory": ["copy", "recall", "overwrite"],
+    "mqar": ["zoology", "cpu", "bytes"],
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_configs_are_listed():
+    assert {path.stem for path in CONFIGS.glob("*.py")} == FORMS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, forms in FORMS.items() for form in forms], ids=str
+)
+def test_a_config_is_sound(name, form):
+    config = load(name).get_config(*([form] if form else []))
+    validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
+    validate_mesh(config, 1)
+    task, options = tasks.TASKS[config.data.task], config.data.options.to_dict()
+    tasks.check_options(config.data.task, options)
+    if tasks.is_drawn(config.data.task):
+        assert task.max_length(**options) <= config.data.seq_len
+    model = models.build(
+        config,
+        seq_len=config.data.seq_len,
+        num_classes=task.num_classes(**options),
+        vocab_size=task.vocab_size(**options),
+    )
+    tokens = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
+    mask = jax.ShapeDtypeStruct(tokens.shape, bool)
+    assert jax.eval_shape(model.init, jax.random.key(0), tokens, mask)["params"]
+
+
+@pytest.mark.parametrize("name", sorted(FORMS.keys() - {"quickstart"}))
+def test_an_unknown_form_is_refused(name):
+    with pytest.raises(ValueError, match="nonsense"):
+        load(name).get_config("nonsense")
