@@ -80,10 +80,9 @@ class Decoder:
         if self.position % BLOCK:
             raise ValueError(f"prompts of {self.position} positions, not a multiple of {BLOCK}")
         self._model, self._params = model, params
-        # One more than there will be: the last block then ends like every other.
-        capacity = self.position + -(-num_positions // BLOCK) * BLOCK + BLOCK
+        self._capacity = self.position + max(1, -(-num_positions // BLOCK)) * BLOCK
         self.logits_BC, cache = _prefill(model, params, tokens_BP)
-        self._filters, self._products, self._cache = _make_ready(cache, capacity)
+        self._filters, self._products, self._cache = _make_ready(cache, self._capacity)
 
     def extend(
         self, tokens_B: jax.Array, keys_B: jax.Array, drawn: int, sampling: Sampling
@@ -115,6 +114,8 @@ class Decoder:
 
     def _advance(self) -> None:
         self.position += BLOCK
+        if self.position == self._capacity:  # no later position needs this block
+            return
         for i, (paths, plan, state) in enumerate(self._filters):
             block = _stack([self._cache[(*path, "block")] for path in paths])
             state, block = online_conv.filter_advance(plan, state, block, self.position)

@@ -69,7 +69,12 @@ def test_ops(tmp_path):
         ),  # which compiles four training steps
         (
             "generate",
-            {"online_vs_cached_dot_16384", "speed_16384_vs_1024", "online_vs_recompute_1024"},
+            {
+                "online_vs_cached_dot_16384",
+                "speed_16384_vs_1024",
+                "online_vs_recompute_1024",
+                "speed_16384_vs_no_convolution",
+            },
         ),
         ("data", {"pipeline_warm_vs_memory", "pipeline_cold_vs_memory"}),
         ("checkpoint", {"checkpoint_blocks_of_save", "checkpoint_save_vs_numpy"}),
