@@ -48,7 +48,12 @@ def whole(model, params, tokens_BL):
     return model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
 
 
-CASES = [{"pattern": (name,)} for name in CAUSAL] + [
+# Their steps are compared with the whole in tests/layers too.
+SLOW = ("linear_attention", "local_attention", "s5")
+CASES = [
+    pytest.param({"pattern": (name,)}, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name in CAUSAL
+] + [
     {},  # the models' own
     {"name": "spectral_llm", "channel_mixer": "frequency"},
     {"pattern": ("hyena", "hyena+gated_delta"), "hyena__filter": "implicit", "norm": "post"},

@@ -36,9 +36,9 @@ QUICK = (
     ("data=2 fsdp=2 tensor=2", 2),
     ("data=8", 2),
     ("sequence=4 tensor=2", 2),
-    ("data=2 fsdp=2 tensor=2", 2, "spectral_gpt"),
 )
 SLOW = (
+    ("data=2 fsdp=2 tensor=2", 2, "spectral_gpt"),
     ("sequence=4 tensor=2", 2, "spectral_gpt"),
     ("data=2 fsdp=2 tensor=2", 2, "spectral_llm"),
     ("sequence=4 tensor=2", 2, "spectral_llm"),
