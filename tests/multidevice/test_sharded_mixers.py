@@ -35,8 +35,8 @@ SMALL = {
     "s5.state_dim": 6,
     "selective.rank": 3,
 }
-QUICK = ("data=2 sequence=2 tensor=2",)
-SLOW = ("data=2 tensor=2", "sequence=2", "fsdp=2 tensor=2")
+QUICK = ("data=2 tensor=2", "sequence=2")
+SLOW = ("data=2 sequence=2 tensor=2", "fsdp=2 tensor=2")
 TOLERANCE = 1e-5
 
 
