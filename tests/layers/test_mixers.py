@@ -118,6 +118,7 @@ def test_padding_changes_nothing(name, causal):
         assert_close(back[:, :101], short, valid, tolerance=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "causal"), ALL)
 def test_bfloat16_stays_finite_and_near(name, causal):
     x, mask = draw(2, 101, WIDTH), np.arange(101) < [[101], [1]]

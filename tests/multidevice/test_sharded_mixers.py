@@ -16,6 +16,8 @@ from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.parallel.sharding import spec, tree_shardings
 from tests.multidevice import fake_devices
 
+pytestmark = pytest.mark.slow  # twelve mixers on five meshes
+
 ROWS, LENGTH, WIDTH = 4, 138, 8
 MIXED = {
     "attention": (True, False),
