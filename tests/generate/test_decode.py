@@ -48,8 +48,10 @@ def whole(model, params, tokens_BL):
     return model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
 
 
-# Their steps are compared with the whole in tests/layers too.
-SLOW = ("linear_attention", "local_attention", "s5")
+# Their steps are compared with the whole in tests/layers too, or are parts of models below.
+SLOW = (
+    "linear_attention", "local_attention", "s5", "hyena", "delta", "gated_delta", "wavelet",
+)  # fmt: skip
 CASES = [
     pytest.param({"pattern": (name,)}, marks=[pytest.mark.slow] if name in SLOW else [])
     for name in CAUSAL

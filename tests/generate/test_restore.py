@@ -16,6 +16,8 @@ from spectral_pod.layers.block import unstack
 from spectral_pod.shapes import PAD
 from tests.tiny_run import DIGEST, tiny_config, write_run
 
+pytestmark = pytest.mark.slow  # trains and saves small models first
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
