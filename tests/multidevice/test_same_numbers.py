@@ -34,10 +34,10 @@ MODELS = {
 # Meshes, micro-batches a step, and the model if it isn't the default.
 QUICK = (
     ("data=2 fsdp=2 tensor=2", 2),
-    ("data=8", 2),
     ("sequence=4 tensor=2", 2),
 )
 SLOW = (
+    ("data=8", 2),
     ("data=2 fsdp=2 tensor=2", 2, "spectral_gpt"),
     ("sequence=4 tensor=2", 2, "spectral_gpt"),
     ("data=2 fsdp=2 tensor=2", 2, "spectral_llm"),

@@ -8,6 +8,8 @@ import pytest
 from spectral_pod.ops.log_spectra import log_spectral_distance
 from tests.multidevice import fake_devices
 
+pytestmark = pytest.mark.slow
+
 B, N, D = 8, 96, 16
 MESHES = ("data=2 fsdp=2 tensor=2", "data=4", "sequence=4 tensor=2", "data=2 sequence=2 tensor=2")
 
