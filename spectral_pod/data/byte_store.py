@@ -1,21 +1,25 @@
 """The byte store: labelled records of any length, on disk or in Google Cloud Storage.
 
-A store is a folder with one sub-folder a split and a manifest:
+A store is a folder with one sub-folder a split, cut into parts, and a manifest:
 
-    STORE/manifest.json           counts, classes, sha256 of every array, provenance
-    STORE/train/bytes/            zarr3, uint8[total]: all records, end to end
-    STORE/train/offsets/          zarr3, int64[n + 1]: record i is bytes[offsets[i]:offsets[i + 1]]
-    STORE/train/labels/           zarr3, int32[n]
+    STORE/manifest.json                 counts, classes, sha256 of every array, provenance
+    STORE/train/00000/bytes/            zarr3, uint8[total]: all documents, end to end
+    STORE/train/00000/offsets/          zarr3, int64[n * k + 1]: where each document starts
+    STORE/train/00000/labels/           zarr3, int32[n]
+
+A record is one document, or k of them (`documents` of the manifest; a pair to be compared has 2).
+A part holds some 64 MB, has one writer, and never changes, so that parts are written side by side,
+a killed write goes on with the parts it lacks, and a part can be copied whole.
 
 The arrays are sharded zarr3, read and written by tensorstore: large files for object storage, small
 chunks for random access, each chunk with a crc32c, so a damaged chunk is an error and never data.
-The manifest is written last: a folder without one is an unfinished write and is written anew.
+The manifest is written last: a folder without one is an unfinished write.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,30 +28,45 @@ from absl import logging
 
 from spectral_pod.errors import DataError
 
-FORMAT = "spectral_pod.byte_store/1"
-_SHARD_BYTES = 1 << 26
+FORMAT = "spectral_pod.byte_store/2"
+PART_BYTES = 1 << 26  # a part ends with the record that fills it
 _CHUNK_BYTES = 1 << 16
 _DTYPES = {"bytes": "uint8", "offsets": "int64", "labels": "int32"}
 
 
 class Record(NamedTuple):
-    """One example: its bytes and the index of its class."""
+    """One example: its bytes, or those of each of its documents, and the index of its class."""
 
-    data: bytes
+    data: bytes | tuple[bytes, ...]
     label: int
 
 
 class Split:
-    """Random access to the records of one split."""
+    """Random access to the records of one split.
 
-    def __init__(self, url: str, name: str, info: Mapping[str, Any], context: ts.Context):
+    Attributes:
+      documents: k, in each record.
+      offsets: int64 [n * k + 1]; document j of record i is bytes offsets[i * k + j] to the next.
+      labels: int32 [n].
+    """
+
+    def __init__(self, url: str, name: str, manifest: Mapping[str, Any], context: ts.Context):
         self.name = name
         self._url = f"{url}/{name}"
-        self._bytes = _open(f"{self._url}/bytes", context)
-        # int64[n + 1]: record i is bytes offsets[i] to offsets[i + 1]
-        self.offsets: np.ndarray = self._load("offsets", info, context)
-        self.labels: np.ndarray = self._load("labels", info, context)
-        if len(self) != info["records"] or self._bytes.shape != (info["bytes"],):
+        info = manifest["splits"][name]
+        self.documents: int = manifest["documents"]
+        facts = info["parts"]
+        urls = [_part_url(self._url, i) for i in range(len(facts))]
+        # All at once: on object storage each takes a request or two of some milliseconds.
+        opened = {array: [_open(f"{url}/{array}", context) for url in urls] for array in _DTYPES}
+        starts = np.cumsum([0] + [part["bytes"] for part in facts])
+        offsets = _checked(opened["offsets"], urls, "offsets", facts)
+        offsets = [part[:-1] + start for part, start in zip(offsets, starts)]
+        self.offsets: np.ndarray = np.concatenate([*offsets, starts[-1:]])
+        labels = _checked(opened["labels"], urls, "labels", facts)
+        self.labels: np.ndarray = np.concatenate([np.zeros(0, np.int32), *labels])
+        self._bytes = _concatenated(opened["bytes"], urls)
+        if len(self) != info["records"] or starts[-1] != info["bytes"]:
             raise DataError(f"{self._url} does not hold what its manifest counts; delete the store")
 
     def __len__(self) -> int:
@@ -55,11 +74,11 @@ class Split:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64[n]: bytes in each record."""
+        """int64 [n * k]: bytes in each document."""
         return np.diff(self.offsets)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The records at `indices` as uint8 arrays, in one burst of concurrent reads.
+        """The documents at `indices` as uint8 arrays, in one burst of concurrent reads.
 
         Raises:
           DataError: a chunk is missing or fails its checksum; names the bytes.
@@ -74,15 +93,9 @@ class Split:
         except ValueError as error:
             places = ", ".join(f"{start}..{stop}" for start, stop in sorted(ranges)[:8])
             raise DataError(
-                f"{self._url}/bytes is damaged near bytes {places}...; "
+                f"{self._url} is damaged near bytes {places}...; "
                 f"delete the store to have it written again ({error})"
             ) from error
-
-    def _load(self, array: str, info: Mapping[str, Any], context: ts.Context) -> np.ndarray:
-        values = _open(f"{self._url}/{array}", context).read().result()
-        if _digest(values) != info["sha256"][array]:
-            raise DataError(f"{self._url}/{array} differs from its manifest; delete the store")
-        return values
 
 
 class ByteStore:
@@ -112,10 +125,10 @@ class ByteStore:
 
     def split(self, name: str) -> Split:
         """Opens one split; its offsets and labels are held in memory and checked."""
-        splits = self.manifest["splits"]
-        if name not in splits:
-            raise DataError(f"{self.path} has splits {sorted(splits)}, not {name!r}")
-        return Split(self.path, name, splits[name], self._context)
+        if name not in self.manifest["splits"]:
+            there = sorted(self.manifest["splits"])
+            raise DataError(f"{self.path} has splits {there}, not {name!r}")
+        return Split(self.path, name, self.manifest, self._context)
 
 
 def exists(path: str) -> bool:
@@ -129,6 +142,7 @@ def write(
     *,
     classes: Sequence[str],
     provenance: Mapping[str, Any],
+    documents: int = 1,
 ) -> None:
     """Streams every split to the store at `path` and then writes its manifest.
 
@@ -136,20 +150,98 @@ def write(
       path: a folder or a gs:// URL; what an unfinished write left there is replaced.
       splits: records by split name; each iterable is consumed once, in order, in constant memory.
       classes: the name of every class, by label.
-      provenance: JSON-able facts about where the records came from.
+      provenance: JSON-able facts about where the records came from; may be completed while the
+        splits are consumed.
+      documents: in each record.
 
     Raises:
       DataError: a label has no class; names the split and the record.
     """
+    clear(path)
+    parts = {
+        name: [
+            write_part(path, name, i, part, num_classes=len(classes), documents=documents)
+            for i, part in enumerate(_parts(records))
+        ]
+        for name, records in splits.items()
+    }
+    finish(path, parts, classes=classes, provenance=provenance, documents=documents)
+
+
+def clear(path: str) -> None:
+    """Removes whatever is at `path`, so that no file of an earlier write stays."""
+    _kvstore(path).delete_range(ts.KvStore.KeyRange()).result()
+
+
+def write_part(
+    path: str,
+    split: str,
+    index: int,
+    records: Sequence[Record],
+    *,
+    num_classes: int,
+    documents: int = 1,
+) -> dict[str, Any]:
+    """Writes part `index` of a split; returns what the manifest says of it.
+
+    Raises:
+      DataError: a label has no class, or a record another number of documents.
+    """
+    url = _part_url(f"{path}/{split}", index)
+    data: list[bytes] = []
+    for i, record in enumerate(records):
+        if not 0 <= record.label < num_classes:
+            raise DataError(
+                f"{url}: record {i} has label {record.label}, outside 0..{num_classes - 1}"
+            )
+        held = (record.data,) if isinstance(record.data, bytes) else record.data
+        if len(held) != documents:
+            raise DataError(f"{url}: record {i} has {len(held)} documents, not {documents}")
+        data += held
+    arrays: dict[str, np.ndarray] = {
+        "bytes": np.frombuffer(b"".join(data), np.uint8),
+        "offsets": np.cumsum([0, *map(len, data)], dtype=np.int64),
+        "labels": np.asarray([record.label for record in records], np.int32),
+    }
+    writes = [_create(f"{url}/{name}", name, values) for name, values in arrays.items()]
+    for write in writes:
+        write.result()
+    return {
+        "records": len(records),
+        "bytes": len(arrays["bytes"]),
+        "longest": max(map(len, data), default=0),
+        "class_counts": np.bincount(arrays["labels"], minlength=num_classes).tolist(),
+        "sha256": {name: _digest(values) for name, values in arrays.items()},
+    }
+
+
+def finish(
+    path: str,
+    parts: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    classes: Sequence[str],
+    provenance: Mapping[str, Any],
+    documents: int = 1,
+) -> None:
+    """Makes a store of what `write_part` wrote and returned, by split and in order."""
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "schema": _DTYPES,
         "classes": list(classes),
+        "documents": documents,
         "splits": {
-            name: _write_split(f"{path}/{name}", records, len(classes))
-            for name, records in splits.items()
+            name: {
+                "records": sum(part["records"] for part in held),
+                "bytes": sum(part["bytes"] for part in held),
+                "longest": max((part["longest"] for part in held), default=0),
+                "class_counts": np.sum(
+                    [part["class_counts"] for part in held] or [[0] * len(classes)], axis=0
+                ).tolist(),
+                "parts": [
+                    {key: part[key] for key in ("records", "bytes", "sha256")} for part in held
+                ],
+            }
+            for name, held in parts.items()
         },
-        # Provenance may be completed while the splits are consumed, so it is read last.
         "provenance": dict(provenance),
     }
     encoded = json.dumps(manifest, indent=1, sort_keys=True).encode()
@@ -158,68 +250,70 @@ def write(
     logging.info("Wrote byte store %s: records %s", path, counts)
 
 
-def verify(path: str) -> None:
-    """Reads the whole store and compares every array with the manifest's sha256.
+def verify(path: str, on_part: Callable[[str], None] = lambda part: None) -> None:
+    """Reads the whole store, part by part, and compares every array with the manifest's sha256.
+
+    `on_part` is told the URL of each part that is sound.
 
     Raises:
       DataError: names the first array that differs or cannot be read.
     """
-    store = ByteStore(path)
-    for name, info in store.manifest["splits"].items():
-        for array, expected in info["sha256"].items():
-            url = f"{path}/{name}/{array}"
-            handle, digest = _open(url, ts.Context()), hashlib.sha256()
-            step = _SHARD_BYTES // handle.dtype.numpy_dtype.itemsize
-            try:
-                for start in range(0, handle.shape[0], step):
-                    part = handle[start : min(start + step, handle.shape[0])].read().result()
-                    digest.update(part.tobytes())
-            except ValueError as error:
-                raise DataError(f"{url} cannot be read whole: {error}") from error
-            if digest.hexdigest() != expected:
-                raise DataError(f"{url} differs from its manifest; delete the store")
+    for name, info in ByteStore(path).manifest["splits"].items():
+        for i, facts in enumerate(info["parts"]):
+            url = _part_url(f"{path}/{name}", i)
+            for array in _DTYPES:
+                _checked([_open(f"{url}/{array}", ts.Context())], [url], array, [facts])
+            on_part(url)
 
 
-def _write_split(url: str, records: Iterable[Record], num_classes: int) -> dict[str, Any]:
-    stream, digest = _create(f"{url}/bytes", "bytes"), hashlib.sha256()
-    buffer, written = bytearray(), 0
-    offsets, labels = [0], []
-    for i, (data, label) in enumerate(records):
-        if not 0 <= label < num_classes:
-            raise DataError(f"{url}: record {i} has label {label}, outside 0..{num_classes - 1}")
-        buffer += data
-        offsets.append(offsets[-1] + len(data))
-        labels.append(label)
-        while len(buffer) >= _SHARD_BYTES:  # whole shards only: each file is written once
-            written = _append(stream, buffer[:_SHARD_BYTES], written, digest)
-            del buffer[:_SHARD_BYTES]
-    written = _append(stream, buffer, written, digest)
-    arrays: dict[str, np.ndarray] = {
-        "offsets": np.asarray(offsets, np.int64),
-        "labels": np.asarray(labels, np.int32),
-    }
-    for name, values in arrays.items():
-        handle = _create(f"{url}/{name}", name)
-        handle.resize(exclusive_max=[len(values)]).result().write(values).result()
-    return {
-        "records": len(labels),
-        "bytes": written,
-        "longest_record": int(np.diff(arrays["offsets"]).max(initial=0)),
-        "class_counts": np.bincount(arrays["labels"], minlength=num_classes).tolist(),
-        "sha256": {"bytes": digest.hexdigest()} | {n: _digest(v) for n, v in arrays.items()},
-    }
+def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
+    part, filled = list[Record](), 0
+    for record in records:
+        part.append(record)
+        held = (record.data,) if isinstance(record.data, bytes) else record.data
+        filled += sum(map(len, held))
+        if filled >= PART_BYTES:
+            yield part
+            part, filled = [], 0
+    if part:
+        yield part
 
 
-def _append(stream: Any, part: bytearray, written: int, digest: Any) -> int:
-    stop = written + len(part)
-    digest.update(part)
-    handle = stream.resize(exclusive_max=[stop]).result()
-    handle[written:stop].write(np.frombuffer(part, np.uint8)).result()
-    return stop
+def _part_url(split_url: str, index: int) -> str:
+    return f"{split_url}/{index:05}"
+
+
+def _concatenated(opened: Sequence[Any], urls: Sequence[str]) -> Any:
+    """One array of the bytes of all parts; where there is no part, nothing reads it."""
+    parts = _settled(opened, [f"{url}/bytes" for url in urls])
+    return ts.concat(parts, axis=0) if parts else None
+
+
+def _settled(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:
+    """The results of futures that concern those arrays, or the first failure as a DataError."""
+    results = []
+    for future, url in zip(futures, urls, strict=True):
+        try:
+            results.append(future.result())
+        except ValueError as error:
+            raise DataError(f"{url} cannot be read; delete the store ({error})") from error
+    return results
+
+
+def _checked(
+    opened: Sequence[Any], urls: Sequence[str], array: str, facts: Sequence[Mapping[str, Any]]
+) -> list[np.ndarray]:
+    """The values of one array in each part, if they are those that the manifest means."""
+    places = [f"{url}/{array}" for url in urls]
+    values = _settled([handle.read() for handle in _settled(opened, places)], places)
+    for part, place, fact in zip(values, places, facts, strict=True):
+        if _digest(part) != fact["sha256"][array]:
+            raise DataError(f"{place} differs from its manifest; delete the store")
+    return values
 
 
 def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
 def _kvstore_spec(url: str) -> dict[str, Any]:
@@ -233,21 +327,7 @@ def _kvstore(url: str) -> ts.KvStore:
     return ts.KvStore.open(_kvstore_spec(url)).result()
 
 
-def _open(url: str, context: ts.Context) -> Any:
-    try:
-        # By default a missing chunk reads as zeros: here a lost file is an error.
-        spec = {
-            "driver": "zarr3",
-            "kvstore": _kvstore_spec(url),
-            "fill_missing_data_reads": False,
-        }
-        # Stores never change once written: metadata and chunks need no revalidation.
-        return ts.open(spec, read=True, context=context, recheck_cached=False).result()
-    except ValueError as error:
-        raise DataError(f"{url} cannot be opened; delete the store ({error})") from error
-
-
-def _create(url: str, array: str) -> Any:
+def _metadata(array: str, size: int) -> dict[str, Any]:
     dtype = np.dtype(_DTYPES[array])
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     crc32c = {"name": "crc32c"}
@@ -256,18 +336,29 @@ def _create(url: str, array: str) -> Any:
         "codecs": [little, {"name": "zstd", "configuration": {"level": 1}}, crc32c],
         "index_codecs": [little, crc32c],
     }
+    shard = PART_BYTES // dtype.itemsize
+    return {
+        "shape": [size],
+        "data_type": _DTYPES[array],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+
+
+def _open(url: str, context: ts.Context) -> Any:
+    """A future of an array."""
+    # By default a missing chunk reads as zeros: here a lost file is an error.
+    spec = {"driver": "zarr3", "kvstore": _kvstore_spec(url), "fill_missing_data_reads": False}
+    # Stores never change once written: metadata and chunks need no revalidation.
+    return ts.open(spec, read=True, context=context, recheck_cached=False)
+
+
+def _create(url: str, array: str, values: np.ndarray) -> Any:
+    """A future of an array being written."""
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore_spec(url),
         "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": [0],
-            "data_type": _DTYPES[array],
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [_SHARD_BYTES // dtype.itemsize]},
-            },
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
+        "metadata": _metadata(array, len(values)),
     }
-    return ts.open(spec, create=True, delete_existing=True).result()
+    return ts.open(spec, create=True, delete_existing=True).result().write(values)

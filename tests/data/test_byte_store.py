@@ -19,7 +19,7 @@ def records():
 
 @pytest.fixture
 def store(tmp_path, records, monkeypatch):
-    monkeypatch.setattr(byte_store, "_SHARD_BYTES", 1 << 17)  # several shards from little data
+    monkeypatch.setattr(byte_store, "PART_BYTES", 1 << 17)  # several shards from little data
     path = str(tmp_path / "store")
     splits = {"train": records, "test": (r for r in records[:2])}
     byte_store.write(path, splits, classes=["a", "b", "c"], provenance={"by": "test"})
@@ -38,7 +38,7 @@ def test_round_trip(store, records):
 def test_manifest_counts_and_verifies(store, records):
     manifest = ByteStore(store).manifest
     assert manifest["splits"]["train"]["records"] == len(records)
-    assert manifest["splits"]["train"]["longest_record"] == 200_000
+    assert manifest["splits"]["train"]["longest"] == 200_000
     assert manifest["splits"]["train"]["class_counts"] == [3, 2, 2]
     assert manifest["provenance"] == {"by": "test"}
     byte_store.verify(store)
@@ -55,22 +55,34 @@ def test_unfinished_write_is_no_store_and_is_replaced(store, records, tmp_path):
 
 @pytest.mark.parametrize("array", ["bytes", "offsets", "labels"])
 def test_a_flipped_byte_is_never_data(store, tmp_path, array):
-    file = next((tmp_path / "store" / "train" / array / "c").iterdir())
+    file = next((tmp_path / "store" / "train" / "00000" / array / "c").iterdir())
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 3] ^= 1
     file.write_bytes(raw)
     with pytest.raises(DataError) as error:
         byte_store.verify(store)
-    assert f"train/{array}" in str(error.value)
+    assert f"train/00000/{array}" in str(error.value)
 
 
 def test_a_deleted_shard_is_an_error(store, tmp_path):
-    next((tmp_path / "store" / "train" / "bytes" / "c").iterdir()).unlink()
-    with pytest.raises(DataError, match="train/bytes"):
+    next((tmp_path / "store" / "train" / "00000" / "bytes" / "c").iterdir()).unlink()
+    with pytest.raises(DataError, match="train/00000/bytes"):
         byte_store.verify(store)
     split = ByteStore(store).split("train")
-    with pytest.raises(DataError, match="train/bytes"):  # not zeros
+    with pytest.raises(DataError, match="train/00000/bytes"):  # not zeros
         split.read(range(len(split)))
+
+
+def test_pairs_of_documents(tmp_path):
+    path = str(tmp_path / "pairs")
+    pairs = [Record((b"one", b""), 0), Record((b"", b"four"), 1)]
+    byte_store.write(path, {"train": pairs}, classes=["a", "b"], provenance={}, documents=2)
+    split = ByteStore(path).split("train")
+    assert len(split) == 2 and split.documents == 2
+    assert [d.tobytes() for d in split.read([2, 3, 0, 1])] == [b"", b"four", b"one", b""]
+    single = [Record(b"x", 0)]
+    with pytest.raises(DataError, match="record 0 has 1 documents, not 2"):
+        byte_store.write(path, {"train": single}, classes=["a"], provenance={}, documents=2)
 
 
 def test_a_split_that_is_not_there_is_named(store):
@@ -85,4 +97,4 @@ def test_labels_must_have_a_class(tmp_path):
 
 
 def test_manifest_is_plain_json(store, tmp_path):
-    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["format"].endswith("/1")
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["format"].endswith("/2")

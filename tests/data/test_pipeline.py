@@ -219,7 +219,7 @@ def test_a_damaged_store_is_an_error_of_the_loop(tmp_path):
     rng, path = np.random.default_rng(0), str(tmp_path / "store")
     records = [byte_store.Record(rng.bytes(SEQ_LEN), 0) for _ in range(64)]
     byte_store.write(path, {"train": records}, classes=["a"], provenance={})
-    file = max((p for p in (tmp_path / "store/train/bytes").rglob("*") if p.is_file()),
+    file = max((p for p in (tmp_path / "store/train/00000/bytes").rglob("*") if p.is_file()),
                key=lambda p: p.stat().st_size)  # fmt: skip
     data = bytearray(file.read_bytes())
     data[100] ^= 1

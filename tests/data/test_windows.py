@@ -202,7 +202,7 @@ def test_damage_is_never_data(tmp_path):
     byte_store.write(
         path, {"test": [byte_store.Record(data, 0)]}, classes=["document"], provenance={}
     )
-    file = next(p for p in (tmp_path / "store/test/bytes/c").iterdir() if p.is_file())
+    file = next(p for p in (tmp_path / "store/test/00000/bytes/c").iterdir() if p.is_file())
     raw = bytearray(file.read_bytes())
     raw[5000] ^= 1
     file.write_bytes(raw)
