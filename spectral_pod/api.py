@@ -117,7 +117,7 @@ class Model:
 
         with jax.set_mesh(mesh):
             params = jax.jit(init, out_shardings=shardings)()
-        self._use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, ""))
+        self._use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, "", []))
 
     def _use(self, trained: Trained) -> None:
         self._trained = trained
@@ -185,22 +185,32 @@ class SpectralModel(Model):
 
     name, default_task = "spectral_model", "content_type"
 
-    def classify(self, record: bytes) -> np.ndarray:
-        """float32 logits [C] of one record, of at most `config.data.seq_len` bytes.
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, by logit; empty where the model has not been trained."""
+        return self._trained.classes
+
+    def classify(self, *documents: bytes) -> np.ndarray:
+        """float32 logits [C] of one record, of documents of at most `config.data.seq_len` bytes.
 
         Called with int tokens [B, L], L a multiple of 4, a model gives those of a batch, [B, C].
 
         Raises:
-          DataError: the record is empty or too long.
+          DataError: a document is empty or too long, or there are too many or too few.
         """
-        seq_len = self.config.data.seq_len
-        if not 0 < len(record) <= seq_len:
-            raise DataError(f"a record of {len(record)} bytes; this model takes 1 to {seq_len}")
+        data = self.config.data
+        if len(documents) != data.documents:
+            raise DataError(f"{len(documents)} documents; a record here has {data.documents}")
         with jax.set_mesh(self.mesh):
             rows = num_shards("batch")
-        tokens_BL = np.full((rows, seq_len), PAD, np.int32)
-        tokens_BL[:, : len(record)] = np.frombuffer(record, np.uint8)
-        return np.asarray(self(tokens_BL))[0]
+        tokens_BKL = np.full((rows, data.documents, data.seq_len), PAD, np.int32)
+        for i, document in enumerate(documents):
+            if not 0 < len(document) <= data.seq_len:
+                raise DataError(
+                    f"a document of {len(document)} bytes; this model takes 1 to {data.seq_len}"
+                )
+            tokens_BKL[:, i, : len(document)] = np.frombuffer(document, np.uint8)
+        return np.asarray(self(tokens_BKL.reshape(rows, -1)))[0]
 
 
 class _LanguageModel(Model):

@@ -7,12 +7,14 @@ as `--config.train.total_steps=60`.
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pywt
 from etils import epath
 from ml_collections import ConfigDict
 
+from spectral_pod import storage
 from spectral_pod.errors import ConfigError
 
 # Where a restart may differ: none changes the numbers of a run beyond float rounding.
@@ -20,9 +22,6 @@ _FREE_TO_CHANGE = (
     "mesh.", "checkpoint.", "data.dir", "data.threads", "data.prefetch", "train.eval_",
     "train.log_every_steps", "train.compilation_cache",
 )  # fmt: skip
-
-
-_PATCHED = ("spectral_model",)  # models whose positions are patches of four bytes
 
 
 def default() -> ConfigDict:
@@ -34,7 +33,8 @@ def default() -> ConfigDict:
     c.data.task = ""  # a name in data/tasks
     c.data.options = ConfigDict()  # keyword arguments of the task's `build`
     c.data.dir = "~/.cache/spectral_pod"  # byte stores are written once below it; a folder or gs://
-    c.data.seq_len = 2048  # bytes; longer records are an error unless `truncate`
+    c.data.seq_len = 2048  # bytes of a document; longer ones are an error unless `truncate`
+    c.data.documents = 1  # in a record; 2 are encoded alike and then compared
     c.data.truncate = False
     c.data.train_records = 0  # use only the first n training records; 0 is all
     c.data.threads = 2  # that read batches ahead
@@ -57,10 +57,9 @@ def default() -> ConfigDict:
     c.model.norm = "pre"  # or 'post'
     c.model.pooling = "attention"  # or 'mean', 'last'
     c.model.dropout = 0.0
-    c.model.unroll = (
-        1  # repeats of the layers' pattern written out: faster on CPUs, slow to compile
-    )
+    c.model.unroll = 1  # repeats of the pattern written out: faster on CPUs, slow to compile
     c.model.remat = "none"  # or 'full', 'dots': what the backward pass computes again
+    c.model.long_conv = "auto"  # or 'right_angle', 'real', 'matmul' (ops/long_conv.py)
     c.model.spectral = ConfigDict()
     c.model.spectral.padding = "linear"  # or 'circular'
     c.model.spectral.parametrization = "frequency"  # or 'time'
@@ -143,6 +142,7 @@ _CHOICES = {
     "model.spectral.parametrization": ("frequency", "time"),
     "model.spectral.method": ("auto", "right_angle", "real", "matmul", "plain"),
     "model.spectral.energy_gate": ("rms", "norm", "none"),
+    "model.long_conv": ("auto", "right_angle", "real", "matmul"),
     "model.channel_mixer": ("gated", "frequency"),
     "model.positions": ("learned", "none"),
     "model.wavelet.padding": ("linear", "circular"),
@@ -204,8 +204,13 @@ def validate(
     for field in ("model.dropout", "model.spectral.kernel_dropout", "train.label_smoothing"):
         if not 0 <= _get(config, field) < 1:
             raise ConfigError(f"config.{field} is {_get(config, field)}; it must be in [0, 1)")
-    _check_model(config, models[config.model.name].causal, mixers)
-    objective, causal = tasks[config.data.task].OBJECTIVE, models[config.model.name].causal
+    model = models[config.model.name]
+    objective, causal, patch = (
+        tasks[config.data.task].OBJECTIVE,
+        model.causal,
+        model.bytes_per_position,
+    )
+    _check_model(config, model, mixers)
     if causal != (objective != "class"):
         fitting = sorted(name for name, model in models.items() if model.causal != causal)
         raise ConfigError(
@@ -213,17 +218,22 @@ def validate(
             f"{'every next token' if causal else 'one class a record'}; task "
             f"{config.data.task!r} needs one of {fitting}"
         )
-    if config.model.name in _PATCHED and config.data.seq_len % 4:
+    if config.data.documents not in ((1,) if causal else (1, 2)):
         raise ConfigError(
-            f"config.data.seq_len is {config.data.seq_len}; it must be a multiple of 4, the bytes "
-            "of a patch"
+            f"config.data.documents is {config.data.documents}; a record of "
+            f"{config.model.name} is one document{'' if causal else ', or two that are compared'}"
+        )
+    if config.data.seq_len % patch:
+        raise ConfigError(
+            f"config.data.seq_len is {config.data.seq_len}; it must be a multiple of {patch}, the "
+            "bytes of a patch"
         )
     scales = config.model.coarser_scales
     if any(not isinstance(ratio, int) or ratio < 2 for ratio in scales):
         raise ConfigError(f"config.model.coarser_scales is {scales}; a ratio is an int, 2 or more")
-    if scales and config.model.name not in _PATCHED:
+    if scales and patch == 1:
         raise ConfigError(
-            f"config.model.coarser_scales is {scales}; only {', '.join(_PATCHED)} has patches"
+            f"config.model.coarser_scales is {scales}; {config.model.name} has no patches"
         )
     if not 0 <= config.model.memory.beta_min < config.model.memory.beta_max <= 1:
         raise ConfigError(
@@ -232,23 +242,55 @@ def validate(
         )
 
 
-def _check_model(config: ConfigDict, causal: bool, mixers: Mapping[str, bool]) -> None:
-    for name in _mixers(config):
-        _one_of("model.pattern", name, mixers)
-        if causal and not mixers[name]:
+def pattern(config: ConfigDict, mixer: str) -> tuple[str, ...]:
+    """The blocks of a model, repeating: the config's own, or the model's `mixer` with a delta
+    memory in every `memory_interval`-th block (0: in none)."""
+    model = config.model
+    if model.pattern:
+        return tuple(model.pattern)
+    interval = model.memory_interval
+    if interval == 0 or interval > model.num_layers:
+        return (mixer,)
+    memory = "gated_delta" if model.memory.gated else "delta"
+    return (mixer,) * (interval - 1) + (f"{mixer}+{memory}",)
+
+
+def _mixers(config: ConfigDict, model: Any) -> set[str]:
+    return {name for block in pattern(config, model.mixer) for name in block.split("+")}
+
+
+def _check_model(config: ConfigDict, model: Any, known: Mapping[str, bool]) -> None:
+    mixers = _mixers(config, model)
+    for name in sorted(mixers):
+        _one_of("model.pattern", name, known)
+        if model.causal and not known[name]:
             raise ConfigError(
                 f"config.model.pattern has {name!r}, which sees the whole sequence: "
                 f"{config.model.name} is causal"
             )
-    if "attention" in " ".join(_mixers(config)) or "linformer" in _mixers(config):
+    if any("attention" in name for name in mixers) or "linformer" in mixers:
         _divides(config, "model.hidden_dim", config.model.hidden_dim, "model.attention.num_heads")
-    if "wavelet" in _mixers(config):
+    if "wavelet" in mixers:
         _divides(config, "model.hidden_dim", config.model.hidden_dim, "model.wavelet.num_heads")
+        _one_of("model.wavelet.name", config.model.wavelet.name, _orthogonal_wavelets())
+    if not (model.causal and config.train.sample_bytes):
+        return
+    for there, field in (
+        ("wavelet" in mixers, "model.wavelet.padding"),
+        (config.model.channel_mixer == "frequency", "model.frequency.padding"),
+    ):
+        if there and _get(config, field) == "circular":
+            raise ConfigError(
+                f"config.{field} is 'circular', with which positions see later ones: such a model "
+                "cannot write samples; set config.train.sample_bytes=0"
+            )
+    if not config.train.sample_prompt:
+        raise ConfigError("config.train.sample_prompt is empty; samples continue at least a byte")
 
 
-def _mixers(config: ConfigDict) -> set[str]:
-    """The mixers of a pattern; empty where the model has its own."""
-    return {name for block in config.model.pattern for name in block.split("+")}
+def _orthogonal_wavelets() -> list[str]:
+    families = [name for name in pywt.wavelist(kind="discrete") if name != "dmey"]
+    return [name for name in families if pywt.Wavelet(name).orthogonal]
 
 
 def _divides(config: ConfigDict, field: str, value: int, by: str) -> None:
@@ -258,8 +300,10 @@ def _divides(config: ConfigDict, field: str, value: int, by: str) -> None:
         )
 
 
-def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
-    """The size of every mesh axis for this many devices.
+def validate_mesh(
+    config: ConfigDict, num_devices: int, *, models: Mapping[str, Any]
+) -> dict[str, int]:
+    """The size of every mesh axis for this many devices; `models` as for `validate`.
 
     Raises:
       ConfigError: the axes do not multiply to the devices, or a dimension cannot be split.
@@ -279,10 +323,11 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
         )
     rows, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
     accumulation = config.train.grad_accumulation
-    mixers = _mixers(config)
-    memory = bool(mixers & {"delta", "gated_delta"}) if mixers else config.model.memory_interval > 0
+    model = models[config.model.name]
+    mixers = _mixers(config, model)
+    memory = bool(mixers & {"delta", "gated_delta"})
     attention = any("attention" in name for name in mixers) or "linformer" in mixers
-    stride = 4 if config.model.name in _PATCHED else 1
+    stride = model.bytes_per_position
     scales = config.model.coarser_scales
     patches, sequence = config.data.seq_len // stride, sizes["sequence"]
     for field, value, divisor, why in (
@@ -306,7 +351,7 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     ):  # fmt: skip
         if value % divisor:
             raise ConfigError(f"config.{field} is {value}, not divisible by {why} = {divisor}")
-    before = {"local_attention": config.model.attention.window - 1, "hyena": 2, "wavelet": 49}
+    before = _looks_back(config)
     for name in sorted(mixers & before.keys()):
         if sequence > 1 and patches // sequence < before[name]:
             raise ConfigError(
@@ -323,8 +368,30 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def claim_workdir(workdir: str, config: ConfigDict, data_digest: str) -> None:
+def _looks_back(config: ConfigDict) -> dict[str, int]:
+    """How many positions before its own a mixer asks of the device before."""
+    model = config.model
+    wavelet = pywt.Wavelet(model.wavelet.name)
+    return {
+        "local_attention": model.attention.window - 1,
+        "hyena": model.hyena.short_conv - 1,
+        "delta": model.memory.short_conv - 1,
+        "gated_delta": model.memory.short_conv - 1,
+        "wavelet": (wavelet.dec_len - 1) * (2**model.wavelet.levels - 1),
+    }
+
+
+def row_len(config: ConfigDict) -> int:
+    """Tokens in a row of a batch: the documents of a record, side by side."""
+    return config.data.seq_len * config.data.documents
+
+
+def claim_workdir(
+    workdir: str, config: ConfigDict, data_digest: str, classes: Sequence[str] = ()
+) -> None:
     """Records the configuration and the data of a run in its workdir, or checks what is there.
+
+    `classes` are the names of what a classifier predicts.
 
     Raises:
       ConfigError: the workdir belongs to another configuration, or its data have changed.
@@ -333,9 +400,8 @@ def claim_workdir(workdir: str, config: ConfigDict, data_digest: str) -> None:
     mine = config.to_dict()
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")  # a run killed here must not leave half a file
-        temporary.write_text(json.dumps({"config": mine, "data_digest": data_digest}, indent=1))
-        temporary.replace(file)
+        facts = {"config": mine, "data_digest": data_digest, "classes": list(classes)}
+        storage.write_whole(file, json.dumps(facts, indent=1))
         return
     recorded = json.loads(file.read_text())
     theirs, ours = _flat(recorded["config"]), _flat(json.loads(json.dumps(mine)))

@@ -8,13 +8,10 @@ import os
 import sys
 from typing import Any
 
-# etils would pick TensorFlow's file system where TensorFlow is installed; it isn't needed here.
-os.environ.setdefault("EPATH_USE_TF", "false")
-
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from spectral_pod import command_line
+from spectral_pod import command_line, storage
 from spectral_pod.errors import ConfigError, UserError
 from spectral_pod.parallel import runtime
 from spectral_pod.train import loop
@@ -37,6 +34,7 @@ def main(argv: list[str]) -> None:
     runtime.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
     workdir: Any = _WORKDIR.value
+    storage.check_access(workdir, write=not _EVAL_ONLY.value)
     if config.train.compilation_cache:
         loop.enable_compilation_cache(workdir)
     logging.get_absl_handler().addFilter(_own_news)
@@ -52,6 +50,10 @@ def _own_news(record: Any) -> bool:
     return ours or record.levelno > 20
 
 
+def _is_curable(error: OSError) -> bool:
+    return error.errno in _CURABLE or storage.is_remote(_WORKDIR.value or "")
+
+
 def run() -> None:
     """Runs `main`; an error that the user can cure is one message and its exit code."""
     try:
@@ -59,8 +61,8 @@ def run() -> None:
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in _CURABLE:
+    except storage.failures() as error:
+        if isinstance(error, OSError) and not _is_curable(error):
             raise
         message = f"{type(error).__name__}: {error}; the workdir is {_WORKDIR.value}"
         print(message, file=sys.stderr, flush=True)

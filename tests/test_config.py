@@ -26,7 +26,12 @@ def config(**fields):
 
 def test_the_defaults_pass():
     validate(config(), tasks=TASKS, models=MODELS, mixers=can_be_causal())
-    assert validate_mesh(config(), 4) == {"data": 4, "fsdp": 1, "sequence": 1, "tensor": 1}
+    assert validate_mesh(config(), 4, models=MODELS) == {
+        "data": 4,
+        "fsdp": 1,
+        "sequence": 1,
+        "tensor": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -37,6 +42,27 @@ def test_the_defaults_pass():
         ({"train__total_steps": 0}, "config.train.total_steps is 0; it must be at least 1"),
         ({"model__memory_interval": -1}, "config.model.memory_interval"),
         ({"model__dropout": 1.0}, "config.model.dropout is 1.0"),
+        (
+            {"data__task": "lm", "model__name": "spectral_gpt", "train__sample_prompt": ""},
+            "config.train.sample_prompt is empty",
+        ),
+        (
+            {"data__task": "lm", "model__name": "spectral_llm", "model__wavelet__name": "db99"},
+            "config.model.wavelet.name is 'db99'",
+        ),
+        (
+            {
+                "data__task": "lm",
+                "model__name": "spectral_llm",
+                "model__wavelet__padding": "circular",
+            },
+            "config.model.wavelet.padding is 'circular'.*sample_bytes=0",
+        ),
+        (
+            {"data__task": "lm", "model__name": "spectral_gpt", "data__documents": 2},
+            "config.data.documents is 2; a record of spectral_gpt is one document",
+        ),
+        ({"data__documents": 3}, "config.data.documents is 3; .* or two"),
         ({"data__seq_len": 2047}, "config.data.seq_len is 2047; it must be a multiple of 4"),
         ({"model__memory__beta_min": 1.0}, "beta_min"),
         ({"model__pattern": ("spectral", "hyna")}, "model.pattern is 'hyna'.*did you mean 'hyena'"),
@@ -74,7 +100,7 @@ def test_impossible_values_are_named(fields, message):
 )
 def test_meshes_that_do_not_fit_are_named(fields, devices, message):
     with pytest.raises(ConfigError, match=message):
-        validate_mesh(config(**fields), devices)
+        validate_mesh(config(**fields), devices, models=MODELS)
 
 
 def test_a_workdir_belongs_to_one_configuration(tmp_path):

@@ -40,7 +40,7 @@ def test_all_configs_are_listed():
 def test_a_config_is_sound(name, form):
     config = load(name).get_config(*([form] if form else []))
     validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
-    validate_mesh(config, 1)
+    validate_mesh(config, 1, models=models.MODELS)
     task, options = tasks.TASKS[config.data.task], config.data.options.to_dict()
     tasks.check_options(config.data.task, options)
     if tasks.is_drawn(config.data.task):

@@ -10,31 +10,32 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "spectral_pod"
 
 # Module prefix -> what of this package it may import. The longest prefix that matches counts.
-_TRAINABLE = ("shapes", "errors", "config", "ops", "layers", "models", "parallel")
+_TRAINABLE = ("shapes", "errors", "storage", "config", "ops", "layers", "models", "parallel")
 MAY_IMPORT = {
     "shapes": (),
     "errors": (),
-    "config": ("errors",),
+    "storage": ("errors",),
+    "config": ("errors", "storage"),
     "ops": ("shapes", "ops", "parallel.sharding"),
     "layers": ("shapes", "ops", "layers", "parallel.sharding"),
-    "models": ("shapes", "ops", "layers", "models", "parallel.sharding"),
+    "models": ("shapes", "config", "ops", "layers", "models", "parallel.sharding"),
     "parallel": ("shapes", "errors", "parallel"),
-    "data": ("shapes", "errors", "data"),
+    "data": ("shapes", "errors", "storage", "data"),
     "generate": ("shapes", "ops", "generate"),
     "generate.restore": (*_TRAINABLE, "data.tasks", "train.checkpoint", "train.state"),
     "generate.text": ("errors", "parallel.sharding", "generate"),
     "generate.export": (*_TRAINABLE, "train.checkpoint", "generate"),
     "generate.hub": ("errors",),
-    "analysis": ("shapes", "errors", "models", "analysis"),
-    "train": ("shapes", "errors", "ops", "layers", "models", "parallel", "train"),
+    "analysis": ("shapes", "errors", "config", "models", "analysis"),
+    "train": ("shapes", "errors", "storage", "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "parallel.sharding"),
-    "train.sources": ("errors", "data", "parallel.runtime"),
-    "train.progress": ("errors", "analysis", "parallel.runtime", "train"),
+    "train.sources": ("errors", "storage", "data", "parallel.runtime"),
+    "train.progress": ("errors", "config", "analysis", "parallel.runtime", "train"),
     "train.loop": (*_TRAINABLE, "data", "generate", "analysis", "train"),
     "command_line": ("errors",),
     "": ("api",),
     "api": (*_TRAINABLE, "data.tasks", "generate"),
-    "main": ("command_line", "config", "errors", "parallel.runtime", "train.loop"),
+    "main": ("command_line", "config", "errors", "storage", "parallel.runtime", "train.loop"),
 }
 PURE = ("ops", "layers", "models", "train.step", "train.state", "train.optim", "train.loss")
 NOT_IN_PURE = ("absl", "etils", "tensorstore", "orbax", "tensorflow", "grain", "os", "pathlib")

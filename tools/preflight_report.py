@@ -11,6 +11,7 @@ from spectral_pod.analysis import hardware, hlo, hlo_cost
 from spectral_pod.analysis.hlo import Collective
 from spectral_pod.analysis.provenance import describe, parameter_shapes
 from spectral_pod.analysis.roofline import Roofline, roofline
+from spectral_pod.config import row_len
 from tools.compiled_step import Compiled, Setup, bytes_per_chip
 
 _BOUNDS = [field.name for field in dataclasses.fields(Roofline)]
@@ -57,7 +58,7 @@ def make(
         )
         hours = config.train.total_steps * bound.step_s / 3600
         notes |= program.notes
-    tokens = config.train.global_batch_size * config.data.seq_len
+    tokens = config.train.global_batch_size * row_len(config)
     data = {
         "fits": all(one["headroom"] >= 0 for one in hbm.values()),
         "chips": topology.num_chips,

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from spectral_pod import models
 from spectral_pod.analysis.hardware import CHIPS
+from spectral_pod.config import row_len
 from spectral_pod.shapes import VOCAB_SIZE
 
 # Peak dense bfloat16 FLOP/s of one JAX device, by `device_kind` (vendors' data sheets).
@@ -45,7 +46,7 @@ def train_flops(
     model = models.build(
         plain, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
     )
-    tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, config.data.seq_len), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, row_len(config)), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
     unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 

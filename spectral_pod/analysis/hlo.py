@@ -417,9 +417,6 @@ def _axes(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(axis for axis, varied in zip(sizes, varies, strict=True) if varied)
 
 
-_SCALAR_BYTES = 8
-
-
 def grown(
     small: Iterable[Collective], large: Iterable[Collective]
 ) -> list[tuple[Collective, Collective | None]]:
@@ -438,8 +435,7 @@ def grown(
     for one in small:
         for array in one.arrays:
             supply.setdefault(_nature(one.kind), Counter())[array.bytes] += one.count
-    arrays = [(array.bytes, one) for one in large for array in one.arrays]
-    demands = [(size, one) for size, one in arrays if size > _SCALAR_BYTES]
+    demands = [(array.bytes, one) for one in large for array in one.arrays if array.shape]
     left = []
     for size, one in sorted(demands, key=lambda demand: -demand[0]):
         missing = _take(supply.get(_nature(one.kind), Counter()), size, one.count)

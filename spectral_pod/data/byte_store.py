@@ -16,6 +16,7 @@ chunks for random access, each chunk with a crc32c, so a damaged chunk is an err
 The manifest is written last: a folder without one is an unfinished write.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ import numpy as np
 import tensorstore as ts
 from absl import logging
 
+from spectral_pod import storage
 from spectral_pod.errors import DataError
 
 FORMAT = "spectral_pod.byte_store/2"
@@ -117,7 +119,7 @@ class ByteStore:
         self.manifest: dict[str, Any] = json.loads(raw.value)
         if self.manifest.get("format") != FORMAT:
             raise DataError(f"{path} has format {self.manifest.get('format')!r}, not {FORMAT!r}")
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        self._context = ts.Context(storage.context(cache_bytes=cache_bytes))
 
     @property
     def classes(self) -> list[str]:
@@ -262,7 +264,7 @@ def verify(path: str, on_part: Callable[[str], None] = lambda part: None) -> Non
         for i, facts in enumerate(info["parts"]):
             url = _part_url(f"{path}/{name}", i)
             for array in _DTYPES:
-                _checked([_open(f"{url}/{array}", ts.Context())], [url], array, [facts])
+                _checked([_open(f"{url}/{array}", _context())], [url], array, [facts])
             on_part(url)
 
 
@@ -316,15 +318,21 @@ def _digest(values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
+@functools.cache
+def _context() -> ts.Context:
+    """Of everything that need not be kept in memory."""
+    return ts.Context(storage.context())
+
+
 def _kvstore_spec(url: str) -> dict[str, Any]:
-    if url.startswith("gs://"):
+    if storage.is_remote(url):
         bucket, _, path = url.removeprefix("gs://").partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
     return {"driver": "file", "path": f"{os.path.abspath(url)}/"}
 
 
 def _kvstore(url: str) -> ts.KvStore:
-    return ts.KvStore.open(_kvstore_spec(url)).result()
+    return ts.KvStore.open(_kvstore_spec(url), context=_context()).result()
 
 
 def _metadata(array: str, size: int) -> dict[str, Any]:
@@ -361,4 +369,5 @@ def _create(url: str, array: str, values: np.ndarray) -> Any:
         "store_data_equal_to_fill_value": True,
         "metadata": _metadata(array, len(values)),
     }
-    return ts.open(spec, create=True, delete_existing=True).result().write(values)
+    opened = ts.open(spec, create=True, delete_existing=True, context=_context())
+    return opened.result().write(values)

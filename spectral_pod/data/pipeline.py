@@ -19,7 +19,8 @@ from spectral_pod.data.byte_store import Split
 from spectral_pod.errors import DataError
 from spectral_pod.shapes import PAD
 
-# tokens int32 [B, L]; labels int32 and valid bool, [B] or [B, L]. Only what is valid is scored.
+# tokens int32 [B, L], or [B, k * L] of records of k documents; labels int32 and valid bool, [B] or
+# [B, L]. Only what is valid is scored.
 Batch = dict[str, Any]
 
 
@@ -53,14 +54,18 @@ class Batches:
         *,
         batch_size: int,
         seq_len: int,
+        documents: int = 1,
         truncate: bool = False,
         num_records: int = 0,
         shuffle_seed: int | None = None,
     ):
         """`num_records` > 0 takes only the first so many; `shuffle_seed` None reads in order.
 
+        A row has the `documents` of a record side by side, each padded to `seq_len`.
+
         Raises:
-          DataError: the split is empty, or a record is longer than `seq_len` without `truncate`.
+          DataError: the split is empty, its records have another number of documents, or one is
+            longer than `seq_len` without `truncate`.
         """
         self._split, self.batch_size, self.seq_len = split, batch_size, seq_len
         self.num_records = min(num_records or len(split), len(split))
@@ -68,11 +73,19 @@ class Batches:
         self._permutations: dict[int, Any] = {}
         if not self.num_records:
             raise DataError(f"split {split.name!r} holds no records")
-        longest = int(np.argmax(split.lengths[: self.num_records]))
-        if split.lengths[longest] > seq_len and not truncate:
+        if split.documents != documents:
             raise DataError(
-                f"record {longest} of split {split.name!r} has {split.lengths[longest]} bytes, "
-                f"more than config.data.seq_len = {seq_len}; raise it, or set config.data.truncate"
+                f"split {split.name!r} has records of {split.documents} document(s), and "
+                f"config.data.documents is {documents}"
+            )
+        self._documents = documents
+        lengths = split.lengths[: self.num_records * documents]
+        longest = int(np.argmax(lengths))
+        if lengths[longest] > seq_len and not truncate:
+            raise DataError(
+                f"record {longest // documents} of split {split.name!r} has {lengths[longest]} "
+                f"bytes, more than config.data.seq_len = {seq_len}; raise it, or set "
+                "config.data.truncate"
             )
 
     @property
@@ -95,13 +108,16 @@ class Batches:
     def rows(self, step: int, rows: np.ndarray) -> Batch:
         """Those rows of a step's batch, as numpy arrays."""
         records = self.records(step, rows)
-        tokens = np.full((len(rows), self.seq_len), PAD, np.int32)
-        labels = np.zeros(len(rows), np.int32)
-        valid = records >= 0
-        for row, data in zip(np.flatnonzero(valid), self._split.read(records[valid])):
-            tokens[row, : min(len(data), self.seq_len)] = data[: self.seq_len]
+        labels, valid = np.zeros(len(rows), np.int32), records >= 0
         labels[valid] = self._split.labels[records[valid]]
-        return {"tokens": tokens, "labels": labels, "valid": valid}
+        # A line of `tokens` is a document; those of a record are side by side in its row.
+        tokens = np.full((len(rows) * self._documents, self.seq_len), PAD, np.int32)
+        which = np.arange(self._documents)
+        documents = (records[valid, None] * self._documents + which).ravel()
+        lines = (np.flatnonzero(valid)[:, None] * self._documents + which).ravel()
+        for line, data in zip(lines, self._split.read(documents), strict=True):
+            tokens[line, : min(len(data), self.seq_len)] = data[: self.seq_len]
+        return {"tokens": tokens.reshape(len(rows), -1), "labels": labels, "valid": valid}
 
     def _permutation(self, epoch: int) -> Any:
         # A keyed bijection on the indices, not a table: constant memory for any number of records.

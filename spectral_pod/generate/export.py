@@ -63,6 +63,7 @@ def save(
         "vocab_size": trained.vocab_size,
         "step": trained.step,
         "data_digest": trained.data_digest,
+        "classes": trained.classes,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     (folder / _CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
@@ -108,6 +109,7 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
         facts["num_classes"],
         facts["vocab_size"],
         facts["data_digest"],
+        facts["classes"],
     )
 
 
@@ -131,8 +133,8 @@ def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None
         predicts = "the byte that follows, or the end of a document"
         use = 'print(model.generate("To be", max_length=200))'
     elif trained.objective == "class":
-        predicts = f"one of {trained.num_classes} classes"
-        use = 'print(model.classify(b"some bytes").argmax())'
+        predicts = f"one of {trained.num_classes} classes: {', '.join(trained.classes)}"
+        use = 'print(model.classes[model.classify(b"some bytes").argmax()])'
     else:
         predicts = f"one of {trained.num_classes} symbols at every position"
         use = "print(model(tokens).argmax(-1))  # int tokens [batch, length]"

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
-from spectral_pod import models
+from spectral_pod import models, storage
 from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
@@ -42,6 +42,8 @@ class Trained(NamedTuple):
       num_classes: of its logits.
       vocab_size: rows of the embedding.
       data_digest: of what it was trained on.
+      classes: the names of what it predicts; empty where these are bytes or symbols, and of a
+        model that has not been trained.
     """
 
     config: ConfigDict
@@ -52,6 +54,7 @@ class Trained(NamedTuple):
     num_classes: int
     vocab_size: int
     data_digest: str
+    classes: list[str]
 
     @property
     def objective(self) -> str:
@@ -77,6 +80,7 @@ def restore_for_inference(
       ConfigError: its configuration is that of another version, or does not fit the mesh.
       CheckpointError: it has no such sound checkpoint, or one of another model.
     """
+    storage.check_access(workdir, write=False)
     file = epath.Path(workdir) / "config.json"
     if not file.exists():
         raise DataError(f"{workdir} is no workdir of a run: it has no config.json")
@@ -95,14 +99,22 @@ def restore_for_inference(
         num_classes=num_classes,
         vocab_size=vocab_size,
     )
-    stacked = abstract_state(build(), optax.identity(), mesh, config.data.seq_len).params
+    stacked = abstract_state(build(), optax.identity(), mesh, config_lib.row_len(config)).params
     module = build(decoding=True)
     _, shardings = abstract_params(module, mesh)
     with jax.set_mesh(mesh):
         params = saved.restore_params(step, stacked)
         params = jax.jit(unstack, out_shardings=shardings)(params)
     return Trained(
-        config, mesh, module, params, step, num_classes, vocab_size, recorded["data_digest"]
+        config,
+        mesh,
+        module,
+        params,
+        step,
+        num_classes,
+        vocab_size,
+        recorded["data_digest"],
+        recorded.get("classes", []),  # older workdirs do not say
     )
 
 
@@ -163,7 +175,7 @@ def fitted(config: ConfigDict, mesh: Mesh, dtype: str) -> ConfigDict:
     config.train.grad_accumulation = 1
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     config.train.global_batch_size = config.train.eval_batch_size = rows
-    config_lib.validate_mesh(config, mesh.size)
+    config_lib.validate_mesh(config, mesh.size, models=models.MODELS)
     return config
 
 
@@ -176,6 +188,7 @@ def abstract_params(module: Any, mesh: Mesh) -> tuple[Any, Any]:
 
 def init_params(module: Any, seed: int, rows: int = 1) -> Any:
     """The parameters that training starts with, boxed; `rows` is a multiple of the mesh's."""
-    shape = rows, module.config.max_positions * module.bytes_per_position
+    config = module.config
+    shape = rows, config.documents * config.max_positions * module.bytes_per_position
     tokens_BL = jnp.zeros(shape, jnp.int32)
     return module.init(jax.random.key(seed), tokens_BL, jnp.ones(shape, bool))["params"]

@@ -53,6 +53,7 @@ class FrequencyFeedForward(nn.Module):
     filter: str
     decay: str
     padding: str
+    method: str = "auto"
 
     @nn.compact
     def __call__(
@@ -62,7 +63,7 @@ class FrequencyFeedForward(nn.Module):
         u_BND = jnp.where(mask_BN[..., None], x_BND.astype(self.dtype), jnp.zeros((), self.dtype))
         u_BND = constrain(u_BND, "batch", "position", "channel")
         long = LongConvolution(
-            self.max_positions, self.filter, self.decay, self.padding, name="long"
+            self.max_positions, self.filter, self.decay, self.padding, self.method, name="long"
         )
         y_BND = constrain(long(u_BND, position), "batch", "position", "width")
         mlp = GatedFeedForward(
@@ -88,6 +89,7 @@ def _frequency(config: Config, deterministic: bool, name: str) -> FrequencyFeedF
         filter=config.hyena.filter,
         decay=config.hyena.decay,
         padding=config.frequency.padding,
+        method=config.long_conv,
         name=name,
     )
 

@@ -81,12 +81,14 @@ class LongConvolution(nn.Module):
       num_taps, parametrization, decay: see `CausalFilter`.
       padding: 'linear', or 'circular', with which positions see later ones and nothing can be
         decoded.
+      method: see `ops/long_conv.py`.
     """
 
     num_taps: int
     parametrization: str
     decay: str
     padding: str = "linear"
+    method: str = "auto"
 
     @nn.compact
     def __call__(self, v_BND: jax.Array, position: jax.Array | None = None) -> jax.Array:
@@ -118,7 +120,7 @@ class LongConvolution(nn.Module):
         if self.padding == "circular":
             h_BDN = jnp.broadcast_to(h_DT[None, :, : v_BDN.shape[2]], v_BDN.shape)
             return jnp.swapaxes(circular_product(v_BDN, h_BDN).astype(v_BND.dtype), 1, 2)
-        return jnp.swapaxes(causal_conv(v_BDN, h_DT), 1, 2)
+        return jnp.swapaxes(causal_conv(v_BDN, h_DT, self.method), 1, 2)
 
 
 class HyenaLayer(nn.Module):
@@ -129,6 +131,7 @@ class HyenaLayer(nn.Module):
       filter, decay: see `CausalFilter`.
       short_conv: width of the depthwise causal convolution of u and v; 1 has none (the original
         design).
+      method: see `ops/long_conv.py`.
     """
 
     max_positions: int
@@ -136,6 +139,7 @@ class HyenaLayer(nn.Module):
     decay: str
     short_conv: int
     dtype: Any
+    method: str = "auto"
 
     @nn.compact
     def __call__(
@@ -150,7 +154,9 @@ class HyenaLayer(nn.Module):
             short = ShortConvolution(self.short_conv, (None, "channel"), self.dtype, name="short")
             uv_BN2D = short(uv_BN2D, position)
         u_BND, v_BND = uv_BN2D[:, :, 0], uv_BN2D[:, :, 1]
-        long = LongConvolution(self.max_positions, self.filter, self.decay, name="long")
+        long = LongConvolution(
+            self.max_positions, self.filter, self.decay, method=self.method, name="long"
+        )
         y_BND = long(v_BND, position)
         y_BND = Dense(width, ("hidden", "embed"), self.dtype, name="out")(u_BND * y_BND)
         return constrain(y_BND, "batch", "position", "width")

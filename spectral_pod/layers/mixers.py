@@ -59,6 +59,7 @@ def _hyena(config: Config, deterministic: bool, name: str) -> nn.Module:
         filter=config.hyena.filter,
         decay=config.hyena.decay,
         short_conv=config.hyena.short_conv,
+        method=config.long_conv,
         dtype=jnp.dtype(config.dtype),
         name=name,
     )
@@ -70,6 +71,7 @@ def _wavelet(config: Config, deterministic: bool, name: str) -> nn.Module:
         levels=config.wavelet.levels,
         num_heads=config.wavelet.num_heads,
         padding=config.wavelet.padding,
+        method=config.long_conv,
         dtype=jnp.dtype(config.dtype),
         name=name,
     )
@@ -125,7 +127,7 @@ def _selective(config: Config, deterministic: bool, name: str) -> nn.Module:
         causal=config.causal,
         filter=config.hyena.filter,
         decay=config.hyena.decay,
-        method=config.spectral.method,
+        method=config.long_conv if config.causal else config.spectral.method,
         dtype=jnp.dtype(config.dtype),
         name=name,
     )

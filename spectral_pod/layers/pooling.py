@@ -1,9 +1,13 @@
 """From a sequence to one vector."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.layers.dense import Dense
+from spectral_pod.ops.gelu import gelu
 from spectral_pod.parallel.sharding import partitioned
 from spectral_pod.shapes import Pooled, PositionMask, Positions
 
@@ -43,6 +47,22 @@ class LastPooling(nn.Module):
         last_B1 = jnp.max(place_BN, axis=1, keepdims=True)
         last_BN = (mask_BN & (place_BN == last_B1)).astype(jnp.float32)
         return jnp.einsum("bn,bnd->bd", last_BN, x_BND.astype(jnp.float32))
+
+
+class Comparison(nn.Module):
+    """Two pooled vectors a, b to one: a hidden layer of [a, b, a * b, a - b], as in the Long Range
+    Arena's retrieval (Tay et al. 2020)."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, pooled_BD: jax.Array) -> jax.Array:
+        """float32 [2 * B, D], pairs in rows 2i and 2i + 1, to float32 [B, D]."""
+        width = pooled_BD.shape[-1]
+        a_BD, b_BD = pooled_BD[0::2], pooled_BD[1::2]
+        both = jnp.concatenate([a_BD, b_BD, a_BD * b_BD, a_BD - b_BD], axis=-1)
+        hidden_BD = Dense(width, ("embed", "width"), self.dtype, name="hidden")(both)
+        return gelu(hidden_BD).astype(jnp.float32)
 
 
 def _masked_softmax(scores_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ class SelectiveLayer(nn.Module):
         for all frequencies. That is no filter but the product of x with it.
       rank: R.
       filter, decay: of the causal filters, see `CausalFilter`.
-      method: of the others, see `ops/fft.py`.
+      method: of these, see `ops/long_conv.py`, or else of the others, see `ops/fft.py`.
     """
 
     max_positions: int
@@ -110,7 +110,9 @@ class SelectiveLayer(nn.Module):
         B, N, D = x_BND.shape
         x_BNC = jnp.repeat(constrain(x_BND, "batch", "position", "channel"), self.rank + 1, axis=2)
         if self.causal:
-            long = LongConvolution(self.max_positions, self.filter, self.decay, name="long")
+            long = LongConvolution(
+                self.max_positions, self.filter, self.decay, method=self.method, name="long"
+            )
             u_BNC = long(x_BNC, position)
         else:
             u_BNC = self._spectral(x_BNC)

@@ -38,6 +38,7 @@ class WaveletAttention(nn.Module):
       num_heads: H, a divisor of the width.
       padding: 'linear', or 'circular' as in the original design: positions see later ones, and
         nothing can be decoded.
+      method: of the linear product, see `ops/long_conv.py`.
     """
 
     wavelet: str
@@ -45,6 +46,7 @@ class WaveletAttention(nn.Module):
     num_heads: int
     padding: str
     dtype: Any
+    method: str = "auto"
 
     @nn.compact
     def __call__(
@@ -110,7 +112,7 @@ class WaveletAttention(nn.Module):
         if self.padding == "circular":
             c_BDN = circular_product(q_BDN, k_BDN)
         else:
-            c_BDN = causal_product(q_BDN, k_BDN, start_B)
+            c_BDN = causal_product(q_BDN, k_BDN, start_B, self.method)
         c_BND = jnp.swapaxes(c_BDN, 1, 2)
         if prefill:
             self.put_variable("cache", "product_q", q_BND)

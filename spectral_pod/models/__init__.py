@@ -5,11 +5,12 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
+from spectral_pod import config as config_lib
 from spectral_pod.layers.mixers import mixers_of
 from spectral_pod.models.spectral_gpt import SpectralGPT
 from spectral_pod.models.spectral_llm import SpectralLLM
 from spectral_pod.models.spectral_model import SpectralModel
-from spectral_pod.ops import fft
+from spectral_pod.ops import fft, long_conv
 from spectral_pod.parallel.sharding import platform
 from spectral_pod.shapes import VOCAB_SIZE
 
@@ -23,16 +24,8 @@ MODELS: dict[str, Any] = {
 
 
 def pattern(config: Any) -> tuple[str, ...]:
-    """The blocks of a model, repeating: the config's own, or the model's mixer with a delta memory
-    in every `memory_interval`-th block (0: in none)."""
-    model = config.model
-    if model.pattern:
-        return tuple(model.pattern)
-    mixer, interval = MODELS[model.name].mixer, model.memory_interval
-    if interval == 0 or interval > model.num_layers:
-        return (mixer,)
-    memory = "gated_delta" if model.memory.gated else "delta"
-    return (mixer,) * (interval - 1) + (f"{mixer}+{memory}",)
+    """The blocks of a model, repeating; see `config.pattern`."""
+    return config_lib.pattern(config, MODELS[config.model.name].mixer)
 
 
 def max_positions(config: Any, seq_len: int) -> int:
@@ -43,12 +36,17 @@ def max_positions(config: Any, seq_len: int) -> int:
 def operations(config: Any, *, seq_len: int) -> dict[str, str]:
     """The method that each operation's door takes on the mesh that is set, to be recorded."""
     mixers, positions = mixers_of(pattern(config)), max_positions(config, seq_len)
-    chosen = {}
-    if "spectral" in mixers or ("selective" in mixers and not MODELS[config.model.name].causal):
+    causal, chosen = MODELS[config.model.name].causal, {}
+    if "spectral" in mixers or ("selective" in mixers and not causal):
         chosen["spectral_filter"] = config.model.spectral.method
         if config.model.spectral.method == "auto":
-            fft_length = {"linear": 2, "circular": 1}[config.model.spectral.padding] * positions
+            circular = "spectral" in mixers and config.model.spectral.padding == "circular"
+            fft_length = positions if circular else 2 * positions
             chosen["spectral_filter"] = fft.choose(platform(), positions, fft_length)
+    long = mixers & {"hyena", "wavelet"} or ("selective" in mixers and causal)
+    if long or config.model.channel_mixer == "frequency":
+        method = config.model.long_conv
+        chosen["causal_conv"] = long_conv.choose(platform()) if method == "auto" else method
     if mixers & {"delta", "gated_delta"}:
         chosen["delta_rule"] = config.model.memory.method
     return chosen
@@ -72,6 +70,7 @@ def build(
         "pattern": pattern(config),
         "vocab_size": vocab_size,
         "causal": cls.causal,
+        "documents": config.data.documents,
         "decoding": decoding,
     }
     return cls(ml_collections.FrozenConfigDict(fields), num_classes)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -10,7 +11,7 @@ from spectral_pod.layers.block import block_stack
 from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.patching import STRIDE, ByteLatentEncoder, sinusoidal_positions
-from spectral_pod.layers.pooling import POOLING
+from spectral_pod.layers.pooling import POOLING, Comparison
 from spectral_pod.parallel.sharding import constrain
 from spectral_pod.shapes import Logits, TokenMask, Tokens
 
@@ -34,10 +35,14 @@ class SpectralModel(nn.Module):
     def __call__(self, tokens_BL: Tokens, mask_BL: TokenMask, train: bool = False) -> Logits:
         """int tokens and their validity, [B, L], to float32 logits [B, C].
 
+        Where a record is two documents, [B, 2 * L]: each is encoded by itself.
+
         Padded positions never change a logit: [B, L] and [B, L'] with the same valid bytes agree
         for every multiple of 4 up to 4 * max_positions. Dropout draws from the rng `dropout`.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
+        if config.documents == 2:
+            tokens_BL, mask_BL = _apart(tokens_BL), _apart(mask_BL)
         encoder = ByteLatentEncoder(config.hidden_dim, config.embed_dim, dtype, name="encoder")
         x_BND, mask_BN = encoder(tokens_BL, mask_BL)
         if config.coarser_scales:
@@ -48,4 +53,12 @@ class SpectralModel(nn.Module):
         x_BND = layer_norm(x_BND, "norm")
         pooling: Any = POOLING[config.pooling](name="pooling")
         pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)
+        if config.documents == 2:
+            pooled_BD = Comparison(dtype, name="comparison")(pooled_BD)
         return Dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")(pooled_BD)
+
+
+def _apart(x_BL: jax.Array) -> jax.Array:
+    """[B, 2 * L] to [2 * B, L], rows 2i and 2i + 1 from row i: every device keeps its own rows."""
+    batch, both = x_BL.shape
+    return constrain(x_BL.reshape(2 * batch, both // 2), "batch", None)

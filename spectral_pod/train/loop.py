@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
-from spectral_pod import models
+from spectral_pod import models, storage
 from spectral_pod.data import pipeline, tasks
 from spectral_pod.errors import DataError
 from spectral_pod.generate import decode
@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
 
     # ---- mesh
-    mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count()))
+    mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count(), models=models.MODELS))
     say(f"mesh {dict(mesh.shape)} of {mesh.size} {jax.devices()[0].device_kind} device(s)")
 
     # ---- data
@@ -61,7 +61,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         split: sources.batches(split) for split in ("validation", config.train.eval_split)
     }
     if not eval_only:
-        config_lib.claim_workdir(workdir, config, sources.digest)
+        config_lib.claim_workdir(workdir, config, sources.digest, sources.classes)
 
     # ---- model, optimizer, state
     model = models.build(
@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         vocab_size=sources.vocab_size,
     )
     tx = make_optimizer(config)
-    abstract = abstract_state(model, tx, mesh, config.data.seq_len)
+    abstract = abstract_state(model, tx, mesh, config_lib.row_len(config))
     num_params = sum(x.size for x in jax.tree.leaves(abstract.params))
     checkpointer = Checkpointer(
         f"{workdir}/checkpoints",
@@ -85,7 +85,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             raise DataError(f"{workdir} holds no sound checkpoint to evaluate; train first")
         return _evaluate_only(state, abstract, model, mesh, config, sources)
     if state is None:
-        state = init_state(model, tx, mesh, config.data.seq_len, config.seed)
+        state = init_state(model, tx, mesh, config_lib.row_len(config), config.seed)
     first_step = int(state.step)
     overview = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
     logging.info("Parameters:\n%s", overview)
@@ -254,7 +254,7 @@ def _finish(
         say(tasks.listops.ladder_rung(evaluation["accuracy"], ladder))
     file = epath.Path(workdir) / "result.json"
     if runtime.is_leader():
-        file.write_text(json.dumps(result, indent=1))
+        storage.write_whole(file, json.dumps(result, indent=1))
     say(f"{split} {summary(objective, derived(objective, evaluation))}; see {file}")
     say(f"curves: .venv/bin/tensorboard --logdir={workdir}")
     return result

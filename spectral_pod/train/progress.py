@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spectral_pod.analysis import flops
+from spectral_pod.config import row_len
 from spectral_pod.errors import NonFiniteError
 from spectral_pod.parallel.runtime import say
 from spectral_pod.train.metrics import derived, summary
@@ -38,7 +39,7 @@ class Progress:
         self._spent: dict[str, float] = collections.defaultdict(float)
         self._window_start, self._window_first = time.time(), first_step
         self._first_step, self._num_timed, self._seconds_timed = first_step, 0, 0.0
-        self._bytes_a_step = config.train.global_batch_size * config.data.seq_len
+        self._bytes_a_step = config.train.global_batch_size * row_len(config)
         peak = flops.peak_flops(mesh.devices.flat[0])
         self._peak = peak * mesh.size if peak else None
         self._model_flops = (

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from spectral_pod import storage
 from spectral_pod.data import byte_store, pipeline, tasks
 from spectral_pod.data.drawn import Drawn
 from spectral_pod.data.windows import Windows
@@ -62,6 +63,7 @@ class Sources(NamedTuple):
             self.store.split(split),
             batch_size=batch_size,
             seq_len=data.seq_len,
+            documents=data.documents,
             truncate=data.truncate,
             num_records=limit,
             shuffle_seed=seed,
@@ -100,7 +102,9 @@ def open_sources(config: ConfigDict) -> Sources:
 def _open_store(config: ConfigDict) -> byte_store.ByteStore:
     options = config.data.options.to_dict()
     path = tasks.store_path(config.data.dir, config.data.task, options)
+    storage.check_access(path, write=False)
     if runtime.is_leader() and not byte_store.exists(path):
+        storage.check_access(path, write=True)
         runtime.say(f"writing the {config.data.task} data to {path}")
         tasks.TASKS[config.data.task].build(path, **options)
     runtime.barrier("data store")

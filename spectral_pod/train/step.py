@@ -52,10 +52,11 @@ def train_step(
         correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
         # Normalised by the whole batch, so that micro-batches just add up.
         total = jnp.sum(jnp.where(micro["valid"], loss, 0.0)) / total_valid
-        auxiliary_B = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
-        total += jnp.sum(auxiliary_B) / len(batch["tokens"])
         outputs = {"loss": loss, "correct": correct, "mask": micro["valid"]}
-        return total, outputs | {"auxiliary": auxiliary_B}
+        if sown:
+            outputs["auxiliary"] = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
+            total += jnp.sum(outputs["auxiliary"]) / len(batch["tokens"])
+        return total, outputs
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_micro == 1:
@@ -82,7 +83,8 @@ def train_step(
     scalars |= {
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
     }
-    scalars["auxiliary_loss"] = jnp.mean(outputs.pop("auxiliary"))
+    if "auxiliary" in outputs:
+        scalars["auxiliary_loss"] = jnp.mean(outputs.pop("auxiliary"))
     state = TrainState(state.step + 1, params, opt_state)
     return state, (Averages.single_from_model_output(**outputs), scalars)
 

@@ -78,7 +78,7 @@ def test_pairs_of_documents(tmp_path):
     pairs = [Record((b"one", b""), 0), Record((b"", b"four"), 1)]
     byte_store.write(path, {"train": pairs}, classes=["a", "b"], provenance={}, documents=2)
     split = ByteStore(path).split("train")
-    assert len(split) == 2 and split.documents == 2
+    assert (len(split), split.documents) == (2, 2)
     assert [d.tobytes() for d in split.read([2, 3, 0, 1])] == [b"", b"four", b"one", b""]
     single = [Record(b"x", 0)]
     with pytest.raises(DataError, match="record 0 has 1 documents, not 2"):

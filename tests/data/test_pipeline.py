@@ -26,6 +26,7 @@ class CountingSplit:
 
     def __init__(self, num_records, wait=lambda index: None):
         self.labels = np.arange(num_records, dtype=np.int32)
+        self.documents = 1
         self.lengths = np.arange(num_records) % (SEQ_LEN + 1)
         self.reads = []
         self._wait = wait
@@ -227,6 +228,21 @@ def test_a_damaged_store_is_an_error_of_the_loop(tmp_path):
     batches = Batches(byte_store.ByteStore(path).split("train"), batch_size=4, seq_len=SEQ_LEN)
     with pytest.raises(DataError, match="damaged"):
         list(loaded(batches, 0, 16))
+
+
+def test_pairs_lie_side_by_side(tmp_path):
+    path, pairs = str(tmp_path / "pairs"), [(b"ab", b"c"), (b"", b"wxyz"), (b"e", b"f")]
+    records = [byte_store.Record(pair, i) for i, pair in enumerate(pairs)]
+    options = {"classes": ["x", "y", "z"], "provenance": {}, "documents": 2}
+    byte_store.write(path, {"test": records}, **options)
+    split = byte_store.ByteStore(path).split("test")
+    batch = Batches(split, batch_size=2, seq_len=4, documents=2).rows(0, np.arange(2))
+    expected = [[*b"ab", PAD, PAD, *b"c", PAD, PAD, PAD], [PAD] * 4 + [*b"wxyz"]]
+    np.testing.assert_array_equal(batch["tokens"], expected)
+    with pytest.raises(DataError, match="record 1 of split 'test' has 4 bytes"):
+        Batches(split, batch_size=2, seq_len=3, documents=2)
+    with pytest.raises(DataError, match=r"2 document.*config.data.documents is 1"):
+        Batches(split, batch_size=2, seq_len=4)
 
 
 def test_a_record_that_is_too_long_is_named():

@@ -15,14 +15,15 @@ from spectral_pod.models import pattern
 from spectral_pod.shapes import PAD
 
 
-def make(seq_len=128, **overrides):
+def make(seq_len=128, documents=1, **overrides):
     config = default()
+    config.data.documents = documents
     # The recurrence compiles fastest; both forms are the same function (tests/ops).
     small = {"dtype": "float32", "num_layers": 2, "hidden_dim": 16, "embed_dim": 8}
     small |= {"memory_interval": 2, "memory.head_dim": 4, "memory.method": "recurrent"}
     config.update_from_flattened_dict({f"model.{k}": v for k, v in (small | overrides).items()})
     model = models.build(config, seq_len=seq_len, num_classes=5)
-    tokens = jnp.zeros((1, seq_len), jnp.int32)
+    tokens = jnp.zeros((1, documents * seq_len), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens, tokens != PAD)["params"]
     return model, jax.tree.map(lambda x: getattr(x, "value", x), params, is_leaf=_boxed)
 
@@ -175,3 +176,26 @@ def test_coarser_scales_see_further():
     changed_BND = module.apply(params, x_BND.at[:, 7].add(1.0), mask_BN)
     moved_N = jnp.abs(changed_BND - module.apply(params, x_BND, mask_BN)).max((0, 2)) > 1e-6
     np.testing.assert_array_equal(np.flatnonzero(moved_N), np.arange(6, 12))
+
+
+def test_the_documents_of_a_pair_are_encoded_by_themselves(rows):
+    """What pads the first document, and what the second one is, never reaches its encoding."""
+    model, params = make(documents=2)
+    a, b, c, d = rows
+
+    def pairs(*pairs_, length=64):
+        tokens = np.full((len(pairs_), 2, length), PAD, np.int32)
+        for i, pair in enumerate(pairs_):
+            for j, document in enumerate(pair):
+                tokens[i, j, : len(document)] = document
+        return apply(model, params, jnp.asarray(tokens.reshape(len(pairs_), -1)))
+
+    both = pairs((a, b), (c, d))
+    np.testing.assert_allclose(both[0], pairs((a, b), (d, b))[0], atol=1e-6)
+    np.testing.assert_allclose(both, pairs((a, b), (c, d), length=128), atol=1e-5)
+    assert np.abs(both[0] - pairs((b, a))[0]).max() > 1e-3
+    _, encode = make()  # the same encoder, but for the head
+    same = {name: params[name] for name in encode if name != "head"}
+    assert jax.tree.map(jnp.shape, same) == jax.tree.map(
+        jnp.shape, {name: encode[name] for name in same}
+    )

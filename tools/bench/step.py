@@ -89,7 +89,7 @@ def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline:
     config.model.unroll = size.layers if remat == "none" else 1
     if jax.default_backend() == "cpu" and not machine.has_amx():
         config.model.dtype = "float32"  # which is faster there
-    mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count()))
+    mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count(), models=models.MODELS))
     model = models.build(config, seq_len=length, num_classes=NUM_CLASSES)
     tx = make_optimizer(config)
     abstract = abstract_state(model, tx, mesh, length)

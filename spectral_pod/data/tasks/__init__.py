@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from spectral_pod import storage
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import content_type, copy, listops, lm, mqar, overwrite, recall
 from spectral_pod.errors import ConfigError
@@ -76,7 +77,7 @@ def store_path(directory: str, task: str, options: Mapping[str, Any]) -> str:
     """
     check_options(task, options)
     key = hashlib.sha256(_meaning(task, options)).hexdigest()[:8]
-    if not directory.startswith("gs://"):
+    if not storage.is_remote(directory):
         directory = os.path.expanduser(directory)
     return f"{directory.rstrip('/')}/{task}-{key}"
 
