@@ -58,7 +58,7 @@ class Split:
         info = manifest["splits"][name]
         self.documents: int = manifest["documents"]
         facts = info["parts"]
-        urls = [_part_url(self._url, i) for i in range(len(facts))]
+        urls = [f"{self._url}/{part['name']}" for part in facts]
         # All at once: on object storage each takes a request or two of some milliseconds.
         opened = {array: [_open(f"{url}/{array}", context) for url in urls] for array in _DTYPES}
         starts = np.cumsum([0] + [part["bytes"] for part in facts])
@@ -112,7 +112,7 @@ class ByteStore:
           DataError: there is no finished store, or it is of another format.
         """
         self.path = path
-        raw = _kvstore(path).read("manifest.json").result()
+        raw = open_kvstore(path).read("manifest.json").result()
         if raw.state != "value":
             raise DataError(f"{path} holds no finished byte store (no manifest.json)")
         self.digest = hashlib.sha256(raw.value).hexdigest()
@@ -135,7 +135,7 @@ class ByteStore:
 
 def exists(path: str) -> bool:
     """Whether a finished store is at `path`."""
-    return _kvstore(path).read("manifest.json").result().state == "value"
+    return open_kvstore(path).read("manifest.json").result().state == "value"
 
 
 def write(
@@ -172,7 +172,7 @@ def write(
 
 def clear(path: str) -> None:
     """Removes whatever is at `path`, so that no file of an earlier write stays."""
-    _kvstore(path).delete_range(ts.KvStore.KeyRange()).result()
+    open_kvstore(path).delete_range(ts.KvStore.KeyRange()).result()
 
 
 def write_part(
@@ -184,12 +184,15 @@ def write_part(
     num_classes: int,
     documents: int = 1,
 ) -> dict[str, Any]:
-    """Writes part `index` of a split; returns what the manifest says of it.
+    """Writes a part of a split; returns what the manifest says of it.
+
+    The indices of a split's parts tell their order; some may be left out.
 
     Raises:
       DataError: a label has no class, or a record another number of documents.
     """
-    url = _part_url(f"{path}/{split}", index)
+    name = f"{index:05}"
+    url = f"{path}/{split}/{name}"
     data: list[bytes] = []
     for i, record in enumerate(records):
         if not 0 <= record.label < num_classes:
@@ -209,6 +212,7 @@ def write_part(
     for write in writes:
         write.result()
     return {
+        "name": name,
         "records": len(records),
         "bytes": len(arrays["bytes"]),
         "longest": max(map(len, data), default=0),
@@ -239,7 +243,8 @@ def finish(
                     [part["class_counts"] for part in held] or [[0] * len(classes)], axis=0
                 ).tolist(),
                 "parts": [
-                    {key: part[key] for key in ("records", "bytes", "sha256")} for part in held
+                    {key: part[key] for key in ("name", "records", "bytes", "sha256")}
+                    for part in held
                 ],
             }
             for name, held in parts.items()
@@ -247,7 +252,7 @@ def finish(
         "provenance": dict(provenance),
     }
     encoded = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    _kvstore(path).write("manifest.json", encoded).result()
+    open_kvstore(path).write("manifest.json", encoded).result()
     counts = {name: info["records"] for name, info in manifest["splits"].items()}
     logging.info("Wrote byte store %s: records %s", path, counts)
 
@@ -261,8 +266,8 @@ def verify(path: str, on_part: Callable[[str], None] = lambda part: None) -> Non
       DataError: names the first array that differs or cannot be read.
     """
     for name, info in ByteStore(path).manifest["splits"].items():
-        for i, facts in enumerate(info["parts"]):
-            url = _part_url(f"{path}/{name}", i)
+        for facts in info["parts"]:
+            url = f"{path}/{name}/{facts['name']}"
             for array in _DTYPES:
                 _checked([_open(f"{url}/{array}", _context())], [url], array, [facts])
             on_part(url)
@@ -279,10 +284,6 @@ def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
             part, filled = [], 0
     if part:
         yield part
-
-
-def _part_url(split_url: str, index: int) -> str:
-    return f"{split_url}/{index:05}"
 
 
 def _concatenated(opened: Sequence[Any], urls: Sequence[str]) -> Any:
@@ -331,7 +332,8 @@ def _kvstore_spec(url: str) -> dict[str, Any]:
     return {"driver": "file", "path": f"{os.path.abspath(url)}/"}
 
 
-def _kvstore(url: str) -> ts.KvStore:
+def open_kvstore(url: str) -> ts.KvStore:
+    """The files below a folder or a gs:// URL, by name."""
     return ts.KvStore.open(_kvstore_spec(url), context=_context()).result()
 
 
