@@ -5,9 +5,8 @@ scored is the value at the repeated key.
 
     launch/local.sh --config=configs/mqar.py --workdir=DIR
 
-The default is Zoology's: 8,192 symbols, sequences of 64 to 256 with 4 to 64 pairs. `:cpu` is one
-that a CPU learns in minutes, and `:bytes` has the 256 bytes as symbols. Other mixers:
-`--config.model.pattern="('hyena', 'hyena')"`. Longer tests of a trained model (TEST_SETTINGS in
+The default is Zoology's: 8,192 symbols, sequences of 64 to 256 with 4 to 64 pairs. `:bytes`, with
+the 256 bytes as symbols, is one that a CPU learns in minutes. Other mixers: `--config.model.pattern="('hyena', 'hyena')"`. Longer tests of a trained model (TEST_SETTINGS in
 `data/tasks/mqar.py`):
 
     python -m spectral_pod.main --config=configs/mqar.py --workdir=DIR --eval_only \\
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 from spectral_pod.config import default
 from spectral_pod.data.tasks.mqar import TRAIN_SETTINGS
 
-SIZES = ("zoology", "cpu", "bytes")
+SIZES = ("zoology", "bytes")
 
 
 def get_config(size: str = "zoology") -> ConfigDict:
@@ -46,7 +45,7 @@ def get_config(size: str = "zoology") -> ConfigDict:
     c.train.eval_records = 3000
     c.checkpoint.every_steps = 1000
     c.optimizer.weight_decay = 0.1
-    if size in ("cpu", "bytes"):
+    if size == "bytes":
         c.model.hidden_dim = 64
         c.model.memory.num_heads = 1
         c.data.seq_len = c.model.context = 64
@@ -56,7 +55,6 @@ def get_config(size: str = "zoology") -> ConfigDict:
         c.train.eval_every_steps = 250
         c.train.eval_records = 1000
         c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 3e-3
-    if size == "bytes":
         c.data.options.vocab_size = 256
         c.data.options.random_non_queries = False  # of 256 symbols one would often be a key
     return c

@@ -19,7 +19,7 @@ from spectral_pod.errors import ConfigError
 
 # Where a restart may differ: none changes the numbers of a run beyond float rounding.
 _FREE_TO_CHANGE = (
-    "mesh.", "checkpoint.", "data.dir", "data.threads", "data.prefetch", "train.eval_",
+    "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch", "train.eval_",
     "train.log_every_steps", "train.compilation_cache",
 )  # fmt: skip
 
@@ -32,6 +32,8 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.task = ""  # a name in data/tasks
     c.data.options = ConfigDict()  # keyword arguments of the task's `build`
+    # Finished stores in place of the task's own: paths, or pairs of a path and its weight.
+    c.data.stores = ()
     c.data.dir = "~/.cache/spectral_pod"  # byte stores are written once below it; a folder or gs://
     c.data.seq_len = 2048  # bytes of a document; longer ones are an error unless `truncate`
     c.data.documents = 1  # in a record; 2 are encoded alike and then compared
@@ -218,6 +220,17 @@ def validate(
             f"{'every next token' if causal else 'one class a record'}; task "
             f"{config.data.task!r} needs one of {fitting}"
         )
+    for entry in config.data.stores:
+        path, weight = store_and_weight(entry)
+        if not (isinstance(path, str) and isinstance(weight, (int, float)) and weight > 0):
+            raise ConfigError(
+                f"config.data.stores has {entry!r}; an entry is a path, or a path and a weight "
+                "above 0"
+            )
+    if config.data.stores and objective == "positions":
+        raise ConfigError(
+            f"config.data.stores is set, and examples of {config.data.task!r} are never stored"
+        )
     if config.data.documents not in ((1,) if causal else (1, 2)):
         raise ConfigError(
             f"config.data.documents is {config.data.documents}; a record of "
@@ -379,6 +392,11 @@ def _looks_back(config: ConfigDict) -> dict[str, int]:
         "gated_delta": model.memory.short_conv - 1,
         "wavelet": (wavelet.dec_len - 1) * (2**model.wavelet.levels - 1),
     }
+
+
+def store_and_weight(entry: Any) -> tuple[Any, Any]:
+    """An entry of `data.stores`, in full."""
+    return (entry, 1.0) if isinstance(entry, str) else tuple(entry)
 
 
 def row_len(config: ConfigDict) -> int:

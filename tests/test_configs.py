@@ -19,7 +19,7 @@ FORMS = {
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],
     "memory": ["copy", "recall", "overwrite"],
-    "mqar": ["zoology", "cpu", "bytes"],
+    "mqar": ["zoology", "bytes"],
 }
 
 

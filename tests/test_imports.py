@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "analysis": ("shapes", "errors", "config", "models", "analysis"),
     "train": ("shapes", "errors", "storage", "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "parallel.sharding"),
-    "train.sources": ("errors", "storage", "data", "parallel.runtime"),
+    "train.sources": ("errors", "storage", "config", "data", "parallel.runtime"),
     "train.progress": ("errors", "config", "analysis", "parallel.runtime", "train"),
     "train.loop": (*_TRAINABLE, "data", "generate", "analysis", "train"),
     "command_line": ("errors",),

@@ -25,22 +25,24 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
-# epath would reach gs:// through TensorFlow where it is installed: slow to import, and without the
-# endpoint override that tests need. It reads this at its first use.
-os.environ.setdefault("EPATH_USE_TF", "false")
-
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from spectral_pod import storage
 from spectral_pod.errors import CheckpointError
 
 _NONE = -1  # no step
 _FAILED = -2  # a process could not say
 _HASH_THREADS = 8
+
+# Orbax has no option for how long tensorstore repeats a request: a quarter of an hour.
+for _spec in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+    _spec["gcs_request_retries"] = storage.context()["gcs_request_retries"]
 
 
 class SealedSteps:
@@ -50,7 +52,7 @@ class SealedSteps:
 
     def __init__(self, directory: str):
         """`directory`: a path or a gs:// URL, beside which the seals are."""
-        self._remote = "://" in directory
+        self._remote = storage.is_remote(directory)
         self.directory = epath.Path(directory if self._remote else os.path.abspath(directory))
         self._seals = self.directory.parent / "seals"
 
@@ -126,13 +128,12 @@ class SealedSteps:
         altered = [f"{name} is altered" for name in common if sealed[name] != present[name]]
         return sorted(missing + added + altered)
 
-    def _steps(self) -> set[int]:
-        """The steps that Orbax takes for complete."""
-        found = ocp.path.step.standard_name_format().find_all(self.directory)
-        return {step.step for step in found}
-
     def _sealed_steps(self) -> set[int]:
-        return {step for step in self._steps() if self._seal_path(step).exists()}
+        """The steps that have a seal. Asks no more of storage than to read objects."""
+        if not self._seals.exists():
+            return set()
+        steps = {int(path.stem) for path in self._seals.iterdir() if path.suffix == ".json"}
+        return {step for step in steps if (self.directory / str(step)).exists()}
 
     def _seal_path(self, step: int) -> Any:
         return self._seals / f"{step}.json"
@@ -182,7 +183,7 @@ class Checkpointer(SealedSteps):
                 item_handlers=ocp.StandardCheckpointHandler(),
                 options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
             )
-        except OSError as error:
+        except storage.failures() as error:
             raise CheckpointError(
                 f"cannot keep checkpoints in {self.directory}: {error}"
             ) from error
@@ -212,7 +213,7 @@ class Checkpointer(SealedSteps):
             self._manager.reload()
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
-        except OSError as error:
+        except storage.failures() as error:
             raise self._failure(step, error) from error
         self._background = step, self._worker.submit(self._finish, step, metrics)
 
@@ -290,7 +291,7 @@ class Checkpointer(SealedSteps):
         except Exception as failure:
             error, decision = failure, _FAILED
         decisions = multihost_utils.process_allgather(np.int32(decision))
-        if isinstance(error, OSError):
+        if isinstance(error, storage.failures()):
             raise CheckpointError(f"cannot use {self.directory}: {error}") from error
         if error is not None:
             raise error
@@ -300,6 +301,11 @@ class Checkpointer(SealedSteps):
         return int(decisions[0])
 
     # Everything below runs on process 0 only, except for the worker's wait in `_finish`.
+
+    def _steps(self) -> set[int]:
+        """The steps that Orbax takes for complete."""
+        found = ocp.path.step.standard_name_format().find_all(self.directory)
+        return {step.step for step in found}
 
     def _make_way(self, step: int) -> int:
         """`step` if it is sealed; else leaves nothing in its place."""
@@ -325,9 +331,7 @@ class Checkpointer(SealedSteps):
         if jax.process_index() == 0:
             seal = {"step": step, "metrics": metrics, "files": _digests(self.directory / str(step))}
             self._seals.mkdir(parents=True, exist_ok=True)
-            temporary = self._seals / f"{step}.tmp"
-            temporary.write_text(json.dumps(seal, indent=1))
-            temporary.replace(self._seal_path(step))
+            storage.write_whole(self._seal_path(step), json.dumps(seal, indent=1))
             self._delete_old()
 
     def _delete_old(self) -> None:
@@ -362,11 +366,14 @@ class Checkpointer(SealedSteps):
         free = (
             "unknown" if self._remote else f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB"
         )
-        kept = self.latest_sound_step
+        try:
+            kept = self.latest_sound_step
+            told = "No sound step exists yet" if kept is None else f"Step {kept} is sound and kept"
+        except storage.failures():
+            told = "What was sealed before is kept"
         return CheckpointError(
-            f"saving step {step} in {self.directory} failed (free space there: {free}). "
-            + ("No sound step exists yet. " if kept is None else f"Step {kept} is sound and kept. ")
-            + f"Cure the cause and start again: {error}"
+            f"saving step {step} in {self.directory} failed (free space there: {free}). {told}. "
+            f"Cure the cause and start again: {error}"
         )
 
 

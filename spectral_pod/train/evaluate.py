@@ -1,6 +1,7 @@
 """Evaluation: every record of a split exactly once, on any number of processes."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,29 +15,39 @@ from spectral_pod.parallel.sharding import batch_sharding
 def evaluate(
     eval_step: Callable[[Any, Any], Any],
     params: Any,
-    batches: Source,
+    sets: Mapping[str, Source],
     mesh: Mesh,
     *,
     threads: int,
     prefetch: int,
 ) -> dict[str, Any]:
-    """Loss and accuracy over the whole split, and how many records or labelled positions it has.
+    """Loss and accuracy over all sets together, and how many records or labelled positions these
+    have. Of records also the confusion table.
 
-    Of records also the confusion table.
+    Of several sets, "sets" holds the same of each, by name.
     """
-    total = None
-    steps = load(
-        batches,
-        batch_sharding(mesh),
-        0,
-        batches.steps_per_epoch,
-        threads=threads,
-        prefetch=prefetch,
-    )
-    for batch in steps:
-        part = eval_step(params, batch)
-        total = part if total is None else total.merge(part)
-    result = jax.device_get(total).compute()
+    totals = {}
+    for name, batches in sets.items():
+        steps = load(
+            batches,
+            batch_sharding(mesh),
+            0,
+            batches.steps_per_epoch,
+            threads=threads,
+            prefetch=prefetch,
+        )
+        parts = (eval_step(params, batch) for batch in steps)
+        totals[name] = jax.device_get(
+            functools.reduce(lambda total, part: total.merge(part), parts)
+        )
+    total = functools.reduce(lambda total, part: total.merge(part), totals.values())
+    values = _values(total.compute())
+    if len(totals) > 1:
+        values["sets"] = {name: _values(total.compute()) for name, total in totals.items()}
+    return values
+
+
+def _values(result: Mapping[str, Any]) -> dict[str, Any]:
     values = {"loss": float(result["loss"]), "accuracy": float(result["accuracy"])}
     if "positions" in result:
         return values | {"positions": int(result["positions"])}

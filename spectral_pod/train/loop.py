@@ -56,9 +56,9 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
 
     # ---- data
     sources = open_sources(config)
-    train_batches = sources.batches("train", shuffle=True)
-    eval_batches = {
-        split: sources.batches(split) for split in ("validation", config.train.eval_split)
+    train_batches = sources.training()
+    eval_sets = {
+        split: sources.evaluation(split) for split in ("validation", config.train.eval_split)
     }
     if not eval_only:
         config_lib.claim_workdir(workdir, config, sources.digest, sources.classes)
@@ -116,7 +116,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
                 return evaluate(
                     eval_step,
                     state.params,
-                    eval_batches[split],
+                    eval_sets[split],
                     mesh,
                     threads=config.data.threads,
                     prefetch=config.data.prefetch,
@@ -216,7 +216,7 @@ def _evaluate_only(
         result = evaluate(
             jit_eval_step(model, mesh, abstract),
             state.params,
-            sources.batches(split),
+            sources.evaluation(split),
             mesh,
             threads=config.data.threads,
             prefetch=config.data.prefetch,

@@ -74,8 +74,13 @@ class Progress:
 
     def report_eval(self, split: str, step: int, result: Mapping[str, Any]) -> None:
         values = derived(self._objective, result)
-        self._writer.scalars(step, {f"{split}/{name}": x for name, x in values.items()})
+        scalars = {f"{split}/{name}": x for name, x in values.items()}
         say(f"step {step} {eval_line(split, self._objective, result)}")
+        for held, part in result.get("sets", {}).items():
+            values = derived(self._objective, part)
+            scalars |= {f"{split}/{held}/{name}": x for name, x in values.items()}
+            say(f"step {step} {eval_line(f'{split}, {held}', self._objective, part)}")
+        self._writer.scalars(step, scalars)
 
     def _read(self, step: int, metrics: Any) -> None:
         averages, scalars = jax.device_get(metrics)

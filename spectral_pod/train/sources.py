@@ -1,15 +1,21 @@
 """Where a run's batches come from: a byte store that is written once, or examples drawn anew."""
 
+import hashlib
+import json
+import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from spectral_pod import storage
+from spectral_pod.config import store_and_weight
 from spectral_pod.data import byte_store, pipeline, tasks
 from spectral_pod.data.drawn import Drawn
+from spectral_pod.data.mixture import Mixture
 from spectral_pod.data.windows import Windows
-from spectral_pod.errors import DataError
+from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.parallel import runtime
 
 
@@ -17,16 +23,19 @@ class Sources(NamedTuple):
     """The data of a run.
 
     Attributes:
+      stores: by name; none where examples are drawn.
+      weights: of the stores, in training.
       objective: 'class', 'next' or 'positions', see `data/tasks`.
       num_classes: of the logits.
       vocab_size: rows of the embedding.
       classes: their names; empty where labels are symbols.
       digest: changes whenever the data do.
-      provenance: what the task says of where they come from.
+      provenance: what the task says of where they come from; of a single store.
     """
 
     config: ConfigDict
-    store: byte_store.ByteStore | None
+    stores: dict[str, byte_store.ByteStore]
+    weights: list[float]
     objective: str
     num_classes: int
     vocab_size: int
@@ -34,14 +43,22 @@ class Sources(NamedTuple):
     digest: str
     provenance: dict[str, Any]
 
-    def batches(self, split: str, *, shuffle: bool = False) -> pipeline.Source:
-        """Shuffled batches without end for training, or ordered ones that cover a split once."""
+    def training(self) -> pipeline.Source:
+        """Shuffled batches without end; of several stores, mixed by their weights."""
+        sources = list(self._of_split("train", self.config.train.global_batch_size, shuffle=True))
+        return sources[0] if len(sources) == 1 else Mixture(sources, self.weights)
+
+    def evaluation(self, split: str) -> dict[str, pipeline.Source]:
+        """Ordered batches that cover a split of each store once, by the name of the store."""
+        sources = self._of_split(split, self.config.train.eval_batch_size, shuffle=False)
+        return dict(zip(self.stores or [self.config.data.task], sources, strict=True))
+
+    def _of_split(self, split: str, batch_size: int, *, shuffle: bool) -> Iterator[pipeline.Source]:
         data, train = self.config.data, self.config.train
-        batch_size = train.global_batch_size if shuffle else train.eval_batch_size
         seed = self.config.seed if shuffle else None
         limit = data.train_records if split == "train" else 0
-        if self.store is None:
-            return Drawn(
+        if not self.stores:
+            yield Drawn(
                 tasks.TASKS[data.task],
                 split,
                 batch_size=batch_size,
@@ -51,55 +68,97 @@ class Sources(NamedTuple):
                 num_records=limit if split == "train" else train.eval_records,
                 repeat=shuffle,
             )
-        if self.objective == "next":
-            return Windows(
-                self.store.split(split),
-                batch_size=batch_size,
-                seq_len=data.seq_len,
-                num_documents=limit,
-                shuffle_seed=seed,
-            )
-        return pipeline.Batches(
-            self.store.split(split),
-            batch_size=batch_size,
-            seq_len=data.seq_len,
-            documents=data.documents,
-            truncate=data.truncate,
-            num_records=limit,
-            shuffle_seed=seed,
-        )
+        for store in self.stores.values():
+            if self.objective == "next":
+                yield Windows(
+                    store.split(split),
+                    batch_size=batch_size,
+                    seq_len=data.seq_len,
+                    num_documents=limit,
+                    shuffle_seed=seed,
+                )
+            else:
+                yield pipeline.Batches(
+                    store.split(split),
+                    batch_size=batch_size,
+                    seq_len=data.seq_len,
+                    documents=data.documents,
+                    truncate=data.truncate,
+                    num_records=limit,
+                    shuffle_seed=seed,
+                )
 
 
 def open_sources(config: ConfigDict) -> Sources:
     """The data of the configured task; a store is written first, by the leader, if there is none.
 
     Raises:
-      UserError: the task does not have these options, or its data cannot be read.
+      UserError: the task does not have these options, its data cannot be read, or stores do not
+        belong together.
     """
     name, options = config.data.task, config.data.options.to_dict()
     task = tasks.TASKS[name]
-    store = None
+    stores: dict[str, byte_store.ByteStore] = {}
+    weights = [1.0]
     if tasks.is_drawn(name):
         tasks.check_options(name, options)
         digest = tasks.drawn_digest(name, options)
+    elif config.data.stores:
+        stores, weights = _open_stores(config)
+        digest = _digest(stores, weights)
     else:
-        store = _open_store(config)
-        digest = store.digest
-    labelled = store is not None and task.OBJECTIVE == "class"
+        stores = {name: _open_own_store(config)}
+        digest = stores[name].digest
+    first = next(iter(stores.values()), None)
+    labelled = first is not None and task.OBJECTIVE == "class"
     return Sources(
         config,
-        store,
+        stores,
+        weights,
         task.OBJECTIVE,
         # A store knows which classes there really are.
-        len(store.classes) if store and labelled else task.num_classes(**options),
+        len(first.classes) if first and labelled else task.num_classes(**options),
         task.vocab_size(**options),
-        store.classes if store and labelled else [],
+        first.classes if first and labelled else [],
         digest,
-        store.manifest["provenance"] if store else {},
+        first.manifest["provenance"] if first and len(stores) == 1 else {},
     )
 
 
-def _open_store(config: ConfigDict) -> byte_store.ByteStore:
+def _open_stores(config: ConfigDict) -> tuple[dict[str, byte_store.ByteStore], list[float]]:
+    stores: dict[str, byte_store.ByteStore] = {}
+    weights: list[float] = []
+    for entry in config.data.stores:
+        path, weight = store_and_weight(entry)
+        path = path if storage.is_remote(path) else os.path.expanduser(path)
+        storage.check_access(path, write=False)
+        name = path.rstrip("/").rpartition("/")[2]
+        store = byte_store.ByteStore(path)
+        if name in stores:
+            raise ConfigError(f"config.data.stores has two stores named {name!r}; rename a folder")
+        first = next(iter(stores.values()), store)
+        if store.classes != first.classes:
+            raise DataError(
+                f"{path} has classes {_few(store.classes)}, and {first.path} has "
+                f"{_few(first.classes)}; stores of one run have the same, in the same order"
+            )
+        stores[name] = store
+        weights.append(float(weight))
+    return stores, weights
+
+
+def _few(classes: list[str]) -> str:
+    return ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")
+
+
+def _digest(stores: dict[str, byte_store.ByteStore], weights: list[float]) -> str:
+    if len(stores) == 1:
+        return next(iter(stores.values())).digest
+    held = [[store.digest, weight] for store, weight in zip(stores.values(), weights, strict=True)]
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
+def _open_own_store(config: ConfigDict) -> byte_store.ByteStore:
     options = config.data.options.to_dict()
     path = tasks.store_path(config.data.dir, config.data.task, options)
     storage.check_access(path, write=False)
