@@ -6,7 +6,8 @@ scored is the value at the repeated key.
     launch/local.sh --config=configs/mqar.py --workdir=DIR
 
 The default is Zoology's: 8,192 symbols, sequences of 64 to 256 with 4 to 64 pairs. `:bytes`, with
-the 256 bytes as symbols, is one that a CPU learns in minutes. Other mixers: `--config.model.pattern="('hyena', 'hyena')"`. Longer tests of a trained model (TEST_SETTINGS in
+the 256 bytes as symbols, is one that a CPU learns in minutes. Other mixers:
+`--config.model.pattern="('hyena', 'hyena')"`. Longer tests of a trained model (TEST_SETTINGS in
 `data/tasks/mqar.py`):
 
     python -m spectral_pod.main --config=configs/mqar.py --workdir=DIR --eval_only \\

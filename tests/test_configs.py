@@ -16,6 +16,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FORMS = {
     "quickstart": [()],
     "lra_listops": ["symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit"],
+    "lra_pathfinder": ["pathfinder", "path_x", "cpu"],
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],
     "memory": ["copy", "recall", "overwrite"],

@@ -33,12 +33,22 @@ import numpy as np
 
 from spectral_pod import storage
 from spectral_pod.data.byte_store import ByteStore
-from spectral_pod.data.tasks import content_type, copy, listops, lm, mqar, overwrite, recall
+from spectral_pod.data.tasks import (
+    content_type,
+    copy,
+    listops,
+    lm,
+    mqar,
+    overwrite,
+    pathfinder,
+    recall,
+)
 from spectral_pod.errors import ConfigError
 
 TASKS: dict[str, Any] = {
     "content_type": content_type,
     "listops": listops,
+    "pathfinder": pathfinder,
     "lm": lm,
     "copy": copy,
     "recall": recall,
