@@ -16,6 +16,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FORMS = {
     "quickstart": [()],
     "lra_listops": ["symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit"],
+    "lra_text": ["full", "cpu"],
+    "lra_image": ["full", "cpu"],
     "lra_pathfinder": ["pathfinder", "path_x", "cpu"],
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],

@@ -76,11 +76,19 @@ def test_a_plain_fft_is_seen_to_reduce_the_global_batch(tmp_path):
         assert "[64," in row["what"]  # every row of the batch, on every chip
 
 
+SHIPPED = {"v4:4x4x4": 64, "v5e-256": 256, "v5p-1024": 512, "v5p-128 x 2": 128, "cpu-8": 8}
+LARGE = ("quickstart.py", "lra_listops.py")
+ONE_SLICE = (
+    "lm_library.py:gpt", "lm_library.py:llm", "lm_shakespeare.py:gpu", "mqar.py", "memory.py",
+    "lra_text.py", "lra_image.py", "lra_pathfinder.py", "lra_retrieval.py",
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["configs/quickstart.py", "configs/lra_listops.py"])
 @pytest.mark.parametrize(
-    ("topology", "chips"),
-    [("v4:4x4x4", 64), ("v5e-256", 256), ("v5p-1024", 512), ("v5p-128 x 2", 128), ("cpu-8", 8)],
+    ("config", "topology", "chips"),
+    [(config, *item) for config in LARGE for item in SHIPPED.items()]
+    + [(config, "v4:4x4x4", 64) for config in ONE_SLICE],
 )
 def test_no_collective_of_a_shipped_config_grows(config, topology, chips, tmp_path):
     name, _, slices = topology.partition(" x ")
@@ -88,7 +96,7 @@ def test_no_collective_of_a_shipped_config_grows(config, topology, chips, tmp_pa
         f"--topology={name}", f"--num_slices={slices or 1}", "--config.mesh.fsdp=2",
         f"--config.train.global_batch_size={chips}", f"--config.train.eval_batch_size={chips}",
     ]  # fmt: skip
-    found = report(tmp_path, *arguments, config=config)
+    found = report(tmp_path, *arguments, config=f"configs/{config}")
     assert found["fits"]
     assert not any(
         row["scales_with_batch"] for row in found["collectives"] + found["eval"]["collectives"]

@@ -42,6 +42,7 @@ from spectral_pod.data.tasks import (
     overwrite,
     pathfinder,
     recall,
+    records,
 )
 from spectral_pod.errors import ConfigError
 
@@ -49,6 +50,7 @@ TASKS: dict[str, Any] = {
     "content_type": content_type,
     "listops": listops,
     "pathfinder": pathfinder,
+    "records": records,
     "lm": lm,
     "copy": copy,
     "recall": recall,
