@@ -1,0 +1,203 @@
+"""Writes and inspects byte stores, on disk or in Google Cloud Storage.
+
+    python -m tools.records write --task=records --out=DIR --train='*.jsonl.xz' --label=stars
+    python -m tools.records write --task=lm --out=gs://BUCKET/code --source=FOLDER
+    python -m tools.records describe STORE [--duplicates]
+    python -m tools.records verify STORE
+    python -m tools.records head STORE [--split=train] [--count=5]
+
+`write` takes the options of a task (`spectral_pod/data/tasks`) as flags; `write --task=NAME --help`
+lists them. The records of files (`--task=records`) are written by several processes, and the same
+command continues a write that was stopped. A run reads the store with
+`--config.data.stores="('STORE',)"`; several are mixed: `"(('A', 3.0), ('B', 1.0))"`.
+
+`describe` counts; with --duplicates it looks for records that two splits share and for labels that
+a record's length or ends give away. `verify` reads every byte and compares it with the manifest's
+sha256. `head` prints the first records, bytes that are no text escaped.
+"""
+
+import argparse
+import ast
+import inspect
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from absl import logging
+
+from spectral_pod import storage
+from spectral_pod.data import byte_store, duplicates, tasks
+from spectral_pod.errors import ConfigError, DataError, UserError
+
+_SHOWN_BYTES = 200  # of a document
+
+
+def main(argv: list[str]) -> int:
+    try:
+        arguments = _parser(argv).parse_args(argv)
+        arguments.run(arguments)
+    except UserError as error:
+        _say(f"{type(error).__name__}: {error}")
+        return error.exit_code
+    except storage.failures() as error:
+        _say(f"{type(error).__name__}: {error}")
+        return UserError.exit_code
+    except KeyboardInterrupt:
+        _say("Interrupted; the same command goes on")
+        return 130
+    return 0
+
+
+def write(arguments: argparse.Namespace) -> None:
+    out = _path(arguments.out)
+    task = tasks.TASKS[arguments.task]
+    options = {
+        name: _value(getattr(arguments, f"option_{name}"), default)
+        for name, default in _options(task).items()
+        if getattr(arguments, f"option_{name}") is not None
+    }
+    storage.check_access(out, write=True)
+    if byte_store.exists(out):
+        raise DataError(f"{out} holds a finished store; give another --out, or delete it first")
+    logging.set_verbosity(logging.INFO)
+    started = time.monotonic()
+    task.build(out, **options)
+    _say(f"{out} in {time.monotonic() - started:.1f} s")
+    describe(argparse.Namespace(store=out, duplicates=False))
+
+
+def describe(arguments: argparse.Namespace) -> None:
+    store = byte_store.ByteStore(_path(arguments.store))
+    manifest = store.manifest
+    print(f"{store.path}  sha256 of the manifest {store.digest}")
+    print(f"{len(store.classes)} classes, {manifest['documents']} document(s) a record")
+    header = f"{'split':<12}{'records':>12}{'bytes':>16}{'longest':>12}{'parts':>8}  of each class"
+    print(header)
+    for name, info in manifest["splits"].items():
+        shown = ", ".join(
+            f"{label} {count:,}" for label, count in zip(store.classes, info["class_counts"])
+        )
+        print(
+            f"{name:<12}{info['records']:>12,}{info['bytes']:>16,}{info['longest']:>12,}"
+            f"{len(info['parts']):>8}  {shown[:120]}{'...' if len(shown) > 120 else ''}"
+        )
+    print(json.dumps(manifest["provenance"], indent=1))
+    if arguments.duplicates:
+        total = sum(info["records"] for info in manifest["splits"].values())
+        bar = _Bar("records", total)
+        report = duplicates.report(store, bar.add)
+        bar.end()
+        print(json.dumps(report, indent=1))
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    path = _path(arguments.store)
+    splits = byte_store.ByteStore(path).manifest["splits"]
+    bar = _Bar("parts", sum(len(info["parts"]) for info in splits.values()))
+    byte_store.verify(path, lambda part: bar.add(1))
+    bar.end()
+    records = sum(info["records"] for info in splits.values())
+    size = sum(info["bytes"] for info in splits.values())
+    print(f"{path} is sound: {records:,} records, {size:,} bytes, as the manifest says")
+
+
+def head(arguments: argparse.Namespace) -> None:
+    store = byte_store.ByteStore(_path(arguments.store))
+    split = store.split(arguments.split)
+    for i in range(min(arguments.count, len(split))):
+        documents = split.read(range(i * split.documents, (i + 1) * split.documents))
+        print(f"{i}: class {store.classes[split.labels[i]]}")
+        for document in documents:
+            data = document[:_SHOWN_BYTES].tobytes()
+            text = data.decode(errors="backslashreplace").encode("unicode_escape").decode()
+            more = "..." if len(document) > _SHOWN_BYTES else ""
+            print(f"   {len(document):,} bytes: {text}{more}")
+
+
+class _Bar:
+    """Progress with an ETA: one line on a terminal, now and then one in a log."""
+
+    def __init__(self, unit: str, total: int):
+        self._unit, self._total, self._done = unit, total, 0
+        self._started = self._told = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._told > (0.2 if sys.stderr.isatty() else 10.0):
+            self._told = now
+            left = (self._total - self._done) * (now - self._started) / self._done
+            line = f"{self._done:,} of {self._total:,} {self._unit}, {left:.0f} s left"
+            print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if sys.stderr.isatty():
+            print(" " * 60, end="\r", file=sys.stderr)
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.records",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="write|describe|verify|head")
+    writes = commands.add_parser("write", help="writes a task's records", allow_abbrev=False)
+    stored = sorted(name for name in tasks.TASKS if not tasks.is_drawn(name))
+    writes.add_argument("--task", choices=stored, required=True)
+    writes.add_argument("--out", required=True, help="a folder or a gs:// URL")
+    # The options follow from the task, which is read ahead.
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument("--task", choices=stored, default=stored[0])
+    task = ahead.parse_known_args(argv)[0].task if argv[:1] == ["write"] else stored[0]
+    for name, default in _options(tasks.TASKS[task]).items():
+        writes.add_argument(f"--{name}", dest=f"option_{name}", help=f"default {default!r}")
+    writes.set_defaults(run=write)
+    for name, function, about in (
+        ("describe", describe, "counts, classes, and where the records are from"),
+        ("verify", verify, "compares every byte with its sha256"),
+        ("head", head, "prints the first records"),
+    ):
+        command = commands.add_parser(name, help=about)
+        command.add_argument("store", help="a folder or a gs:// URL")
+        command.set_defaults(run=function)
+        if name == "describe":
+            command.add_argument("--duplicates", action="store_true")
+        if name == "head":
+            command.add_argument("--split", default="train")
+            command.add_argument("--count", type=int, default=5)
+    return parser
+
+
+def _options(task: Any) -> dict[str, Any]:
+    """The keyword arguments of a task's `build`, with their defaults."""
+    parameters = inspect.signature(task.build).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _value(text: str, default: Any) -> Any:
+    """The text itself, or where the default is no text or a tuple is given, a Python literal.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    if isinstance(default, str) and not text.startswith("("):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(f"{text!r} is no value like {default!r}") from error
+
+
+def _path(path: str) -> str:
+    return path if storage.is_remote(path) else os.path.expanduser(path)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
