@@ -1,0 +1,494 @@
+"""Classification of anyone's records: one field is the class, another holds the bytes.
+
+    --config.data.task=records --config.data.options.train='reviews/*.jsonl.xz'
+
+A source is a file, a folder or a glob of any format in `data/formats.py`, on disk or gs://, or a
+split of TensorFlow Datasets, `tfds:imdb_reviews/train` (`data/tfds_source.py`).
+
+The store is written in three stages that share nothing but what they are given: `Plan.items` reads
+rows and cuts them into items of some 64 MB; `convert` makes records of an item, in any process;
+the records go to the store in the order of the items.
+"""
+
+import dataclasses
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spectral_pod import shapes
+from spectral_pod.data import byte_store, formats, tfds_source
+from spectral_pod.data.byte_store import Record
+from spectral_pod.data.formats import Fault, Row
+from spectral_pod.errors import ConfigError, DataError
+
+VERSION = 1
+OBJECTIVE = "class"
+SPLITS = ("train", "validation", "test")
+MAX_CLASSES = 65_536
+_ITEM_BYTES = 64_000_000
+_ROW_BYTES = 1_000  # of memory, that a row takes beside the bytes in it
+_HASHED_BYTES = 1_000_000_000  # larger sources are recognised by the sizes and times of their files
+_BLOCK_BYTES = 1 << 20
+_PLACES = 5  # named for each reason why records were skipped
+
+
+class Item(NamedTuple):
+    """Rows that follow each other in the source `split`, possibly over several files."""
+
+    split: str
+    rows: list[Row | Fault]
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of rows: how many there were, which were skipped and why, how many were cut."""
+
+    rows: int = 0
+    cut: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)  # by kind of fault
+    places: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # the first few of each
+
+    def skip(self, fault: Fault) -> None:
+        kind = fault.reason.partition(": ")[0]
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+        self._place(kind, [f"{fault.place}: {fault.reason}"])
+
+    def add(self, other: "Tally") -> None:
+        """Adds what became of the rows that follow."""
+        self.rows += other.rows
+        self.cut += other.cut
+        for kind, count in other.skipped.items():
+            self.skipped[kind] = self.skipped.get(kind, 0) + count
+            self._place(kind, other.places[kind])
+
+    def _place(self, kind: str, places: Sequence[str]) -> None:
+        self.places[kind] = [*self.places.get(kind, []), *places][:_PLACES]
+
+
+class Converted(NamedTuple):
+    """The records of an item, by the split they are in."""
+
+    records: dict[str, list[Record]]
+    tally: Tally
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The options of `build`, checked, with the classes found."""
+
+    seed: int
+    train: str
+    validation: str
+    test: str
+    format: str
+    columns: tuple[str, ...]
+    data: tuple[str, ...]
+    label: str
+    classes: tuple[str, ...]
+    held_out: float
+    on_fault: str
+    max_bytes: int
+    luma: bool
+
+    def __post_init__(self) -> None:
+        options = "config.data.options"
+        if not self.train:
+            raise ConfigError(
+                f"{options}.train is empty; name a file, a folder, or tfds:NAME/SPLIT"
+            )
+        if not self.data or "" in self.data:
+            raise ConfigError(f"{options}.data is {self.data}; name a field, or several")
+        if self.on_fault not in ("stop", "skip"):
+            raise ConfigError(f"{options}.on_fault is {self.on_fault!r}; it is 'stop' or 'skip'")
+        if not 0 <= self.held_out < 0.5:
+            raise ConfigError(f"{options}.held_out is {self.held_out}; it is in [0, 0.5)")
+        if self.max_bytes < 0:
+            raise ConfigError(f"{options}.max_bytes is {self.max_bytes}; 0 takes records whole")
+        if len(set(self.classes)) < len(self.classes):
+            raise ConfigError(f"{options}.classes has a name twice: {', '.join(self.classes)}")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The sources that are given, by split."""
+        sources = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: source for split, source in sources.items() if source}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of the store."""
+        return tuple(s for s in SPLITS if s in self.sources or self.held_out)
+
+    @property
+    def documents(self) -> int:
+        """In each record."""
+        return len(self.data)
+
+    def items(self, split: str) -> Iterator[Item]:
+        """The rows of one source, in items that are the same every time.
+
+        Raises:
+          DataError: a source is missing or damaged.
+        """
+        rows: list[Row | Fault] = []
+        size = 0
+        for row in _rows(self.sources[split], self.format, self.columns):
+            rows.append(row)
+            size += _ROW_BYTES
+            if isinstance(row, Row):
+                size += sum(len(v) for v in row.fields.values() if isinstance(v, bytes))
+                size += sum(v.nbytes for v in row.fields.values() if isinstance(v, np.ndarray))
+            if size >= _ITEM_BYTES:
+                yield Item(split, rows)
+                rows, size = [], 0
+        if rows:
+            yield Item(split, rows)
+
+
+def num_classes(*, classes: tuple[str, ...] = (), **options: Any) -> int:
+    """The most classes that a store can have."""
+    return len(classes) or MAX_CLASSES
+
+
+def vocab_size(**options: Any) -> int:
+    """Rows of the embedding: bytes and special tokens."""
+    return shapes.VOCAB_SIZE
+
+
+def build(
+    path: str,
+    *,
+    seed: int = 0,
+    train: str = "",
+    validation: str = "",
+    test: str = "",
+    format: str = "auto",
+    columns: tuple[str, ...] = (),
+    data: str | tuple[str, ...] = "text",
+    label: str = "label",
+    classes: tuple[str, ...] = (),
+    held_out: float = 0.1,
+    on_fault: str = "stop",
+    max_bytes: int = 0,
+    luma: bool = False,
+) -> None:
+    """Writes records as a byte store; the manifest's provenance says what became of every row.
+
+    A label is the name of a class or, where the names are no integers, also its number.
+
+    Args:
+      path: a folder or a gs:// URL.
+      seed: of the hash of a record's bytes that decides whether it is held out; records of equal
+        bytes are in one split.
+      train: a source.
+      validation: a source; '' holds out a part of the training records.
+      test: likewise.
+      format: of the files, where their suffixes do not say it: see `formats.rows`.
+      columns: the names of the columns of csv and tsv files that have no header.
+      data: the field with the bytes, or several: then a record is a tuple, such as two documents.
+      label: the field with the class.
+      classes: their names, by label; () takes those of a TFDS ClassLabel, or else the values in
+        the training source, sorted, integers by their value.
+      held_out: the part of the training records for each of validation and test that has no source
+        of its own; 0 leaves these splits out.
+      on_fault: 'stop' at the first record that cannot be used, or 'skip' and count them.
+      max_bytes: cuts each field to so many bytes; 0 cuts nothing.
+      luma: arrays [..., 3] of red, green and blue become luma.
+
+    Raises:
+      ConfigError: an option cannot be; names it.
+      DataError: a source is missing, damaged, or has a record that cannot be used (names the file
+        and the record), or nothing is left for a split.
+    """
+    plan = Plan(
+        seed=seed, train=train, validation=validation, test=test, format=format,
+        columns=tuple(columns), data=(data,) if isinstance(data, str) else tuple(data),
+        label=label, classes=tuple(classes), held_out=held_out, on_fault=on_fault,
+        max_bytes=max_bytes, luma=luma,
+    )  # fmt: skip
+    sources = {split: _describe(source) for split, source in plan.sources.items()}
+    plan = with_classes(plan)
+    provenance = {"task": "records", "sources": sources} | {
+        key: value
+        for key, value in dataclasses.asdict(plan).items()
+        if key not in (*SPLITS, "classes")
+    }
+
+    def records(split: str) -> Iterator[Record]:
+        source = split if split in plan.sources else "train"
+        tally, count = Tally(), 0
+        for item in plan.items(source):
+            converted = convert(item, plan)
+            tally.add(converted.tally)
+            count += len(converted.records[split])
+            yield from converted.records[split]
+        if not count:
+            raise DataError(_nothing_left(plan, split, tally))
+        if source == split:
+            sources[split] |= dataclasses.asdict(tally)
+
+    byte_store.write(
+        path,
+        {split: records(split) for split in plan.splits},
+        classes=plan.classes,
+        provenance=provenance,
+        documents=plan.documents,
+    )
+
+
+def with_classes(plan: Plan) -> Plan:
+    """The plan with the names of its classes, for which it may read the training source once.
+
+    Raises:
+      DataError: a label cannot be used, there is only one class, or there are too many.
+    """
+    if plan.classes:
+        return plan
+    is_tfds = plan.train.startswith(tfds_source.PREFIX)
+    if is_tfds and (names := tfds_source.class_names(plan.train, plan.label)):
+        return dataclasses.replace(plan, classes=names)
+    found: set[str] = set()
+    for row in _rows(plan.train, plan.format, plan.columns):
+        label = row if isinstance(row, Fault) else _label(row, plan.label)
+        if isinstance(label, str):
+            found.add(label)
+        elif plan.on_fault == "stop":
+            raise DataError(_stopped(label))
+        if len(found) > MAX_CLASSES:
+            break
+    if not 1 < len(found) <= MAX_CLASSES:
+        amount = f"more than {MAX_CLASSES:,}" if found else "no"
+        amount = f"the only value {found.pop()!r}" if len(found) == 1 else f"{amount} values"
+        raise DataError(
+            f"config.data.options.label: field {plan.label!r} has {amount} in {plan.train}; "
+            "classification needs 2 classes or more"
+        )
+    integers = all(map(_is_integer, found))
+    classes = sorted(found, key=lambda name: (int(name) if integers else 0, name))
+    return dataclasses.replace(plan, classes=tuple(classes))
+
+
+def convert(item: Item, plan: Plan) -> Converted:
+    """The records that rows become, in their order. A pure function: any process may run it.
+
+    Raises:
+      DataError: a row cannot be used, and the plan is to stop there.
+    """
+    records: dict[str, list[Record]] = {split: [] for split in plan.splits}
+    tally = Tally(rows=len(item.rows))
+    index = {name: i for i, name in enumerate(plan.classes)}
+    numbered = not any(map(_is_integer, plan.classes))
+    for row in item.rows:
+        example = row if isinstance(row, Fault) else _example(row, plan, index, numbered)
+        if isinstance(example, Fault):
+            if plan.on_fault == "stop":
+                raise DataError(_stopped(example))
+            tally.skip(example)
+            continue
+        documents, label = example
+        if plan.max_bytes and max(map(len, documents)) > plan.max_bytes:
+            documents = tuple(document[: plan.max_bytes] for document in documents)
+            tally.cut += 1
+        record = Record(documents if plan.documents > 1 else documents[0], label)
+        records[_split(item.split, documents, plan)].append(record)
+    return Converted(records, tally)
+
+
+def check(
+    store: byte_store.ByteStore,
+    *,
+    train: str = "",
+    validation: str = "",
+    test: str = "",
+    **options: Any,
+) -> None:
+    """Compares the user's files with what the store was written from.
+
+    Files that are not on this host are not compared: the store does not need them. Nor are those
+    of TFDS, whose names have a version.
+
+    Raises:
+      DataError: they have changed since.
+    """
+    for split, source in {"train": train, "validation": validation, "test": test}.items():
+        if not source or source.startswith(tfds_source.PREFIX):
+            continue
+        try:
+            paths = formats.files(source)
+        except DataError:
+            continue
+        known = store.manifest["provenance"]["sources"][split]
+        if _times(paths) == known["times"]:
+            continue
+        if not known["sha256"] or _contents(paths) != known["sha256"]:
+            raise DataError(
+                f"config.data.options.{split} = {source!r} has changed since {store.path} was "
+                "written from it; delete that store to train on the new contents, or restore the "
+                "old ones"
+            )
+
+
+# ---- sources
+
+
+def _rows(source: str, format: str, columns: Sequence[str]) -> Iterator[Row | Fault]:
+    if source.startswith(tfds_source.PREFIX):
+        yield from tfds_source.rows(source)
+        return
+    for file in formats.files(source):
+        yield from formats.rows(file, format=format, columns=columns)
+
+
+def _describe(source: str) -> dict[str, Any]:
+    """What a source is, for the manifest; `check` recognises it by this."""
+    if source.startswith(tfds_source.PREFIX):
+        return tfds_source.describe(source)
+    paths = formats.files(source)
+    size = sum(formats.size_and_time(path)[0] for path in paths)
+    return {
+        "source": source,
+        "files": len(paths),
+        "bytes": size,
+        "times": _times(paths),
+        "sha256": _contents(paths) if size <= _HASHED_BYTES else None,
+    }
+
+
+def _times(paths: Sequence[str]) -> str:
+    """sha256 of the names, sizes and times of files."""
+    known = [(name, *formats.size_and_time(path)) for path, name in _named(paths)]
+    return hashlib.sha256(repr(known).encode()).hexdigest()
+
+
+def _contents(paths: Sequence[str]) -> str:
+    """sha256 of what `sha256sum` prints about files, in the folder that holds them all."""
+    listing = hashlib.sha256()
+    for path, name in _named(paths):
+        digest = hashlib.sha256()
+        with formats.open_file(path) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        listing.update(os.fsencode(f"{digest.hexdigest()}  {name}\n"))
+    return listing.hexdigest()
+
+
+def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Each path with what of it stays when all files are moved."""
+    folder = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    return [(path, posixpath.relpath(path, folder)) for path in paths]
+
+
+# ---- rows
+
+
+def _example(
+    row: Row, plan: Plan, index: Mapping[str, int], numbered: bool
+) -> tuple[tuple[bytes, ...], int] | Fault:
+    documents: tuple[bytes, ...] = ()
+    for field in plan.data:
+        document = _bytes(row, field, plan.luma)
+        if isinstance(document, Fault):
+            return document
+        documents += (document,)
+    name = _label(row, plan.label)
+    if isinstance(name, Fault):
+        return name
+    label = index.get(name)
+    if label is None and numbered and _is_integer(name):
+        label = int(name)
+        if not 0 <= label < len(index):
+            return Fault(row.place, f"label out of range: {label}, with {len(index)} classes")
+    if label is None:
+        known = ", ".join(list(index)[:20]) + (", ..." if len(index) > 20 else "")
+        return Fault(row.place, f"unknown label: {name!r}; the classes are {known}")
+    return documents, label
+
+
+def _bytes(row: Row, field: str, luma: bool) -> bytes | Fault:
+    if field not in row.fields:
+        return _missing(row, field)
+    value = row.fields[field]
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, np.ndarray):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        return Fault(row.place, f"no bytes: field {field!r} is {kind}, not text")
+    if value.dtype != np.uint8:
+        return Fault(
+            row.place, f"no bytes: field {field!r} is an array of {value.dtype}, not uint8"
+        )
+    if not luma:
+        return value.tobytes()
+    if value.shape[-1] != 3:
+        return Fault(row.place, f"no colors: field {field!r} has shape {value.shape}, not [..., 3]")
+    return to_luma(value).tobytes()
+
+
+def to_luma(rgb: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] to uint8 [...]: ITU-R BT.601 luma, 0.299 R + 0.587 G + 0.114 B, rounded.
+
+    In fixed point of 16 bits, as in Pillow's mode 'L'.
+    """
+    weighted = rgb.astype(np.uint32) @ np.array([19_595, 38_470, 7_471], np.uint32)
+    return ((weighted + (1 << 15)) >> 16).astype(np.uint8)
+
+
+def _label(row: Row, field: str) -> str | Fault:
+    """The name of a row's class, or the digits of its number."""
+    if field not in row.fields:
+        return _missing(row, field)
+    value = row.fields[field]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))  # numbers beside a null are floats in some files
+    kind = "null" if value is None else repr(value)[:40]
+    return Fault(row.place, f"no label: field {field!r} is {kind}, not a name or an integer")
+
+
+def _missing(row: Row, field: str) -> Fault:
+    return Fault(row.place, f"no field: {field!r} is not among {', '.join(map(repr, row.fields))}")
+
+
+def _is_integer(name: str) -> bool:
+    return re.fullmatch("-?[0-9]{1,18}", name) is not None
+
+
+def _split(source: str, documents: Sequence[bytes], plan: Plan) -> str:
+    """The split of a record: its source's, or by a hash of (seed, bytes) one without a source."""
+    if source != "train":
+        return source
+    digest = hashlib.blake2b(f"{plan.seed}".encode(), digest_size=8)
+    for document in documents:
+        digest.update(b"%d:" % len(document))
+        digest.update(document)
+    # Each has a range of its own: who is in test does not depend on a source for validation.
+    place = int.from_bytes(digest.digest(), "little") / 2**64
+    split = {0: "test", 1: "validation"}.get(int(place / plan.held_out) if plan.held_out else 2)
+    return split if split and split not in plan.sources else "train"
+
+
+def _stopped(fault: Fault) -> str:
+    return (
+        f"{fault.place}: {fault.reason}; correct it, or leave out such records with "
+        "config.data.options.on_fault = 'skip'"
+    )
+
+
+def _nothing_left(plan: Plan, split: str, tally: Tally) -> str:
+    source = split if split in plan.sources else "train"
+    advice = "" if split == source else f"; name a source for {split}, or change held_out"
+    reasons = [
+        f"; {count} skipped, {tally.places[kind][0]}" for kind, count in tally.skipped.items()
+    ]
+    return (
+        f"no record is left for {split} of {tally.rows} in config.data.options.{source}"
+        + "".join(reasons)
+        + advice
+    )

@@ -1,0 +1,97 @@
+"""Examples of TensorFlow Datasets as rows: `tfds:NAME[/CONFIG][:VERSION]/SPLIT`.
+
+    for row in tfds_source.rows("tfds:cifar10/train[:90%]"):
+        ...  # Row('tfds:cifar10/train[:90%][0]', {'id': b'...', 'image': uint8 array, 'label': 3})
+
+The split is in TFDS' own notation. Sets lie where TFDS puts them (TFDS_DATA_DIR, by default
+~/tensorflow_datasets) and are downloaded if they are not there. TensorFlow itself is imported only
+to prepare a set, and to read one that is not stored as array_record.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from spectral_pod.data.formats import Row, encode
+from spectral_pod.errors import DataError
+
+PREFIX = "tfds:"
+
+
+def rows(source: str) -> Iterator[Row]:
+    """The examples of a split, in its order; features are fields.
+
+    A Text is bytes, a ClassLabel the number of its class, an Image uint8 [height, width, channels].
+
+    Raises:
+      DataError: there is no such set, and it cannot be downloaded, or no such split.
+    """
+    builder, split = _open(source)
+    for i, example in enumerate(_examples(builder, split)):
+        yield Row(f"{source}[{i}]", {name: _value(value) for name, value in example.items()})
+
+
+def class_names(source: str, feature: str) -> tuple[str, ...]:
+    """The names of a feature's classes, in their order; () if there is no such ClassLabel.
+
+    Raises:
+      DataError: as `rows`.
+    """
+    features = _open(source)[0].info.features
+    return tuple(getattr(features[feature], "names", ())) if feature in features else ()
+
+
+def describe(source: str) -> dict[str, Any]:
+    """What identifies the examples: the full name of the set with its version, and their number.
+
+    Raises:
+      DataError: as `rows`.
+    """
+    builder, split = _open(source)
+    count = builder.info.splits[split].num_examples
+    return {"source": source, "tfds": builder.info.full_name, "examples": count}
+
+
+def _open(source: str) -> tuple[Any, str]:
+    """The builder of a prepared set, and the split."""
+    import tensorflow_datasets as tfds  # slow to import, and most data come from elsewhere
+
+    name, _, split = source.removeprefix(PREFIX).rpartition("/")
+    if not name or not split:
+        raise DataError(f"{source} names no split; write tfds:NAME/SPLIT, as in tfds:cifar10/train")
+    try:
+        builder = tfds.builder(name)
+        if not builder.is_prepared():
+            builder.download_and_prepare(file_format="array_record")
+    except Exception as error:  # of any kind: TFDS runs the code of the set
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(
+            f"{source} is not prepared below {tfds.core.constants.DATA_DIR}, and preparing it "
+            f"fails ({reason}). Check the name; or set TFDS_DATA_DIR to where the set is; or run "
+            f"`tfds build {name}` where there is internet, and copy what it writes"
+        ) from error
+    try:
+        _ = builder.info.splits[split]
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"{source}: {builder.info.full_name} has no split {split!r}; "
+            f"there are {', '.join(builder.info.splits)}, and slices of them, as in 'train[:90%]'"
+        ) from error
+    return builder, split
+
+
+def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    import tensorflow_datasets as tfds
+
+    if builder.info.file_format == tfds.core.file_adapters.FileFormat.ARRAY_RECORD:
+        examples = builder.as_data_source(split)
+        return (examples[i] for i in range(len(examples)))
+    return iter(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
+
+
+def _value(value: Any) -> Any:
+    """A feature's value as `Row` has it."""
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    return encode(value) if isinstance(value, str) else value
