@@ -25,10 +25,9 @@ import sys
 import time
 from typing import Any
 
-from absl import logging
-
 from spectral_pod import storage
 from spectral_pod.data import byte_store, duplicates, tasks
+from spectral_pod.data.progress import Progress
 from spectral_pod.errors import ConfigError, DataError, UserError
 
 _SHOWN_BYTES = 200  # of a document
@@ -61,7 +60,6 @@ def write(arguments: argparse.Namespace) -> None:
     storage.check_access(out, write=True)
     if byte_store.exists(out):
         raise DataError(f"{out} holds a finished store; give another --out, or delete it first")
-    logging.set_verbosity(logging.INFO)
     started = time.monotonic()
     task.build(out, **options)
     _say(f"{out} in {time.monotonic() - started:.1f} s")
@@ -86,18 +84,18 @@ def describe(arguments: argparse.Namespace) -> None:
     print(json.dumps(manifest["provenance"], indent=1))
     if arguments.duplicates:
         total = sum(info["records"] for info in manifest["splits"].values())
-        bar = _Bar("records", total)
-        report = duplicates.report(store, bar.add)
-        bar.end()
+        progress = Progress("Comparing", total, "records")
+        report = duplicates.report(store, progress.add)
+        progress.end()
         print(json.dumps(report, indent=1))
 
 
 def verify(arguments: argparse.Namespace) -> None:
     path = _path(arguments.store)
     splits = byte_store.ByteStore(path).manifest["splits"]
-    bar = _Bar("parts", sum(len(info["parts"]) for info in splits.values()))
-    byte_store.verify(path, lambda part: bar.add(1))
-    bar.end()
+    progress = Progress("Reading", sum(len(info["parts"]) for info in splits.values()), "parts")
+    byte_store.verify(path, lambda part: progress.add())
+    progress.end()
     records = sum(info["records"] for info in splits.values())
     size = sum(info["bytes"] for info in splits.values())
     print(f"{path} is sound: {records:,} records, {size:,} bytes, as the manifest says")
@@ -114,27 +112,6 @@ def head(arguments: argparse.Namespace) -> None:
             text = data.decode(errors="backslashreplace").encode("unicode_escape").decode()
             more = "..." if len(document) > _SHOWN_BYTES else ""
             print(f"   {len(document):,} bytes: {text}{more}")
-
-
-class _Bar:
-    """Progress with an ETA: one line on a terminal, now and then one in a log."""
-
-    def __init__(self, unit: str, total: int):
-        self._unit, self._total, self._done = unit, total, 0
-        self._started = self._told = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._told > (0.2 if sys.stderr.isatty() else 10.0):
-            self._told = now
-            left = (self._total - self._done) * (now - self._started) / self._done
-            line = f"{self._done:,} of {self._total:,} {self._unit}, {left:.0f} s left"
-            print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if sys.stderr.isatty():
-            print(" " * 60, end="\r", file=sys.stderr)
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

@@ -16,11 +16,13 @@ chunks for random access, each chunk with a crc32c, so a damaged chunk is an err
 The manifest is written last: a folder without one is an unfinished write.
 """
 
+import bisect
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +30,13 @@ import tensorstore as ts
 from absl import logging
 
 from spectral_pod import storage
+from spectral_pod.data import local_copies
+from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.errors import DataError
 
 FORMAT = "spectral_pod.byte_store/2"
 PART_BYTES = 1 << 26  # a part ends with the record that fills it
-_CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 15
 _DTYPES = {"bytes": "uint8", "offsets": "int64", "labels": "int32"}
 
 
@@ -52,24 +56,33 @@ class Split:
       labels: int32 [n].
     """
 
-    def __init__(self, url: str, name: str, manifest: Mapping[str, Any], context: ts.Context):
+    def __init__(self, store: "ByteStore", name: str):
         self.name = name
-        self._url = f"{url}/{name}"
-        info = manifest["splits"][name]
-        self.documents: int = manifest["documents"]
+        self._store = store
+        info = store.manifest["splits"][name]
+        self.documents: int = store.manifest["documents"]
         facts = info["parts"]
-        urls = [f"{self._url}/{part['name']}" for part in facts]
+        self._names = [f"{name}/{part['name']}" for part in facts]
+        urls = [f"{store.path}/{part}" for part in self._names]
         # All at once: on object storage each takes a request or two of some milliseconds.
-        opened = {array: [_open(f"{url}/{array}", context) for url in urls] for array in _DTYPES}
+        opened = {array: [_open(f"{u}/{array}", store.context) for u in urls] for array in _DTYPES}
         starts = np.cumsum([0] + [part["bytes"] for part in facts])
         offsets = _checked(opened["offsets"], urls, "offsets", facts)
         offsets = [part[:-1] + start for part, start in zip(offsets, starts)]
         self.offsets: np.ndarray = np.concatenate([*offsets, starts[-1:]])
         labels = _checked(opened["labels"], urls, "labels", facts)
         self.labels: np.ndarray = np.concatenate([np.zeros(0, np.int32), *labels])
-        self._bytes = _concatenated(opened["bytes"], urls)
         if len(self) != info["records"] or starts[-1] != info["bytes"]:
-            raise DataError(f"{self._url} does not hold what its manifest counts; delete the store")
+            raise DataError(
+                f"{store.path}/{name} does not hold what its manifest counts; delete the store"
+            )
+        self._starts: list[int] = starts.tolist()  # of the parts' bytes
+        self._remote = _settled(opened["bytes"], [f"{url}/bytes" for url in urls])
+        self._arrays = list(self._remote)  # of a part that is copied: its copy
+        self._copied: set[int] = set()
+        if store.copies:
+            for part in range(len(urls)):
+                store.copies.want(self._copy(part), functools.partial(self._use_copy, part))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,29 +102,69 @@ class Split:
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """As `read`: bytes start to stop of the split, for each (start, stop)."""
-        futures = [self._bytes[int(start) : int(stop)].read() for start, stop in ranges]
+        started = [self._start(int(start), int(stop)) for start, stop in ranges]
+        return [_joined([self._finish(*read) for read in reads]) for reads in started]
+
+    def _start(self, start: int, stop: int) -> list[tuple[int, slice, Any]]:
+        """A read of each part that holds some of these bytes: the part, which of its bytes, how."""
+        reads = []
+        part = bisect.bisect_right(self._starts, start) - 1
+        while start < stop:
+            first, end = self._starts[part], self._starts[part + 1]
+            where = slice(start - first, min(stop, end) - first)
+            reads.append((part, where, self._arrays[part][where].read()))
+            start, part = end, part + 1
+        return reads
+
+    def _finish(self, part: int, where: slice, future: Any) -> np.ndarray:
         try:
-            return [future.result() for future in futures]
+            try:
+                return future.result()
+            except ValueError as error:
+                if part not in self._copied:
+                    raise
+                self._lose_copy(part, error)
+                return self._remote[part][where].read().result()
         except ValueError as error:
-            places = ", ".join(f"{start}..{stop}" for start, stop in sorted(ranges)[:8])
             raise DataError(
-                f"{self._url} is damaged near bytes {places}...; "
-                f"delete the store to have it written again ({error})"
+                f"{self._store.path}/{self._names[part]} is damaged near bytes "
+                f"{where.start}..{where.stop}, or cannot be read; if damaged, delete the store to "
+                f"have it written again ({error})"
             ) from error
+
+    def _copy(self, part: int) -> local_copies.Part:
+        source = open_kvstore(f"{self._store.path}/{self._names[part]}/bytes")
+        return local_copies.Part(self._store.digest, self._names[part], source)
+
+    def _use_copy(self, part: int, folder: Path) -> None:
+        self._copied.add(part)
+        try:
+            self._arrays[part] = _open(str(folder), self._store.context).result()
+        except ValueError as error:
+            self._lose_copy(part, error)
+
+    def _lose_copy(self, part: int, error: ValueError) -> None:
+        self._arrays[part] = self._remote[part]
+        if self._store.copies:
+            self._store.copies.drop(self._copy(part), error)
 
 
 class ByteStore:
     """A finished store, opened for reading."""
 
-    def __init__(self, path: str, cache_bytes: int = 1 << 28):
+    def __init__(self, path: str, cache_bytes: int = 1 << 28, copies: LocalCopies | None = None):
         """Reads the manifest of the store at `path`, a folder or a gs:// URL.
 
-        `cache_bytes` bounds the decoded chunks that are kept in memory.
+        Args:
+          path: of the store.
+          cache_bytes: bounds the decoded chunks that are kept in memory.
+          copies: where parts of a store on gs:// are copied to and then read from.
 
         Raises:
           DataError: there is no finished store, or it is of another format.
         """
         self.path = path
+        self.copies = copies if storage.is_remote(path) else None
         raw = open_kvstore(path).read("manifest.json").result()
         if raw.state != "value":
             raise DataError(f"{path} holds no finished byte store (no manifest.json)")
@@ -119,7 +172,7 @@ class ByteStore:
         self.manifest: dict[str, Any] = json.loads(raw.value)
         if self.manifest.get("format") != FORMAT:
             raise DataError(f"{path} has format {self.manifest.get('format')!r}, not {FORMAT!r}")
-        self._context = ts.Context(storage.context(cache_bytes=cache_bytes))
+        self.context = ts.Context(storage.context(cache_bytes=cache_bytes))
 
     @property
     def classes(self) -> list[str]:
@@ -130,7 +183,7 @@ class ByteStore:
         if name not in self.manifest["splits"]:
             there = sorted(self.manifest["splits"])
             raise DataError(f"{self.path} has splits {there}, not {name!r}")
-        return Split(self.path, name, self.manifest, self._context)
+        return Split(self, name)
 
 
 def exists(path: str) -> bool:
@@ -286,10 +339,8 @@ def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield part
 
 
-def _concatenated(opened: Sequence[Any], urls: Sequence[str]) -> Any:
-    """One array of the bytes of all parts; where there is no part, nothing reads it."""
-    parts = _settled(opened, [f"{url}/bytes" for url in urls])
-    return ts.concat(parts, axis=0) if parts else None
+def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint8), *pieces])
 
 
 def _settled(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:

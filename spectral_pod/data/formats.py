@@ -120,13 +120,20 @@ def size_and_time(path: str) -> tuple[int, str]:
     return system.size(path), system.modified(path).isoformat()
 
 
-def rows(file: str, *, format: str = "auto", columns: Sequence[str] = ()) -> Iterator[Row | Fault]:
+def rows(
+    file: str,
+    *,
+    format: str = "auto",
+    columns: Sequence[str] = (),
+    on_position: Callable[[int], None] = lambda position: None,
+) -> Iterator[Row | Fault]:
     """The records of a file, in order.
 
     Args:
       file: a path or a gs:// URL, as `files` gives them.
       format: a name in the table above; 'auto' goes by the suffix.
       columns: the names of the columns of csv and tsv files that have no header.
+      on_position: is told, after every record, how many bytes of the file have been read.
 
     Raises:
       DataError: the suffix is unknown, the file is damaged or cut short (names the last good
@@ -157,6 +164,7 @@ def rows(file: str, *, format: str = "auto", columns: Sequence[str] = ()) -> Ite
                 stream = io.BufferedReader(_Chunks(chunks), _BLOCK_BYTES)
             for row in read(file, stream, columns) if columns else read(file, stream):
                 yield row
+                on_position(raw.tell())
                 if isinstance(row, Row):
                     last = row.place
     except _DAMAGES as error:

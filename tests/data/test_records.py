@@ -341,11 +341,11 @@ def test_items_may_be_converted_anywhere(build, tmp_path, monkeypatch):
             label="label", classes=(), held_out=0.1, on_fault="stop", max_bytes=0, luma=False,
         )
     )  # fmt: skip
-    items = list(plan.items("train"))
+    items = list(plan.items())
     assert len(items) > 40
-    assert items == list(plan.items("train"))
+    assert items == list(plan.items())
     assert [row for item in items for row in item.rows] == [
-        row for item in plan.items("train") for row in item.rows
+        row for item in plan.items() for row in item.rows
     ]
     done = {}
     for i in reversed(range(len(items))):

@@ -8,24 +8,14 @@ An example is held as its *symbols*, one byte each: `<` MIN, `>` MAX, `=` MED, `
 and `]`, which ends the arguments of an operator. `[MAX 3 [SM 7 8 ] ]` is `>3+78]]`.
 """
 
-import contextlib
 import functools
-import hashlib
-import itertools
 import math
-import multiprocessing
-import os
 import random
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import logging
-
 from spectral_pod import shapes
-from spectral_pod.data import byte_store
+from spectral_pod.data import byte_store, generated
 from spectral_pod.errors import ConfigError
 
 VERSION = 1
@@ -194,71 +184,27 @@ def _chunk(seed: int, index: int) -> list[Example]:
     return examples
 
 
-def _chunks(seed: int, num_workers: int) -> Generator[list[Example], None, None]:
-    """Endless chunks in order; chunk i depends on the seed and i, and on no worker."""
-    draw = functools.partial(_chunk, seed)
-    if num_workers == 1:
-        yield from map(draw, itertools.count())
-        return
-    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        ahead = deque(pool.submit(draw, index) for index in range(2 * num_workers))
-        for index in itertools.count(2 * num_workers):
-            yield ahead.popleft().result()
-            ahead.append(pool.submit(draw, index))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def generate(
     num_examples: int, *, seed: int = 0, num_workers: int | None = None
 ) -> Iterator[Example]:
-    """Draws distinct examples; the same for a seed, whatever the number of workers.
-
-    `num_workers` processes (default: one a core) draw some 2,000 examples a second each. They are
-    spawned, so a script that calls this needs the usual `if __name__ == "__main__"`.
-    """
-    num_workers = min(num_workers or os.cpu_count() or 1, math.ceil(num_examples / _CHUNK))
-    seen: set[bytes] = set()
-    started = time.monotonic()
-    with contextlib.closing(_chunks(seed, num_workers)) as chunks:
-        for chunk in chunks:
-            for example in chunk:
-                digest = hashlib.blake2b(example.symbols, digest_size=16).digest()
-                if digest not in seen:
-                    seen.add(digest)
-                    yield example
-                if len(seen) == num_examples:
-                    return
-            rate = len(seen) / (time.monotonic() - started)
-            logging.log_every_n_seconds(
-                logging.INFO,
-                "ListOps: %d of %d examples, %.0f a second, %.0f s left",
-                5,
-                len(seen),
-                num_examples,
-                rate,
-                (num_examples - len(seen)) / rate,
-            )
+    """Distinct examples, drawn by workers, some 2,000 a second each: see `generated.distinct`."""
+    return generated.distinct(
+        functools.partial(_chunk, seed),
+        lambda example: example.symbols,
+        num_examples,
+        chunk=_CHUNK,
+        what="ListOps",
+        num_workers=num_workers,
+    )
 
 
 def splits(
     *, seed: int, train: int, validation: int, test: int, num_workers: int | None = None
 ) -> dict[str, Iterable[Example]]:
-    """Distinct examples by split, to be consumed in the order of the dict, train last.
-
-    They are cut from one stream, test first, so the test split of a seed is the same beside any
-    number of training examples.
-
-    Raises:
-      ConfigError: a split would be empty.
-    """
-    sizes = {"test": test, "validation": validation, "train": train}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"ListOps needs at least 1 example in {name}, not {size}")
-    stream = generate(sum(sizes.values()), seed=seed, num_workers=num_workers)
-    return {name: itertools.islice(stream, size) for name, size in sizes.items()}
+    """Distinct examples by split: see `generated.splits`."""
+    draw = functools.partial(generate, seed=seed, num_workers=num_workers)
+    sizes = {"train": train, "validation": validation, "test": test}
+    return generated.splits(draw, what="ListOps", **sizes)
 
 
 def ladder(examples: Iterable[Example]) -> dict[str, float]:

@@ -38,26 +38,18 @@ number of distractors: it is taken as above, with their own length. 3 is ours, f
 the distance between the markers alone tells the class of 80 % of the images; with 14 paddles, 51 %.
 """
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
-import multiprocessing
-import os
 import random
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from spectral_pod import shapes
-from spectral_pod.data import byte_store
+from spectral_pod.data import byte_store, generated
 from spectral_pod.errors import ConfigError
 
 VERSION = 1
@@ -442,23 +434,6 @@ def _chunk(size: int, contour_length: int, seed: int, index: int) -> list[Exampl
     return [_draw(size, contour_length, uniform) for _ in range(_CHUNK)]
 
 
-def _chunks(
-    draw: Callable[[int], list[Example]], num_workers: int
-) -> Generator[list[Example], None, None]:
-    """Endless chunks in order; chunk i depends on no worker."""
-    if num_workers == 1:
-        yield from map(draw, itertools.count())
-        return
-    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        ahead = deque(pool.submit(draw, index) for index in range(2 * num_workers))
-        for index in itertools.count(2 * num_workers):
-            yield ahead.popleft().result()
-            ahead.append(pool.submit(draw, index))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def generate(
     num_examples: int,
     *,
@@ -467,58 +442,22 @@ def generate(
     contour_length: int = 14,
     num_workers: int | None = None,
 ) -> Iterator[Example]:
-    """Draws distinct images; the same for a seed, whatever the number of workers.
+    """Distinct images, drawn by workers: see `generated.distinct`.
 
-    `num_workers` processes (default: one a core) draw some 300 images of 32 pixels a second each,
-    or 15 of 128. They are spawned, so a script that calls this needs the usual
-    `if __name__ == "__main__"`.
+    A core draws some 300 images of 32 pixels a second, or 15 of 128.
 
     Raises:
       ConfigError: there are no parameters for this size or length.
     """
     _check(size, contour_length)
-    num_workers = min(num_workers or os.cpu_count() or 1, math.ceil(num_examples / _CHUNK))
-    draw = functools.partial(_chunk, size, contour_length, seed)
-    seen: set[bytes] = set()
-    started = time.monotonic()
-    with contextlib.closing(_chunks(draw, num_workers)) as chunks:
-        for chunk in chunks:
-            for example in chunk:
-                digest = hashlib.blake2b(example.image.tobytes(), digest_size=16).digest()
-                if digest not in seen:
-                    seen.add(digest)
-                    yield example
-                if len(seen) == num_examples:
-                    return
-            rate = len(seen) / (time.monotonic() - started)
-            logging.log_every_n_seconds(
-                logging.INFO,
-                "Pathfinder: %d of %d images, %.0f a second, %.0f s left",
-                5,
-                len(seen),
-                num_examples,
-                rate,
-                (num_examples - len(seen)) / rate,
-            )
-
-
-def splits(
-    *, train: int, validation: int, test: int, **parameters: Any
-) -> dict[str, Iterable[Example]]:
-    """Distinct images by split, to be consumed in the order of the dict, train last.
-
-    They are cut from one stream, test first, so the test split of a seed is the same beside any
-    number of training images. `parameters` are those of `generate`.
-
-    Raises:
-      ConfigError: a split would be empty, or there are no parameters for this size or length.
-    """
-    sizes = {"test": test, "validation": validation, "train": train}
-    for name, num_examples in sizes.items():
-        if num_examples < 1:
-            raise ConfigError(f"Pathfinder needs at least 1 image in {name}, not {num_examples}")
-    stream = generate(sum(sizes.values()), **parameters)
-    return {name: itertools.islice(stream, n) for name, n in sizes.items()}
+    return generated.distinct(
+        functools.partial(_chunk, size, contour_length, seed),
+        lambda example: example.image.tobytes(),
+        num_examples,
+        chunk=_CHUNK,
+        what="Pathfinder",
+        num_workers=num_workers,
+    )
 
 
 def _check(size: int, contour_length: int) -> None:
@@ -561,14 +500,14 @@ def build(
       ConfigError: there are no parameters for this size or length, or a split would be empty.
     """
     _check(size, contour_length)
-    examples = splits(
+    examples = generated.splits(
+        functools.partial(
+            generate, seed=seed, size=size, contour_length=contour_length, num_workers=num_workers
+        ),
         train=train,
         validation=validation,
         test=test,
-        seed=seed,
-        size=size,
-        contour_length=contour_length,
-        num_workers=num_workers,
+        what="Pathfinder",
     )
 
     def records(split: Iterable[Example]) -> Iterator[byte_store.Record]:

@@ -5,25 +5,26 @@
 A source is a file, a folder or a glob of any format in `data/formats.py`, on disk or gs://, or a
 split of TensorFlow Datasets, `tfds:imdb_reviews/train` (`data/tfds_source.py`).
 
-The store is written in three stages that share nothing but what they are given: `Plan.items` reads
-rows and cuts them into items of some 64 MB; `convert` makes records of an item, in any process;
-the records go to the store in the order of the items.
+`Plan.items` reads rows and cuts them into items of some 64 MB; `convert`, a pure function, makes
+records of an item in any process; `parallel_write` drives them, and goes on where it was stopped.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spectral_pod import shapes
-from spectral_pod.data import byte_store, formats, tfds_source
+from spectral_pod.data import byte_store, formats, parallel_write, tfds_source
 from spectral_pod.data.byte_store import Record
 from spectral_pod.data.formats import Fault, Row
+from spectral_pod.data.progress import Progress
 from spectral_pod.errors import ConfigError, DataError
 
 VERSION = 1
@@ -128,15 +129,21 @@ class Plan:
         """In each record."""
         return len(self.data)
 
-    def items(self, split: str) -> Iterator[Item]:
-        """The rows of one source, in items that are the same every time.
+    def items(self, on_read: Callable[[int], None] = lambda size: None) -> Iterator[Item]:
+        """The rows of all sources, in items that are the same every time.
+
+        `on_read` is told how many bytes of the files have been read.
 
         Raises:
           DataError: a source is missing or damaged.
         """
+        for split in self.sources:
+            yield from self._items(split, on_read)
+
+    def _items(self, split: str, on_read: Callable[[int], None]) -> Iterator[Item]:
         rows: list[Row | Fault] = []
         size = 0
-        for row in _rows(self.sources[split], self.format, self.columns):
+        for row in _rows(self.sources[split], self.format, self.columns, on_read):
             rows.append(row)
             size += _ROW_BYTES
             if isinstance(row, Row):
@@ -212,32 +219,47 @@ def build(
     )  # fmt: skip
     sources = {split: _describe(source) for split, source in plan.sources.items()}
     plan = with_classes(plan)
-    provenance = {"task": "records", "sources": sources} | {
-        key: value
-        for key, value in dataclasses.asdict(plan).items()
-        if key not in (*SPLITS, "classes")
-    }
+    read = Progress("Reading records", sum(s.get("bytes", 0) for s in sources.values()), "bytes")
 
-    def records(split: str) -> Iterator[Record]:
-        source = split if split in plan.sources else "train"
-        tally, count = Tally(), 0
-        for item in plan.items(source):
-            converted = convert(item, plan)
-            tally.add(converted.tally)
-            count += len(converted.records[split])
-            yield from converted.records[split]
-        if not count:
-            raise DataError(_nothing_left(plan, split, tally))
-        if source == split:
-            sources[split] |= dataclasses.asdict(tally)
+    def provenance(facts: list[_Facts]) -> dict[str, Any]:
+        tallies = {split: Tally() for split in sources}
+        counts = dict.fromkeys(plan.splits, 0)
+        for split, tally, held in facts:
+            tallies[split].add(Tally(**tally))
+            for name, count in held.items():
+                counts[name] += count
+        for split, count in counts.items():
+            if not count:
+                source = split if split in sources else "train"
+                raise DataError(_nothing_left(plan, split, tallies[source]))
+        options = dataclasses.asdict(plan)
+        return {"task": "records"} | {
+            "sources": {s: sources[s] | dataclasses.asdict(tallies[s]) for s in sources},
+            **{name: options[name] for name in options if name not in (*SPLITS, "classes")},
+        }
 
-    byte_store.write(
+    parallel_write.write(
         path,
-        {split: records(split) for split in plan.splits},
+        plan.items(read.add),
+        functools.partial(_converted, plan=plan),
+        plan={"version": VERSION, "sources": sources, "options": dataclasses.asdict(plan)},
+        splits=plan.splits,
         classes=plan.classes,
-        provenance=provenance,
         documents=plan.documents,
+        provenance=provenance,
+        num_workers=os.cpu_count() or 1,
     )
+    read.end()
+
+
+# The source that an item is from, what became of its rows, and how many records of each split.
+_Facts = tuple[str, dict[str, Any], dict[str, int]]
+
+
+def _converted(item: Item, plan: Plan) -> parallel_write.Converted:
+    records, tally = convert(item, plan)
+    counts = {split: len(held) for split, held in records.items()}
+    return records, (item.split, dataclasses.asdict(tally), counts)
 
 
 def with_classes(plan: Plan) -> Plan:
@@ -335,12 +357,24 @@ def check(
 # ---- sources
 
 
-def _rows(source: str, format: str, columns: Sequence[str]) -> Iterator[Row | Fault]:
+def _rows(
+    source: str,
+    format: str,
+    columns: Sequence[str],
+    on_read: Callable[[int], None] = lambda size: None,
+) -> Iterator[Row | Fault]:
     if source.startswith(tfds_source.PREFIX):
         yield from tfds_source.rows(source)
         return
     for file in formats.files(source):
-        yield from formats.rows(file, format=format, columns=columns)
+        before = 0
+
+        def at(position: int) -> None:
+            nonlocal before
+            on_read(position - before)
+            before = position
+
+        yield from formats.rows(file, format=format, columns=columns, on_position=at)
 
 
 def _describe(source: str) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""Examples that a generator draws: distinct, by several processes, the same for a seed."""
+
+import contextlib
+import hashlib
+import itertools
+import math
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+from spectral_pod.data.progress import Progress
+from spectral_pod.errors import ConfigError
+
+Example = TypeVar("Example")
+
+
+def distinct(
+    draw: Callable[[int], Sequence[Example]],
+    content: Callable[[Example], bytes],
+    num_examples: int,
+    *,
+    chunk: int,
+    what: str,
+    num_workers: int | None = None,
+) -> Iterator[Example]:
+    """The first distinct examples of the chunks 0, 1, 2, ... that `draw` draws, in order.
+
+    Args:
+      draw: from the number of a chunk to its `chunk` examples; picklable.
+      content: the bytes by which examples are told apart.
+      what: to be named in the progress report.
+      num_workers: processes that draw, by default one a core; they change nothing else. They are
+        spawned, so a script that calls this needs the usual `if __name__ == "__main__"`.
+    """
+    num_workers = min(num_workers or os.cpu_count() or 1, math.ceil(num_examples / chunk))
+    seen: set[bytes] = set()
+    progress = Progress(what, num_examples, "examples")
+    with contextlib.closing(_chunks(draw, num_workers)) as chunks:
+        for examples in chunks:
+            for example in examples:
+                digest = hashlib.blake2b(content(example), digest_size=16).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    yield example
+                if len(seen) == num_examples:
+                    progress.end()
+                    return
+            progress.at(len(seen))
+
+
+def splits(
+    generate: Callable[[int], Iterator[Example]],
+    *,
+    train: int,
+    validation: int,
+    test: int,
+    what: str,
+) -> dict[str, Iterable[Example]]:
+    """The examples of `generate(how many)` by split, to be consumed in the order of the dict.
+
+    They are cut from one stream, test first, so the test split of a seed is the same beside any
+    number of training examples.
+
+    Raises:
+      ConfigError: a split would be empty.
+    """
+    sizes = {"test": test, "validation": validation, "train": train}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{what} needs at least 1 example in {name}, not {size}")
+    stream = generate(sum(sizes.values()))
+    return {name: itertools.islice(stream, size) for name, size in sizes.items()}
+
+
+def _chunks(
+    draw: Callable[[int], Sequence[Example]], num_workers: int
+) -> Generator[Sequence[Example], None, None]:
+    """Endless chunks in order, none of which depends on a worker."""
+    if num_workers == 1:
+        yield from map(draw, itertools.count())
+        return
+    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        ahead = deque(pool.submit(draw, index) for index in range(2 * num_workers))
+        for index in itertools.count(2 * num_workers):
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(draw, index))
+    finally:
+        pool.shutdown(cancel_futures=True)
