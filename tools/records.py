@@ -5,6 +5,7 @@
     python -m tools.records describe STORE [--duplicates]
     python -m tools.records verify STORE
     python -m tools.records head STORE [--split=train] [--count=5]
+    python -m tools.records tfds STORE --name=NAME --data_dir=DIR
 
 `write` takes the options of a task (`spectral_pod/data/tasks`) as flags; `write --task=NAME --help`
 lists them. The records of files (`--task=records`) are written by several processes, and the same
@@ -13,7 +14,8 @@ command continues a write that was stopped. A run reads the store with
 
 `describe` counts; with --duplicates it looks for records that two splits share and for labels that
 a record's length or ends give away. `verify` reads every byte and compares it with the manifest's
-sha256. `head` prints the first records, bytes that are no text escaped.
+sha256. `head` prints the first records, bytes that are no text escaped. `tfds` copies a store to a
+dataset of TensorFlow Datasets.
 """
 
 import argparse
@@ -114,13 +116,21 @@ def head(arguments: argparse.Namespace) -> None:
             print(f"   {len(document):,} bytes: {text}{more}")
 
 
+def to_tfds(arguments: argparse.Namespace) -> None:
+    from spectral_pod.data import tfds_builder  # imports TensorFlow
+
+    store = byte_store.ByteStore(_path(arguments.store))
+    folder = tfds_builder.write(store, name=arguments.name, data_dir=arguments.data_dir)
+    print(f"tfds.load({arguments.name!r}, data_dir={arguments.data_dir!r}): {folder}")
+
+
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.records",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="write|describe|verify|head")
+    commands = parser.add_subparsers(required=True, metavar="write|describe|verify|head|tfds")
     writes = commands.add_parser("write", help="writes a task's records", allow_abbrev=False)
     stored = sorted(name for name in tasks.TASKS if not tasks.is_drawn(name))
     writes.add_argument("--task", choices=stored, required=True)
@@ -136,12 +146,16 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         ("describe", describe, "counts, classes, and where the records are from"),
         ("verify", verify, "compares every byte with its sha256"),
         ("head", head, "prints the first records"),
+        ("tfds", to_tfds, "copies the store to a dataset of TensorFlow Datasets"),
     ):
         command = commands.add_parser(name, help=about)
         command.add_argument("store", help="a folder or a gs:// URL")
         command.set_defaults(run=function)
         if name == "describe":
             command.add_argument("--duplicates", action="store_true")
+        if name == "tfds":
+            command.add_argument("--name", required=True)
+            command.add_argument("--data_dir", required=True)
         if name == "head":
             command.add_argument("--split", default="train")
             command.add_argument("--count", type=int, default=5)
