@@ -13,6 +13,7 @@ from typing import Any
 
 from spectral_pod.errors import UserError
 
+_SILENCE = 20  # seconds after which a connection counts as broken
 _ENVIRONMENT = {
     # epath would take TensorFlow's file system where that is installed: slow to import, and without
     # the endpoint override that tests need.
@@ -22,8 +23,8 @@ _ENVIRONMENT = {
     # gcsfs keeps listings for good, and so would not see what tensorstore or a peer has written.
     "FSSPEC_GCS": '{"use_listings_cache": false}',
     # A connection that went silent is an error that is tried again, and no endless wait.
-    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "20",
-    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20",
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": f"{_SILENCE}",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": f"{_SILENCE}",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
 for _name, _value in _ENVIRONMENT.items():
@@ -73,13 +74,14 @@ def check_access(url: str, *, write: bool) -> None:
     """
     if not is_remote(url):
         return
+    _bound_silence()
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError
     from google.cloud.storage.retry import DEFAULT_RETRY
     from requests.exceptions import RequestException
 
     name, _, path = url.removeprefix("gs://").partition("/")
-    limits: Any = {"retry": DEFAULT_RETRY.with_timeout(_START_TIMEOUT), "timeout": 20}
+    limits: Any = {"retry": DEFAULT_RETRY.with_timeout(_START_TIMEOUT), "timeout": _SILENCE}
     try:
         client = _client(url, write)
         bucket = client.get_bucket(name, **limits) if write else client.bucket(name)
@@ -105,6 +107,15 @@ def check_access(url: str, *, write: bool) -> None:
         raise UserError(
             f"{url}: storage does not answer; check the network and start again ({error})"
         ) from error
+
+
+def _bound_silence() -> None:
+    """Has gcsfs, too, try again where a connection went silent: it would wait and then fail."""
+    import aiohttp
+    import fsspec
+
+    limits = aiohttp.ClientTimeout(sock_connect=_SILENCE, sock_read=_SILENCE)
+    fsspec.config.conf.setdefault("gcs", {})["requests_timeout"] = limits
 
 
 def _client(url: str, write: bool) -> Any:

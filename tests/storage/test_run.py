@@ -1,0 +1,171 @@
+"""Runs whose workdir is a gs:// URL end as runs on disk do, whatever storage does to them."""
+
+import functools
+import re
+import socket
+import time
+
+import pytest
+
+from tests import trainer
+
+# Three checkpoints and two validations of a single layer.
+OPTIONS = (
+    "train.total_steps=12",
+    "train.eval_every_steps=8",
+    "checkpoint.every_steps=4",
+    "model.num_layers=1",
+)
+
+
+# What only makes the compilation fast is explained in multidevice/fake_devices.py.
+FLAGS = "XLA_FLAGS=--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def command(workdir):
+    return ["env", FLAGS, *trainer.command(workdir, *OPTIONS)]
+
+
+@functools.cache
+def reference():
+    """The workdir of the same run on disk."""
+    workdir = trainer.home() / "on-disk"
+    trainer.run(command(workdir))
+    return workdir
+
+
+def start(storage, bucket, log):
+    return trainer.start(storage.used_by(command(f"{bucket.url}/run")), log)
+
+
+def run(storage, bucket, *options):
+    return trainer.run(storage.used_by([*command(f"{bucket.url}/run"), *options]))
+
+
+def assert_same_run(bucket, folder):
+    trainer.assert_same_run(bucket.download("run", folder), reference())
+
+
+def wait_until(child, log, condition):
+    while not condition():
+        assert child.poll() is None, log.read_text()
+        time.sleep(0.01)
+
+
+# Requests that a save makes one after the other: of data, of a metadata file, of the last file that
+# completes the step, and of the seal. Storage falls silent there, so the kill finds them under way.
+MOMENTS = {
+    "data": "^POST .*checkpoints(/|%2F)8(/|%2F)default.*ocdbt",
+    "metadata": "^POST .*checkpoints(/|%2F)8(/|%2F)_CHECKPOINT_METADATA",
+    "commit": "^POST .*checkpoints(/|%2F)8(/|%2F)commit_success.txt",
+    "seal": "^POST .*seals(/|%2F)8.json",
+}
+
+
+def assert_outlives_a_kill(proxy, bucket, folder, moment):
+    """Killed in the save of step 8, a run is continued from step 4."""
+    log = folder / "log"
+    proxy.set(silence_s=60, only=MOMENTS[moment])
+    child = start(proxy, bucket, log)
+    try:
+        wait_until(child, log, lambda: proxy.counts().get("silence"))
+    finally:
+        child.kill()
+        child.wait()
+    names = bucket.names("run/")
+    assert "run/seals/4.json" in names
+    assert "run/seals/8.json" not in names
+    assert ("run/checkpoints/8/commit_success.txt" in names) == (moment == "seal")
+    proxy.set(preconditions=True)
+    assert "starting at step 4\n" in run(proxy, bucket).stdout
+    assert_same_run(bucket, folder / "run")
+
+
+def test_killed_in_a_save(proxy, bucket, tmp_path):
+    assert_outlives_a_kill(proxy, bucket, tmp_path, "commit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["data", "metadata", "seal"])
+def test_killed_elsewhere_in_a_save(proxy, bucket, tmp_path, moment):
+    assert_outlives_a_kill(proxy, bucket, tmp_path, moment)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_bucket(proxy, bucket, tmp_path):
+    """What two have written, one goes on with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    proxy.set(preconditions=True)
+    both = [
+        *trainer.command(f"{bucket.url}/run", *OPTIONS),
+        f"--coordinator_address={address}",
+        "--num_processes=2",
+    ]
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    children = [
+        trainer.start(proxy.used_by([*both, f"--process_id={i}"]), log)
+        for i, log in enumerate(logs)
+    ]
+    try:
+        for child, log in zip(children, logs):
+            assert child.wait(timeout=240) == 0, log.read_text()
+    finally:
+        for child in children:
+            child.kill()
+    before = trainer.result(bucket.download("run", tmp_path / "before"))
+    names = bucket.names("run/checkpoints/12/")
+    assert any("ocdbt.process_1" in name for name in names)
+    # Compiled without the flags, which takes longer than what the cache begins with.
+    assert any("jit_train_step" in name for name in bucket.names("run/compilation_cache/"))
+    assert "starting at step 12\n" in run(proxy, bucket).stdout
+    after = trainer.result(bucket.download("run", tmp_path / "after"))
+    assert after["params_digest"] == before["params_digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_tenth_of_all_requests_fails(proxy, bucket, tmp_path, seed):
+    """With the data in storage, too: they are written there first."""
+    parts = {"unavailable": 0.04, "throttle": 0.02, "reset": 0.02, "truncate": 0.02}
+    proxy.set(seed=seed, preconditions=True, **parts)
+    run(proxy, bucket, f"--config.data.dir={bucket.url}/data")
+    assert all(proxy.counts()[name] for name in parts)
+    assert any(name.endswith("manifest.json") for name in bucket.names("data/"))
+    workdir = bucket.download("run", tmp_path / "run")
+    assert trainer.result(workdir)["params_digest"] == trainer.result(reference())["params_digest"]
+    assert trainer.curves(workdir) == trainer.curves(reference())
+
+
+def ends_with(proxy, bucket, log, **faults):
+    """The exit code of a run for which these faults begin after its first save."""
+    child = start(proxy, bucket, log)
+    try:
+        wait_until(child, log, lambda: "run/seals/4.json" in bucket.names("run/seals/"))
+        proxy.set(**faults)
+        return child.wait(timeout=400)
+    finally:
+        child.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["outage", "silence"])
+def test_storage_is_gone_for_half_a_minute(proxy, bucket, tmp_path, kind):
+    log = tmp_path / "log"
+    code = ends_with(proxy, bucket, log, **{f"{kind}_s": 30})
+    assert code == 0, log.read_text()
+    assert proxy.counts()[kind] > 0
+    assert_same_run(bucket, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_storage_is_gone_for_good(proxy, bucket, tmp_path):
+    log = tmp_path / "log"
+    code = ends_with(proxy, bucket, log, outage_s=1000)
+    assert code == 2, log.read_text()
+    assert re.match("(Checkpoint|User)Error: .*gs://", log.read_text().strip().splitlines()[-1])
+    assert "spectral_pod/main.py" not in log.read_text()  # no traceback of ours
+    proxy.set()
+    assert "starting at step" in run(proxy, bucket).stdout
+    assert_same_run(bucket, tmp_path / "run")
