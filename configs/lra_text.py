@@ -64,15 +64,15 @@ def get_config(preset: str = "full") -> ConfigDict:
 
     if preset == "cpu":
         c.data.seq_len = 1024
-        c.model.dtype = "float32"  # CPUs are faster in float32
         c.model.num_layers = 2
+        c.model.unroll = 2
         c.model.hidden_dim = 128
         c.model.embed_dim = 64
         c.model.remat = "none"
-        c.train.total_steps = 2_800  # 4 epochs
+        c.train.total_steps = 5_000  # 7 epochs
         c.train.global_batch_size = 32
-        c.train.eval_every_steps = 700
-        c.checkpoint.every_steps = 700
+        c.train.eval_every_steps = 1_000
+        c.checkpoint.every_steps = 1_000
         c.optimizer.learning_rate = 3e-3
         c.optimizer.warmup_steps = 140
     return c

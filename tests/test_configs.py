@@ -18,6 +18,8 @@ FORMS = {
     "lra_listops": ["symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit"],
     "lra_text": ["full", "cpu"],
     "lra_image": ["full", "cpu"],
+    "lra_retrieval": ["full", "cpu"],
+    "dna": ["full", "cpu"],
     "lra_pathfinder": ["pathfinder", "path_x", "cpu"],
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],

@@ -36,6 +36,7 @@ from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import (
     content_type,
     copy,
+    dna,
     listops,
     lm,
     mqar,
@@ -43,6 +44,7 @@ from spectral_pod.data.tasks import (
     pathfinder,
     recall,
     records,
+    retrieval,
 )
 from spectral_pod.errors import ConfigError
 
@@ -50,6 +52,8 @@ TASKS: dict[str, Any] = {
     "content_type": content_type,
     "listops": listops,
     "pathfinder": pathfinder,
+    "retrieval": retrieval,
+    "dna": dna,
     "records": records,
     "lm": lm,
     "copy": copy,

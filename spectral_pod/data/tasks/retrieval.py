@@ -1,0 +1,357 @@
+"""Retrieval of the Long Range Arena: are two documents linked? Records are pairs of documents.
+
+With `source` the documents are papers of the ACL Anthology Network (AAN), and linked means that
+one cites the other. `source` is the folder of the published files, `tsv_data` of `lra_release`:
+
+    new_aan_pairs.train.tsv  new_aan_pairs.eval.tsv  new_aan_pairs.test.tsv
+
+A line is a label (0 or 1, also spelt 0.0 or 1.0), two ids and two texts, separated by tabs,
+without a header and without quotes, as `lra_benchmarks/matching/input_pipeline.py` reads them. A
+text spelt as a Python bytes literal, b'...', becomes the bytes that it stands for. That loader
+keeps the literal: its models read `\\n` as two characters, and a little less of a paper in the same
+number of bytes. `literals='keep'` does that, too, to compare with published figures.
+
+Without `source` the task is a stand-in, and not AAN: are two windows of Python source cut from the
+same file? The files are those of the running interpreter's standard library and site-packages.
+
+- The first window is from the first half of a file, the second from the second half: they never
+  overlap, and only one of them can hold the head of a file.
+- Every first window occurs twice: linked with the second window of its file, and not linked with
+  that of another file of the same folder. Every second window occurs twice as well, so either
+  document alone, or any sum of what each says by itself, is right for exactly half of the records.
+- No folder, and so no file, is in two splits; files of equal content count once, and no two records
+  are equal. Files that differ a little, such as two versions of a module, are different files.
+
+What the stand-in measures is whether a model compares: names, style and subject are shared within
+a file, and part of that with its neighbours. Comparing byte histograms, or which words of five
+letters or more both windows have, is right for 67 and 75 % of test records of 4,000 bytes each, 62
+and 68 % of 1,024, where that was tried; what is installed decides. It needs less understanding
+than citations do, and figures on it say nothing about figures on AAN.
+"""
+
+import ast
+import collections
+import hashlib
+import os
+import platform
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from spectral_pod import shapes
+from spectral_pod.data import byte_store, formats
+from spectral_pod.data.progress import Progress
+from spectral_pod.errors import ConfigError, DataError
+
+VERSION = 1
+OBJECTIVE = "class"
+CLASSES = ("unlinked", "linked")
+FILES = {
+    "train": "new_aan_pairs.train.tsv",
+    "validation": "new_aan_pairs.eval.tsv",
+    "test": "new_aan_pairs.test.tsv",
+}
+_COLUMNS = ("label", "id1", "id2", "text1", "text2")
+_LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
+_MAX_PER_FILE = 4  # windows that a file gives as the first of a pair, and as the second
+_MAX_SHARE = 8  # no folder gives more than one part in this many of a split
+_LEFT_OUT = {"__pycache__", "site-packages", "dist-packages"}  # packages are a root of their own
+
+
+def num_classes(**options: Any) -> int:
+    """Linked, or not."""
+    return len(CLASSES)
+
+
+def vocab_size(**options: Any) -> int:
+    """Rows of the embedding: bytes and special tokens."""
+    return shapes.VOCAB_SIZE
+
+
+def build(
+    path: str,
+    *,
+    seed: int = 0,
+    source: str = "",
+    literals: str = "decode",
+    window: int = 4000,
+    train: int = 16_000,
+    validation: int = 1_000,
+    test: int = 1_000,
+    roots: tuple[str, ...] = (),
+) -> None:
+    """Writes pairs of documents to the byte store at `path`, a folder or a gs:// URL.
+
+    Args:
+      path: a folder or a gs:// URL.
+      seed: of the stand-in: draws files, splits and windows.
+      source: the folder with the published files, also on gs://; '' makes the stand-in.
+      literals: of the published files: 'decode' texts that are bytes literals, or 'keep' them.
+      window: of the stand-in: bytes in each document.
+      train: of the stand-in: records, half of them linked; likewise validation and test.
+      roots: of the stand-in: folders to search instead of the running interpreter's own.
+
+    Raises:
+      ConfigError: an option cannot be; names it.
+      DataError: a published file is missing or a line malformed (names file and line), or there
+        are too few files of Python source for the stand-in.
+    """
+    if literals not in ("decode", "keep"):
+        raise ConfigError(f"config.data.options.literals is {literals!r}; it is 'decode' or 'keep'")
+    if source:
+        _write_published(path, source, literals)
+        return
+    sizes = {"train": train, "validation": validation, "test": test}
+    for name, size in sizes.items():
+        if size < 4 or size % 2:
+            raise ConfigError(
+                f"config.data.options.{name} is {size}; half of the records are linked, so it "
+                "must be even, and at least 4"
+            )
+    if window < 1:
+        raise ConfigError(f"config.data.options.window is {window}; it must be at least 1")
+    _write_stand_in(path, seed, window, sizes, roots or _interpreter_roots())
+
+
+def check(store: byte_store.ByteStore, *, source: str = "", **options: Any) -> None:
+    """Compares the published files with those that the store was written from.
+
+    Files that are not on this host any more, and those of the stand-in, are not compared: the
+    store does not need them.
+
+    Raises:
+      DataError: one has changed since.
+    """
+    for split, name in FILES.items() if source else ():
+        file = _join(source, name)
+        try:
+            formats.files(file)
+        except DataError:
+            continue
+        known = store.manifest["provenance"]["files"][split]
+        if list(formats.size_and_time(file)) != known["size_and_time"] and (
+            _sha256(file) != known["sha256"]
+        ):
+            raise DataError(
+                f"{file} has changed since {store.path} was written from it; delete that store to "
+                "train on the new contents, or restore the old ones"
+            )
+
+
+# ---- the published files
+
+
+def _write_published(path: str, source: str, literals: str) -> None:
+    files = {split: _join(source, name) for split, name in FILES.items()}
+    for file in files.values():
+        formats.files(file)  # all are there, before hours may go into the first
+    decode = literals == "decode"
+    byte_store.write(
+        path,
+        {split: published(file, decode=decode) for split, file in files.items()},
+        classes=CLASSES,
+        documents=2,
+        provenance={
+            "task": "retrieval",
+            "documents": "AAN, as published with the Long Range Arena",
+            "source": source,
+            "literals": literals,
+            "files": {
+                split: {
+                    "size_and_time": list(formats.size_and_time(file)),
+                    "sha256": _sha256(file),
+                }
+                for split, file in files.items()
+            },
+        },
+    )
+
+
+def published(file: str, *, decode: bool) -> Iterator[byte_store.Record]:
+    """The records of one of the published files, in order; every line is one.
+
+    Raises:
+      DataError: a line is malformed, or there is none; names the file and the line.
+    """
+    progress = Progress(f"Reading {os.path.basename(file)}", 0, "lines")
+    for row in formats.rows(file, format="tsv", columns=_COLUMNS):
+        if isinstance(row, formats.Fault):
+            raise DataError(f"{row.place}: {row.reason}; a line is {', '.join(_COLUMNS)}")
+        label = _LABELS.get(row.fields["label"])
+        if label is None:
+            raise DataError(f"{row.place}: the label is {row.fields['label'][:40]!r}, not 0 or 1")
+        texts = [row.fields["text1"], row.fields["text2"]]
+        if decode:
+            texts = [_decoded(text, row.place) for text in texts]
+        yield byte_store.Record(tuple(texts), label)
+        progress.add()
+    progress.end()
+    if not progress.done:
+        raise DataError(f"{file} has no lines")
+
+
+def _decoded(text: bytes, place: str) -> bytes:
+    """What a text that is spelt as a bytes literal stands for; any other text as it is."""
+    if not text.startswith((b"b'", b'b"')):
+        return text
+    try:
+        value = ast.literal_eval(text.decode("ascii"))  # a literal has no other characters
+    except (ValueError, SyntaxError):
+        value = None
+    if isinstance(value, bytes):
+        return value
+    raise DataError(
+        f"{place}: a text starts as a Python bytes literal and is none: {text[:20]!r}...; "
+        "config.data.options.literals = 'keep' takes texts as they are"
+    )
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def _sha256(file: str) -> str:
+    with formats.open_file(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+# ---- the stand-in
+
+
+class _Cut(NamedTuple):
+    """A window of the first half of a file and one of its second half."""
+
+    first: bytes
+    second: bytes
+    folder: str
+    file: bytes  # digest of its content
+
+
+def _write_stand_in(
+    path: str, seed: int, window: int, sizes: Mapping[str, int], roots: Sequence[str]
+) -> None:
+    started = time.monotonic()
+    logging.warning(
+        "Retrieval without config.data.options.source is a stand-in and not AAN: windows of "
+        "Python source, linked if they are of the same file"
+    )
+    rings = _rings(_cuts(seed, window, roots), sizes)
+    for split, size in sizes.items():
+        count = 2 * sum(map(len, rings[split]))
+        if count < size:
+            raise DataError(
+                f"config.data.options.{split} is {size}, and the stand-in for retrieval has only "
+                f"{count} records left for it, from Python source in files of {2 * window:,} bytes "
+                f"or more in {', '.join(roots)}; ask for fewer records or a smaller window, or "
+                "name a source"
+            )
+    byte_store.write(
+        path,
+        {split: _pairs(rings[split]) for split in sizes},
+        classes=CLASSES,
+        documents=2,
+        provenance={
+            "task": "retrieval",
+            "documents": "a stand-in for AAN: windows of Python source, of one file or of two",
+            "python": platform.python_version(),
+            "seed": seed,
+            "window": window,
+            "roots": list(roots),
+            "folders": {split: len({ring[0].folder for ring in rings[split]}) for split in sizes},
+            "files": {
+                split: len({cut.file for ring in rings[split] for cut in ring}) for split in sizes
+            },
+        },
+    )
+    logging.info("Stand-in for retrieval in %.1f s", time.monotonic() - started)
+
+
+def _interpreter_roots() -> tuple[str, ...]:
+    names = ("stdlib", "purelib", "platlib")
+    return tuple(dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in names))
+
+
+def _cuts(seed: int, window: int, roots: Sequence[str]) -> list[_Cut]:
+    """What all files give, in random order, no window twice."""
+    cuts: list[_Cut] = []
+    seen: set[bytes] = set()
+    for folder, file in _sources(roots):
+        if os.path.getsize(file) < 2 * window:
+            continue
+        with open(file, "rb") as stream:
+            content = stream.read()
+        digest = _hash(content)
+        if digest in seen:
+            continue
+        seen.add(digest)
+        rng = np.random.default_rng([seed, int.from_bytes(digest, "little")])
+        half = len(content) // 2
+        count = min(_MAX_PER_FILE, half // window)
+        # In each half one window at a random offset of each of `count` equal stretches.
+        offsets = (np.arange(count) + rng.random((2, count))) / count * (half - window + 1)
+        for i, j in offsets.astype(int).T.tolist():
+            first, second = content[i : i + window], content[half + j : half + j + window]
+            digests = {_hash(first), _hash(second)}
+            if len(digests) == 2 and not digests & seen:
+                seen |= digests
+                cuts.append(_Cut(first, second, folder, digest))
+    return sorted(cuts, key=lambda cut: _hash(b"%d/" % seed + cut.first))
+
+
+def _sources(roots: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(folder, path) of every file of Python source; the same folder in two roots is two."""
+    for number, root in enumerate(roots):
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = sorted(set(subfolders) - _LEFT_OUT)
+            for name in sorted(names):
+                path = os.path.join(folder, name)
+                if name.endswith(".py") and os.path.isfile(path):
+                    yield f"{number}/{os.path.relpath(folder, root)}", path
+
+
+def _rings(cuts: Sequence[_Cut], sizes: Mapping[str, int]) -> dict[str, list[list[_Cut]]]:
+    """By split, cuts for so many records where there are enough, in rings.
+
+    A ring is two or more cuts of different files of one folder. A folder is in one split, and
+    gives no more than an eighth of it, or 3.
+    """
+    folders: dict[str, dict[int, list[_Cut]]] = {}
+    of_file: collections.Counter[bytes] = collections.Counter()
+    for cut in cuts:
+        # The n-th cuts of all files of a folder are a ring: so none has two of a file.
+        rings = folders.setdefault(cut.folder, {})
+        rings.setdefault(of_file[cut.file], []).append(cut)
+        of_file[cut.file] += 1
+    taken: dict[str, list[list[_Cut]]] = {split: [] for split in sizes}
+    free = list(folders.values())
+    for split in sorted(sizes, key=lambda split: sizes[split]):
+        missing, passed = sizes[split] // 2, []
+        for rings in free:
+            before = missing
+            room = max(3, sizes[split] // 2 // _MAX_SHARE)
+            for ring in rings.values():
+                count = min(len(ring), room, missing)
+                count -= missing - count == 1  # a single one would make no ring
+                if count > 1:
+                    taken[split].append(ring[:count])
+                    room, missing = room - count, missing - count
+            if missing == before:
+                passed.append(rings)
+        free = passed
+    return taken
+
+
+def _pairs(rings: Sequence[Sequence[_Cut]]) -> Iterator[byte_store.Record]:
+    """Each cut linked with itself, and not linked with the one before it in its ring."""
+    pairs = [(cut, ring[i - 1]) for ring in rings for i, cut in enumerate(ring)]
+    for cut, other in sorted(pairs, key=lambda pair: _hash(pair[0].first)):
+        yield byte_store.Record((cut.first, cut.second), CLASSES.index("linked"))
+        yield byte_store.Record((cut.first, other.second), CLASSES.index("unlinked"))
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
