@@ -69,10 +69,10 @@ def get_config(preset: str = "full") -> ConfigDict:
         c.model.hidden_dim = 128
         c.model.embed_dim = 64
         c.model.remat = "none"
-        c.train.total_steps = 5_000  # 7 epochs
+        c.train.total_steps = 4_400  # 6 epochs
         c.train.global_batch_size = 32
-        c.train.eval_every_steps = 1_000
-        c.checkpoint.every_steps = 1_000
+        c.train.eval_every_steps = 1_100
+        c.checkpoint.every_steps = 1_100
         c.optimizer.learning_rate = 3e-3
         c.optimizer.warmup_steps = 140
     return c

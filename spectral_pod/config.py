@@ -20,7 +20,7 @@ from spectral_pod.errors import ConfigError
 # Where a restart may differ: none changes the numbers of a run beyond float rounding.
 _FREE_TO_CHANGE = (
     "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch",
-    "train.eval_", "train.log_every_steps", "train.compilation_cache",
+    "data.copies_", "train.eval_", "train.log_every_steps", "train.compilation_cache",
 )  # fmt: skip
 
 
@@ -35,6 +35,8 @@ def default() -> ConfigDict:
     # Finished stores in place of the task's own: paths, or pairs of a path and its weight.
     c.data.stores = ()
     c.data.dir = "~/.cache/spectral_pod"  # byte stores are written once below it; a folder or gs://
+    c.data.copies_dir = "~/.cache/spectral_pod/copies"  # on disk, of what is read from gs://
+    c.data.copies_gb = 0.0  # that they may take; 0: none
     c.data.seq_len = 2048  # bytes of a document; longer ones are an error unless `truncate`
     c.data.documents = 1  # in a record; 2 are encoded alike and then compared
     c.data.truncate = False
@@ -199,7 +201,7 @@ def validate(
             raise ConfigError(f"config.{field} is {_get(config, field)}; it must be at least 1")
     for field in (
         "model.memory_interval", "model.context", "checkpoint.keep_best", "data.train_records",
-        "train.sample_bytes",
+        "train.sample_bytes", "data.copies_gb",
     ):  # fmt: skip
         if _get(config, field) < 0:
             raise ConfigError(f"config.{field} is {_get(config, field)}; it cannot be negative")

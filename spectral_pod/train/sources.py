@@ -13,6 +13,7 @@ from spectral_pod import storage
 from spectral_pod.config import store_and_weight
 from spectral_pod.data import byte_store, pipeline, tasks
 from spectral_pod.data.drawn import Drawn
+from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.data.mixture import Mixture
 from spectral_pod.data.windows import Windows
 from spectral_pod.errors import ConfigError, DataError
@@ -128,12 +129,13 @@ def open_sources(config: ConfigDict) -> Sources:
 def _open_stores(config: ConfigDict) -> tuple[dict[str, byte_store.ByteStore], list[float]]:
     stores: dict[str, byte_store.ByteStore] = {}
     weights: list[float] = []
+    copies = _copies(config)
     for entry in config.data.stores:
         path, weight = store_and_weight(entry)
         path = path if storage.is_remote(path) else os.path.expanduser(path)
         storage.check_access(path, write=False)
         name = path.rstrip("/").rpartition("/")[2]
-        store = byte_store.ByteStore(path)
+        store = byte_store.ByteStore(path, copies=copies)
         if name in stores:
             raise ConfigError(f"config.data.stores has two stores named {name!r}; rename a folder")
         first = next(iter(stores.values()), store)
@@ -145,6 +147,11 @@ def _open_stores(config: ConfigDict) -> tuple[dict[str, byte_store.ByteStore], l
         stores[name] = store
         weights.append(float(weight))
     return stores, weights
+
+
+def _copies(config: ConfigDict) -> LocalCopies | None:
+    limit = int(config.data.copies_gb * 1e9)
+    return LocalCopies(config.data.copies_dir, limit) if limit else None
 
 
 def _few(classes: list[str]) -> str:
@@ -172,6 +179,6 @@ def _open_own_store(config: ConfigDict) -> byte_store.ByteStore:
             f"process {jax.process_index()} does not see the store {path} that process 0 wrote; "
             "set config.data.dir to a folder or gs:// URL that all hosts share"
         )
-    store = byte_store.ByteStore(path)
+    store = byte_store.ByteStore(path, copies=_copies(config))
     tasks.check_store(config.data.task, store, options)
     return store
