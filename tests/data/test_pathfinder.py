@@ -436,5 +436,5 @@ def test_impossible_requests_name_the_field(tmp_path):
         pathfinder.build(str(tmp_path), size=64)
     with pytest.raises(ConfigError, match="contour_length is 7"):
         pathfinder.build(str(tmp_path), contour_length=7)
-    with pytest.raises(ConfigError, match="1 image in validation"):
+    with pytest.raises(ConfigError, match="1 example in validation"):
         pathfinder.build(str(tmp_path), validation=0)
