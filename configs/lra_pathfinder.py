@@ -53,16 +53,15 @@ def get_config(preset: str = "pathfinder") -> ConfigDict:
 
     if preset == "cpu":
         c.data.options.update(contour_length=3, train=40_000, validation=1_000, test=2_000)
-        c.model.dtype = "float32"  # CPUs are faster in float32
         c.model.num_layers = 4
         c.model.hidden_dim = 64
         c.model.embed_dim = 64
         c.model.mlp_expansion = 2.0
         c.model.memory.head_dim = 32
         c.model.remat = "none"
-        c.train.total_steps = 2_000
+        c.train.total_steps = 1_200
         c.train.global_batch_size = 32
-        c.train.eval_every_steps = 500
-        c.checkpoint.every_steps = 500
+        c.train.eval_every_steps = 400
+        c.checkpoint.every_steps = 400
         c.optimizer.warmup_steps = 100
     return c
