@@ -14,7 +14,7 @@ arrays of your own that hold gray bytes `pixels` and `label`, 0 to 9:
 where a tenth of the training pictures, by a hash of their bytes, is the validation split.
 
 The full preset is 6 layers of width 256 (about 2.5M parameters), 100 epochs, for one accelerator or
-a slice; the small one is an epoch.
+a slice; the small one is 2 epochs.
 """
 
 from ml_collections import ConfigDict
@@ -71,7 +71,7 @@ def get_config(preset: str = "full") -> ConfigDict:
         c.model.memory.head_dim = 32
         c.model.dropout = 0.0
         c.model.remat = "none"
-        c.train.total_steps = 1_400  # an epoch
+        c.train.total_steps = 1_400  # 2 epochs
         c.train.global_batch_size = 64
         c.train.eval_every_steps = 700
         c.checkpoint.every_steps = 700
