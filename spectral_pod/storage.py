@@ -83,9 +83,9 @@ def check_access(url: str, *, write: bool) -> None:
     name, _, path = url.removeprefix("gs://").partition("/")
     limits: Any = {"retry": DEFAULT_RETRY.with_timeout(_START_TIMEOUT), "timeout": _SILENCE}
     try:
-        client = _client(url, write)
-        bucket = client.get_bucket(name, **limits) if write else client.bucket(name)
-        list(client.list_blobs(bucket, prefix=path, max_results=1, **limits))
+        reach = client(url, write=write)
+        bucket = reach.get_bucket(name, **limits) if write else reach.bucket(name)
+        list(reach.list_blobs(bucket, prefix=path, max_results=1, **limits))
         if write:
             probe = bucket.blob(f"{path.rstrip('/')}/.access-{uuid.uuid4().hex}".lstrip("/"))
             probe.upload_from_string(b"", **limits)
@@ -118,13 +118,19 @@ def _bound_silence() -> None:
     fsspec.config.conf.setdefault("gcs", {})["requests_timeout"] = limits
 
 
-def _client(url: str, write: bool) -> Any:
-    """A client with Google's default credentials; to read, one without will do."""
+def client(url: str, *, write: bool, project: str | None = None) -> Any:
+    """A google-cloud-storage client with Google's default credentials, for work on `url`.
+
+    To read, one without will do. `project` is by default that of the credentials.
+
+    Raises:
+      UserError: there are no credentials, or they name no project.
+    """
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import storage
 
     try:
-        return storage.Client()
+        return storage.Client(project) if project else storage.Client()
     except DefaultCredentialsError as error:
         if write or "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:
             raise UserError(
