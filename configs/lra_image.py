@@ -1,7 +1,7 @@
 """Image of the Long Range Arena: what a gray picture of 32 x 32 shows, read pixel by pixel.
 
 Command:  python -m spectral_pod.main --config=configs/lra_image.py --workdir=DIR
-          --config=configs/lra_image.py:cpu     a preset for 15 minutes on 2 cores
+          --config=configs/lra_image.py:cpu     a preset for 8 minutes on 2 cores
 
 The pictures are CIFAR-10's from TensorFlow Datasets, which downloads them: the luma of their
 colors, 1,024 bytes in rows; 45,000 to train on, 5,000 for validation and 10,000 to test. From
@@ -14,7 +14,7 @@ arrays of your own that hold gray bytes `pixels` and `label`, 0 to 9:
 where a tenth of the training pictures, by a hash of their bytes, is the validation split.
 
 The full preset is 6 layers of width 256 (about 2.5M parameters), 100 epochs, for one accelerator or
-a slice; the small one is 2 epochs.
+a slice; the small one is one epoch.
 """
 
 from ml_collections import ConfigDict
@@ -71,10 +71,10 @@ def get_config(preset: str = "full") -> ConfigDict:
         c.model.memory.head_dim = 32
         c.model.dropout = 0.0
         c.model.remat = "none"
-        c.train.total_steps = 1_400  # 2 epochs
+        c.train.total_steps = 700  # an epoch
         c.train.global_batch_size = 64
-        c.train.eval_every_steps = 700
-        c.checkpoint.every_steps = 700
+        c.train.eval_every_steps = 350
+        c.checkpoint.every_steps = 350
         c.optimizer.learning_rate = 3e-3
-        c.optimizer.warmup_steps = 140
+        c.optimizer.warmup_steps = 70
     return c
