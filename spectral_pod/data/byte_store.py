@@ -98,21 +98,24 @@ class Split:
         Raises:
           DataError: a chunk is missing or fails its checksum; names the bytes.
         """
-        return self.read_ranges([(self.offsets[i], self.offsets[i + 1]) for i in indices])
+        first = np.asarray(indices, np.int64)
+        starts, stops = self.offsets[first], self.offsets[first + 1]
+        return self.read_ranges(list(zip(starts.tolist(), stops.tolist())))
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """As `read`: bytes start to stop of the split, for each (start, stop)."""
-        started = [self._start(int(start), int(stop)) for start, stop in ranges]
+        with ts.Batch() as batch:  # one opening of a file, one request for neighbours
+            started = [self._start(int(start), int(stop), batch) for start, stop in ranges]
         return [_joined([self._finish(*read) for read in reads]) for reads in started]
 
-    def _start(self, start: int, stop: int) -> list[tuple[int, slice, Any]]:
+    def _start(self, start: int, stop: int, batch: ts.Batch) -> list[tuple[int, slice, Any]]:
         """A read of each part that holds some of these bytes: the part, which of its bytes, how."""
         reads = []
         part = bisect.bisect_right(self._starts, start) - 1
         while start < stop:
             first, end = self._starts[part], self._starts[part + 1]
             where = slice(start - first, min(stop, end) - first)
-            reads.append((part, where, self._arrays[part][where].read()))
+            reads.append((part, where, self._arrays[part][where].read(batch=batch)))
             start, part = end, part + 1
         return reads
 

@@ -7,12 +7,14 @@ Sources of batches: `Batches` of labelled records, here; `windows.Windows` of a 
 `drawn.Drawn`, examples that are made where they are needed.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
+from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 
 from spectral_pod.data.byte_store import Split
@@ -70,7 +72,6 @@ class Batches:
         self._split, self.batch_size, self.seq_len = split, batch_size, seq_len
         self.num_records = min(num_records or len(split), len(split))
         self._seed = shuffle_seed
-        self._permutations: dict[int, Any] = {}
         if not self.num_records:
             raise DataError(f"split {split.name!r} holds no records")
         if split.documents != documents:
@@ -103,7 +104,11 @@ class Batches:
         if self._seed is None:
             return np.where(position < self.num_records, position, -1)
         epoch, index = np.divmod(position, self.num_records)
-        return np.asarray([self._permutation(int(e))[int(i)] for e, i in zip(epoch, index)])
+        # A keyed bijection on the indices, not a table: constant memory for any number of records.
+        shuffle = functools.partial(index_shuffle, max_index=self.num_records - 1, rounds=4)
+        seeds = {e: self._epoch_seed(e) for e in set(epoch.tolist())}
+        pairs = zip(index.tolist(), epoch.tolist())
+        return np.asarray([shuffle(i, seed=seeds[e]) for i, e in pairs], np.int64)
 
     def rows(self, step: int, rows: np.ndarray) -> Batch:
         """Those rows of a step's batch, as numpy arrays."""
@@ -111,20 +116,18 @@ class Batches:
         labels, valid = np.zeros(len(rows), np.int32), records >= 0
         labels[valid] = self._split.labels[records[valid]]
         # A line of `tokens` is a document; those of a record are side by side in its row.
-        tokens = np.full((len(rows) * self._documents, self.seq_len), PAD, np.int32)
+        tokens = np.empty((len(rows) * self._documents, self.seq_len), np.int32)
         which = np.arange(self._documents)
         documents = (records[valid, None] * self._documents + which).ravel()
         lines = (np.flatnonzero(valid)[:, None] * self._documents + which).ravel()
+        tokens[np.repeat(~valid, self._documents)] = PAD
         for line, data in zip(lines, self._split.read(documents), strict=True):
-            tokens[line, : min(len(data), self.seq_len)] = data[: self.seq_len]
+            tokens[line, : len(data)] = data[: self.seq_len]
+            tokens[line, len(data) :] = PAD
         return {"tokens": tokens.reshape(len(rows), -1), "labels": labels, "valid": valid}
 
-    def _permutation(self, epoch: int) -> Any:
-        # A keyed bijection on the indices, not a table: constant memory for any number of records.
-        if epoch not in self._permutations:
-            seed = int(np.random.SeedSequence([self._seed or 0, epoch]).generate_state(1)[0])
-            self._permutations[epoch] = grain.MapDataset.range(self.num_records).shuffle(seed=seed)
-        return self._permutations[epoch]
+    def _epoch_seed(self, epoch: int) -> int:
+        return int(np.random.SeedSequence([self._seed or 0, epoch]).generate_state(1)[0])
 
 
 def load(

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
     for step in np.random.default_rng(0).permutation(20):
         np.testing.assert_array_equal(make().records(int(step)), expected[step])
     assert set(make().records(10**12)) <= set(range(13))
+
+
+@pytest.mark.parametrize("num_records", [1, 2, 13, 10_000])
+def test_an_epoch_is_in_the_order_of_a_dataset_that_grain_shuffles(num_records):
+    """Runs that were started with another release go on as they would have."""
+    records = stream(make(num_records, batch_size=num_records, seed=5), steps=2)
+    for epoch, order in enumerate(records.reshape(2, num_records)):
+        seed = int(np.random.SeedSequence([5, epoch]).generate_state(1)[0])
+        dataset = grain.MapDataset.range(num_records).shuffle(seed=seed)
+        assert list(order) == [dataset[i] for i in range(num_records)]
 
 
 def test_the_first_records_only():
