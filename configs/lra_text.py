@@ -13,8 +13,9 @@ with the fields `text` and `label` (neg or pos, 0 or 1); other fields and classe
 their bytes, is the validation split.
 
 The full preset is 6 layers of width 256 (about 2.5M parameters), 32 epochs of reviews cut after
-4,096 bytes, for one accelerator or a slice. The small one reads the first 1,024 bytes in 4 epochs;
-it should classify at least 75% of the test reviews correctly.
+4,096 bytes, for one accelerator or a slice. The small one, 349k parameters, reads the first 1,024
+bytes in 6 epochs, and gets 75.5% of half the test reviews after 3,300 steps (26 CPU minutes), 75.8%
+at its end (docs/results.md).
 """
 
 from ml_collections import ConfigDict
