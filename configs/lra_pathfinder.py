@@ -4,6 +4,7 @@ Command:  python -m spectral_pod.main --config=configs/lra_pathfinder.py --workd
           --config=configs/lra_pathfinder.py:path_x    Path-X: 128 pixels a side, 16,384 bytes
           --config=configs/lra_pathfinder.py:cpu       contours of 3 paddles, for 2 CPU cores
 
+The small preset is a trial of the pipeline: after its 1,200 steps the model is still at chance.
 The full presets are for one accelerator or a slice. Their images are drawn first, once, by all
 cores: 200,000 of 32 pixels at 300 a second and core, of 128 pixels at 15. With 3 paddles the
 distance between the markers alone is worth 80 %; only what is above that follows contours.
