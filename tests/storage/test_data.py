@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from spectral_pod.data import tasks
 from tests import trainer
 
 OPTIONS = (
@@ -51,12 +52,13 @@ def assert_same_run(workdir):
 def store(bucket):
     """The URL of a copy of the store that the run on disk has written and read."""
     reference()
+    data = trainer.get_config().data
     folder = trainer.home() / "data"
-    for file in folder.rglob("*"):
+    path = pathlib.Path(tasks.store_path(str(folder), data.task, data.options.to_dict()))
+    for file in path.rglob("*"):
         if file.is_file():
             bucket.write(f"data/{file.relative_to(folder)}", file.read_bytes())
-    (manifest,) = (name for name in bucket.names("data/") if name.endswith("/manifest.json"))
-    return f"{bucket.url}/{manifest.removesuffix('/manifest.json')}"
+    return f"{bucket.url}/data/{path.name}"
 
 
 @pytest.fixture
