@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from spectral_pod import storage
-from spectral_pod.data.byte_store import ByteStore
+from spectral_pod.data.byte_store import FORMAT, ByteStore
 from spectral_pod.data.tasks import (
     content_type,
     copy,
@@ -92,7 +92,7 @@ def store_path(directory: str, task: str, options: Mapping[str, Any]) -> str:
       ConfigError: the task has no such option; names those it has.
     """
     check_options(task, options)
-    key = hashlib.sha256(_meaning(task, options)).hexdigest()[:8]
+    key = hashlib.sha256(FORMAT.encode() + _meaning(task, options)).hexdigest()[:8]
     if not storage.is_remote(directory):
         directory = os.path.expanduser(directory)
     return f"{directory.rstrip('/')}/{task}-{key}"
