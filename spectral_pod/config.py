@@ -223,12 +223,12 @@ def validate(
             f"{config.data.task!r} needs one of {fitting}"
         )
     for entry in config.data.stores:
-        path, weight = store_and_weight(entry)
-        if not (isinstance(path, str) and isinstance(weight, (int, float)) and weight > 0):
-            raise ConfigError(
-                f"config.data.stores has {entry!r}; an entry is a path, or a path and a weight "
-                "above 0"
-            )
+        match store_and_weight(entry):
+            case (str(), int() | float() as weight) if weight > 0:
+                continue
+        raise ConfigError(
+            f"config.data.stores has {entry!r}; an entry is a path, or a path and a weight above 0"
+        )
     if config.data.stores and objective == "positions":
         raise ConfigError(
             f"config.data.stores is set, and examples of {config.data.task!r} are never stored"
@@ -396,9 +396,9 @@ def _looks_back(config: ConfigDict) -> dict[str, int]:
     }
 
 
-def store_and_weight(entry: Any) -> tuple[Any, Any]:
+def store_and_weight(entry: Any) -> tuple[Any, ...]:
     """An entry of `data.stores`, in full."""
-    return (entry, 1.0) if isinstance(entry, str) else tuple(entry)
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry, 1.0)
 
 
 def row_len(config: ConfigDict) -> int:

@@ -2,7 +2,7 @@
 
 The rows of all batches, one after the other, are dealt to the sources as evenly as their weights
 allow; each source hands out its own rows in its own order. So a mixed batch is a pure function of
-its number too, and the first n rows hold each source's share of n to within one row.
+its number too, and among the first n rows each source has its share of n to within a few rows.
 """
 
 from collections.abc import Sequence

@@ -133,7 +133,8 @@ def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None
         predicts = "the byte that follows, or the end of a document"
         use = 'print(model.generate("To be", max_length=200))'
     elif trained.objective == "class":
-        predicts = f"one of {trained.num_classes} classes: {', '.join(trained.classes)}"
+        predicts = f"one of {trained.num_classes} classes"
+        predicts += f": {', '.join(trained.classes)}" if trained.classes else ""
         use = 'print(model.classes[model.classify(b"some bytes").argmax()])'
     else:
         predicts = f"one of {trained.num_classes} symbols at every position"
