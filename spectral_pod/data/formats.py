@@ -29,6 +29,7 @@ import codecs
 import collections
 import csv
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -118,6 +119,16 @@ def size_and_time(path: str) -> tuple[int, str]:
     """Bytes in a file, and when it was modified."""
     system, path = _file_system(path)
     return system.size(path), system.modified(path).isoformat()
+
+
+def sha256(path: str) -> str:
+    """Of the bytes of a file, in constant memory.
+
+    Raises:
+      DataError: it cannot be opened.
+    """
+    with open_file(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def rows(

@@ -15,7 +15,6 @@ long-range composition.
   bases (N, R, ...) are left out, and so are those whose letters have no other order.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -98,7 +97,7 @@ def build(
             "task": "dna",
             "seed": seed,
             "source": source,
-            "sha256": _sha256(source),
+            "sha256": formats.sha256(source),
             "window": window,
             "k": k,
             "sequences": len(sequences),
@@ -119,7 +118,7 @@ def check(store: byte_store.ByteStore, *, source: str = "", **options: Any) -> N
       DataError: it has changed since.
     """
     try:
-        digest = _sha256(source)
+        digest = formats.sha256(source)
     except DataError:
         return
     if digest != store.manifest["provenance"]["sha256"]:
@@ -290,8 +289,3 @@ def _records(
         yield byte_store.Record(other, CLASSES.index("shuffled"))
         progress.add(2)
     progress.end()
-
-
-def _sha256(source: str) -> str:
-    with formats.open_file(source) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -34,7 +34,6 @@ MAX_CLASSES = 65_536
 _ITEM_BYTES = 64_000_000
 _ROW_BYTES = 1_000  # of memory, that a row takes beside the bytes in it
 _HASHED_BYTES = 1_000_000_000  # larger sources are recognised by the sizes and times of their files
-_BLOCK_BYTES = 1 << 20
 _PLACES = 5  # named for each reason why records were skipped
 
 
@@ -402,11 +401,7 @@ def _contents(paths: Sequence[str]) -> str:
     """sha256 of what `sha256sum` prints about files, in the folder that holds them all."""
     listing = hashlib.sha256()
     for path, name in _named(paths):
-        digest = hashlib.sha256()
-        with formats.open_file(path) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-        listing.update(os.fsencode(f"{digest.hexdigest()}  {name}\n"))
+        listing.update(os.fsencode(f"{formats.sha256(path)}  {name}\n"))
     return listing.hexdigest()
 
 

@@ -134,7 +134,7 @@ def check(store: byte_store.ByteStore, *, source: str = "", **options: Any) -> N
             continue
         known = store.manifest["provenance"]["files"][split]
         if list(formats.size_and_time(file)) != known["size_and_time"] and (
-            _sha256(file) != known["sha256"]
+            formats.sha256(file) != known["sha256"]
         ):
             raise DataError(
                 f"{file} has changed since {store.path} was written from it; delete that store to "
@@ -163,7 +163,7 @@ def _write_published(path: str, source: str, literals: str) -> None:
             "files": {
                 split: {
                     "size_and_time": list(formats.size_and_time(file)),
-                    "sha256": _sha256(file),
+                    "sha256": formats.sha256(file),
                 }
                 for split, file in files.items()
             },
@@ -212,11 +212,6 @@ def _decoded(text: bytes, place: str) -> bytes:
 
 def _join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
-
-
-def _sha256(file: str) -> str:
-    with formats.open_file(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 # ---- the stand-in
