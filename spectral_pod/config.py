@@ -21,6 +21,7 @@ from spectral_pod.errors import ConfigError
 _FREE_TO_CHANGE = (
     "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch",
     "data.copies_", "train.eval_", "train.log_every_steps", "train.compilation_cache",
+    "train.stall_", "train.profile_steps", "train.wandb_project",
 )  # fmt: skip
 
 
@@ -122,11 +123,21 @@ def default() -> ConfigDict:
     c.train.eval_records = 1000  # of tasks whose examples are drawn
     c.train.sample_bytes = 256  # that a language model writes at every validation; 0: none
     c.train.sample_prompt = "\n"  # which they continue
+    # What becomes of a step whose loss or update is not finite, or whose loss is a spike: 'stop',
+    # 'skip' its update, or 'rollback' to the newest checkpoint and go on behind its batch.
+    c.train.on_bad_step = "stop"
+    c.train.spike_factor = 0.0  # a spike is so many times the average of the losses before; 0: none
+    c.train.max_bad_steps = 10  # in a row, or rollbacks to one checkpoint; then the run stops
+    c.train.stall_factor = 20.0  # a hang takes so many times as long as a step should; 0: no watch
+    c.train.stall_seconds = 600.0  # and at least so long
+    c.train.profile_steps = ()  # (first, last): traced for XProf; later ones by `touch PROFILE`
+    c.train.wandb_project = ""  # Weights & Biases shows the metrics, too
     c.train.compilation_cache = True  # in the workdir: a restart compiles nothing again
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 500
     c.checkpoint.keep_latest = 2
+    c.checkpoint.preemption_seconds = 25.0  # from SIGTERM to the end of a process, at most
     c.checkpoint.keep_best = 1  # by validation accuracy, language models by loss
 
     c.mesh = ConfigDict()
@@ -155,6 +166,7 @@ _CHOICES = {
     "model.hyena.decay": ("learned", "fixed"),
     "model.selective.form": ("low_rank", "broadcast"),
     "model.memory.method": ("chunked", "recurrent"),
+    "train.on_bad_step": ("stop", "skip", "rollback"),
     "train.eval_split": ("train", "validation", "test"),
 }
 _AT_LEAST_ONE = (
@@ -166,7 +178,8 @@ _AT_LEAST_ONE = (
     "model.s5.state_dim", "model.selective.rank",
     "train.total_steps", "train.global_batch_size", "train.grad_accumulation",
     "train.log_every_steps", "train.eval_records",
-    "train.eval_every_steps", "train.eval_batch_size", "checkpoint.every_steps",
+    "train.eval_every_steps", "train.eval_batch_size", "train.max_bad_steps",
+    "checkpoint.every_steps",
     "checkpoint.keep_latest", "optimizer.warmup_steps",
 )  # fmt: skip
 
@@ -185,8 +198,8 @@ def validate(
     Raises:
       ConfigError: names the field, its value and what it may be.
     """
-    known = _flat(default().to_dict()).keys()
-    mine = {field for field in _flat(config.to_dict()) if not field.startswith("data.options.")}
+    known = flat(default().to_dict()).keys()
+    mine = {field for field in flat(config.to_dict()) if not field.startswith("data.options.")}
     for field in sorted(mine - known):
         hint = "".join(f"; did you mean config.{f}?" for f in _near(field, known))
         raise ConfigError(f"config.{field} is no field of the configuration{hint}")
@@ -201,13 +214,28 @@ def validate(
             raise ConfigError(f"config.{field} is {_get(config, field)}; it must be at least 1")
     for field in (
         "model.memory_interval", "model.context", "checkpoint.keep_best", "data.train_records",
-        "train.sample_bytes", "data.copies_gb",
+        "train.sample_bytes", "train.spike_factor", "train.stall_factor", "train.stall_seconds",
+        "checkpoint.preemption_seconds", "data.copies_gb",
     ):  # fmt: skip
         if _get(config, field) < 0:
             raise ConfigError(f"config.{field} is {_get(config, field)}; it cannot be negative")
     for field in ("model.dropout", "model.spectral.kernel_dropout", "train.label_smoothing"):
         if not 0 <= _get(config, field) < 1:
             raise ConfigError(f"config.{field} is {_get(config, field)}; it must be in [0, 1)")
+    if 0 < config.train.spike_factor <= 1:
+        raise ConfigError(
+            f"config.train.spike_factor is {config.train.spike_factor}; it must be above 1, or 0 "
+            "for none"
+        )
+    if config.train.spike_factor and config.train.on_bad_step == "stop":
+        raise ConfigError(
+            "config.train.spike_factor is set, and train.on_bad_step is 'stop', for which a spike "
+            "is no reason; choose 'skip' or 'rollback'"
+        )
+    if len(config.train.profile_steps) not in (0, 2):
+        raise ConfigError(
+            f"config.train.profile_steps is {config.train.profile_steps}; it is (first, last) or ()"
+        )
     model = models[config.model.name]
     objective, causal, patch = (
         tasks[config.data.task].OBJECTIVE,
@@ -424,7 +452,7 @@ def claim_workdir(
         storage.write_whole(file, json.dumps(facts, indent=1))
         return
     recorded = json.loads(file.read_text())
-    theirs, ours = _flat(recorded["config"]), _flat(json.loads(json.dumps(mine)))
+    theirs, ours = flat(recorded["config"]), flat(json.loads(json.dumps(mine)))
     changed = [
         f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
         for key in sorted(theirs.keys() | ours.keys())
@@ -461,11 +489,12 @@ def _get(config: ConfigDict, field: str) -> Any:
     return config
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a nested tree by their dotted names."""
+    fields: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            fields |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            fields[prefix + key] = value
+    return fields

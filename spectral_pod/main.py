@@ -1,27 +1,29 @@
 """Trains or evaluates: python -m spectral_pod.main --config=configs/quickstart.py --workdir=DIR
 
-This file is intentionally kept short: the run itself is in `train/loop.py`.
+A config is Python code that runs as you; the exit codes are in `errors.py`. This file is
+intentionally kept short: the run itself is in `train/loop.py`.
 """
 
 import errno
 import os
-import sys
+import traceback
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from spectral_pod import command_line, storage
-from spectral_pod.errors import ConfigError, UserError
+from spectral_pod.errors import ConfigError, LostPeerError, UserError
 from spectral_pod.parallel import runtime
 from spectral_pod.train import loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: a folder or a gs:// URL.")
 _EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the newest sound checkpoint.")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port, for several processes.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes of this run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which of them this one is.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+_BIND = flags.DEFINE_string("coordinator_bind_address", None, "ip:port that process 0 listens on.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 # Disks that are full or may not be written, and files where folders should be.
@@ -31,7 +33,8 @@ _CURABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ConfigError(f"unexpected argument {argv[1]!r}; every option starts with --")
-    runtime.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    runtime.preemption.listen()
+    runtime.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _BIND.value)
     config = _CONFIG.value
     workdir: Any = _WORKDIR.value
     storage.check_access(workdir, write=not _EVAL_ONLY.value)
@@ -40,6 +43,7 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().addFilter(_own_news)
     logging.info("Config:\n%s", config)
     loop.run(config, workdir, eval_only=_EVAL_ONLY.value)
+    runtime.close()
 
 
 def _own_news(record: Any) -> bool:
@@ -50,27 +54,31 @@ def _own_news(record: Any) -> bool:
     return ours or record.levelno > 20
 
 
-def _is_curable(error: OSError) -> bool:
-    return error.errno in _CURABLE or storage.is_remote(_WORKDIR.value or "")
+def _is_curable(error: Exception) -> bool:
+    if not isinstance(error, storage.failures()):
+        return False
+    remote = storage.is_remote(_WORKDIR.value or "")
+    return not isinstance(error, OSError) or error.errno in _CURABLE or remote
 
 
 def run() -> None:
-    """Runs `main`; an error that the user can cure is one message and its exit code."""
+    """Runs `main`; what ends the run is one message and an exit code, both told to all processes.
+
+    A bug's traceback is printed whole.
+    """
     try:
         app.run(main, flags_parser=command_line.parser(_CONFIG))
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except storage.failures() as error:
-        if isinstance(error, OSError) and not _is_curable(error):
-            raise
-        message = f"{type(error).__name__}: {error}; the workdir is {_WORKDIR.value}"
-        print(message, file=sys.stderr, flush=True)
-        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
-        message = "Interrupted; the same command continues from the newest checkpoint"
-        print(message, file=sys.stderr, flush=True)
-        sys.exit(130)
+        runtime.end(130, "Interrupted; the same command continues from the newest checkpoint")
+    except UserError as error:
+        runtime.end(error.exit_code, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if runtime.is_peer_loss(error):
+            runtime.end(LostPeerError.exit_code, f"LostPeerError: {error}")
+        if _is_curable(error):
+            message = f"{type(error).__name__}: {error}; the workdir is {_WORKDIR.value}"
+            runtime.end(UserError.exit_code, message)
+        runtime.end(1, traceback.format_exc())
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def curves(workdir):
 
 
 def _is_timing(tag):
-    return tag.startswith(("speed/", "time/"))
+    return tag == "wall_time" or tag.startswith(("speed/", "time/", "goodput/", "host/", "system/"))
 
 
 def event_points(workdir):

@@ -61,6 +61,10 @@ class SealedSteps:
         """The newest step with a seal; to restore is what compares the bytes."""
         return max(self._sealed_steps(), default=None)
 
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """What a sealed step was saved with, or has been given since."""
+        return self._read_seal(step).get("metrics")
+
     def choose(self, step: int | None = None) -> int:
         """The newest sealed step whose bytes match its seal, or `step` itself if they do.
 
@@ -146,6 +150,13 @@ class SealedSteps:
             return {}
 
 
+class _Manager(ocp.CheckpointManager):
+    """Asks nothing of JAX's preemption service: the loop does, and answers go to one who counts."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpointer(SealedSteps):
     """Saves and restores a training state: any pytree of `jax.Array`s, sharded in any way.
 
@@ -178,7 +189,7 @@ class Checkpointer(SealedSteps):
         self._best_metric = best_metric
         self._quarantined = self.directory.parent / "quarantine"
         try:
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory,
                 item_handlers=ocp.StandardCheckpointHandler(),
                 options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
@@ -239,6 +250,12 @@ class Checkpointer(SealedSteps):
             described(abstract_state),
         )
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Gives a sealed step the metrics that it was saved without."""
+        if jax.process_index() == 0:
+            seal = self._read_seal(step) | {"metrics": dict(metrics)}
+            storage.write_whole(self._seal_path(step), json.dumps(seal, indent=1))
 
     def check(self) -> None:
         """Raises the failure of a background save that has ended; never waits. Call it often."""

@@ -20,11 +20,12 @@ def evaluate(
     *,
     threads: int,
     prefetch: int,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Loss and accuracy over all sets together, and how many records or labelled positions these
     have. Of records also the confusion table.
 
-    Of several sets, "sets" holds the same of each, by name.
+    Of several sets, "sets" holds the same of each, by name. What `before_batch` raises ends it.
     """
     totals = {}
     for name, batches in sets.items():
@@ -36,10 +37,12 @@ def evaluate(
             threads=threads,
             prefetch=prefetch,
         )
-        parts = (eval_step(params, batch) for batch in steps)
-        totals[name] = jax.device_get(
-            functools.reduce(lambda total, part: total.merge(part), parts)
-        )
+        total = None
+        for batch in steps:
+            before_batch()
+            part = eval_step(params, batch)
+            total = part if total is None else total.merge(part)
+        totals[name] = jax.device_get(total)
     total = functools.reduce(lambda total, part: total.merge(part), totals.values())
     values = _values(total.compute())
     if len(totals) > 1:

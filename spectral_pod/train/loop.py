@@ -1,11 +1,12 @@
 """A run, told in order: mesh, data, model, state, steps, result."""
 
+import collections
 import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from spectral_pod import config as config_lib
 from spectral_pod import models, storage
 from spectral_pod.data import pipeline, tasks
-from spectral_pod.errors import DataError
+from spectral_pod.errors import DataError, NonFiniteError, Preempted
 from spectral_pod.generate import decode
 from spectral_pod.layers.block import unstack
 from spectral_pod.layers.mixers import can_be_causal
@@ -28,14 +29,17 @@ from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.runtime import say
 from spectral_pod.parallel.sharding import batch_sharding, num_shards
+from spectral_pod.parallel.watchdog import Watchdog
+from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.evaluate import confusion_table, evaluate
 from spectral_pod.train.metrics import derived, scores_of, summary
 from spectral_pod.train.optim import make_optimizer
-from spectral_pod.train.progress import Progress, eval_line
+from spectral_pod.train.profile import Profiler
+from spectral_pod.train.progress import BadStepError, Progress, eval_line
 from spectral_pod.train.sources import Sources, open_sources
 from spectral_pod.train.state import TrainState, abstract_state, init_state
-from spectral_pod.train.step import jit_eval_step, jit_train_step
+from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
 from spectral_pod.train.writers import MetricWriter
 
 
@@ -49,6 +53,8 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     """
     started = time.time()
     config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
+    runtime.preemption.seconds = config.checkpoint.preemption_seconds
+    runtime.compare("configuration and code", starts.facts(config))
 
     # ---- mesh
     mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count(), models=models.MODELS))
@@ -86,6 +92,8 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         return _evaluate_only(state, abstract, model, mesh, config, sources)
     if state is None:
         state = init_state(model, tx, mesh, config_lib.row_len(config), config.seed)
+        if config.train.on_bad_step == "rollback":
+            checkpointer.save(0, state, None)  # there is always something to go back to
     first_step = int(state.step)
     overview = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
     logging.info("Parameters:\n%s", overview)
@@ -93,6 +101,8 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         operations = models.operations(config, seq_len=config.data.seq_len)
     say(f"{config.model.name}: {num_params:,} parameters, starting at step {first_step}")
     say(f"operations: {', '.join(f'{name} by {how}' for name, how in operations.items())}")
+    for change in starts.record_start(workdir, mesh, first_step):
+        say(change)
 
     # ---- steps
     with (
@@ -100,8 +110,23 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         runtime.Interrupt() as interrupt,
         checkpointer,
         contextlib.closing(
-            MetricWriter(workdir, is_leader=runtime.is_leader(), resume_step=first_step)
+            MetricWriter(
+                workdir,
+                is_leader=runtime.is_leader(),
+                resume_step=first_step,
+                wandb_project=config.train.wandb_project,
+                run_config=config.to_dict(),
+            )
         ) as writer,
+        contextlib.closing(
+            Profiler(workdir, config.train.profile_steps, runtime.this_process())
+        ) as profiler,
+        Watchdog(
+            workdir,
+            factor=config.train.stall_factor,
+            seconds=config.train.stall_seconds,
+            report=lambda texts: writer.texts(step, texts),
+        ) as watchdog,
     ):
         if first_step == 0:
             writer.texts(
@@ -109,7 +134,19 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             )
         eval_step = jit_eval_step(model, mesh, abstract)
         sampler = _sampler(config, mesh, sources)
-        progress = Progress(config, mesh, abstract, sources, writer, first_step)
+        progress = Progress(config, workdir, mesh, abstract, sources, writer, first_step)
+        step, total_steps = first_step, config.train.total_steps
+        num_rollbacks: dict[int, int] = collections.Counter()  # by the step that was gone back to
+
+        def is_due(every_steps: int) -> bool:
+            return step % every_steps == 0 or step == total_steps
+
+        def still_wanted() -> None:
+            """Between any two steps or batches: whoever wants the run to end is heard."""
+            watchdog.beat()
+            interrupt.check()
+            if runtime.preemption.reached():
+                raise Preempted
 
         def run_eval(split: str) -> dict[str, Any]:
             with progress.time("eval"):
@@ -120,45 +157,98 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
                     mesh,
                     threads=config.data.threads,
                     prefetch=config.data.prefetch,
+                    before_batch=still_wanted,
                 )
 
-        train_step = jit_train_step(model, tx, config, mesh, abstract)
-        batches = pipeline.load(
-            train_batches,
-            batch_sharding(mesh),
-            first_step,
-            config.train.total_steps,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
-        )
-        for step in range(first_step + 1, config.train.total_steps + 1):
-            interrupt.check()
-            with progress.time("data"):
-                batch = next(batches)
-            checkpointer.check()  # a save that failed in the background ends the run now
-            with progress.time("step"):
-                state, metrics = train_step(state, batch)
-                progress.add(step, metrics)
-            last = step == config.train.total_steps
-            validation = None
-            if step % config.train.eval_every_steps == 0 or last:
+        def run_validation() -> dict[str, float]:
+            validation = run_eval("validation")
+            progress.report_eval("validation", step, validation)
+            if sampler is not None:
+                with progress.time("sample"):
+                    writer.texts(step, {"sample": sampler(state.params)})
+            return scores_of(sources.objective, validation)
+
+        def batches_from(step: int) -> Iterator[Any]:
+            return pipeline.load(
+                train_batches,
+                batch_sharding(mesh),
+                step,
+                total_steps,
+                threads=config.data.threads,
+                prefetch=config.data.prefetch,
+            )
+
+        def roll_back(bad: BadStepError) -> TrainState:
+            """The newest checkpoint, put behind the batch of the bad step."""
+            state: Any = checkpointer.restore(abstract)
+            newest = int(state.step)
+            num_rollbacks[newest] += 1
+            if num_rollbacks[newest] > config.train.max_bad_steps:
+                raise NonFiniteError(
+                    f"{bad}; step {newest} was gone back to {config.train.max_bad_steps} times, as "
+                    "often as config.train.max_bad_steps allows. Its checkpoint is kept"
+                )
+            progress.restart(bad.step)
+            writer.scalars(bad.step, {"rollback_to": newest})
+            say(f"{bad}; continuing behind it with the state of step {newest}")
+            return state.replace(step=state.step + np.int32(bad.step - newest))
+
+        with progress.time("compile"):
+            lowered = jit_train_step(model, tx, config, mesh, abstract).lower(
+                abstract,
+                abstract_batch(
+                    config.train.global_batch_size,
+                    config_lib.row_len(config),
+                    mesh,
+                    by_position=sources.objective != "class",
+                ),
+            )
+            program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+            runtime.compare("program and data", {"program": program, "data": sources.digest})
+            train_step = lowered.compile()
+
+        batches = batches_from(step)
+        try:
+            if step and is_due(config.train.eval_every_steps) and not checkpointer.metrics(step):
+                checkpointer.add_metrics(step, run_validation())  # it was cut off by SIGTERM
+            progress.restart(step)
+            while step < total_steps:
+                still_wanted()
+                try:
+                    with progress.time("data"):
+                        batch = next(batches)
+                    checkpointer.check()  # a save that failed in the background ends the run now
+                    with profiler.step(step + 1), progress.time_step():
+                        state, metrics = train_step(state, batch)
+                        step += 1
+                        progress.add(step, metrics)
+                    runtime.preemption.something_to_save = True
+                    if is_due(config.train.eval_every_steps) or is_due(
+                        config.checkpoint.every_steps
+                    ):
+                        progress.settle()  # only a state whose step is known to be sound is saved
+                        progress.no_host_time()
+                except BadStepError as bad:
+                    state, step = roll_back(bad), bad.step
+                    batches = batches_from(step)
+                scores = run_validation() if is_due(config.train.eval_every_steps) else None
+                if is_due(config.checkpoint.every_steps):
+                    writer.flush()
+                    with progress.time("checkpoint"):
+                        checkpointer.save(step, state, scores)
+            result = run_eval(config.train.eval_split)
+        except Preempted:
+            with contextlib.suppress(BadStepError):  # nothing sound to save, then
                 progress.settle()
-                validation = run_eval("validation")
-                progress.report_eval("validation", step, validation)
-                if sampler is not None:
-                    with progress.time("sample"):
-                        writer.texts(step, {"sample": sampler(state.params)})
-            if step % config.checkpoint.every_steps == 0 or last:
-                progress.settle()  # a state is saved only after its step is known to be finite
-                writer.flush()
-                with progress.time("checkpoint"):
-                    scores = validation and scores_of(sources.objective, validation)
-                    checkpointer.save(step, state, scores)
-        progress.settle()
+                checkpointer.save(step, state, None)
+            checkpointer.wait_until_finished()
+            raise Preempted(
+                f"SIGTERM came; step {checkpointer.latest_sound_step} is saved, and the same "
+                "command continues from it"
+            ) from None
 
         # ---- result
-        result = run_eval(config.train.eval_split)
-        progress.report_eval(config.train.eval_split, int(state.step), result)
+        progress.report_eval(config.train.eval_split, step, result)
         checkpointer.wait_until_finished()
         run_facts = {"num_params": num_params, "operations": operations}
         return _finish(workdir, config, sources, state, result, progress, run_facts, started)

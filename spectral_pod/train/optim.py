@@ -1,10 +1,11 @@
-"""AdamW with two parameter groups, warm-up and cosine decay, and global-norm clipping.
+"""AdamW with two parameter groups, warm-up and cosine decay, and global-norm clipping; a guard
+against steps that are bad.
 
 `dynamics` (filters, energy gates, memory scales: what S4's recipes train apart) has its own peak
 rate and no weight decay; `weights` is everything else, of which kernels and embeddings decay.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,48 @@ def schedules(config: ml_collections.ConfigDict) -> dict[str, optax.Schedule]:
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """clip by global norm -> Adam -> decay and rate by group."""
-    return optax.chain(
+    """clip by global norm -> Adam -> decay and rate by group; guarded where the config says so."""
+    adam = optax.chain(
         optax.clip_by_global_norm(config.optimizer.clip_norm),
         optax.scale_by_adam(config.optimizer.b1, config.optimizer.b2),
         _decay_and_rate_by_group(config.optimizer.weight_decay, schedules(config)),
     )
+    return adam if config.train.on_bad_step == "stop" else guard(adam, config.train.spike_factor)
+
+
+class GuardState(NamedTuple):
+    """Of `guard`; saved with the rest, so that a resumed run judges as an undisturbed one."""
+
+    inner: Any
+    loss: jax.Array  # float32 []: the average of sound losses, newer ones weigh more; 0: none yet
+    bad: jax.Array  # int32 []: bad steps in a row, up to now
+
+
+def guard(
+    inner: optax.GradientTransformation, spike_factor: float
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves parameters and `inner` as they were in a step whose loss or update is not finite, or
+    whose `loss` exceeds `spike_factor` times the average before (0: any finite loss will do).
+    """
+
+    def init(params: Any) -> GuardState:
+        return GuardState(inner.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any, state: GuardState, params: Any = None, *, loss: jax.Array, **_: Any
+    ) -> tuple[Any, GuardState]:
+        updates, after = inner.update(updates, state.inner, params)
+        bad = ~jnp.isfinite(loss) | ~jnp.isfinite(optax.tree.norm(updates))
+        if spike_factor:
+            bad |= (state.loss > 0) & (loss > spike_factor * state.loss)
+        average = jnp.where(state.loss > 0, 0.98 * state.loss + 0.02 * loss, loss)
+        return jax.tree.map(lambda u: jnp.where(bad, 0, u), updates), GuardState(
+            jax.tree.map(lambda old, new: jnp.where(bad, old, new), state.inner, after),
+            jnp.where(bad, state.loss, average),
+            jnp.where(bad, state.bad + 1, 0),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _decay_and_rate_by_group(

@@ -15,7 +15,7 @@ from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
 from spectral_pod.shapes import PAD
 from spectral_pod.train.loss import cross_entropy
 from spectral_pod.train.metrics import Averages, Evaluation, Predictions, norms
-from spectral_pod.train.optim import schedules
+from spectral_pod.train.optim import GuardState, schedules
 from spectral_pod.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -32,7 +32,7 @@ def train_step(
     """One optimizer step on the global batch.
 
     Returns the next state, the step's averages, and scalars by name: norms of the gradients and
-    of the updated parameters by group, and learning rates.
+    of the updated parameters by group, learning rates, and with a guard the bad steps in a row.
     """
     num_micro = config.train.grad_accumulation
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -73,8 +73,10 @@ def train_step(
         grads, outputs = jax.lax.scan(accumulate, zeros, micros)
         outputs = jax.tree.map(_whole_batch, outputs)
 
+    loss = jnp.sum(jnp.where(batch["valid"], outputs["loss"], 0.0)) / total_valid
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        tx = optax.with_extra_args_support(tx)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
         rates = {group: rate(state.step) for group, rate in schedules(config).items()}
     params = optax.apply_updates(state.params, updates)
     scalars = {f"grad_norm/{group}": norm for group, norm in norms(grads).items()}
@@ -83,6 +85,8 @@ def train_step(
     scalars |= {
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
     }
+    if isinstance(opt_state, GuardState):
+        scalars["bad_steps"] = opt_state.bad
     if "auxiliary" in outputs:
         scalars["auxiliary_loss"] = jnp.mean(outputs.pop("auxiliary"))
     state = TrainState(state.step + 1, params, opt_state)
@@ -123,8 +127,8 @@ def jit_train_step(
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     abstract: TrainState,
-) -> Callable[[TrainState, Batch], Any]:
-    """`train_step` compiled for the mesh; donates the state."""
+) -> Any:
+    """`train_step` jitted for the mesh; donates the state."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
         partial(train_step, model=model, tx=tx, config=config),

@@ -1,19 +1,23 @@
-"""Where metrics go: `metrics.jsonl`, and TensorBoard event files.
+"""Where metrics go: `metrics.jsonl`, TensorBoard event files, and Weights & Biases if asked for.
 
 TensorFlow takes seconds to import, and CLU's writers need it. So the event files are written on a
 thread of their own, which imports CLU while the first step compiles; without TensorFlow the same
-thread writes the same files through TensorBoard's own writer.
+thread writes the same files through TensorBoard's own writer. Weights & Biases is written there
+too.
 
 Objects in storage cannot be appended to, and TensorFlow's own way to gs:// is another than the rest
 of a run takes. There all files are written to a temporary folder, which is copied.
 """
 
+import html
+import importlib.util
 import json
 import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -29,39 +33,72 @@ _COPY_SECONDS = 30.0  # between copies to storage, as far as nobody asks for one
 class MetricWriter:
     """Scalars and texts of one run, written by the leading process only."""
 
-    def __init__(self, workdir: str, *, is_leader: bool, resume_step: int):
-        """Continues the records in `workdir` after `resume_step`; what came later is rewritten."""
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        is_leader: bool,
+        resume_step: int,
+        wandb_project: str = "",
+        run_config: Mapping[str, Any] | None = None,
+    ):
+        """Continues the records in `workdir` after `resume_step`; what came later is rewritten.
+
+        Args:
+          wandb_project: of Weights & Biases, where the same is written; "" is none.
+          run_config: what Weights & Biases shows as the run's configuration.
+
+        Raises:
+          UserError: `wandb_project` is given and the package wandb is not installed.
+        """
         self._workdir = workdir
-        self._thread = ThreadPoolExecutor(1, "tensorboard")
+        self._thread = ThreadPoolExecutor(1, "metrics")
         self._pending: list[Future[Any]] = []
-        self._events: Future[Any] | None = None
+        self._writers: Future[list[Any]] | None = None
+        self.last_line: dict[str, float] = {}  # of a window of steps, which this run continues
         if not is_leader:
             return
+        if wandb_project and importlib.util.find_spec("wandb") is None:
+            raise UserError(
+                f"config.train.wandb_project is {wandb_project!r} and wandb is not installed; "
+                "pip install wandb, or set the field to ''"
+            )
         kept = _kept_lines(epath.Path(workdir) / "metrics.jsonl", resume_step)
-        self._kept = frozenset(kept)
-        if storage.is_remote(workdir):
+        self._kept = frozenset(map(_point, kept))
+        windows = (line for line in map(json.loads, reversed(kept)) if "train/loss" in line)
+        self.last_line = next(windows, {})  # evaluations have lines of their own
+        remote = storage.is_remote(workdir)
+        if remote:
             self._temporary = tempfile.TemporaryDirectory(prefix="spectral_pod-")
             folder = pathlib.Path(self._temporary.name)
-            self._events = self._thread.submit(_Copied, folder, epath.Path(workdir))
         else:
             folder = pathlib.Path(workdir)
-            self._events = self._thread.submit(_open_events, workdir)
         self._jsonl = folder / "metrics.jsonl"
         storage.write_whole(epath.Path(self._jsonl), "".join(kept))
 
+        def open_writers() -> list[Any]:
+            opened = [_Copied(folder, epath.Path(workdir)) if remote else _open_events(workdir)]
+            if wandb_project:
+                opened.append(_WandbWriter(workdir, wandb_project, run_config or {}))
+            return opened
+
+        self._writers = self._thread.submit(open_writers)
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line to `metrics.jsonl` and the values to the event file."""
-        if self._events is None:
+        """Appends one line to `metrics.jsonl`, with the time, and the values elsewhere."""
+        if self._writers is None:
             return
-        line = json.dumps({"step": step} | {k: float(v) for k, v in values.items()}) + "\n"
-        if line not in self._kept:  # a finished run that is started again evaluates again
+        now = {"wall_time": round(time.time(), 3)}  # seconds since 1970
+        point = {"step": step} | {k: float(v) for k, v in values.items()}
+        line = json.dumps(point | now) + "\n"
+        if _point(line) not in self._kept:  # a finished run started again evaluates again
             with open(self._jsonl, "a") as file:
                 file.write(line)
-        self._submit(lambda events: events.write_scalars(step, dict(values)))
+        self._submit(lambda writer: writer.write_scalars(step, dict(values)))
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
         """Markdown texts for TensorBoard's text page."""
-        self._submit(lambda events: events.write_texts(step, dict(values)))
+        self._submit(lambda writer: writer.write_texts(step, dict(values)))
 
     def flush(self) -> None:
         """Waits for everything so far to be stored: a resumed run writes only what comes later.
@@ -69,27 +106,36 @@ class MetricWriter:
         Raises:
           UserError: a file could not be written; so do the other methods.
         """
-        self._submit(lambda events: events.flush())
+        self._submit(lambda writer: writer.flush())
         wait(self._pending)
         self._raise_failures()
 
     def close(self) -> None:
         """Waits for everything to be stored."""
-        self._submit(lambda events: events.close())
+        self._submit(lambda writer: writer.close())
         self._thread.shutdown(wait=True)
         self._raise_failures()
 
-    def _submit(self, write: Any) -> None:
+    def _submit(self, write: Callable[[Any], None]) -> None:
         self._raise_failures()
-        if self._events is not None:
-            opened = self._events
-            self._pending.append(self._thread.submit(lambda: write(opened.result())))
+        if self._writers is None:
+            return
+        opened = self._writers
+
+        def write_all() -> None:
+            for writer in opened.result():
+                write(writer)
+
+        self._pending.append(self._thread.submit(write_all))
 
     def _raise_failures(self) -> None:
         done = [future for future in self._pending if future.done()]
         self._pending = [future for future in self._pending if future not in done]
         for future in done:
-            if error := future.exception():
+            error = future.exception()
+            if isinstance(error, UserError):
+                raise error
+            if error is not None:
                 raise UserError(f"cannot write metrics to {self._workdir}: {error}") from error
 
 
@@ -106,6 +152,13 @@ def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
         if line.endswith("\n") and step <= resume_step:
             kept.append(line)
     return kept
+
+
+def _point(line: str) -> str:
+    """A line less its time, by which two of the same point differ."""
+    point = json.loads(line)
+    point.pop("wall_time", None)
+    return json.dumps(point)
 
 
 def _open_events(workdir: str) -> Any:
@@ -184,3 +237,63 @@ class _TensorBoardWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+class _WandbWriter:
+    """The calls of a CLU writer, to one run of Weights & Biases.
+
+    Its id lies in the workdir, so that a restart continues the same run. The API key stays where
+    wandb looks for it, the environment or ~/.netrc; WANDB_MODE=offline keeps all on disk.
+    """
+
+    def __init__(self, workdir: str, project: str, config: Mapping[str, Any]):
+        import wandb
+
+        file = epath.Path(workdir) / "wandb_run_id.txt"
+        if not file.exists():
+            storage.write_whole(file, uuid.uuid4().hex)
+        folder = None if storage.is_remote(workdir) else workdir
+
+        def start(mode: str | None = None) -> Any:
+            return wandb.init(
+                project=project,
+                id=file.read_text().strip(),
+                name=file.parent.name,
+                dir=folder,
+                config=dict(config),
+                mode=mode,
+                resume="allow",
+                # Neither what a terminal shows nor the state of a repository is anyone's business.
+                settings=wandb.Settings(console="off", disable_git=True, save_code=False),
+            )
+
+        try:
+            self._run = start()
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise UserError(
+                f"config.train.wandb_project is {project!r} and Weights & Biases refuses: {error}; "
+                "run `wandb login`, set WANDB_MODE=offline, or set the field to ''"
+            ) from error
+        except wandb.errors.CommError as error:  # no reason to lose hours of an accelerator
+            logging.warning(
+                "Weights & Biases cannot be reached, and is written to %s/wandb until the next "
+                "start; `wandb sync` uploads it: %s", folder or ".", error
+            )  # fmt: skip
+            wandb.teardown()  # which holds on to the run's id
+            self._run = start("offline")
+        # Of wandb's own steps none can be written again, as a resumed run does.
+        self._run.define_metric("*", step_metric="step")
+        self._html = wandb.Html
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def write_texts(self, step: int, values: Mapping[str, str]) -> None:
+        pages = {k: self._html(f"<pre>{html.escape(text)}</pre>") for k, text in values.items()}
+        self._run.log({"step": step, **pages})
+
+    def flush(self) -> None:
+        pass  # a process of wandb's own writes and sends
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,8 +1,13 @@
-"""Metrics on disk: the lines of a resumed run, and event files with and without TensorFlow."""
+"""Metrics on disk: the lines of a resumed run, and event files with and without TensorFlow; and in
+Weights & Biases."""
 
+import contextlib
+import importlib
 import json
 import re
 import shutil
+import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -31,8 +36,8 @@ class Events:
     close = flush
 
 
-def write(workdir, resume_step, steps):
-    writer = writers.MetricWriter(str(workdir), is_leader=True, resume_step=resume_step)
+def write(workdir, resume_step, steps, **options):
+    writer = writers.MetricWriter(str(workdir), is_leader=True, resume_step=resume_step, **options)
     for step in steps:
         writer.scalars(step, values_of(step))
         if step % 3 == 0:
@@ -46,6 +51,21 @@ def values_of(step):
 
 def lines(workdir):
     return (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+def points(lines):
+    """The lines less the time at which each was written."""
+    return [{k: v for k, v in json.loads(line).items() if k != "wall_time"} for line in lines]
+
+
+@pytest.mark.usefixtures("no_events")
+def test_every_line_has_its_time(tmp_path):
+    before = time.time()
+    write(tmp_path, 0, range(1, 4))
+    times = [json.loads(line)["wall_time"] for line in lines(tmp_path)]
+    assert times == sorted(times)
+    assert before - 0.001 <= times[0] <= times[-1] <= time.time() + 0.001
+    assert all(round(at, 3) == at for at in times)
 
 
 @pytest.mark.usefixtures("no_events")
@@ -67,9 +87,25 @@ def test_lines_continue_after_the_resumed_step(tmp_path_factory):
         complete = text[:cut].count("\n")
         before = [line for line in expected[:complete] if json.loads(line)["step"] <= resume]
         after = [line for line in expected if json.loads(line)["step"] > resume]
-        assert lines(workdir) == before + after
+        now = lines(workdir)
+        assert now[: len(before)] == before  # their times included
+        assert points(now) == points(before + after)
 
     killed_and_resumed()
+
+
+@pytest.mark.usefixtures("no_events")
+def test_the_last_window_is_told(tmp_path):
+    write(tmp_path, 0, range(1, 10))
+    for resume, last in ((0, None), (4, 4), (6, 6), (9, 9)):  # 6 and 9 are evaluated, too
+        writer = writers.MetricWriter(str(tmp_path), is_leader=False, resume_step=resume)
+        assert writer.last_line == {}
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "metrics.jsonl", tmp_path / "copy")
+        writer = writers.MetricWriter(str(tmp_path / "copy"), is_leader=True, resume_step=resume)
+        writer.close()
+        expected = {"step": last} | values_of(last) if last else {}
+        assert {k: v for k, v in writer.last_line.items() if k != "wall_time"} == expected
 
 
 @pytest.mark.usefixtures("no_events")
@@ -96,6 +132,133 @@ def test_a_failure_to_write_events_surfaces(tmp_path, monkeypatch):
     monkeypatch.setattr(Events, "write_scalars", full)
     with pytest.raises(UserError, match=f"{tmp_path}.*No space left"):
         write(tmp_path, 0, range(1, 10))
+
+
+# The part of the package wandb that is used, whose runs note what they are told.
+WANDB = """
+class errors:
+    class UsageError(Exception): pass
+    class CommError(Exception): pass
+    class AuthenticationError(CommError): pass
+
+class Settings(dict):
+    def __init__(self, **settings):
+        super().__init__(settings)
+
+class Html(str): pass
+
+class Run:
+    def __init__(self, **settings):
+        self.settings, self.logged, self.metrics, self.finished = settings, [], {}, False
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def define_metric(self, name, *, step_metric):
+        self.metrics[name] = step_metric
+
+    def finish(self):
+        self.finished = True
+        used.remove(self.settings["id"])
+
+runs, failures = [], {}  # failures: of the modes in which the service refuses
+
+used = []  # the ids that wandb's service holds on to
+
+def teardown():
+    used.clear()
+
+def init(*, mode=None, id, **settings):
+    settings["id"] = id
+    if id in used:
+        raise errors.UsageError(f"run ID {id} is in use")
+    used.append(id)
+    if mode in failures:
+        raise failures[mode]
+    runs.append(Run(mode=mode, **settings))
+    return runs[-1]
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module("wandb")
+    del sys.modules["wandb"]
+
+
+@pytest.mark.usefixtures("no_events")
+def test_weights_and_biases_get_what_the_lines_hold(tmp_path, wandb):
+    config = {"seed": 3, "train": {"total_steps": 9}}
+    with contextlib.closing(
+        writers.MetricWriter(
+            str(tmp_path), is_leader=True, resume_step=0, wandb_project="p", run_config=config
+        )
+    ) as writer:
+        writer.texts(0, {"config": "a < b"})
+        writer.scalars(1, values_of(1))
+        writer.scalars(1, {"validation/loss": 0.5})
+    (run,) = wandb.runs
+    text, *scalars = run.logged
+    assert scalars == points(lines(tmp_path))
+    assert text == {"step": 0, "config": wandb.Html("<pre>a &lt; b</pre>")}
+    assert run.metrics == {"*": "step"}
+    assert run.settings["config"] == config
+    assert run.settings["project"] == "p"
+    assert run.finished
+
+
+@pytest.mark.usefixtures("no_events")
+def test_a_restart_continues_the_run_of_weights_and_biases(tmp_path, wandb):
+    for workdir, resume in (("a", 0), ("a", 3), ("b", 0)):
+        (tmp_path / workdir).mkdir(exist_ok=True)
+        write(tmp_path / workdir, resume, [resume + 1], wandb_project="p")
+    first, again, other = (run.settings for run in wandb.runs)
+    assert first["id"] == again["id"] != other["id"]
+    assert [run["resume"] for run in (first, again, other)] == ["allow"] * 3
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a", 0, [1], wandb_project="p")  # another run at the same place
+    assert wandb.runs[-1].settings["id"] != first["id"]
+
+
+@pytest.mark.usefixtures("no_events")
+def test_no_secret_reaches_weights_and_biases_or_the_workdir(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret-key")
+    write(tmp_path, 0, [1, 2], wandb_project="p", run_config={"seed": 1})
+    (run,) = wandb.runs
+    assert "secret-key" not in f"{run.settings}{run.logged}"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not any(b"secret-key" in path.read_bytes() for path in files)
+
+
+@pytest.mark.usefixtures("no_events")
+def test_a_refusal_of_weights_and_biases_says_what_to_do(tmp_path, wandb):
+    wandb.failures[None] = wandb.errors.AuthenticationError("no key")
+    with pytest.raises(UserError, match=r"train\.wandb_project.*no key.*wandb login"):
+        write(tmp_path, 0, [1], wandb_project="p")
+
+
+@pytest.mark.usefixtures("no_events")
+def test_a_run_goes_on_where_weights_and_biases_cannot_be_reached(tmp_path, wandb, caplog):
+    wandb.failures[None] = wandb.errors.CommError("no such host")
+    write(tmp_path, 0, [1, 2], wandb_project="p")
+    (run,) = wandb.runs
+    assert run.settings["mode"] == "offline"
+    assert run.logged == points(lines(tmp_path))
+    assert "wandb sync" in caplog.text
+
+
+@pytest.mark.usefixtures("no_events")
+def test_weights_and_biases_is_asked_for(tmp_path, monkeypatch):
+    write(tmp_path, 0, [1])
+    assert "wandb" not in sys.modules
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"train\.wandb_project.*pip install wandb"):
+        write(tmp_path, 0, [1], wandb_project="p")
 
 
 # `python -m spectral_pod.main`, told of every import of TensorFlow; "hide" as its first argument
@@ -128,7 +291,7 @@ def watched(mode, command):
 def test_event_files_by_clu_hold_the_same_points():
     found, expected = trainer.event_points(trainer.uninterrupted()), {}
     for line in map(json.loads, lines(trainer.uninterrupted())):
-        step = line.pop("step")
+        step, _ = line.pop("step"), line.pop("wall_time")
         for tag, value in line.items():
             expected.setdefault(tag, {})[step] = pytest.approx(value, rel=1e-6)
     assert {"train/loss", "validation/accuracy", "test/loss", "speed/bytes_per_second"} <= set(

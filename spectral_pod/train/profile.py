@@ -1,0 +1,133 @@
+"""Traces for XProf, of planned steps and on demand: `touch WORKDIR/PROFILE`.
+
+TensorBoard's profile page (PyPI: xprof) finds a trace at
+WORKDIR/plugins/profile/NAME/HOST-PROCESS.xplane.pb. The files of all processes lie in one folder,
+its name agreed upon without a word: the planned steps, or the time of the request.
+"""
+
+import contextlib
+import os
+import pathlib
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from spectral_pod import storage
+
+REQUEST = "PROFILE"  # a file in the workdir; its time tells one request from the next
+_POLL_SECONDS = 3.0
+_REQUESTED_STEPS = 5
+_KEPT_SECONDS = 12.0  # that a request lies there, for every process to see it
+
+
+class Profiler:
+    """Traces this process's host and devices; opening, polling and storing happen on threads.
+
+    A trace that cannot be taken or stored is a warning: it never ends the run.
+    """
+
+    def __init__(self, workdir: str, steps: Sequence[int], process_index: int):
+        """`steps`: the first and the last of a planned trace, or none."""
+        self._workdir = epath.Path(workdir)
+        self._planned = tuple(steps)
+        self._process_index = process_index
+        self._until: int | None = None  # the last step of the trace that is open
+        self._name = ""  # of the trace that is open
+        self._folder: Any = None  # where it is written, until it is stored
+        self._storing: Future[None] | None = None
+        self._storer = ThreadPoolExecutor(1, "profile")
+        self._requested = self._taken = 0  # times of requests, as polled and as taken by a step
+        self._closed = threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="profile requests", daemon=True)
+        self._poller.start()
+
+    def step(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """Opens or ends a trace as due before a step; within the context is the step's mark."""
+        # A step late, as the loop reads its metrics: only then are the devices done with the last.
+        if self._until is not None and step > self._until + 1:
+            self._stop()
+        if self._until is None and (self._storing is None or self._storing.done()):
+            self._start_if_due(step)
+        if self._until is None or step > self._until:
+            return contextlib.nullcontext()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def close(self) -> None:
+        """Ends an open trace, and waits for the last one to be stored."""
+        if self._until is not None:
+            self._stop()
+        self._closed.set()
+        self._poller.join()
+        self._storer.shutdown()
+
+    def _start_if_due(self, step: int) -> None:
+        if self._planned and self._planned[0] <= step <= self._planned[1]:
+            (first, last), self._planned = self._planned, ()
+            self._start(f"steps_{first}-{last}", last)
+        elif self._requested != self._taken:
+            self._taken = self._requested
+            name = time.strftime("%Y_%m_%d_%H_%M_%S", time.gmtime(self._taken))
+            self._start(name, step + _REQUESTED_STEPS - 1)
+
+    def _start(self, name: str, until: int) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.session_id = name
+        options.python_tracer_level = 0  # it would slow down what is measured
+        folder = tempfile.TemporaryDirectory(prefix="spectral_pod-")
+        try:
+            jax.profiler.start_trace(folder.name, profiler_options=options)
+        except RuntimeError as error:
+            folder.cleanup()
+            logging.warning("no trace %s: %s", name, error)
+        else:
+            self._name, self._folder, self._until = name, folder, until
+
+    def _stop(self) -> None:
+        self._storing = self._storer.submit(self._store, self._name, self._folder)
+        self._until = None
+
+    def _store(self, name: str, folder: tempfile.TemporaryDirectory[str]) -> None:
+        host = f"{socket.gethostname()}-{self._process_index}"
+        target = self._workdir / "plugins" / "profile" / name / f"{host}.xplane.pb"
+        try:
+            with folder:
+                jax.profiler.stop_trace()
+                (trace,) = pathlib.Path(folder.name).rglob("*.xplane.pb")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(trace.read_bytes())
+        except (RuntimeError, ValueError, *storage.failures()) as error:
+            logging.warning("the trace %s is lost: %s", target, error)
+        else:
+            logging.info("trace: %s", target)
+
+    def _poll(self) -> None:
+        """Notes requests; process 0 removes each when every process has had time to see it."""
+        file, noted = self._workdir / REQUEST, 0.0
+        while True:
+            with contextlib.suppress(*storage.failures()):  # the next look may do better
+                requested = _modified(file)
+                if requested != self._requested:
+                    self._requested, noted = requested, time.monotonic()
+                elif self._process_index == 0 and time.monotonic() - noted > _KEPT_SECONDS:
+                    file.unlink()
+            if self._closed.wait(_POLL_SECONDS):
+                return
+
+
+def _modified(file: epath.Path) -> int:
+    """When a file was written, in seconds since 1970.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if storage.is_remote(os.fspath(file)):
+        return int(file.stat().mtime or 0)
+    return int(os.stat(file).st_mtime)
