@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from spectral_pod import command_line, storage
-from spectral_pod.errors import ConfigError, LostPeerError, UserError
+from spectral_pod.errors import ConfigError, UserError
 from spectral_pod.parallel import runtime
 from spectral_pod.train import loop
 
@@ -67,14 +67,13 @@ def run() -> None:
     A bug's traceback is printed whole.
     """
     try:
-        app.run(main, flags_parser=command_line.parser(_CONFIG))
+        with runtime.leaving_the_dead():
+            app.run(main, flags_parser=command_line.parser(_CONFIG))
     except KeyboardInterrupt:
         runtime.end(130, "Interrupted; the same command continues from the newest checkpoint")
     except UserError as error:
         runtime.end(error.exit_code, f"{type(error).__name__}: {error}")
     except Exception as error:
-        if runtime.is_peer_loss(error):
-            runtime.end(LostPeerError.exit_code, f"LostPeerError: {error}")
         if _is_curable(error):
             message = f"{type(error).__name__}: {error}; the workdir is {_WORKDIR.value}"
             runtime.end(UserError.exit_code, message)

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "train": ("shapes", "errors", "storage", "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "parallel.sharding"),
     "train.sources": ("errors", "storage", "config", "data", "parallel.runtime"),
+    "train.starts": ("config", "storage", "parallel.runtime"),
     "train.progress": ("errors", "config", "analysis", "parallel.runtime", "train"),
     "train.loop": (*_TRAINABLE, "data", "generate", "analysis", "train"),
     "command_line": ("errors",),

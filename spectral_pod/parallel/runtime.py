@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -304,6 +304,18 @@ class Interrupt:
 def is_peer_loss(error: BaseException) -> bool:
     """Whether an error is what the loss of another process looks like."""
     return num_processes() > 1 and any(sign in str(error) for sign in _PEER_IS_GONE)
+
+
+@contextlib.contextmanager
+def leaving_the_dead() -> Iterator[None]:
+    """Leaves at once when another process is lost: what closes outside of this context, such as a
+    save that all take part in, would wait for it."""
+    try:
+        yield
+    except Exception as error:
+        if is_peer_loss(error):
+            end(LostPeerError.exit_code, f"LostPeerError: {error}")
+        raise
 
 
 def end(code: int, message: str) -> NoReturn:

@@ -405,7 +405,7 @@ def _digests(directory: Any) -> dict[str, dict[str, Any]]:
     def digest(path: Any) -> dict[str, Any]:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # reads in chunks
-        return {"bytes": path.stat().length, "sha256": sha256}
+            return {"bytes": file.tell(), "sha256": sha256}
 
     with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing releases the interpreter's lock
         digests = pool.map(digest, files)

@@ -29,7 +29,7 @@ from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.runtime import say
 from spectral_pod.parallel.sharding import batch_sharding, num_shards
-from spectral_pod.parallel.watchdog import Watchdog
+from spectral_pod.train.watchdog import Watchdog
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.evaluate import confusion_table, evaluate
@@ -127,6 +127,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             seconds=config.train.stall_seconds,
             report=lambda texts: writer.texts(step, texts),
         ) as watchdog,
+        runtime.leaving_the_dead(),
     ):
         if first_step == 0:
             writer.texts(
@@ -238,13 +239,14 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
                         checkpointer.save(step, state, scores)
             result = run_eval(config.train.eval_split)
         except Preempted:
+            saved = "the newest checkpoint"
             with contextlib.suppress(BadStepError):  # nothing sound to save, then
                 progress.settle()
                 checkpointer.save(step, state, None)
+                saved = f"step {step}"
             checkpointer.wait_until_finished()
             raise Preempted(
-                f"SIGTERM came; step {checkpointer.latest_sound_step} is saved, and the same "
-                "command continues from it"
+                f"SIGTERM came; {saved} is saved, and the same command continues from it"
             ) from None
 
         # ---- result

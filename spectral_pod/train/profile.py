@@ -29,7 +29,7 @@ _KEPT_SECONDS = 12.0  # that a request lies there, for every process to see it
 
 
 class Profiler:
-    """Traces this process's host and devices; opening, polling and storing happen on threads.
+    """Traces this process's host and devices. Threads look for requests and store traces.
 
     A trace that cannot be taken or stored is a warning: it never ends the run.
     """
@@ -46,8 +46,7 @@ class Profiler:
         self._storer = ThreadPoolExecutor(1, "profile")
         self._requested = self._taken = 0  # times of requests, as polled and as taken by a step
         self._closed = threading.Event()
-        self._poller = threading.Thread(target=self._poll, name="profile requests", daemon=True)
-        self._poller.start()
+        threading.Thread(target=self._poll, name="profile requests", daemon=True).start()
 
     def step(self, step: int) -> contextlib.AbstractContextManager[Any]:
         """Opens or ends a trace as due before a step; within the context is the step's mark."""
@@ -65,7 +64,6 @@ class Profiler:
         if self._until is not None:
             self._stop()
         self._closed.set()
-        self._poller.join()
         self._storer.shutdown()
 
     def _start_if_due(self, step: int) -> None:
@@ -111,15 +109,15 @@ class Profiler:
     def _poll(self) -> None:
         """Notes requests; process 0 removes each when every process has had time to see it."""
         file, noted = self._workdir / REQUEST, 0.0
-        while True:
-            with contextlib.suppress(*storage.failures()):  # the next look may do better
+        while not self._closed.wait(_POLL_SECONDS):
+            try:
                 requested = _modified(file)
                 if requested != self._requested:
                     self._requested, noted = requested, time.monotonic()
                 elif self._process_index == 0 and time.monotonic() - noted > _KEPT_SECONDS:
                     file.unlink()
-            if self._closed.wait(_POLL_SECONDS):
-                return
+            except storage.failures():
+                continue  # there is none, or storage is silent: the next look may do better
 
 
 def _modified(file: epath.Path) -> int:

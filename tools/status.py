@@ -1,0 +1,457 @@
+"""How a run is doing, from the files in its workdir, on disk or on gs://; changes nothing there.
+
+    python -m tools.status WORKDIR [--json]
+    watch -n 60 python -m tools.status WORKDIR
+
+A run is "finished" when it has written result.json. Else the age of the newest line of
+metrics.jsonl decides: a run is "stalled" where lines stay out ten times as long as usual, twice as
+long as the longest pause before, and two minutes at least, or where a report of a stall is newer;
+and "stopped" after ten times that. Half an hour after a start without a line it is "stopped", too.
+Whether a process still lives cannot be seen from here.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from spectral_pod import storage
+from spectral_pod.errors import ConfigError, UserError
+
+# Neither JAX nor TensorFlow is imported here, nor what imports them: they take seconds.
+
+_SPLITS = ("validation", "test")
+_RECENT = 200  # lines by which speed and pauses are judged
+_PATIENCE = 120.0  # seconds without a line in which no run counts as stalled
+_START_SECONDS = 1800.0  # without a line after a start: it compiles
+_PANEL_WIDTH = 26  # columns that a curve needs
+_SPIKE_WINDOW = 20  # lines before a loss that it is compared with
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.status",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workdir", help="a folder or a gs:// URL")
+    parser.add_argument("--json", action="store_true", help="the same facts, for programs")
+    arguments = parser.parse_args(argv)
+    remote = storage.is_remote(arguments.workdir)
+    workdir = arguments.workdir if remote else os.path.expanduser(arguments.workdir)
+    try:
+        storage.check_access(workdir, write=False)
+        lines = read_lines(workdir)
+        found = facts(workdir, lines, time.time())
+    except (UserError, *storage.failures()) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", UserError.exit_code)
+    if arguments.json:
+        print(json.dumps(_jsonable(found), indent=1))
+        return 0
+    print("\n".join(report(found)))
+    width = shutil.get_terminal_size((100, 24)).columns
+    print(picture(lines, width, colour=sys.stdout.isatty()))
+    return 0
+
+
+def read_lines(workdir: str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a file; the last may be half written, and is then left out."""
+    file = epath.Path(workdir) / name
+    lines = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def facts(workdir: str, lines: Sequence[Mapping[str, float]], now: float) -> dict[str, Any]:
+    """What is known of a run at the time `now`, in seconds since 1970.
+
+    Raises:
+      ConfigError: `workdir` is none of a run.
+    """
+    folder = epath.Path(workdir)
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"{workdir} is no workdir of a run, or of one that still prepares its data: it has no "
+            "config.json; give what the run has as its --workdir"
+        )
+    config = json.loads((folder / "config.json").read_text())["config"]
+    result = _read_json(folder / "result.json")
+    starts = read_lines(workdir, "starts.jsonl")
+    latest: dict[str, float] = {}
+    for line in lines:
+        latest |= line
+    found = {
+        "workdir": workdir,
+        "task": config["data"]["task"],
+        "model": config["model"]["name"],
+        "step": int(latest.get("step", 0)),
+        "total_steps": config["train"]["total_steps"],
+        "starts": len(starts),
+        "last_start": starts[-1] if starts else None,
+        "checkpoint": _checkpoint(folder, now),
+        "evaluations": {split: _evaluation(lines, split) for split in _SPLITS},
+        "speed": {name: _speed(lines, name) for name in ("bytes_per_second", "steps_per_second")},
+        "model_flops_utilisation": latest.get("speed/model_flops_utilisation"),
+        "goodput": _below(latest, "goodput/"),
+        "hosts": _below(latest, "host/"),
+        "system": _below(latest, "system/"),
+        "disk_free_gb": (
+            None if storage.is_remote(workdir) else shutil.disk_usage(workdir).free / 1e9
+        ),
+        "result": result and result["eval"],
+    }
+    stalls = _files(folder / "stalls")  # their names begin with the time
+    found |= _state(folder, lines, result, starts, stalls, now)
+    found["eta_seconds"] = _eta(lines, starts, found) if found["state"] == "running" else None
+    found["faults"] = list(_faults(folder, lines, found, stalls, now))
+    return found
+
+
+def _state(
+    folder: epath.Path,
+    lines: Sequence[Mapping[str, float]],
+    result: Any,
+    starts: Sequence[Mapping[str, Any]],
+    stalls: Sequence[epath.Path],
+    now: float,
+) -> dict[str, str]:
+    """The state, and in "why" what it is judged by."""
+    if result:
+        return {"state": "finished", "why": "result.json is written"}
+    newest = lines[-1].get("wall_time", _modified(folder / "metrics.jsonl")) if lines else 0.0
+    claimed = newest or _modified(folder / "config.json")
+    started = starts[-1]["wall_time"] if starts else claimed
+    if stalls and _modified(stalls[-1]) > max(newest, started):
+        return {"state": "stalled", "why": f"its newest file is {stalls[-1]}"}
+    if started > newest:
+        age = now - started
+        state = "starting" if age < _START_SECONDS else "stopped"
+        return {"state": state, "why": f"started {_duration(age)} ago, and no metrics since"}
+    pauses = [
+        after - before
+        for before, after in itertools.pairwise(_times(lines))
+        if not any(before < start["wall_time"] <= after for start in starts)
+    ]
+    usual, longest = (statistics.median(pauses), max(pauses)) if pauses else (0.0, 0.0)
+    patience = max(_PATIENCE, 10 * usual, 2 * longest)
+    age = now - newest
+    state = "running" if age <= patience else "stalled" if age <= 10 * patience else "stopped"
+    rhythm = f"; they come every {_duration(usual)}, at most {_duration(longest)} apart"
+    return {"state": state, "why": f"last metrics {_duration(age)} ago{rhythm if pauses else ''}"}
+
+
+def _checkpoint(folder: epath.Path, now: float) -> dict[str, Any] | None:
+    """The newest sealed step, the best one, and what lies there without a seal; None: nothing."""
+    # As train/checkpoint.py lays them out, whose import takes JAX and Orbax.
+    seals = {
+        int(file.stem): seal
+        for file in _files(folder / "seals")
+        if file.suffix == ".json" and (seal := _read_json(file))
+    }
+    steps = {int(file.name) for file in _files(folder / "checkpoints") if file.name.isdigit()}
+    sealed = sorted(steps & seals.keys())
+    unsealed = sorted(steps - seals.keys())
+    if not steps:
+        return None
+    found: dict[str, Any] = {"step": None, "age_seconds": None, "unsealed": unsealed, "best": None}
+    if sealed:
+        found["step"] = sealed[-1]
+        found["age_seconds"] = now - _modified(folder / "seals" / f"{sealed[-1]}.json")
+        found["bytes"] = sum(file["bytes"] for file in seals[sealed[-1]]["files"].values())
+    scored = [step for step in sealed if seals[step].get("metrics")]
+    if scored:
+        best = max(scored, key=lambda step: seals[step]["metrics"]["score"])
+        found["best"] = {"step": best} | seals[best]["metrics"]
+    return found
+
+
+def _evaluation(lines: Sequence[Mapping[str, float]], split: str) -> dict[str, Any] | None:
+    """The newest evaluation of a split, and the step of the lowest loss."""
+    evaluated = [line for line in lines if f"{split}/loss" in line]
+    if not evaluated:
+        return None
+    best = min(evaluated, key=lambda line: line[f"{split}/loss"])
+    return {
+        "step": int(evaluated[-1]["step"]),
+        **_below(evaluated[-1], f"{split}/"),
+        "best_step": int(best["step"]),
+        "best_loss": best[f"{split}/loss"],
+    }
+
+
+def _speed(lines: Sequence[Mapping[str, float]], name: str) -> dict[str, float] | None:
+    recent = [line[f"speed/{name}"] for line in lines[-_RECENT:] if f"speed/{name}" in line]
+    return {"now": recent[-1], "median": statistics.median(recent)} if recent else None
+
+
+def _eta(
+    lines: Sequence[Mapping[str, float]], starts: Sequence[Mapping[str, Any]], found: Any
+) -> float | None:
+    """Seconds to the last step at the pace since the start, evaluations included."""
+    since = starts[-1]["wall_time"] if starts else 0.0
+    timed = [line for line in lines[-_RECENT:] if line.get("wall_time", -1.0) > since]
+    steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
+    if not steps:
+        return None
+    pace = (timed[-1]["wall_time"] - timed[0]["wall_time"]) / steps
+    return (found["total_steps"] - found["step"]) * pace
+
+
+def _times(lines: Sequence[Mapping[str, float]]) -> list[float]:
+    return [line["wall_time"] for line in lines[-_RECENT:] if "wall_time" in line]
+
+
+def _faults(
+    folder: epath.Path,
+    lines: Sequence[Mapping[str, float]],
+    found: Mapping[str, Any],
+    stalls: Sequence[epath.Path],
+    now: float,
+) -> Iterator[str]:
+    """What a person should look at, each in a line."""
+    if bad := {int(line["step"]): line for line in lines if line.get("bad_steps")}:
+        yield f"{len(bad)} bad step(s) were skipped, the last is {max(bad)}"
+    if back := [line for line in lines if "rollback_to" in line]:
+        yield (
+            f"it was rolled back {len(back)} time(s), last from step {back[-1]['step']} to "
+            f"{back[-1]['rollback_to']:.0f}"
+        )
+    if broken := [line["step"] for line in lines if not all(map(math.isfinite, line.values()))]:
+        yield f"{len(broken)} line(s) of metrics are not finite, the last of step {broken[-1]}"
+    losses = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+    if spikes := _spikes(losses):
+        shown = ", ".join(f"{loss:.4g} at step {step}" for step, loss in spikes[-3:])
+        yield f"the training loss jumped {len(spikes)} time(s): {shown}"
+    for file in _files(folder / "quarantine"):
+        if file.suffix == ".txt":
+            reason = file.read_text().partition("\n")[0]
+            yield f"checkpoint {file.stem} is in quarantine: {reason}"
+    if stalls:
+        age = _duration(now - _modified(stalls[-1]))
+        yield f"{len(stalls)} report(s) of a stall, the newest of {age} ago: {stalls[-1]}"
+    checkpoint, free = found["checkpoint"], found["disk_free_gb"]
+    if checkpoint is None and lines and found["state"] != "running":
+        yield "there is no checkpoint: a restart begins anew"
+    if checkpoint and checkpoint["unsealed"] and found["state"] != "running":
+        yield f"checkpoint(s) {checkpoint['unsealed']} have no seal: a restart takes none of them"
+    if checkpoint and free is not None and free * 1e9 < 3 * checkpoint.get("bytes", 0):
+        yield f"the disk has {free:.2f} GB free, less than three checkpoints take"
+
+
+def _spikes(losses: Sequence[tuple[float, float]]) -> list[tuple[int, float]]:
+    """(step, loss) where a loss is far above the ones just before it, as these scatter."""
+    found = []
+    for i in range(_SPIKE_WINDOW, len(losses)):
+        before = [loss for _, loss in losses[i - _SPIKE_WINDOW : i]]
+        middle = statistics.median(before)
+        scatter = statistics.median(abs(loss - middle) for loss in before)
+        step, loss = losses[i]
+        if loss > middle + 10 * scatter and loss > 1.2 * middle:
+            found.append((int(step), loss))
+    return found
+
+
+def report(found: Mapping[str, Any]) -> list[str]:
+    """The facts in lines for a person."""
+    lines = [f"{found['workdir']}: {found['model']} on {found['task']}"]
+
+    def tell(name: str, *parts: Any) -> None:
+        if told := [part for part in parts if part]:
+            lines.append(f"{name:<12}{'; '.join(told)}")
+
+    eta, checkpoint, speed = found["eta_seconds"], found["checkpoint"], found["speed"]
+    tell("state", f"{found['state']}: {found['why']}")
+    share = found["step"] / found["total_steps"]
+    tell(
+        "step",
+        f"{found['step']:,} of {found['total_steps']:,} ({share:.1%})",
+        eta is not None and f"done in {_duration(eta)}",
+    )
+    if start := found["last_start"]:
+        tell(
+            "starts",
+            f"{found['starts']}, the last at step {start['step']:,}",
+            f"{start['devices']} of {start['processes']} process(es)",
+        )
+    mfu = found["model_flops_utilisation"]
+    tell(
+        "speed",
+        *(
+            f"{values['now'] / scale:,.4g} {unit} (median {values['median'] / scale:,.4g})"
+            for values, scale, unit in (
+                (speed["bytes_per_second"], 1e3, "kB/s"),
+                (speed["steps_per_second"], 1, "steps/s"),
+            )
+            if values
+        ),
+        mfu and f"model FLOPs utilisation {mfu:.1%}",
+    )
+    goodput = dict(found["goodput"])
+    fraction = goodput.pop("fraction", None)
+    lost = sorted(goodput.items(), key=lambda item: -item[1])
+    tell(
+        "goodput",
+        fraction is not None and f"{fraction:.1%}",
+        *(f"{name.removesuffix('_seconds')} {_duration(spent)}" for name, spent in lost if spent),
+    )
+    hosts = found["hosts"]
+    if "slowest" in hosts:
+        slowest = int(hosts["slowest"])
+        tell(
+            "hosts",
+            f"the slowest is process {slowest}",
+            *(
+                f"{name} {hosts[f'{slowest}/{name}_seconds']:.3g} s a step"
+                for name in ("p50", "p99")
+                if f"{slowest}/{name}_seconds" in hosts
+            ),
+        )
+    if checkpoint is None:
+        tell("checkpoint", "none yet")
+    else:
+        best, unsealed = checkpoint["best"], checkpoint["unsealed"]
+        tell(
+            "checkpoint",
+            checkpoint["step"] is not None
+            and f"step {checkpoint['step']:,}, sealed {_duration(checkpoint['age_seconds'])} ago",
+            unsealed and f"not sealed: {', '.join(map(str, unsealed))}",
+            best and f"best is step {best['step']:,} ({_scores(best)})",
+        )
+    for split, values in found["evaluations"].items():
+        if values:
+            tell(
+                split,
+                f"{_scores(values)} at step {values['step']:,}",
+                f"lowest loss {values['best_loss']:.4f} at step {values['best_step']:,}",
+            )
+    system = found["system"]
+    tell(
+        "system",
+        *(
+            f"{what} {system[name]:.3g} GB"
+            for name, what in (
+                ("host_memory_gb", "memory"),
+                ("host_memory_available_gb", "available"),
+                ("device_memory_gb", "device memory"),
+                ("device_memory_peak_gb", "at its peak"),
+            )
+            if name in system
+        ),
+    )
+    free = found["disk_free_gb"]
+    size = checkpoint and checkpoint.get("bytes")
+    tell(
+        "disk",
+        free is not None and f"{free:.4g} GB free",
+        size and f"a checkpoint takes {size / 1e9:.3g} GB",
+    )
+    for fault in found["faults"] or ["no fault seen"]:
+        tell("health", fault)
+    return lines
+
+
+def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -> str:
+    """Curves for a terminal of `width` columns; "" where there are no two points of any."""
+    import plotext
+
+    bits = any("validation/bits_per_byte" in line for line in lines)
+    curves = {}
+    for title, tag, scale in (
+        ("training loss", "train/loss", 1.0),
+        ("validation bits per byte", "validation/bits_per_byte", 1.0)
+        if bits
+        else ("validation accuracy", "validation/accuracy", 1.0),
+        ("kB a second", "speed/bytes_per_second", 1e3),
+    ):
+        points = {
+            line["step"]: line[tag] / scale
+            for line in lines
+            if tag in line and math.isfinite(line[tag])
+        }
+        if len(points) > 1:
+            curves[title] = points
+    if not curves:
+        return ""
+    beside = width >= _PANEL_WIDTH * len(curves)
+    rows, columns = (1, len(curves)) if beside else (len(curves), 1)
+    plotext.terminal.limit(False, False)
+    figure = plotext.figure.clear().plot_size(width, 14 * rows).subplots(rows, columns)
+    for i, (title, points) in enumerate(curves.items()):
+        panel = figure.subplot(i // columns + 1, i % columns + 1)
+        panel.theme("default" if colour else "colorless")
+        panel.draw(panel.signal(list(points), list(points.values())).lines()).title(title)
+        first, last = int(min(points)), int(max(points))
+        ticks = [first, (first + last) // 2, last]
+        panel.ruler("x").ticks(ticks, [f"{step:,}" for step in ticks])
+        if len(set(points.values())) == 1:  # a range of its own: plotext's would be one of 2
+            panel.ruler("y").lim(0, 2 * points[last] or 1)
+    return figure.build().string(colorless=not colour).rstrip("\n")
+
+
+def _scores(values: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {values[name]:.4f}"
+        for name in ("bits_per_byte", "loss", "accuracy")
+        if name in values
+    )
+
+
+def _below(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """What is named `prefix`..., by the rest of the name."""
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _read_json(file: epath.Path) -> Any:
+    """None where there is no such file, or a damaged one."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _modified(file: epath.Path) -> float:
+    """When a file was written, in seconds since 1970."""
+    if storage.is_remote(os.fspath(file)):
+        return float(file.stat().mtime)
+    return os.stat(file).st_mtime  # epath's fails where the owner has no name, as in containers
+
+
+def _duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3:04 min, 5:12 h, 3.2 days."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, hours = divmod(int(seconds), 60), divmod(int(seconds / 60), 60)
+    if seconds < 3600:
+        return f"{minutes[0]}:{minutes[1]:02d} min"
+    return f"{hours[0]}:{hours[1]:02d} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def _jsonable(value: Any) -> Any:
+    """With null for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _jsonable(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
