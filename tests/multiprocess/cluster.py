@@ -67,7 +67,9 @@ class Cluster:
         """Starts all processes; the last one with the options `of_one`, too."""
         address, self._starts = f"127.0.0.1:{free_port()}", self._starts + 1
         flags = f"--xla_force_host_platform_device_count={self.num_devices} {FLAGS}"
-        env = trainer.environment() | {"XLA_FLAGS": flags, "SUPERVISE_QUICK_SECONDS": "0"} | self.env
+        env = (
+            trainer.environment() | {"XLA_FLAGS": flags, "SUPERVISE_QUICK_SECONDS": "0"} | self.env
+        )
         self.logs = [
             self.folder / f"start-{self._starts}-process-{i}.log" for i in range(self.num_processes)
         ]
