@@ -105,6 +105,20 @@ def initialize(
     when_told("ended", _leave_with)
 
 
+def check_platform() -> None:
+    """Makes sure that what JAX found is what JAX_PLATFORMS puts first.
+
+    Raises:
+      ConfigError: it is not; JAX itself goes on with the next one without a word.
+    """
+    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if wanted and {"cuda": "gpu", "rocm": "gpu"}.get(wanted, wanted) != jax.default_backend():
+        raise ConfigError(
+            f"JAX_PLATFORMS asks for {wanted}, and JAX has found {jax.default_backend()} only; is "
+            "the driver there, and the container started with access to the devices?"
+        )
+
+
 def close() -> None:
     """Parts in peace: waits for all processes and disconnects."""
     if _client() is None:

@@ -57,6 +57,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     runtime.compare("configuration and code", starts.facts(config))
 
     # ---- mesh
+    runtime.check_platform()
     mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count(), models=models.MODELS))
     say(f"mesh {dict(mesh.shape)} of {mesh.size} {jax.devices()[0].device_kind} device(s)")
 

@@ -88,3 +88,13 @@ def test_the_odd_one_out_is_named():
     ]
     assert runtime.differences({0: {"a": "x"}, 1: {"a": "y"}}, str) == ["  [1]: a is y, not x"]
     assert runtime.differences({0: {"a": "x"}, 1: {"a": "x"}}, str) == []
+
+
+def test_another_platform_than_was_asked_for_is_an_error(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # of which JAX would take the second
+    with pytest.raises(ConfigError, match="asks for cuda"):
+        runtime.check_platform()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    runtime.check_platform()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    runtime.check_platform()

@@ -271,7 +271,8 @@ def test_thirty_faults(tmp_path, proxy, bucket):
     kinds = drawn(rng, ON_STORAGE, num_on_storage)
     proxy.set(preconditions=True)
     variables = dict(v.split("=", 1) for v in proxy.used_by([])[1:])
-    with Cluster(tmp_path / "storage", f"{bucket.url}/run", *OPTIONS, env=variables) as c:
+    options = (*OPTIONS, "checkpoint.every_steps=30")  # a save there takes seconds
+    with Cluster(tmp_path / "storage", f"{bucket.url}/run", *options, env=variables) as c:
         report += harm(c, rng, kinds, proxy)
     reference = parameters(tmp_path / "still/run")
     for name, value in parameters(bucket.download("run", tmp_path / "downloaded")).items():

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Trains on GPU nodes under SLURM, one process a GPU. From the repository's root, on a file system
+# that all nodes see:
+#   sbatch --nodes=2 launch/slurm.sh --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
+# What the #SBATCH lines say, options of sbatch before the script change: --time=24:00:00,
+# --gpus-per-node=4 --ntasks-per-node=4, --partition=NAME. Two minutes before its time is over the
+# trainer gets SIGTERM, saves and ends; after that, and whenever else a restart helps, the job puts
+# itself in the queue again, MAX_REQUEUES times (50) at most, and continues. `scancel` ends it.
+#
+#SBATCH --job-name=spectral_pod
+#SBATCH --output=slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+set -euo pipefail
+
+root=${SLURM_SUBMIT_DIR:?"submit this with sbatch"} # SLURM runs a copy of this file from elsewhere
+if [ ! -f "$root/launch/slurm.sh" ]; then
+    echo "launch/slurm.sh: $root is not the root of the repository; submit from there" >&2
+    exit 2
+fi
+cd "$root"
+source launch/setup.sh
+source launch/exit_codes.sh
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # a GPU that JAX cannot use is an error
+if [ "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
+# srun returns the highest code of its tasks. When one fails of itself (1, 2, 3) its peers end with
+# 76; so that its code is the one that counts, it is raised here and lowered below. A task's shell
+# lives through SIGTERM, to tell the trainer's code. Tasks that stay when others have ended are
+# killed after a while, not at once: they may be saving.
+# With pyxis, add: --container-image=IMAGE --container-mounts=DIR (and python for "$python").
+code=0
+# shellcheck disable=SC2016 # for the task's shell to expand
+srun --kill-on-bad-exit=0 --wait=300 bash -c '
+    trap : TERM
+    "$@"
+    code=$?
+    case $code in [123]) exit $((code + 200)) ;; *) exit $code ;; esac
+' task "$python" -m spectral_pod.main "$@" || code=$?
+case $code in 20[123]) code=$((code - 200)) ;; esac
+
+if exit_is_curable "$code"; then
+    restarts=${SLURM_RESTART_COUNT:-0}
+    if ((restarts < ${MAX_REQUEUES:-50})); then
+        echo "launch/slurm.sh: $(exit_meaning "$code"); back into the queue" >&2
+        exec scontrol requeue "$SLURM_JOB_ID"
+    fi
+    echo "launch/slurm.sh: $(exit_meaning "$code"); $restarts restarts are enough" >&2
+fi
+exit "$code"
