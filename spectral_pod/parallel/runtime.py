@@ -29,6 +29,7 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")  # TP
 _HEARTBEAT_SECONDS = 10  # of silence, after which a process is dead to the others
 _JOIN_SECONDS = 300  # until all processes are there
 _NEWS_SECONDS = 1.0  # that news take to reach all: so long process 0 serves them before it leaves
+_CLOSE_SECONDS = 15.0  # for what was begun to be finished
 _KEYS = "spectral_pod"
 _PREEMPTION_KEY = "RECEIVED_PREEMPTION_NOTICE"  # of JAX's preemption service
 
@@ -323,10 +324,11 @@ def is_peer_loss(error: BaseException) -> bool:
 @contextlib.contextmanager
 def leaving_the_dead() -> Iterator[None]:
     """Leaves at once when another process is lost: what closes outside of this context, such as a
-    save that all take part in, would wait for it."""
+    save that all take part in, would wait for it. Other errors have the time to close."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        _closing.set()
         if is_peer_loss(error):
             end(LostPeerError.exit_code, f"LostPeerError: {error}")
         raise
@@ -344,7 +346,7 @@ def end(code: int, message: str) -> NoReturn:
         time.sleep(_NEWS_SECONDS)  # if the peer had something to say, `_leave_with` ends this
         if preemption.heard.is_set():
             code = Preempted.exit_code  # it left before, by the same signal
-    else:
+    elif code != Preempted.exit_code:  # which all agreed upon
         news = {"process": this_process(), "code": code, "message": message}
         tell("ended", json.dumps(news))
     leave(code, message)
@@ -363,6 +365,8 @@ def _leave_with(news: str) -> None:
     """Another process ended for a reason of all."""
     told = json.loads(news)
     if told["process"] != this_process():
+        if _closing.is_set():  # this one ends, too, and may be sealing a checkpoint
+            time.sleep(_CLOSE_SECONDS)
         leave(told["code"], f"{_named([told['process']])} ended the run: {told['message']}")
 
 
@@ -419,5 +423,6 @@ def _named(processes: Iterable[int]) -> str:
     return ", ".join(names[:8]) + more
 
 
+_closing = threading.Event()
 _listeners: list[threading.Thread] = []
 preemption = Preemption()

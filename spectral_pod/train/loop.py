@@ -29,7 +29,6 @@ from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.runtime import say
 from spectral_pod.parallel.sharding import batch_sharding, num_shards
-from spectral_pod.train.watchdog import Watchdog
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.evaluate import confusion_table, evaluate
@@ -40,6 +39,7 @@ from spectral_pod.train.progress import BadStepError, Progress, eval_line
 from spectral_pod.train.sources import Sources, open_sources
 from spectral_pod.train.state import TrainState, abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
+from spectral_pod.train.watchdog import Watchdog
 from spectral_pod.train.writers import MetricWriter
 
 
@@ -246,6 +246,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
                 checkpointer.save(step, state, None)
                 saved = f"step {step}"
             checkpointer.wait_until_finished()
+            runtime.barrier("saved")  # and sealed, by the leader
             raise Preempted(
                 f"SIGTERM came; {saved} is saved, and the same command continues from it"
             ) from None

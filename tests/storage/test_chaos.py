@@ -54,9 +54,10 @@ class Chaos:
         c.wait_until(lambda: min(step, STEPS - 2) <= c.step(), 240)
         getattr(self, kind)()
 
-    def _told(self, kind, lived, limit, started):
+    def _told(self, kind, lived, limit, started, running):
+        """Waits until the run has started more often than `running` times."""
         c = self.cluster
-        at, running = c.step(), self._running()
+        at = c.step()
         assert max(lived) <= limit, f"{kind}: lived for {lived} s\n" + "\n\n".join(c.tails())
         c.wait_until(lambda: self._running() > running or self._is_over(), 240)
         back = time.monotonic() - started
@@ -69,15 +70,15 @@ class Chaos:
     def _is_over(self):
         return all(supervisor.poll() is not None for supervisor in self.cluster.supervisors)
 
-    def _die(self, kind, victim, signum, limit, before=lambda: None):
+    def _die(self, kind, victim, signum, limit, before=lambda: None, all_go=True):
         """`signum` to one of the trainers, after which all of them go."""
         before()
         pids = self.cluster.wait_until(self._all_trainers)
-        started = time.monotonic()
+        started, running = time.monotonic(), self._running()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pids[victim], signum)
-        lived = seconds_until_gone(pids, limit + 10)
-        self._told(kind, lived, limit, started)
+        lived = seconds_until_gone(pids if all_go else [pids[victim]], limit + 10)
+        self._told(kind, lived, limit, started, running)
 
     def _all_trainers(self):
         pids = self.cluster.trainers()
@@ -103,25 +104,27 @@ class Chaos:
     def stop_one(self):
         """A process that hangs: the others leave; woken, it leaves too."""
         pids, victim = self.cluster.wait_until(self._all_trainers), self._any()
-        started = time.monotonic()
+        started, running = time.monotonic(), self._running()
         os.kill(pids[victim], signal.SIGSTOP)
         others = [pid for pid in pids if pid != pids[victim]]
         lived = seconds_until_gone(others, SURVIVES + 10)
         os.kill(pids[victim], signal.SIGCONT)
         seconds_until_gone([pids[victim]], SURVIVES)
-        self._told("SIGSTOP", lived, SURVIVES, started)
+        self._told("SIGSTOP", lived, SURVIVES, started, running)
 
     # ---- SIGTERM in every phase
 
     def term_at_start(self):
-        """In the first seconds of a start, which a stop of everything comes before."""
+        """In the first seconds of a start, which a stop of everything comes before. Who waits for
+        the process to join goes on doing so.
+        """
         c = self.cluster
         for supervisor in c.supervisors:
             supervisor.terminate()
         assert set(c.wait(60)) <= RESTART, c.tails()
         c.start()
         time.sleep(self.rng.uniform(0, 4))
-        self._die("SIGTERM: start", self._any(), signal.SIGTERM, BUDGET)
+        self._die("SIGTERM: start", self._any(), signal.SIGTERM, BUDGET, all_go=False)
 
     def term_in_compile(self):
         """Between the start's last line and the first step; another death comes before."""
