@@ -31,6 +31,7 @@ pass() { # SIGNAL
     fi
     if [ "$pause" ]; then kill "$pause" 2>/dev/null; fi
 }
+# No $( ) from here on: bash 5.2 fails, or forgets its code, when a trap runs while it expands one.
 trap 'pass TERM' TERM HUP
 trap 'pass INT' INT
 
@@ -46,21 +47,26 @@ run() { # the command; leaves its exit code in $code
     while kill -0 "$child" 2>/dev/null; do wait "$child" 2>/dev/null; done
     wait "$child" 2>/dev/null
     code=$?
+    # bash 5.2 may lose the code where a signal comes as the command ends: 143 lets others restart.
+    if [ "$code" -lt 0 ]; then code=143; fi
     kill -s KILL -- "-$child" 2>/dev/null # processes of its own that it left
     child=
 }
 
-say() {
-    echo "supervise: $(date -u +%Y-%m-%dT%H:%M:%SZ) exit code $code ($(exit_meaning "$code")); $1" >&2
+say() { # with the time and the exit code
+    local meaning
+    name_exit "$code"
+    TZ=UTC0 printf 'supervise: %(%Y-%m-%dT%H:%M:%SZ)T exit code %d (%s); %s\n' \
+        -1 "$code" "$meaning" "$1" >&2
 }
 
 quick=0
 while true; do
-    started=$(date +%s)
+    started=$SECONDS
     run "$@"
     if [ "$asked" ] || ! exit_is_curable "$code"; then exit "$code"; fi
-    if (($(date +%s) - started < ${SUPERVISE_QUICK_SECONDS:-60})); then
-        ((quick++))
+    if ((SECONDS - started < ${SUPERVISE_QUICK_SECONDS:-60})); then
+        quick=$((quick + 1))
         delay=$((quick < 7 ? 1 << (quick - 1) : 60))
     else
         quick=0 delay=0

@@ -36,7 +36,7 @@ _LOGIN = (
     "at the key file of a service account"
 )
 _READER = "roles/storage.objectViewer"
-_WRITER = "roles/storage.objectAdmin and roles/storage.legacyBucketReader"
+_WRITER = "roles/storage.objectUser and roles/storage.legacyBucketReader"
 
 
 def is_remote(url: str) -> bool:

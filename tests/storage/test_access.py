@@ -56,8 +56,8 @@ def test_a_bucket_that_is_not_there(server):
     ("intent", "faults", "parts"),
     [
         ("read", {"deny": 403}, ["may not read", "roles/storage.objectViewer", "gcloud auth"]),
-        ("write", {"deny": 403}, ["may not write", "objectAdmin", "legacyBucketReader"]),
-        ("write", {"deny": 403, "only": "^(POST|DELETE)"}, ["may not write", "objectAdmin"]),
+        ("write", {"deny": 403}, ["may not write", "objectUser", "legacyBucketReader"]),
+        ("write", {"deny": 403, "only": "^(POST|DELETE)"}, ["may not write", "objectUser"]),
         ("write", {"deny": 401}, ["credentials do not work", "gcloud auth application-default"]),
     ],
 )

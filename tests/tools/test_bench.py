@@ -85,7 +85,10 @@ def test_ops(tmp_path):
                 "loader_step_ratio",
             },
         ),
-        ("checkpoint", {"checkpoint_blocks_of_save", "checkpoint_save_vs_numpy"}),
+        (
+            "checkpoint",
+            {"checkpoint_blocks_of_save", "checkpoint_delays_of_save", "checkpoint_save_vs_numpy"},
+        ),
     ],
 )
 def test_the_others(tmp_path, benchmark, ratios):

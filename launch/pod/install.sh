@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# On a worker: install.sh REVISION makes ~/spectral_pod/{code,venv} from ~/spectral_pod.tar.gz.
+# Does nothing that is done already, and nothing to a trainer that runs.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+revision=$1
+
+if [ "$(cat "$code/.revision" 2>/dev/null)" != "$revision" ]; then
+    if is_running; then
+        echo "$(hostname): a trainer of another revision runs here; stop it first" >&2
+        exit "$busy"
+    fi
+    rm -rf "$base/code.new"
+    mkdir "$base/code.new"
+    tar -xzf "$HOME/spectral_pod.tar.gz" -C "$base/code.new"
+    echo "$revision" >"$base/code.new/.revision"
+    rm -rf "$code"
+    mv "$base/code.new" "$code"
+fi
+
+# TPU VM images ship Python 3.10, which is too old: uv brings an interpreter. requirements.txt names
+# libtpu itself, the one that preflight compiles with; jax[tpu] would ask for an older one.
+if ! cmp -s "$code/requirements.txt" "$venv/requirements.installed"; then
+    python3 -m pip install --quiet --user uv==0.13.9
+    uv=$HOME/.local/bin/uv
+    "$uv" venv --quiet --clear --python 3.11 "$venv"
+    "$uv" pip install --quiet --python "$venv/bin/python" -r "$code/requirements.txt"
+    cp "$code/requirements.txt" "$venv/requirements.installed"
+fi
+
+# JAX asks for this on v5e and newer: without it the TPU runtime starts and stops slowly.
+sudo --non-interactive sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled' ||
+    echo "$(hostname): transparent hugepages stay as they are; the TPU starts more slowly" >&2
+echo "$(hostname): installed ${revision:0:12}"
