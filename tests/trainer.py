@@ -102,10 +102,14 @@ def result(workdir):
     return json.loads((workdir / "result.json").read_text())
 
 
+def metrics(workdir):
+    """Every line of `metrics.jsonl`."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def curves(workdir):
     """Every line of `metrics.jsonl`, less what the speed of the machine decides."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if not _is_timing(k)} for line in lines]
+    return [{k: v for k, v in line.items() if not _is_timing(k)} for line in metrics(workdir)]
 
 
 def _is_timing(tag):

@@ -196,19 +196,9 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             return state.replace(step=state.step + np.int32(bad.step - newest))
 
         with progress.time("compile"):
-            lowered = jit_train_step(model, tx, config, mesh, abstract).lower(
-                abstract,
-                abstract_batch(
-                    config.train.global_batch_size,
-                    config_lib.row_len(config),
-                    mesh,
-                    by_position=sources.objective != "class",
-                ),
+            train_step = _compile(
+                jit_train_step(model, tx, config, mesh, abstract), abstract, mesh, config, sources
             )
-            program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-            runtime.compare("program and data", {"program": program, "data": sources.digest})
-            train_step = lowered.compile()
-
         batches = batches_from(step)
         try:
             if step and is_due(config.train.eval_every_steps) and not checkpointer.metrics(step):
@@ -266,6 +256,18 @@ def params_digest(params: Any) -> str:
         whole = multihost_utils.process_allgather(leaves[name], tiled=True)
         digest.update(np.ascontiguousarray(whole).tobytes())
     return digest.hexdigest()
+
+
+def _compile(
+    jitted: Any, abstract: TrainState, mesh: Mesh, config: ConfigDict, sources: Sources
+) -> Callable[[TrainState, Any], Any]:
+    """The compiled training step, once all processes are known to have the same one."""
+    rows, row_len = config.train.global_batch_size, config_lib.row_len(config)
+    by_position = sources.objective != "class"
+    lowered = jitted.lower(abstract, abstract_batch(rows, row_len, mesh, by_position=by_position))
+    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    runtime.compare("program and data", {"program": program, "data": sources.digest})
+    return lowered.compile()
 
 
 def _sampler(config: ConfigDict, mesh: Mesh, sources: Sources) -> Callable[[Any], str] | None:

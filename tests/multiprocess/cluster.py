@@ -63,8 +63,8 @@ class Cluster:
         self.supervisors = []
         self.logs = []
 
-    def start(self, supervised=True, of_one=()):
-        """Starts all processes; the last one with the options `of_one`, too."""
+    def start(self, supervised=True, of_one=(), env_of_one=()):
+        """Starts all processes; the last one with the options and the environment `of_one`, too."""
         address, self._starts = f"127.0.0.1:{free_port()}", self._starts + 1
         flags = f"--xla_force_host_platform_device_count={self.num_devices} {FLAGS}"
         env = (
@@ -86,7 +86,11 @@ class Cluster:
             with open(log, "w") as file:
                 self.supervisors.append(
                     subprocess.Popen(
-                        supervise + command, cwd=trainer.ROOT, env=env, stdout=file, stderr=file
+                        supervise + command,
+                        cwd=trainer.ROOT,
+                        env=env | dict(env_of_one if last else ()),
+                        stdout=file,
+                        stderr=file,
                     )
                 )
         self._supervised = supervised

@@ -19,9 +19,9 @@ def cluster(tmp_path):
     """Starts two processes that train, each ended by its own exit code."""
     opened = []
 
-    def start(*options, until_step=0, env=(), of_one=()):
-        opened.append(Cluster(tmp_path, tmp_path / "run", *OPTIONS, *options, env=env))
-        opened[0].start(supervised=False, of_one=of_one)
+    def start(*options, until_step=0, **of_one):
+        opened.append(Cluster(tmp_path, tmp_path / "run", *OPTIONS, *options))
+        opened[0].start(supervised=False, **of_one)
         opened[0].wait_until(lambda: opened[0].step() >= until_step)
         return opened[0]
 
@@ -30,12 +30,15 @@ def cluster(tmp_path):
 
 
 def test_sigterm_to_one_saves_the_step_of_all_and_one_process_goes_on(cluster, tmp_path):
-    two = cluster(until_step=12)
+    two = cluster(until_step=12, env_of_one={"LATE_DATA": "1:0.05"})
     os.kill(two.supervisors[1].pid, signal.SIGTERM)
     assert two.wait(30) == [75, 75]  # the budget of 25 s, and leaving
     saved = [re.search(r"SIGTERM came; step (\d+) is saved", two.text(i))[1] for i in range(2)]
     assert saved[0] == saved[1]
     assert (tmp_path / f"run/seals/{saved[0]}.json").exists()
+    last = trainer.metrics(tmp_path / "run")[-1]
+    assert last["host/slowest"] == 1
+    assert last["host/1/p50_seconds"] > 0.04 > last["host/0/p50_seconds"]
     with Cluster(
         tmp_path / "one", tmp_path / "run", *OPTIONS, num_processes=1, num_devices=2
     ) as one:
@@ -70,11 +73,10 @@ def test_a_host_with_another_configuration_is_named_everywhere(cluster):
 
 def test_a_hang_is_ended_and_every_thread_of_every_host_told(cluster, tmp_path):
     watched = ("train.stall_seconds=4.0", "train.stall_factor=5.0")
-    two = cluster(*watched, env={"LATE_DATA": "8:1000"})
+    two = cluster(*watched, env_of_one={"LATE_DATA": "8:1000"})
     assert two.wait(60) == [77, 77]
     stacks = sorted((tmp_path / "run/stalls").iterdir())
     assert [file.name[-5:] for file in stacks] == ["0.txt", "1.txt"]
-    for file in stacks:
-        assert "late_rows" in file.read_text()  # the thread that waits for data
+    assert ["late_rows" in file.read_text() for file in stacks] == [False, True]
     shown = trainer.event_points(tmp_path / "run")
     assert {"stall/process_0", "stall/process_1"} <= shown.keys()

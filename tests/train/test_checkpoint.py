@@ -6,6 +6,8 @@ Run as a script, this file is one of its own children: `CHILDREN` lists them.
 import json
 import os
 import pathlib
+import pickle
+import pickletools
 import random
 import shutil
 import socket
@@ -63,6 +65,13 @@ def assert_same(state, expected):
         assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
+def is_pickle(data):
+    try:
+        return len(list(pickletools.genops(data))) > 0
+    except ValueError:
+        return False
+
+
 def open_checkpointer(directory, keep_latest=3, keep_best=0):
     return Checkpointer(str(directory), keep_latest=keep_latest, keep_best=keep_best)
 
@@ -94,6 +103,15 @@ def steps_in(directory):
 @pytest.fixture
 def directory(tmp_path):
     return tmp_path / "run" / "checkpoints"
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
+    """A pickle is code that runs when it is read."""
+    write(tmp_path / "checkpoints", 1)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert is_pickle(pickle.dumps(make_state(1).step))
+    assert len(files) > 5
+    assert [path for path in files if is_pickle(path.read_bytes())] == []
 
 
 def test_round_trip_is_bit_exact(directory):
