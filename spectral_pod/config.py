@@ -452,7 +452,9 @@ def claim_workdir(
         storage.write_whole(file, json.dumps(facts, indent=1))
         return
     recorded = json.loads(file.read_text())
-    theirs, ours = flat(recorded["config"]), flat(json.loads(json.dumps(mine)))
+    # A field that is newer than the workdir has its default: what the run meant without it.
+    standard, ours = (flat(json.loads(json.dumps(c))) for c in (default().to_dict(), mine))
+    theirs = standard | flat(recorded["config"])
     changed = [
         f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
         for key in sorted(theirs.keys() | ours.keys())

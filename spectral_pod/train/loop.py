@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     eval_sets = {
         split: sources.evaluation(split) for split in ("validation", config.train.eval_split)
     }
-    if not eval_only:
+    if runtime.is_leader() and not eval_only:
         config_lib.claim_workdir(workdir, config, sources.digest, sources.classes)
 
     # ---- model, optimizer, state

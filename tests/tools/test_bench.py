@@ -108,6 +108,57 @@ def test_a_big_store():
     assert "--big is of the benchmark data" in bench("step", "--big=1", code=2).stderr
 
 
+def scaling(tmp_path, *arguments, code=0):
+    """Runs the measurement of scaling to its end, which must be `code`; the rows that it wrote."""
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "tools.bench.scaling", *arguments, f"--json={path}"]
+    environment = trainer.environment() | {"XLA_FLAGS": FLAGS, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done if code else json.loads(path.read_text())
+
+
+def test_what_a_larger_slice_sends(tmp_path):
+    two, four = scaling(
+        tmp_path, "--config=tests/tools/tiny.py", "--config.model.num_layers=1",
+        "--topologies=cpu-2,cpu-4",
+    )  # fmt: skip
+    assert (two["batch"], four["batch"]) == (64, 128)
+    assert (two["mesh"], four["mesh"]) == ({"data": 2}, {"data": 4})
+    assert two["payload"] == four["payload"] > 0
+    # A ring's all-reduce: 2 (n-1)/n of the array.
+    assert two["sent"]["all-reduce"] == pytest.approx(two["payload"])
+    assert four["sent"]["all-reduce"] == pytest.approx(1.5 * four["payload"])
+    assert not four["grows"]
+
+
+@pytest.mark.slow
+def test_a_plain_fft_is_seen_to_grow(tmp_path):
+    _, four = scaling(
+        tmp_path, "--config=tests/tools/tiny.py", "--config.model.num_layers=1",
+        "--config.model.spectral.method=plain", "--topologies=cpu-2,cpu-4",
+    )  # fmt: skip
+    assert four["grows"]
+
+
+def test_scaling_of_nothing_or_both(tmp_path):
+    for arguments in ((), ("--topologies=cpu-2", "--processes=2")):
+        done = scaling(tmp_path, "--config=tests/tools/tiny.py", *arguments, code=2)
+        assert "--topologies or --processes" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_machine(tmp_path):
+    options = [f"--config.data.dir={trainer.home() / 'data'}", "--windows=1"]
+    rows = scaling(tmp_path, "--config=tests/trainer.py", *options, "--processes=1,2")
+    assert [(row["processes"], row["joined"]) for row in rows] == [(1, True), (2, True), (2, False)]
+    assert [row["batch"] for row in rows] == [8, 16, 8]
+    assert all(0 < row["data_ms"] < row["wall_ms"] and row["cpu_ms"] > 0 for row in rows)
+
+
 def test_a_filter_that_matches_nothing():
     done = bench("generate", "--quick", "--filter=no_such_group", code=2)
     assert "--filter=no_such_group" in done.stderr
