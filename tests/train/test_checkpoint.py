@@ -444,7 +444,10 @@ def test_kill_at_any_moment_leaves_a_sound_step(directory):
         child = start_child("endless", directory)
         try:
             for _ in range(saves):
-                assert child.stdout.readline().startswith("every step before")
+                line = child.stdout.readline()
+                while line and not line.startswith("every step before"):  # warnings of Orbax
+                    line = child.stdout.readline()
+                assert line
             time.sleep(random.uniform(0.0, 1.5))  # into writing, sealing, or the next save
         finally:
             child.kill()
