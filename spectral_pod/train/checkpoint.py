@@ -204,8 +204,9 @@ class Checkpointer(SealedSteps):
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None) -> None:
         """Waits for the save before, then starts to save `state` as `step`.
 
-        Returns when the arrays are copied to the host; they may then be donated. A step that is
-        already sealed is left as it is.
+        Returns when the arrays are on the host; they may then be donated. (On CPUs they are there
+        without a copy, and JAX gives the step that would overwrite them other memory.) A step that
+        is already sealed is left as it is.
 
         Raises:
           CheckpointError: the save before failed, or `metrics` lack the metric that ranks steps.

@@ -34,6 +34,7 @@ STEPS, EVAL_EVERY, LATE_EVERY = 330, 55, 40
 OPTIONS = (
     f"train.total_steps={STEPS}", f"train.eval_every_steps={EVAL_EVERY}",
     "data.options.validation=512", "checkpoint.keep_latest=3", "train.global_batch_size=24",
+    "train.eval_batch_size=48",
 )  # fmt: skip
 LATE = {"LATE_DATA": f"{LATE_EVERY}:1.5"}
 NUM_FAULTS = int(os.environ.get("CHAOS_FAULTS", "30"))
@@ -190,7 +191,7 @@ class Chaos:
         for supervisor in c.supervisors:
             supervisor.terminate()
         assert set(c.wait(60)) <= RESTART, c.tails()
-        others = [(1, 1), (2, 1), (3, 1), (1, 4), (2, 2)]
+        others = [(2, 1), (3, 1), (4, 1), (1, 4), (2, 2)]
         others.remove((c.num_processes, c.num_devices))
         c.num_processes, c.num_devices = self.rng.choice(others)
         started = time.monotonic()
