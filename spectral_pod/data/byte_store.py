@@ -103,26 +103,40 @@ class Split:
         return self.read_ranges(list(zip(starts.tolist(), stops.tolist())))
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """As `read`: bytes start to stop of the split, for each (start, stop)."""
-        with ts.Batch() as batch:  # one opening of a file, one request for neighbours
-            started = [self._start(int(start), int(stop), batch) for start, stop in ranges]
-        return [_joined([self._finish(*read) for read in reads]) for reads in started]
+        """As `read`: bytes start to stop of the split, for each (start, stop).
 
-    def _start(self, start: int, stop: int, batch: ts.Batch) -> list[tuple[int, slice, Any]]:
-        """A read of each part that holds some of these bytes: the part, which of its bytes, how."""
-        reads = []
+        Raises:
+          DataError: they are damaged or missing; or storage does not answer, for minutes.
+        """
+        pieces = [piece for start, stop in ranges for piece in self._pieces(start, stop)]
+        if not pieces:
+            return [np.empty(0, np.uint8) for _ in ranges]
+        # As one array: Python hands over one result rather than hundreds.
+        views = [self._arrays[part][where] for part, where in pieces]
+        try:
+            with ts.Batch() as batch:  # one opening of a file, one request for neighbours
+                read = ts.concat(views, axis=0).read(batch=batch)
+            data = read.result()
+        except ValueError as error:
+            if "UNAVAILABLE" in str(error):
+                raise DataError(f"{self._store.path} cannot be read: {error}") from error
+            # It does not say which bytes; and those of a local copy can be read at their origin.
+            data = np.concatenate([self._read_piece(*piece) for piece in pieces])
+        ends = np.cumsum([stop - start for start, stop in ranges])
+        return np.split(data, ends[:-1])
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """The parts that hold these bytes, and which of their own they are."""
         part = bisect.bisect_right(self._starts, start) - 1
         while start < stop:
             first, end = self._starts[part], self._starts[part + 1]
-            where = slice(start - first, min(stop, end) - first)
-            reads.append((part, where, self._arrays[part][where].read(batch=batch)))
+            yield part, slice(start - first, min(stop, end) - first)
             start, part = end, part + 1
-        return reads
 
-    def _finish(self, part: int, where: slice, future: Any) -> np.ndarray:
+    def _read_piece(self, part: int, where: slice) -> np.ndarray:
         try:
             try:
-                return future.result()
+                return self._arrays[part][where].read().result()
             except ValueError as error:
                 if part not in self._copied:
                     raise
@@ -346,10 +360,6 @@ def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
             part, filled = [], 0
     if part:
         yield part
-
-
-def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint8), *pieces])
 
 
 def _settled(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:
