@@ -33,10 +33,11 @@ _CLOSE_SECONDS = 15.0  # for what was begun to be finished
 _KEYS = "spectral_pod"
 _PREEMPTION_KEY = "RECEIVED_PREEMPTION_NOTICE"  # of JAX's preemption service
 
-# How the loss of a peer reads in what collectives, barriers and the coordination service raise.
+# How the loss of a peer reads in what collectives, barriers and the coordination service raise,
+# and in no error of storage.
 _PEER_IS_GONE = (
-    "Gloo", "UNAVAILABLE", "Connection reset by peer", "Connection closed by peer", "Broken pipe",
-    "Socket closed", "heartbeat", "Barrier timed out", "another task died",
+    "Gloo", "NCCL", "CoordinationService", "coordination service", "tasks are unhealthy",
+    "Barrier timed out", "another task died",
 )  # fmt: skip
 
 
@@ -331,6 +332,10 @@ def leaving_the_dead() -> Iterator[None]:
         _closing.set()
         if is_peer_loss(error):
             end(LostPeerError.exit_code, f"LostPeerError: {error}")
+        by_jax = any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__))
+        if by_jax and num_processes() > 1:
+            # Where no text tells: if a peer is dead, JAX ends this process by the next heartbeats.
+            time.sleep(_HEARTBEAT_SECONDS + _NEWS_SECONDS)
         raise
 
 

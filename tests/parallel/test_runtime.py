@@ -3,7 +3,7 @@
 import pytest
 from jax._src import cloud_tpu_init
 
-from spectral_pod.errors import ConfigError
+from spectral_pod.errors import CheckpointError, ConfigError
 from spectral_pod.parallel import runtime
 
 SLURM = {
@@ -98,3 +98,25 @@ def test_another_platform_than_was_asked_for_is_an_error(monkeypatch):
     runtime.check_platform()
     monkeypatch.delenv("JAX_PLATFORMS")
     runtime.check_platform()
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        (
+            "UNKNOWN: Gloo all-reduce failed: [pair.cc:538] Read error: Connection reset by peer",
+            True,
+        ),
+        ("UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):", True),
+        ("DEADLINE_EXCEEDED: Barrier timed out. Id: save", True),
+        ("UNAVAILABLE: Error reading gs://b/o: Connection reset by peer", False),
+        ("RESOURCE_EXHAUSTED: Out of memory", False),
+        ("'NoneType' object has no attribute 'shape'", False),
+    ],
+)
+def test_a_lost_peer_is_told_from_other_errors(monkeypatch, text, lost):
+    monkeypatch.setattr(runtime, "num_processes", lambda: 2)
+    assert runtime.is_peer_loss(ValueError(text)) == lost
+    assert runtime.is_peer_loss(CheckpointError(f"cannot write step 3: {text}")) == lost
+    monkeypatch.setattr(runtime, "num_processes", lambda: 1)
+    assert not runtime.is_peer_loss(ValueError(text))
