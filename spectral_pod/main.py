@@ -43,7 +43,6 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().addFilter(_own_news)
     logging.info("Config:\n%s", config)
     loop.run(config, workdir, eval_only=_EVAL_ONLY.value)
-    runtime.close()
 
 
 def _own_news(record: Any) -> bool:

@@ -157,11 +157,12 @@ def failures() -> tuple[type[Exception], ...]:
     return tuple(kinds)
 
 
-def write_whole(file: Any, text: str) -> None:
+def write_whole(file: Any, data: str | bytes) -> None:
     """Writes an `epath.Path` so that whoever reads or is killed never finds half of it."""
+    raw = data.encode() if isinstance(data, str) else data
     if is_remote(os.fspath(file)):
-        file.write_text(text)  # an object appears when its upload is complete
+        file.write_bytes(raw)  # an object appears when its upload is complete
         return
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(raw)
     temporary.replace(file)

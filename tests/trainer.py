@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from spectral_pod.config import default
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Compiling is most of what a tiny run does; explained in multidevice/fake_devices.py.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def get_config() -> ConfigDict:
@@ -61,10 +63,10 @@ def command(workdir, *overrides, config="tests/trainer.py"):
 
 
 def environment():
-    inherited = {
-        k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST")
-    }
-    return {**inherited, "PYTHONPATH": str(ROOT), "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return inherited | {
+        "PYTHONPATH": str(ROOT), "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS,
+    }  # fmt: skip
 
 
 def run(arguments, code=0):

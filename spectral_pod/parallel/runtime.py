@@ -6,6 +6,7 @@ added here is what a process tells the others before it leaves, so that all end 
 and say whose fault it was; the codes are in `errors.py`.
 """
 
+import atexit
 import collections
 import contextlib
 import glob
@@ -102,6 +103,7 @@ def initialize(
         raise LostPeerError(
             f"process {index} could not join {count} processes at {address}: {error}"
         ) from error
+    atexit.register(_part)
     _client().key_value_set(f"{_KEYS}/host/{this_process()}", socket.gethostname())
     _when_set(_PREEMPTION_KEY, lambda _: preemption.note())
     when_told("ended", _leave_with)
@@ -121,14 +123,12 @@ def check_platform() -> None:
         )
 
 
-def close() -> None:
-    """Parts in peace: waits for all processes and disconnects."""
-    if _client() is None:
-        return
-    barrier("the end")
-    jax.distributed.shutdown()
-    for listener in _listeners:  # woken by that; a thread within JAX would abort Python's exit
-        listener.join(_NEWS_SECONDS)
+def _part() -> None:
+    """Disconnects, and ends the threads that listen: one within JAX would abort Python's exit."""
+    if _client() is not None:
+        jax.distributed.shutdown()  # waits for the others; wakes the listeners
+        for listener in _listeners:
+            listener.join(_NEWS_SECONDS)
 
 
 def this_process() -> int:

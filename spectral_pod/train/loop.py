@@ -245,7 +245,9 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         progress.report_eval(config.train.eval_split, step, result)
         checkpointer.wait_until_finished()
         run_facts = {"num_params": num_params, "operations": operations}
-        return _finish(workdir, config, sources, state, result, progress, run_facts, started)
+        result = _finish(workdir, config, sources, state, result, progress, run_facts, started)
+    runtime.barrier("the end")  # what the leader still writes may take longer than parting does
+    return result
 
 
 def params_digest(params: Any) -> str:

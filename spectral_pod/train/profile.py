@@ -100,7 +100,7 @@ class Profiler:
                 jax.profiler.stop_trace()
                 (trace,) = pathlib.Path(folder.name).rglob("*.xplane.pb")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(trace.read_bytes())
+                storage.write_whole(target, trace.read_bytes())
         except (RuntimeError, ValueError, *storage.failures()) as error:
             logging.warning("the trace %s is lost: %s", target, error)
         else:

@@ -63,7 +63,7 @@ def submit(root, *arguments, **environment):
     """Runs the script as slurmd does; (its exit code, what it said, the calls of scontrol)."""
     copy = root.parent / "slurm_script"
     shutil.copy(root / "launch/slurm.sh", copy)
-    inherited = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "PYTHONPATH")}
     slurm = {
         "PATH": f"{root / 'bin'}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "17",

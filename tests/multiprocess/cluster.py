@@ -19,8 +19,6 @@ from ml_collections import ConfigDict
 from tests import trainer
 
 CONFIG = "tests/multiprocess/cluster.py"
-# What only makes the compilation fast is explained in multidevice/fake_devices.py.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def get_config() -> ConfigDict:
@@ -66,7 +64,7 @@ class Cluster:
     def start(self, supervised=True, of_one=(), env_of_one=()):
         """Starts all processes; the last one with the options and the environment `of_one`, too."""
         address, self._starts = f"127.0.0.1:{free_port()}", self._starts + 1
-        flags = f"--xla_force_host_platform_device_count={self.num_devices} {FLAGS}"
+        flags = f"--xla_force_host_platform_device_count={self.num_devices} {trainer.FLAGS}"
         env = (
             trainer.environment() | {"XLA_FLAGS": flags, "SUPERVISE_QUICK_SECONDS": "0"} | self.env
         )

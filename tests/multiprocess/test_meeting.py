@@ -28,7 +28,6 @@ try:
         runtime.share("speed", f"{index}0")
         runtime.barrier("shared", 30)
         print(json.dumps(runtime.shared("speed")))
-        runtime.close()
         sys.exit()
 except UserError as error:
     runtime.end(error.exit_code, f"{type(error).__name__}: {error}")

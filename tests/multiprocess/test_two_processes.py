@@ -29,14 +29,12 @@ OPTIONS = (
     "train.compilation_cache=False",
     "model.memory_interval=1",
 )
-# What else only makes the compilation fast is explained in multidevice/fake_devices.py.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 NUM_DEVICES = 2  # of each process
 SECONDS = 240  # that a run may take
 
 
 def command(workdir, num_devices, *options):
-    flags = f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} {FLAGS}"
+    flags = f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} {trainer.FLAGS}"
     return ["env", flags, *trainer.command(workdir, *OPTIONS, *options)]
 
 

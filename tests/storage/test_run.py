@@ -18,12 +18,8 @@ OPTIONS = (
 )
 
 
-# What only makes the compilation fast is explained in multidevice/fake_devices.py.
-FLAGS = "XLA_FLAGS=--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-
-
 def command(workdir):
-    return ["env", FLAGS, *trainer.command(workdir, *OPTIONS)]
+    return trainer.command(workdir, *OPTIONS)
 
 
 @functools.cache
