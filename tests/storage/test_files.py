@@ -39,13 +39,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     file = epath.Path(tmp_path) / "config.json"
     storage.write_whole(file, "first")
 
-    def full(path, text):
-        with open(path, "w") as half:
-            half.write(text[:3])
+    def full(path, data):
+        with open(path, "wb") as half:
+            half.write(data[:3])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(file), "write_text", full)
+        patch.setattr(type(file), "write_bytes", full)
         with pytest.raises(storage.failures()):
             storage.write_whole(file, "second")
     assert file.read_text() == "first"
