@@ -23,9 +23,9 @@ from etils import epath
 from spectral_pod import storage
 
 REQUEST = "PROFILE"  # a file in the workdir; its time tells one request from the next
-_POLL_SECONDS = 3.0
+_POLL_SECONDS, _POLL_SECONDS_REMOTE = 3.0, 30.0  # a pod's hosts all ask the same object
 _REQUESTED_STEPS = 5
-_KEPT_SECONDS = 12.0  # that a request lies there, for every process to see it
+_KEPT_POLLS = 4  # that a request lies there, for every process to see it
 
 
 class Profiler:
@@ -109,12 +109,14 @@ class Profiler:
     def _poll(self) -> None:
         """Notes requests; process 0 removes each when every process has had time to see it."""
         file, noted = self._workdir / REQUEST, 0.0
-        while not self._closed.wait(_POLL_SECONDS):
+        remote = storage.is_remote(os.fspath(self._workdir))
+        pause = _POLL_SECONDS_REMOTE if remote else _POLL_SECONDS
+        while not self._closed.wait(pause):
             try:
                 requested = _modified(file)
                 if requested != self._requested:
                     self._requested, noted = requested, time.monotonic()
-                elif self._process_index == 0 and time.monotonic() - noted > _KEPT_SECONDS:
+                elif self._process_index == 0 and time.monotonic() - noted > _KEPT_POLLS * pause:
                     file.unlink()
             except storage.failures():
                 continue  # there is none, or storage is silent: the next look may do better
