@@ -16,6 +16,7 @@ from tests.storage.conftest import bucket, server  # noqa: F401
 @pytest.fixture(autouse=True)
 def _quick_polls(monkeypatch):
     monkeypatch.setattr(profile, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(profile, "_POLL_SECONDS_REMOTE", 0.01)
     monkeypatch.setattr(profile, "_KEPT_POLLS", 0)
 
 
@@ -121,7 +122,7 @@ import sys, time
 from etils import epath
 from spectral_pod.train import profile
 
-profile._POLL_SECONDS, profile._KEPT_POLLS = 0.05, 0
+profile._POLL_SECONDS_REMOTE, profile._KEPT_POLLS = 0.05, 0
 request = epath.Path(sys.argv[1]) / "PROFILE"
 profiler = profile.Profiler(sys.argv[1], (), 0)
 while request.exists():
