@@ -495,9 +495,6 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 case $action in
-up) up ;;
-status) status ;;
-logs) logs ;;
-stop) stop ;;
 delete) delete_all ;;
+*) "$action" ;;
 esac

@@ -177,9 +177,8 @@ _AT_LEAST_ONE = (
     "model.attention.num_heads", "model.attention.window", "model.attention.rank",
     "model.s5.state_dim", "model.selective.rank",
     "train.total_steps", "train.global_batch_size", "train.grad_accumulation",
-    "train.log_every_steps", "train.eval_records",
-    "train.eval_every_steps", "train.eval_batch_size", "train.max_bad_steps",
-    "checkpoint.every_steps",
+    "train.log_every_steps", "train.eval_records", "train.max_bad_steps",
+    "train.eval_every_steps", "train.eval_batch_size", "checkpoint.every_steps",
     "checkpoint.keep_latest", "optimizer.warmup_steps",
 )  # fmt: skip
 
@@ -224,8 +223,7 @@ def validate(
             raise ConfigError(f"config.{field} is {_get(config, field)}; it must be in [0, 1)")
     if 0 < config.train.spike_factor <= 1:
         raise ConfigError(
-            f"config.train.spike_factor is {config.train.spike_factor}; it must be above 1, or 0 "
-            "for none"
+            f"config.train.spike_factor is {config.train.spike_factor}; it is above 1, or 0: none"
         )
     if config.train.spike_factor and config.train.on_bad_step == "stop":
         raise ConfigError(

@@ -157,6 +157,17 @@ def failures() -> tuple[type[Exception], ...]:
     return tuple(kinds)
 
 
+def modified(file: Any) -> float:
+    """When an `epath.Path` was written, in seconds since 1970.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if is_remote(os.fspath(file)):
+        return float(file.stat().mtime or 0)
+    return os.stat(file).st_mtime  # epath's fails where the owner has no name, as in containers
+
+
 def write_whole(file: Any, data: str | bytes) -> None:
     """Writes an `epath.Path` so that whoever reads or is killed never finds half of it."""
     raw = data.encode() if isinstance(data, str) else data

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spectral_pod import config as config_lib
 from spectral_pod import models
@@ -10,7 +11,7 @@ from spectral_pod.data.tasks import TASKS
 from spectral_pod.generate.restore import one_device
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.optim import make_optimizer
-from spectral_pod.train.state import init_state
+from spectral_pod.train.state import abstract_state, init_state
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -48,6 +49,19 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
             state = state.replace(step=jnp.int32(step), params=_perturbed(state.params, step))
             checkpointer.save(step, state, None)
     return state.params
+
+
+def parameters(workdir, config, step):
+    """The parameters that a run of ten classes ended with at `step`, by name, on one device."""
+    model = models.build(config, seq_len=config.data.seq_len, num_classes=10)
+    abstract = abstract_state(model, make_optimizer(config), one_device(), config.data.seq_len)
+    with Checkpointer(str(workdir / "checkpoints"), keep_latest=1, keep_best=0) as checkpointer:
+        state = checkpointer.restore(abstract)
+    assert int(state.step) == step
+    return {
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+    }
 
 
 @jax.jit

@@ -132,10 +132,12 @@ def _state(
     """The state, and in "why" what it is judged by."""
     if result:
         return {"state": "finished", "why": "result.json is written"}
-    newest = lines[-1].get("wall_time", _modified(folder / "metrics.jsonl")) if lines else 0.0
-    claimed = newest or _modified(folder / "config.json")
+    newest = (
+        lines[-1].get("wall_time", storage.modified(folder / "metrics.jsonl")) if lines else 0.0
+    )
+    claimed = newest or storage.modified(folder / "config.json")
     started = starts[-1]["wall_time"] if starts else claimed
-    if stalls and _modified(stalls[-1]) > max(newest, started):
+    if stalls and storage.modified(stalls[-1]) > max(newest, started):
         return {"state": "stalled", "why": f"its newest file is {stalls[-1]}"}
     if started > newest:
         age = now - started
@@ -170,7 +172,7 @@ def _checkpoint(folder: epath.Path, now: float) -> dict[str, Any] | None:
     found: dict[str, Any] = {"step": None, "age_seconds": None, "unsealed": unsealed, "best": None}
     if sealed:
         found["step"] = sealed[-1]
-        found["age_seconds"] = now - _modified(folder / "seals" / f"{sealed[-1]}.json")
+        found["age_seconds"] = now - storage.modified(folder / "seals" / f"{sealed[-1]}.json")
         found["bytes"] = sum(file["bytes"] for file in seals[sealed[-1]]["files"].values())
     scored = [step for step in sealed if seals[step].get("metrics")]
     if scored:
@@ -241,7 +243,7 @@ def _faults(
             reason = file.read_text().partition("\n")[0]
             yield f"checkpoint {file.stem} is in quarantine: {reason}"
     if stalls:
-        age = _duration(now - _modified(stalls[-1]))
+        age = _duration(now - storage.modified(stalls[-1]))
         yield f"{len(stalls)} report(s) of a stall, the newest of {age} ago: {stalls[-1]}"
     checkpoint, free = found["checkpoint"], found["disk_free_gb"]
     if checkpoint is None and lines and found["state"] != "running":
@@ -425,13 +427,6 @@ def _read_json(file: epath.Path) -> Any:
         return json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _modified(file: epath.Path) -> float:
-    """When a file was written, in seconds since 1970."""
-    if storage.is_remote(os.fspath(file)):
-        return float(file.stat().mtime)
-    return os.stat(file).st_mtime  # epath's fails where the owner has no name, as in containers
 
 
 def _duration(seconds: float) -> str:

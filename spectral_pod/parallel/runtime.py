@@ -329,11 +329,12 @@ def leaving_the_dead() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        new = not _closing.is_set()  # contexts of this kind lie in each other
         _closing.set()
         if is_peer_loss(error):
             end(LostPeerError.exit_code, f"LostPeerError: {error}")
         by_jax = any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__))
-        if by_jax and num_processes() > 1:
+        if new and by_jax and num_processes() > 1:
             # Where no text tells: if a peer is dead, JAX ends this process by the next heartbeats.
             time.sleep(_HEARTBEAT_SECONDS + _NEWS_SECONDS)
         raise

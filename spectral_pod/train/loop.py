@@ -105,6 +105,10 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     for change in starts.record_start(workdir, mesh, first_step):
         say(change)
 
+    def report_stall(stacks: Mapping[str, str]) -> None:
+        writer.texts(step, stacks)
+        writer.flush()  # the process is about to leave
+
     # ---- steps
     with (
         jax.set_mesh(mesh),
@@ -126,7 +130,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             workdir,
             factor=config.train.stall_factor,
             seconds=config.train.stall_seconds,
-            report=lambda texts: writer.texts(step, texts),
+            report=report_stall,
         ) as watchdog,
         runtime.leaving_the_dead(),
     ):

@@ -113,21 +113,10 @@ class Profiler:
         pause = _POLL_SECONDS_REMOTE if remote else _POLL_SECONDS
         while not self._closed.wait(pause):
             try:
-                requested = _modified(file)
+                requested = int(storage.modified(file))
                 if requested != self._requested:
                     self._requested, noted = requested, time.monotonic()
                 elif self._process_index == 0 and time.monotonic() - noted > _KEPT_POLLS * pause:
                     file.unlink()
             except storage.failures():
                 continue  # there is none, or storage is silent: the next look may do better
-
-
-def _modified(file: epath.Path) -> int:
-    """When a file was written, in seconds since 1970.
-
-    Raises:
-      FileNotFoundError: there is none.
-    """
-    if storage.is_remote(os.fspath(file)):
-        return int(file.stat().mtime or 0)
-    return int(os.stat(file).st_mtime)

@@ -15,16 +15,10 @@ import signal
 import statistics
 import time
 
-import jax
 import numpy as np
 import pytest
 
-from spectral_pod import models
-from spectral_pod.parallel.mesh import AXES, make_mesh
-from spectral_pod.train.checkpoint import Checkpointer
-from spectral_pod.train.optim import make_optimizer
-from spectral_pod.train.state import abstract_state
-from tests import trainer
+from tests import tiny_run, trainer
 from tests.multiprocess import cluster as cluster_lib
 from tests.multiprocess.cluster import Cluster, gone, seconds_until_gone, unsealed
 
@@ -287,18 +281,7 @@ def test_thirty_faults(tmp_path, proxy, bucket):
 
 
 def parameters(workdir):
-    """The parameters that a run ended with, by name."""
-    config = cluster_lib.get_config()
-    model = models.build(config, seq_len=config.data.seq_len, num_classes=10)
-    mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
-    abstract = abstract_state(model, make_optimizer(config), mesh, config.data.seq_len)
-    with Checkpointer(str(workdir / "checkpoints"), keep_latest=1, keep_best=0) as checkpointer:
-        state = checkpointer.restore(abstract)
-    assert int(state.step) == STEPS
-    return {
-        jax.tree_util.keystr(path): np.asarray(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(state.params)
-    }
+    return tiny_run.parameters(workdir, cluster_lib.get_config(), STEPS)
 
 
 def tell(report):

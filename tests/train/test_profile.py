@@ -89,8 +89,10 @@ def test_each_request_is_taken_once(run, tmp_path):
 
 
 def test_other_processes_leave_the_request(tmp_path, monkeypatch):
-    looks, modified = [], profile._modified
-    monkeypatch.setattr(profile, "_modified", lambda file: looks.append(file) or modified(file))
+    looks, modified = [], profile.storage.modified
+    monkeypatch.setattr(
+        profile.storage, "modified", lambda file: looks.append(file) or modified(file)
+    )
     (tmp_path / "PROFILE").touch()
     profiler = profile.Profiler(str(tmp_path), (), 1)
     until(lambda: len(looks) > 3)
