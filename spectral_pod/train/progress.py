@@ -189,6 +189,7 @@ class Progress:
         """Each host's own seconds a step, median and 99th percentile; of the others as told last.
 
         A collective makes all hosts equally slow; who is to blame shows in the time before it.
+        Nothing is said before all have told: the slowest host is the last to do so.
         """
         if not self._host_seconds:
             return {}
@@ -200,6 +201,8 @@ class Progress:
         if not runtime.is_leader():
             return {}
         hosts = {i: json.loads(told) for i, told in runtime.shared("host_seconds").items()}
+        if len(hosts) < runtime.num_processes():
+            return {}
         slowest = max(hosts, key=lambda i: hosts[i][0])
         values = {"host/slowest": float(slowest), "host/slowest_seconds": hosts[slowest][0]}
         for i in hosts if len(hosts) <= _HOSTS else (slowest,):

@@ -1,6 +1,7 @@
 """A pod on this machine: supervised trainer processes that meet over loopback, and harm to them.
 
-This file is also the config of those runs: `tests/trainer.py`, with data that come late at times.
+This file is also the config of those runs: `tests/trainer.py`, with data that come late at times
+or a host that takes its time. A configuration is code.
 """
 
 import contextlib
@@ -22,9 +23,11 @@ CONFIG = "tests/multiprocess/cluster.py"
 
 
 def get_config() -> ConfigDict:
-    if late := os.environ.get("LATE_DATA"):  # "EVERY:SECONDS": a configuration is code
+    if late := os.environ.get("LATE_DATA"):  # "EVERY:SECONDS"
         every, seconds = late.split(":")
         _delay_batches(int(every), float(seconds))
+    if seconds := os.environ.get("SLOW_HOST"):  # for itself, before every step
+        _pause_before_steps(float(seconds))
     c = trainer.get_config()
     c.data.options.validation = 64
     c.data.threads, c.data.prefetch = 1, 1  # so that late data are waited for
@@ -47,6 +50,19 @@ def _delay_batches(every: int, seconds: float) -> None:
         return rows(self, step, which)
 
     pipeline.Batches.rows = late_rows
+
+
+def _pause_before_steps(seconds: float) -> None:
+    from spectral_pod.data import pipeline
+
+    load = pipeline.load
+
+    def slow_load(*args, **options):  # late rows may be read ahead, while the others are slow
+        for batch in load(*args, **options):
+            time.sleep(seconds)
+            yield batch
+
+    pipeline.load = slow_load
 
 
 class Cluster:
