@@ -71,7 +71,7 @@ def write(arguments: argparse.Namespace) -> None:
 def describe(arguments: argparse.Namespace) -> None:
     store = byte_store.ByteStore(_path(arguments.store))
     manifest = store.manifest
-    print(f"{store.path}  sha256 of the manifest {store.digest}")
+    print(f"{store.path}  sha256 of its contents {store.digest}")
     print(f"{len(store.classes)} classes, {manifest['documents']} document(s) a record")
     header = f"{'split':<12}{'records':>12}{'bytes':>16}{'longest':>12}{'parts':>8}  of each class"
     print(header)

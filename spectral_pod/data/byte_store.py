@@ -173,7 +173,12 @@ class Split:
 
 
 class ByteStore:
-    """A finished store, opened for reading."""
+    """A finished store, opened for reading.
+
+    Attributes:
+      manifest: counts, classes, the sha256 of every array, and where the records are from.
+      digest: sha256 over all of it but the last: stores of the same records have the same.
+    """
 
     def __init__(self, path: str, cache_bytes: int = 1 << 28, copies: LocalCopies | None = None):
         """Reads the manifest of the store at `path`, a folder or a gs:// URL.
@@ -191,10 +196,11 @@ class ByteStore:
         raw = open_kvstore(path).read("manifest.json").result()
         if raw.state != "value":
             raise DataError(f"{path} holds no finished byte store (no manifest.json)")
-        self.digest = hashlib.sha256(raw.value).hexdigest()
         self.manifest: dict[str, Any] = json.loads(raw.value)
         if self.manifest.get("format") != FORMAT:
             raise DataError(f"{path} has format {self.manifest.get('format')!r}, not {FORMAT!r}")
+        data = {name: facts for name, facts in self.manifest.items() if name != "provenance"}
+        self.digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
         self.context = ts.Context(storage.context(cache_bytes=cache_bytes))
 
     @property

@@ -36,7 +36,7 @@ def write(store: ByteStore, *, name: str, data_dir: str, version: str = "1.0.0")
             split: _examples(store.split(split), names) for split in store.manifest["splits"]
         },
         data_dir=data_dir,
-        description=f"Byte store with manifest sha256 {store.digest}.",
+        description=f"Byte store, sha256 of its contents {store.digest}.",
         file_format="array_record",
         disable_shuffling=True,
     )

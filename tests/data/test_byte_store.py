@@ -44,6 +44,19 @@ def test_manifest_counts_and_verifies(store, records):
     byte_store.verify(store)
 
 
+def test_the_digest_is_of_the_records_and_not_of_where_they_are_from(tmp_path, records):
+    def digest(records, **others):
+        options = {"classes": ["a", "b", "c"], "provenance": {}} | others
+        byte_store.write(str(tmp_path / "s"), {"train": records}, **options)
+        return ByteStore(str(tmp_path / "s")).digest
+
+    known = digest(records)
+    assert digest(records, provenance={"files": 3}) == known
+    assert digest(records, classes=["a", "b", "d"]) != known
+    assert digest(records[::-1]) != known
+    assert digest([*records[:-1], records[-1]._replace(label=(records[-1].label + 1) % 3)]) != known
+
+
 def test_unfinished_write_is_no_store_and_is_replaced(store, records, tmp_path):
     (tmp_path / "store" / "manifest.json").unlink()
     assert not byte_store.exists(store)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from spectral_pod.data import origin
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import records
 from spectral_pod.errors import ConfigError, DataError
@@ -369,7 +370,7 @@ def change(file):
 @pytest.mark.parametrize("which", ["train", "test"])
 def test_a_store_is_stale_once_its_source_has_changed(build, tmp_path, monkeypatch, hashed, which):
     if not hashed:
-        monkeypatch.setattr(records, "_HASHED_BYTES", 0)
+        monkeypatch.setattr(origin, "_HASHED_BYTES", 0)
     (tmp_path / "train").mkdir()
     files = {
         "train": write_lines(tmp_path / "train/b.jsonl", numbered(50)),

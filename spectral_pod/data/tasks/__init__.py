@@ -1,6 +1,7 @@
 """Tasks by name. A task is a module with
 
-    VERSION                     raised when the same options come to mean other examples
+    VERSION                     raised when the same options come to mean other examples, or when
+                                `check` needs to know more of what they are from
     OBJECTIVE                   "class": one label a record
                                 "next": the byte that follows, everywhere in a stream of documents
                                 "positions": labels at some positions of an example

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spectral_pod import shapes
-from spectral_pod.data import byte_store, formats
+from spectral_pod.data import byte_store, formats, origin
 from spectral_pod.data.progress import Progress
 from spectral_pod.errors import ConfigError, DataError
 
-VERSION = 1
+VERSION = 2
 OBJECTIVE = "class"
 CLASSES = ("shuffled", "real")
 SPLITS = ("train", "validation", "test")
@@ -97,7 +97,7 @@ def build(
             "task": "dna",
             "seed": seed,
             "source": source,
-            "sha256": formats.sha256(source),
+            "file": origin.describe(formats.files(source)),
             "window": window,
             "k": k,
             "sequences": len(sequences),
@@ -110,22 +110,14 @@ def build(
 
 
 def check(store: byte_store.ByteStore, *, source: str = "", **options: Any) -> None:
-    """Compares the file with what the store was written from, reading it once.
-
-    A file that is not on this host any more is not compared: the store does not need it.
+    """Compares the file with what the store was written from, where it is still on this host.
 
     Raises:
       DataError: it has changed since.
     """
-    try:
-        digest = formats.sha256(source)
-    except DataError:
-        return
-    if digest != store.manifest["provenance"]["sha256"]:
-        raise DataError(
-            f"config.data.options.source = {source!r} has changed since {store.path} was written "
-            "from it; delete that store to train on the new contents, or restore the old ones"
-        )
+    described = store.manifest["provenance"]["file"]
+    option = f"config.data.options.source = {source!r}"
+    origin.check(origin.on_this_host(source), described, option, store.path)
 
 
 def read_genome(source: str) -> list[bytes]:

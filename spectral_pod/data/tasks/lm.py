@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from spectral_pod import shapes
-from spectral_pod.data import byte_store, windows
+from spectral_pod.data import byte_store, origin, windows
 from spectral_pod.errors import DataError
 
-VERSION = 1
+VERSION = 2
 OBJECTIVE = "next"
 SPLITS = ("train", "validation", "test")
 _NAMED = {
@@ -35,7 +35,6 @@ _NAMED = {
     "test": "test",
 }  # fmt: skip
 _LIBRARY_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_BLOCK_BYTES = 1 << 20
 
 
 def num_classes(**options: Any) -> int:
@@ -96,27 +95,24 @@ def build(path: str, *, seed: int = 0, source: str = "") -> None:
             "python": platform.python_version(),
             "seed": seed,
             "source": source,
-            "sha256": _fingerprint(documents),
+            "files": origin.describe([document.path for document in documents]),
         },
     )
 
 
 def check(store: byte_store.ByteStore, *, seed: int = 0, source: str = "") -> None:
-    """Compares `source` with what the store was written from, reading it once.
+    """Compares `source` with what the store was written from, where it is still on this host.
 
-    A source that is not on this host any more, and the interpreter's library, which another Python
-    brings in another version, are not compared: the store does not need them.
+    The interpreter's library, which another Python brings in another version, is not compared.
 
     Raises:
       DataError: the files have changed since.
     """
     if not source or not os.path.exists(os.path.expanduser(source)):
         return
-    if _fingerprint(_documents(source)) != store.manifest["provenance"]["sha256"]:
-        raise DataError(
-            f"config.data.options.source = {source!r} has changed since {store.path} was written "
-            "from it; delete that store to train on the new contents, or restore the old ones"
-        )
+    files = [document.path for document in _documents(source)]
+    described = store.manifest["provenance"]["files"]
+    origin.check(files, described, f"config.data.options.source = {source!r}", store.path)
 
 
 def _documents(source: str) -> list[Document]:
@@ -204,14 +200,3 @@ def _by_hash(documents: list[Document], seed: int, source: str) -> Splits:
         for i, unit in enumerate(units)
     }
     return {split: [d for d in documents if split_of[unit(d)] == split] for split in SPLITS}
-
-
-def _fingerprint(documents: list[Document]) -> str:
-    """sha256 of the names, sizes and contents of whole files."""
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(os.fsencode(f"{document.name}\0{document.stop}\0"))
-        with open(document.path, "rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()

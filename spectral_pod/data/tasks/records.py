@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spectral_pod import shapes
-from spectral_pod.data import byte_store, formats, parallel_write, tfds_source
+from spectral_pod.data import byte_store, formats, origin, parallel_write, tfds_source
 from spectral_pod.data.byte_store import Record
 from spectral_pod.data.formats import Fault, Row
 from spectral_pod.data.progress import Progress
@@ -33,7 +32,6 @@ SPLITS = ("train", "validation", "test")
 MAX_CLASSES = 65_536
 _ITEM_BYTES = 64_000_000
 _ROW_BYTES = 1_000  # of memory, that a row takes beside the bytes in it
-_HASHED_BYTES = 1_000_000_000  # larger sources are recognised by the sizes and times of their files
 _PLACES = 5  # named for each reason why records were skipped
 
 
@@ -338,19 +336,9 @@ def check(
     for split, source in {"train": train, "validation": validation, "test": test}.items():
         if not source or source.startswith(tfds_source.PREFIX):
             continue
-        try:
-            paths = formats.files(source)
-        except DataError:
-            continue
-        known = store.manifest["provenance"]["sources"][split]
-        if _times(paths) == known["times"]:
-            continue
-        if not known["sha256"] or _contents(paths) != known["sha256"]:
-            raise DataError(
-                f"config.data.options.{split} = {source!r} has changed since {store.path} was "
-                "written from it; delete that store to train on the new contents, or restore the "
-                "old ones"
-            )
+        described = store.manifest["provenance"]["sources"][split]
+        option = f"config.data.options.{split} = {source!r}"
+        origin.check(origin.on_this_host(source), described, option, store.path)
 
 
 # ---- sources
@@ -377,38 +365,10 @@ def _rows(
 
 
 def _describe(source: str) -> dict[str, Any]:
-    """What a source is, for the manifest; `check` recognises it by this."""
+    """What a source is, for the manifest."""
     if source.startswith(tfds_source.PREFIX):
         return tfds_source.describe(source)
-    paths = formats.files(source)
-    size = sum(formats.size_and_time(path)[0] for path in paths)
-    return {
-        "source": source,
-        "files": len(paths),
-        "bytes": size,
-        "times": _times(paths),
-        "sha256": _contents(paths) if size <= _HASHED_BYTES else None,
-    }
-
-
-def _times(paths: Sequence[str]) -> str:
-    """sha256 of the names, sizes and times of files."""
-    known = [(name, *formats.size_and_time(path)) for path, name in _named(paths)]
-    return hashlib.sha256(repr(known).encode()).hexdigest()
-
-
-def _contents(paths: Sequence[str]) -> str:
-    """sha256 of what `sha256sum` prints about files, in the folder that holds them all."""
-    listing = hashlib.sha256()
-    for path, name in _named(paths):
-        listing.update(os.fsencode(f"{formats.sha256(path)}  {name}\n"))
-    return listing.hexdigest()
-
-
-def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Each path with what of it stays when all files are moved."""
-    folder = posixpath.commonpath([posixpath.dirname(path) for path in paths])
-    return [(path, posixpath.relpath(path, folder)) for path in paths]
+    return {"source": source} | origin.describe(formats.files(source))
 
 
 # ---- rows

@@ -43,11 +43,11 @@ import numpy as np
 from absl import logging
 
 from spectral_pod import shapes
-from spectral_pod.data import byte_store, formats
+from spectral_pod.data import byte_store, formats, origin
 from spectral_pod.data.progress import Progress
 from spectral_pod.errors import ConfigError, DataError
 
-VERSION = 1
+VERSION = 2
 OBJECTIVE = "class"
 CLASSES = ("unlinked", "linked")
 FILES = {
@@ -118,28 +118,16 @@ def build(
 
 
 def check(store: byte_store.ByteStore, *, source: str = "", **options: Any) -> None:
-    """Compares the published files with those that the store was written from.
-
-    Files that are not on this host any more, and those of the stand-in, are not compared: the
-    store does not need them.
+    """Compares the published files with those that the store was written from, where they are
+    still on this host; those of the stand-in are not compared.
 
     Raises:
       DataError: one has changed since.
     """
     for split, name in FILES.items() if source else ():
         file = _join(source, name)
-        try:
-            formats.files(file)
-        except DataError:
-            continue
-        known = store.manifest["provenance"]["files"][split]
-        if list(formats.size_and_time(file)) != known["size_and_time"] and (
-            formats.sha256(file) != known["sha256"]
-        ):
-            raise DataError(
-                f"{file} has changed since {store.path} was written from it; delete that store to "
-                "train on the new contents, or restore the old ones"
-            )
+        described = store.manifest["provenance"]["files"][split]
+        origin.check(origin.on_this_host(file), described, file, store.path)
 
 
 # ---- the published files
@@ -160,13 +148,7 @@ def _write_published(path: str, source: str, literals: str) -> None:
             "documents": "AAN, as published with the Long Range Arena",
             "source": source,
             "literals": literals,
-            "files": {
-                split: {
-                    "size_and_time": list(formats.size_and_time(file)),
-                    "sha256": formats.sha256(file),
-                }
-                for split, file in files.items()
-            },
+            "files": {split: origin.describe([file]) for split, file in files.items()},
         },
     )
 
