@@ -24,7 +24,6 @@ parquet files a part of a row group, of npz files everything. Nothing is left ou
 line holds no record of jsonl, csv, tsv, fasta or fastq, and is an empty one of text.
 """
 
-import bz2
 import codecs
 import collections
 import csv
@@ -33,12 +32,10 @@ import hashlib
 import io
 import itertools
 import json
-import lzma
 import os
 import posixpath
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -46,15 +43,14 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import zstandard
 
 from spectral_pod import storage
+from spectral_pod.data import compression
 from spectral_pod.errors import DataError
 
 MAX_BYTES = 256_000_000  # of a line, a sequence or a whole file; more is a fault
 _PARQUET_ROWS = 256
 _BLOCK_BYTES = 1 << 20
-_PIECE_BYTES = 1 << 13  # of compressed data at once: they may stand for a thousand times as many
 _ESCAPING = "utf-8", "surrogateescape"
 
 
@@ -150,18 +146,18 @@ def rows(
       DataError: the suffix is unknown, the file is damaged or cut short (names the last good
         record), or its fields cannot be told apart.
     """
-    compression, suffix = _suffixes(file)
+    compressed, suffix = _suffixes(file)
     if format == "auto":
         if suffix not in _SUFFIXES:
             raise DataError(
                 f"{file}: the suffix {suffix!r} says no format; known are {' '.join(_SUFFIXES)}, "
-                f"each also compressed ({' '.join(_DECOMPRESSORS)}); or name the format: "
+                f"each also compressed ({' '.join(compression.SUFFIXES)}); or name the format: "
                 f"{', '.join(_READERS)}"
             )
         format = _SUFFIXES[suffix]
     if format not in _READERS:
         raise DataError(f"format {format!r} is unknown; there are auto, {', '.join(_READERS)}")
-    if compression and format in _SEEKING:
+    if compressed and format in _SEEKING:
         raise DataError(f"{file}: {format} has compression of its own; decompress the file first")
     if columns and format not in _TABLES:
         raise DataError(f"{file}: columns are named for {' and '.join(_TABLES)}, not for {format}")
@@ -169,10 +165,8 @@ def rows(
     last = "its start"
     try:
         with open_file(file) as raw:
-            stream = raw
-            if compression and format != "whole":
-                chunks = _decompress(raw, _DECOMPRESSORS[compression])
-                stream = io.BufferedReader(_Chunks(chunks), _BLOCK_BYTES)
+            decompress = compressed and format != "whole"
+            stream = compression.decompressed(raw, compressed) if decompress else raw
             for row in read(file, stream, columns) if columns else read(file, stream):
                 yield row
                 on_position(raw.tell())
@@ -415,17 +409,7 @@ _SUFFIXES = {
     ".npz": "npz", ".fasta": "fasta", ".fa": "fasta", ".fna": "fasta", ".ffn": "fasta",
     ".faa": "fasta", ".fastq": "fastq", ".fq": "fastq", ".txt": "text",
 }  # fmt: skip
-_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
-    ".gz": functools.partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),
-    ".bz2": bz2.BZ2Decompressor,
-    ".xz": lzma.LZMADecompressor,
-    # The largest window there is: `zstd --long=31` is common for large text.
-    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
-}
-_DAMAGES = (
-    EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, zipfile.BadZipFile,
-    pa.ArrowException,
-)  # fmt: skip
+_DAMAGES = (*compression.DAMAGES, OSError, zipfile.BadZipFile, pa.ArrowException)
 
 
 # ---- what they share
@@ -459,8 +443,8 @@ def _check_distinct(place: str, columns: Sequence[str]) -> None:
 
 def _names(file: str) -> dict[str, bytes]:
     folder, name = posixpath.split(file)
-    compression, suffix = _suffixes(name)
-    stem = name[: len(name) - len(compression)]
+    compressed, suffix = _suffixes(name)
+    stem = name[: len(name) - len(compressed)]
     stem = stem[: len(stem) - len(suffix)] if suffix in _SUFFIXES else stem
     return {"folder": os.fsencode(posixpath.basename(folder)), "name": os.fsencode(stem)}
 
@@ -468,7 +452,7 @@ def _names(file: str) -> dict[str, bytes]:
 def _suffixes(file: str) -> tuple[str, str]:
     """The suffix of a compression, or '', and that before it, in lower case."""
     rest, suffix = posixpath.splitext(file.lower())
-    return (suffix, posixpath.splitext(rest)[1]) if suffix in _DECOMPRESSORS else ("", suffix)
+    return (suffix, posixpath.splitext(rest)[1]) if suffix in compression.SUFFIXES else ("", suffix)
 
 
 def _file_system(path: str) -> tuple[Any, str]:
@@ -479,43 +463,3 @@ def _file_system(path: str) -> tuple[Any, str]:
 
 def _is_hidden(relative: str) -> bool:
     return any(part.startswith(".") for part in relative.split("/"))
-
-
-def _decompress(stream: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of compressed files, one after the other in a stream, in pieces.
-
-    The standard library's files ignore what cannot be read after the first, and zstandard's do not
-    notice a missing end.
-    """
-    data = stream.read(_PIECE_BYTES)
-    while True:
-        decompressor = new()
-        while not decompressor.eof:
-            if not data:
-                raise EOFError("the compressed data end before their mark of the end")
-            yield decompressor.decompress(data)
-            data = decompressor.unused_data if decompressor.eof else stream.read(_PIECE_BYTES)
-        while not (data := data.lstrip(b"\0")):  # zeros may pad a file
-            if not (data := stream.read(_PIECE_BYTES)):
-                return
-
-
-class _Chunks(io.RawIOBase):
-    """A stream of the bytes of an iterator."""
-
-    def __init__(self, chunks: Iterator[bytes]):
-        self._chunks, self._chunk = chunks, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._chunk:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._chunk = memoryview(chunk)
-        count = min(len(buffer), len(self._chunk))
-        buffer[:count] = self._chunk[:count]
-        self._chunk = self._chunk[count:]
-        return count
