@@ -62,18 +62,20 @@ def command(workdir, *overrides, config="tests/trainer.py"):
     ]  # fmt: skip
 
 
-def environment():
+def environment(tensorflow=False):
+    """Of the processes that tests start; without TensorFlow, which takes seconds to import."""
     inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    path = [ROOT] if tensorflow else [ROOT / "tests/without_tensorflow", ROOT]
     return inherited | {
-        "PYTHONPATH": str(ROOT), "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS,
+        "PYTHONPATH": os.pathsep.join(map(str, path)), "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": FLAGS,
     }  # fmt: skip
 
 
-def run(arguments, code=0):
+def run(arguments, code=0, tensorflow=False):
     """Runs a command to its end, which must be `code`; returns what it printed."""
-    done = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    env = environment(tensorflow)
+    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

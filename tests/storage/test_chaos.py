@@ -31,6 +31,7 @@ OPTIONS = (
     "train.eval_batch_size=48",
 )  # fmt: skip
 LATE = {"LATE_DATA": f"{LATE_EVERY}:1.5"}
+AS_USERS_HAVE_IT = {"PYTHONPATH": str(trainer.ROOT)}  # with TensorFlow
 NUM_FAULTS = int(os.environ.get("CHAOS_FAULTS", "30"))
 SURVIVES, BUDGET = 15.0, 30.0  # seconds: after the death of a peer, after SIGTERM
 RESTART = {75, 76, 77, 128 + signal.SIGABRT, 128 + signal.SIGKILL, 128 + signal.SIGTERM}
@@ -261,7 +262,7 @@ def test_thirty_faults(tmp_path, proxy, bucket):
         assert still.wait(300) == [0, 0], "\n\n".join(still.tails())
     kinds = drawn(rng, ON_DISK, NUM_FAULTS - num_on_storage)
     folder = tmp_path / "disk"
-    with Cluster(folder, folder / "run", *options, num_devices=2, env=LATE) as c:
+    with Cluster(folder, folder / "run", *options, num_devices=2, env=AS_USERS_HAVE_IT | LATE) as c:
         report += harm(c, rng, kinds)
     trainer.assert_same_run(folder / "run", tmp_path / "still/run")
 
@@ -270,7 +271,9 @@ def test_thirty_faults(tmp_path, proxy, bucket):
     proxy.set(preconditions=True)
     variables = dict(v.split("=", 1) for v in proxy.used_by([])[1:])
     options = (*OPTIONS, "checkpoint.every_steps=30")  # a save there takes seconds
-    with Cluster(tmp_path / "storage", f"{bucket.url}/run", *options, env=variables) as c:
+    with Cluster(
+        tmp_path / "storage", f"{bucket.url}/run", *options, env=AS_USERS_HAVE_IT | variables
+    ) as c:
         report += harm(c, rng, kinds, proxy)
     reference = parameters(tmp_path / "still/run")
     for name, value in parameters(bucket.download("run", tmp_path / "downloaded")).items():

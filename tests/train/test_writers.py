@@ -2,6 +2,7 @@
 Weights & Biases."""
 
 import contextlib
+import functools
 import importlib
 import json
 import re
@@ -262,8 +263,7 @@ def test_weights_and_biases_is_asked_for(tmp_path, monkeypatch):
         write(tmp_path, 0, [1], wandb_project="p")
 
 
-# `python -m spectral_pod.main`, told of every import of TensorFlow; "hide" as its first argument
-# makes them fail.
+# `python -m spectral_pod.main`, told of every import of TensorFlow.
 WATCH = """
 import sys, threading, traceback
 
@@ -273,25 +273,27 @@ class Watch:
             frames = [frame.filename for frame in traceback.extract_stack()]
             thread, by_clu = threading.current_thread(), any("clu/metric_" in f for f in frames)
             print(f"IMPORT main={thread is threading.main_thread()} clu={by_clu}", flush=True)
-        if hidden and name.partition(".")[0] == "tensorflow":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-hidden = sys.argv.pop(1) == "hide"
 sys.meta_path.insert(0, Watch())
 from spectral_pod import main
 main.run()
 """
 
 
-def watched(mode, command):
-    """The command of a run, less the interpreter and module, under `WATCH`."""
-    assert command[1:3] == ["-m", "spectral_pod.main"]
-    return [command[0], "-c", WATCH, mode, *command[3:]]
+@functools.cache
+def by_clu():
+    """The workdir of a run with TensorFlow, and what it printed of importing that."""
+    workdir = trainer.with_compiled(trainer.home() / "by-clu")
+    python, *module, rest = *trainer.command(workdir)[:3], trainer.command(workdir)[3:]
+    assert module == ["-m", "spectral_pod.main"]
+    done = trainer.run([python, "-c", WATCH, *rest], tensorflow=True)
+    return workdir, [line for line in done.stdout.splitlines() if line.startswith("IMPORT")]
 
 
 def test_event_files_by_clu_hold_the_same_points():
-    found, expected = trainer.event_points(trainer.uninterrupted()), {}
-    for line in map(json.loads, lines(trainer.uninterrupted())):
+    workdir, _ = by_clu()
+    found, expected = trainer.event_points(workdir), {}
+    for line in map(json.loads, lines(workdir)):
         step, _ = line.pop("step"), line.pop("wall_time")
         for tag, value in line.items():
             expected.setdefault(tag, {})[step] = pytest.approx(value, rel=1e-6)
@@ -303,19 +305,9 @@ def test_event_files_by_clu_hold_the_same_points():
     assert found == expected
 
 
-def test_a_run_without_tensorflow(tmp_path):
-    workdir = trainer.with_compiled(tmp_path / "run")
-    done = trainer.run(watched("hide", trainer.command(workdir)))
-    assert "IMPORT" in done.stdout
-    trainer.assert_same_run(workdir, trainer.uninterrupted())
+def test_a_run_without_tensorflow():
+    trainer.assert_same_run(trainer.uninterrupted(), by_clu()[0])
 
 
-def test_only_clu_imports_tensorflow_and_on_a_thread_of_its_own(tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(trainer.uninterrupted(), workdir)
-    shutil.rmtree(workdir / "checkpoints" / "40")  # to have the last steps taken again
-    (workdir / "seals" / "40.json").unlink()
-    done = trainer.run(watched("see", trainer.command(workdir)))
-    imports = [line for line in done.stdout.splitlines() if line.startswith("IMPORT")]
-    assert imports == ["IMPORT main=False clu=True"]
-    trainer.assert_same_run(workdir, trainer.uninterrupted())
+def test_only_clu_imports_tensorflow_and_on_a_thread_of_its_own():
+    assert by_clu()[1] == ["IMPORT main=False clu=True"]
