@@ -4,7 +4,7 @@
     origin.check(files, facts, "config.data.options.source = 'reviews'", store.path)
 
 Sizes and times tell at once that nothing has changed. Where they differ the contents decide, up to
-a gigabyte of them: files may be copied, moved together, or written again.
+ten gigabytes of them: files may be copied, moved together, or written again.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 from spectral_pod.data import formats
 from spectral_pod.errors import DataError
 
-_HASHED_BYTES = 1_000_000_000  # larger sources are known by the sizes and times of their files
+_HASHED_BYTES = 10_000_000_000  # larger sources are known by the sizes and times of their files
 
 
 def describe(files: Sequence[str]) -> dict[str, Any]:

@@ -284,9 +284,9 @@ main.run()
 def by_clu():
     """The workdir of a run with TensorFlow, and what it printed of importing that."""
     workdir = trainer.with_compiled(trainer.home() / "by-clu")
-    python, *module, rest = *trainer.command(workdir)[:3], trainer.command(workdir)[3:]
-    assert module == ["-m", "spectral_pod.main"]
-    done = trainer.run([python, "-c", WATCH, *rest], tensorflow=True)
+    python, _, module, *flags = trainer.command(workdir)
+    assert module == "spectral_pod.main"
+    done = trainer.run([python, "-c", WATCH, *flags], tensorflow=True)
     return workdir, [line for line in done.stdout.splitlines() if line.startswith("IMPORT")]
 
 
@@ -306,7 +306,10 @@ def test_event_files_by_clu_hold_the_same_points():
 
 
 def test_a_run_without_tensorflow():
-    trainer.assert_same_run(trainer.uninterrupted(), by_clu()[0])
+    without, by_tensorflow = trainer.uninterrupted(), by_clu()[0]
+    names = [[file.suffix for file in run.glob("events.*")] for run in (without, by_tensorflow)]
+    assert names == [[".0"], [".v2"]]
+    trainer.assert_same_run(without, by_tensorflow)
 
 
 def test_only_clu_imports_tensorflow_and_on_a_thread_of_its_own():
