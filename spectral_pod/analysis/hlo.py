@@ -428,8 +428,12 @@ def grown(
     is), or else of any kind. Returns the collectives of which some array is left, each with what
     the same operation did on the smaller mesh, if anything. A scalar cannot grow, and the compiler
     may sum one once or twice.
+
+    A reduction over slices has a stage within them and one between them, and the compiler chooses
+    how much of it each chip carries from slice to slice. A stage between slices that is left is no
+    growth where it moves no more than the stage within them, which is compared itself.
     """
-    small = sorted(small, key=lambda c: c.bytes)
+    small, large = sorted(small, key=lambda c: c.bytes), list(large)
     same_operation = {c.source: c for c in small}
     supply: dict[str, Counter[int]] = {}
     for one in small:
@@ -447,7 +451,19 @@ def grown(
             missing = _take(others, size, missing)
         if missing and one not in found:
             found.append(one)
+    found = [one for one in found if not _is_second_stage(one, large)]
     return [(one, same_operation.get(one.source)) for one in found]
+
+
+def _is_second_stage(one: Collective, found: Iterable[Collective]) -> bool:
+    """Whether it continues, between slices, a reduction of at least its bytes within them."""
+
+    def reduces(collective: Collective, link: str) -> bool:
+        return collective.link == link and _nature(collective.kind) == "reduction"
+
+    firsts = [first for first in found if first.source == one.source and reduces(first, "ICI")]
+    enough = any(first.bytes >= one.bytes and first.count >= one.count for first in firsts)
+    return bool(one.source) and reduces(one, "DCN") and enough
 
 
 def _nature(kind: str) -> str:

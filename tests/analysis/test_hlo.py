@@ -218,9 +218,9 @@ def test_an_unnamed_collective_has_the_name_of_what_it_uses():
 # ---- growth
 
 
-def moved(kind, *sizes, count=1, source=""):
+def moved(kind, *sizes, count=1, source="", link="ICI"):
     arrays = tuple(Array("f32", (size,), True) for size in sizes)
-    return Collective(kind, sum(a.bytes for a in arrays), arrays, source, count)
+    return Collective(kind, sum(a.bytes for a in arrays), arrays, source, count, link=link)
 
 
 def test_growth_is_what_the_smaller_mesh_does_not_account_for():
@@ -239,6 +239,21 @@ def test_merging_and_splitting_is_no_growth():
     assert hlo.grown(apart, together) == []
     assert hlo.grown(together, apart) == []
     assert hlo.grown(apart, [moved("all-reduce", 10, 10, 10, 10, 20)]) != []
+
+
+def test_the_stage_between_slices_is_no_growth_where_that_within_them_is_none():
+    """libtpu on two slices of 32 and of 64 chips: a chip of the larger carries half a gradient."""
+    small = [moved("all-reduce", 1600, source="a"), moved("all-gather", 800)]
+    within = [moved("all-reduce", 1600, source="a"), moved("all-reduce", 800)]
+
+    def between(size, **options):
+        return moved("all-reduce", size, **{"source": "a", "link": "DCN"} | options)
+
+    assert hlo.grown(small, [*within, between(812)]) == []
+    assert hlo.grown(small, [*within, between(1601)]) != []
+    assert hlo.grown(small, [*within, between(812, source="b")]) != []
+    assert hlo.grown(small, [*within, between(812, link="ICI")]) != []
+    assert hlo.grown(small, [moved("all-reduce", 3200, source="a"), between(1600)]) != []
 
 
 # ---- names
