@@ -1,7 +1,7 @@
 """The Dockerfile and launch/docker_gpu.sh, without an engine.
 
-The steps of the Dockerfile are replayed in a folder that stands for the image's root: most tests
-only copy the code; one runs everything, in an environment of its own.
+The steps of the Dockerfile are replayed in a folder that stands for the image's root: the quick
+tests only copy the code; the slow one runs everything, in an environment of its own.
 """
 
 import csv
@@ -200,6 +200,7 @@ def test_the_copied_code_starts(tmp_path):
     assert image.at("spectral_pod/launch/gke_jobset.yaml").exists()
 
 
+@pytest.mark.slow
 def test_the_image_trains(tmp_path):
     """Every step of the target `cpu`, then a short quickstart, with only what those installed."""
     image = Image(tmp_path / "image", "cpu", run=True)
