@@ -312,5 +312,14 @@ def test_a_run_without_tensorflow():
     trainer.assert_same_run(without, by_tensorflow)
 
 
+def test_clu_continues_its_own_files(tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(by_clu()[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "40")  # to have the last steps taken again
+    (workdir / "seals" / "40.json").unlink()
+    trainer.run(trainer.command(workdir), tensorflow=True)
+    trainer.assert_same_run(workdir, trainer.uninterrupted())
+
+
 def test_only_clu_imports_tensorflow_and_on_a_thread_of_its_own():
     assert by_clu()[1] == ["IMPORT main=False clu=True"]
