@@ -1,0 +1,140 @@
+"""Fields of configurations: stated once, in a dataclass, with what a value may be in the annotation.
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        encoding: Literal["symbol", "raw"] = "symbol"
+        train: Positive = 96_000
+
+The sections of `config.py`, mixers and models (`layers`, `models`) and tasks (`data/tasks`) state
+theirs so; `check` holds values to it, and `parse` reads them from a command line.
+"""
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+from spectral_pod.errors import ConfigError
+
+
+class Bound(NamedTuple):
+    """The numbers that a field may have: `least` <= number, and number < `below`."""
+
+    least: float
+    below: float
+    meaning: str
+
+
+Positive = Annotated[int, Bound(1, float("inf"), "at least 1")]
+NonNegative = Annotated[int, Bound(0, float("inf"), "0 or more")]
+NonNegativeFloat = Annotated[float, Bound(0, float("inf"), "0 or more")]
+Fraction = Annotated[float, Bound(0, 1, "in [0, 1)")]
+
+
+def types_of(fields: Any) -> dict[str, Any]:
+    """The annotation of every field of a dataclass that is an argument of its constructor."""
+    hints = typing.get_type_hints(fields, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(fields) if field.init}
+
+
+def check(annotations: Mapping[str, Any], values: Mapping[str, Any], section: str) -> None:
+    """Checks values by the annotations of their fields.
+
+    Args:
+      annotations: of the fields that there are, as `types_of` gives them.
+      section: before the names of the fields in a message, as "config.data.options".
+
+    Raises:
+      ConfigError: names the field, its value and what it may be.
+    """
+    for name in sorted(values.keys() - annotations.keys()):
+        raise ConfigError(
+            f"{section}.{name} is no field of the configuration{hint(name, annotations)}"
+        )
+    for name, value in values.items():
+        check_value(annotations[name], value, f"{section}.{name}")
+
+
+def check_value(annotation: Any, value: Any, field: str) -> None:
+    """As `check`, of one value; `field` is its whole name."""
+    if get_origin(annotation) is Literal:
+        one_of(field, value, get_args(annotation))
+        return
+    bounds: tuple[Any, ...] = ()
+    if get_origin(annotation) is Annotated:
+        annotation, *rest = get_args(annotation)
+        bounds = tuple(bound for bound in rest if isinstance(bound, Bound))
+    if not _is(value, annotation):
+        raise ConfigError(f"{field} is {value!r}; it must be {_named(annotation)}")
+    for bound in bounds:
+        if not bound.least <= value < bound.below:
+            raise ConfigError(f"{field} is {value}; it must be {bound.meaning}")
+
+
+def one_of(field: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises a ConfigError that names the choices, and the one that may have been meant."""
+    choices = list(choices)
+    if value not in choices:
+        near = hint(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{field} is {value!r}; known are {sorted(choices)}{near}")
+
+
+def hint(word: str, words: Iterable[str]) -> str:
+    """'; did you mean ...?' of the one of `words` that is near, or nothing."""
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def parse(annotation: Any, text: str, field: str) -> Any:
+    """The value that a text on the command line stands for.
+
+    Raises:
+      ConfigError: it stands for no value of this type, or for one that the field may not have.
+    """
+    if _is("", annotation if get_origin(annotation) is not Annotated else get_args(annotation)[0]):
+        value: Any = text
+    elif get_origin(annotation) is Literal and text in get_args(annotation):
+        value = text
+    else:
+        try:
+            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+        except (ValueError, SyntaxError):
+            value = text
+    if isinstance(value, list):
+        value = tuple(value)
+    check_value(annotation, value, field)
+    return value
+
+
+def _is(value: Any, annotation: Any) -> bool:
+    """Whether a value is of a type; an int is a float, a list or a config's tuple a tuple."""
+    if annotation is Any:
+        return True
+    if isinstance(annotation, types.UnionType):
+        return any(_is(value, one) for one in get_args(annotation))
+    if annotation in (None, type(None)):
+        return value is None
+    origin = get_origin(annotation) or annotation
+    if origin is Literal:
+        return value in get_args(annotation)
+    if origin is Annotated:
+        return _is(value, get_args(annotation)[0])
+    if isinstance(value, bool):
+        return origin is bool
+    if origin is float:
+        return isinstance(value, (int, float))
+    if origin is tuple:
+        return isinstance(value, (tuple, list))
+    return isinstance(value, origin)
+
+
+def _named(annotation: Any) -> str:
+    """A type in a message."""
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(_named(one) for one in get_args(annotation))
+    origin = get_origin(annotation) or annotation
+    name = {type(None): "None", None: "None", str: "text", int: "an int", float: "a number"}
+    return name.get(origin, {bool: "True or False", tuple: "a tuple"}.get(origin, str(origin)))
