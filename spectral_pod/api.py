@@ -21,20 +21,14 @@ from spectral_pod import models
 from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.generate import export
-from spectral_pod.generate.restore import (
-    Trained,
-    abstract_params,
-    check,
-    fitted,
-    init_params,
-    one_device,
-    restore_for_inference,
-)
+from spectral_pod.generate.restore import Trained, fitted, one_device, restore_for_inference
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations
 from spectral_pod.layers.block import unstack
-from spectral_pod.parallel.sharding import num_shards
+from spectral_pod.models.model import abstract_params, init_params
+from spectral_pod.parallel.sharding import num_shards, tree_shardings
 from spectral_pod.shapes import PAD
+from spectral_pod.validation import validate
 
 
 def Config(**fields: Any) -> ConfigDict:
@@ -96,10 +90,10 @@ class Model:
     default_task: str  # of a configuration that names none
 
     def __init__(self, config: ConfigDict, *, num_classes: int, mesh: Mesh | None = None):
-        config = config.copy_and_resolve_references()
+        config = config_lib.copy(config)
         config.model.name = self.name
         config.data.task = config.data.task or self.default_task
-        check(config)
+        validate(config)
         mesh = mesh or one_device()
         vocab_size = TASKS[config.data.task].vocab_size(**config.data.options.to_dict())
         build = functools.partial(
@@ -109,14 +103,14 @@ class Model:
             num_classes=num_classes,
             vocab_size=vocab_size,
         )
-        module, rows = build(decoding=True), mesh.shape["data"] * mesh.shape["fsdp"]
-        _, shardings = abstract_params(module, mesh)
+        module = build(decoding=True)
+        shardings = tree_shardings(abstract_params(module, mesh), mesh)
 
-        def init() -> Any:
-            return unstack(nn.unbox(init_params(build(), config.seed, rows)))
+        def init(key: jax.Array) -> Any:
+            return unstack(nn.unbox(init_params(build(), key, num_shards("batch"))))
 
         with jax.set_mesh(mesh):
-            params = jax.jit(init, out_shardings=shardings)()
+            params = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
         self._use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, "", []))
 
     def _use(self, trained: Trained) -> None:

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.analysis.hardware import CHIPS
-from spectral_pod.config import row_len
+from spectral_pod.config import Config, row_len
+from spectral_pod.layers.block import mixers_of
 from spectral_pod.shapes import VOCAB_SIZE
 
 # Peak dense bfloat16 FLOP/s of one JAX device, by `device_kind` (vendors' data sheets).
@@ -34,17 +36,18 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def train_flops(
-    config: ConfigDict, params: Any, num_classes: int, vocab_size: int = VOCAB_SIZE
+    config: Config, params: Any, num_classes: int, vocab_size: int = VOCAB_SIZE
 ) -> float:
     """Model FLOPs of one training step: the forward pass, and twice that for the backward.
 
-    Those of the formulas, with their FFTs, whatever method computes them. `params` may be
-    `jax.ShapeDtypeStruct`s.
+    Those of the definitions, with FFTs and recurrences, whatever methods compute them. `params` may
+    be `jax.ShapeDtypeStruct`s.
     """
-    plain = ConfigDict(config.to_dict())
-    plain.model.spectral.method = "plain"
+    defined = config_lib.copy(config)
+    for mixer in mixers_of(models.architecture(config)).values():
+        cast(ConfigDict, defined).update_from_flattened_dict(mixer.definition)
     model = models.build(
-        plain, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
+        defined, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
     )
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, row_len(config)), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
@@ -86,6 +89,8 @@ def _equation(equation: Any) -> float:
         return math.prod(whole.shape) * math.log2(max(length, 2)) * (2.5 if real else 5.0)
     if name == "scan":
         return params["length"] * _count(params["jaxpr"].jaxpr)
+    if name == "pallas_call":  # once for every cell of its grid
+        return math.prod(params["grid_mapping"].grid) * _count(params["jaxpr"])
     if name == "cond":
         return min(_count(branch.jaxpr) for branch in params["branches"])
     inner = [

@@ -1,16 +1,17 @@
 """Exact incremental decoding: prompts in one pass, then byte after byte.
 
 The same numbers as the model on the whole sequence, at a cost per byte that does not grow with the
-position, or, for long convolutions, as log^2 N (`ops/online_conv.py`). What a layer keeps of the
-past is in Flax's collection `cache`. The prompts' pass fills it; then two kinds of entries are made
-ready for steps:
+position, or, for long convolutions, as log^2 N (`ops/online_conv.py`). What layers keep of the past
+is their decode state (`layers/mixer.py`): `prefill` makes it from the prompts, `advance` takes and
+returns it. Between the two, states of three kinds are made ready for the positions to come:
 
-    taps, inputs             a long convolution: -> taps, block
-    product_q, product_k,
-    product_start            a convolution of two sequences: -> product_block
-    keys, values, valid      of attention: room for the positions to come
+    GrowingState     has room made for them
+    FilterInputs     of a long convolution, becomes a FilterCache
+    ProductInputs    of a product of two sequences, becomes a ProductBlock
 
-A program of `BLOCK` positions, compiled once and driven from the host, takes and returns the cache
+The last two have sums over all positions besides, which the decoder holds outside of the model.
+
+A program of `BLOCK` positions, compiled once and driven from the host, takes and returns the states
 in place; between two of them the tiles of the convolutions that end there are added, each size by a
 small program of its own. No Python runs per byte, and no program touches all of the past.
 
@@ -22,35 +23,50 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from spectral_pod.generate.sampling import Sampling, draw
+from spectral_pod.layers.long_convolution import FilterCache, FilterInputs
+from spectral_pod.layers.mixer import GrowingState
+from spectral_pod.layers.wavelet_attention import ProductInputs
+from spectral_pod.models.causal_model import CausalModel, DecodeState
 from spectral_pod.ops import online_conv
-from spectral_pod.ops.online_conv import BLOCK
+from spectral_pod.ops.online_conv import BLOCK, ProductBlock
 from spectral_pod.shapes import EOS, PAD
 
 PLAIN = Sampling()
 END_OF_DOCUMENT = 256  # the class that is not a byte
 
-_Path = tuple[str, ...]
-_Flat = dict[_Path, Any]
+_KINDS = (GrowingState, FilterInputs, ProductInputs, FilterCache, ProductBlock)
 
 
 class _Filters(NamedTuple):
-    """Long convolutions of equal width, decoded together."""
+    """Long convolutions of equal width, decoded together: where they are among the states."""
 
-    paths: tuple[_Path, ...]
+    places: tuple[int, ...]
     plan: online_conv.FilterPlan
-    state: online_conv.FilterState
+    sums: online_conv.FilterState
+
+    def advance(self, caches: list[FilterCache], position: int) -> tuple[Any, list[FilterCache]]:
+        """Ends the blocks of all these layers."""
+        block = _stack([cache.block for cache in caches])
+        sums, block = online_conv.filter_advance(self.plan, self.sums, block, position)
+        blocks = _unstack(block, len(caches))
+        caches = [FilterCache(cache.taps_TD, block) for cache, block in zip(caches, blocks)]
+        return self._replace(sums=sums), caches
 
 
 class _Products(NamedTuple):
-    paths: tuple[_Path, ...]
-    state: online_conv.ProductState
+    """Products of two sequences, likewise."""
+
+    places: tuple[int, ...]
+    sums: online_conv.ProductState
+
+    def advance(self, blocks: list[ProductBlock], position: int) -> tuple[Any, list[ProductBlock]]:
+        sums, block = online_conv.product_advance(self.sums, _stack(blocks), position)
+        return self._replace(sums=sums), _unstack(block, len(blocks))
 
 
 class Decoder:
@@ -61,7 +77,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalModel,
         params: Any,
         tokens_BP: jax.Array | np.ndarray,
         *,
@@ -72,17 +88,27 @@ class Decoder:
         Args:
           model: of `models.build(..., decoding=True)`.
           params: of `layers.block.unstack`.
-          tokens_BP: the prompts, PAD before them; P a multiple of `BLOCK`.
+          tokens_BP: the prompts, PAD before them; P a multiple of `BLOCK`. With P = 0 sequences
+            have no position yet, and `logits_BC` are None.
           num_positions: most positions to come.
         """
         tokens_BP = jnp.asarray(tokens_BP, jnp.int32)
-        self.position = tokens_BP.shape[1]
+        batch, self.position = tokens_BP.shape
         if self.position % BLOCK:
             raise ValueError(f"prompts of {self.position} positions, not a multiple of {BLOCK}")
         self._model, self._params = model, params
         self._capacity = self.position + max(1, -(-num_positions // BLOCK)) * BLOCK
-        self.logits_BC, cache = _prefill(model, params, tokens_BP)
-        self._filters, self._products, self._cache = _make_ready(cache, self._capacity)
+        self.logits_BC = None
+        if self.position:
+            self.logits_BC, state = _prefill(model, params, tokens_BP)
+        else:
+            state = _init_state(model, params, batch)
+        leaves, self._tree = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, _KINDS))
+        self._outside = [*_filters(leaves, self._capacity), *_products(leaves, self._capacity)]
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, GrowingState):
+                leaves[i] = leaf.extend(self._capacity)
+        self._state: DecodeState = jax.tree.unflatten(self._tree, leaves)
 
     def extend(
         self, tokens_B: jax.Array, keys_B: jax.Array, drawn: int, sampling: Sampling
@@ -92,22 +118,22 @@ class Decoder:
         Args:
           tokens_B: the token at the next position.
           keys_B: random keys of the sequences.
-          drawn: how many tokens were drawn before; the random draws are those of (key, number).
+          drawn: how many tokens were drawn before; token n of a sequence is drawn by (key, n).
 
         Returns:
           int32 [B, BLOCK]: the tokens drawn after each of the positions. The last one has not been
           read: it is the first of the next block.
         """
-        tokens_BT, self._cache = _draw_block(
-            self._model, self._params, self._cache, tokens_B, keys_B, drawn, self.position, sampling
+        tokens_BT, self._state = _draw_block(
+            self._model, self._params, self._state, tokens_B, keys_B, drawn, self.position, sampling
         )
         self._advance()
         return tokens_BT
 
     def force(self, tokens_BT: jax.Array) -> jax.Array:
         """Reads `BLOCK` given tokens; the logits [B, BLOCK, C] after each of them."""
-        logits_BTC, self._cache = _read_block(
-            self._model, self._params, self._cache, tokens_BT, self.position
+        logits_BTC, self._state = _read_block(
+            self._model, self._params, self._state, tokens_BT, self.position
         )
         self._advance()
         return logits_BTC
@@ -116,24 +142,17 @@ class Decoder:
         self.position += BLOCK
         if self.position == self._capacity:  # no later position needs this block
             return
-        for i, (paths, plan, state) in enumerate(self._filters):
-            block = _stack([self._cache[(*path, "block")] for path in paths])
-            state, block = online_conv.filter_advance(plan, state, block, self.position)
-            self._filters[i] = _Filters(paths, plan, state)
-            self._put(paths, "block", block)
-        for i, (paths, product) in enumerate(self._products):
-            block = _stack([self._cache[(*path, "product_block")] for path in paths])
-            product, block = online_conv.product_advance(product, block, self.position)
-            self._products[i] = _Products(paths, product)
-            self._put(paths, "product_block", block)
-
-    def _put(self, paths: Sequence[_Path], name: str, stacked: Any) -> None:
-        for path, block in zip(paths, _unstack(stacked, len(paths))):
-            self._cache[(*path, name)] = block
+        leaves = self._tree.flatten_up_to(self._state)
+        for i, group in enumerate(self._outside):
+            caches = [leaves[place] for place in group.places]
+            self._outside[i], caches = group.advance(caches, self.position)
+            for place, cache in zip(group.places, caches):
+                leaves[place] = cache
+        self._state = jax.tree.unflatten(self._tree, leaves)
 
 
 def generate(
-    model: nn.Module,
+    model: CausalModel,
     params: Any,
     prompts: Sequence[bytes],
     *,
@@ -188,7 +207,7 @@ def generate(
             drawn, left = drawn + count, left - count
 
 
-def context_of(model: nn.Module) -> int | None:
+def context_of(model: CausalModel) -> int | None:
     """Positions that a model was made for; without learned positions there is no limit."""
     return model.config.max_positions if model.config.positions == "learned" else None
 
@@ -228,11 +247,19 @@ def _as_input(token_B: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(model: nn.Module, params: Any, tokens_BP: jax.Array) -> tuple[jax.Array, _Flat]:
-    logits_BPC, variables = model.apply(
-        {"params": params}, tokens_BP, tokens_BP != PAD, mutable=["cache"]
+def _prefill(
+    model: CausalModel, params: Any, tokens_BP: jax.Array
+) -> tuple[jax.Array, DecodeState]:
+    logits_BPC, state = model.apply(
+        {"params": params}, tokens_BP, tokens_BP != PAD, method="prefill"
     )
-    return logits_BPC[:, -1], traverse_util.flatten_dict(variables["cache"])
+    return logits_BPC[:, -1], state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _init_state(model: CausalModel, params: Any, batch: int) -> DecodeState:
+    state: DecodeState = model.apply({"params": params}, batch, method="init_state")
+    return state
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -241,97 +268,96 @@ def _draw(logits_BC: jax.Array, keys_B: jax.Array, drawn: jax.Array, sampling: S
 
 
 def _step(
-    model: nn.Module, params: Any, cache: _Flat, token_B: jax.Array, position: jax.Array
-) -> tuple[jax.Array, _Flat]:
-    logits_B1C, variables = model.apply(
-        {"params": params, "cache": traverse_util.unflatten_dict(cache)},
-        token_B[:, None],
-        jnp.ones((len(token_B), 1), bool),
-        position=position,
-        mutable=["cache"],
+    model: CausalModel, params: Any, state: DecodeState, token_B: jax.Array, position: jax.Array
+) -> tuple[jax.Array, DecodeState]:
+    logits_B1C, state = model.apply(
+        {"params": params}, token_B[:, None], state, position, method="advance"
     )
-    return logits_B1C[:, 0], traverse_util.flatten_dict(variables["cache"])
+    return logits_B1C[:, 0], state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
 def _draw_block(
-    model: nn.Module,
+    model: CausalModel,
     params: Any,
-    cache: _Flat,
+    state: DecodeState,
     token_B: jax.Array,
     keys_B: jax.Array,
     drawn: jax.Array,
     position: jax.Array,
     sampling: Sampling,
-) -> tuple[jax.Array, _Flat]:
-    def step(carry: tuple[jax.Array, _Flat], i: jax.Array) -> Any:
-        token_B, cache = carry
-        logits_BC, cache = _step(model, params, cache, token_B, position + i)
+) -> tuple[jax.Array, DecodeState]:
+    def step(carry: tuple[jax.Array, DecodeState], i: jax.Array) -> Any:
+        token_B, state = carry
+        logits_BC, state = _step(model, params, state, token_B, position + i)
         token_B = _draw(logits_BC, keys_B, drawn + i, sampling)
-        return (_as_input(token_B), cache), token_B
+        return (_as_input(token_B), state), token_B
 
-    (_, cache), tokens_TB = jax.lax.scan(step, (token_B, cache), jnp.arange(BLOCK))
-    return tokens_TB.T, cache
+    (_, state), tokens_TB = jax.lax.scan(step, (token_B, state), jnp.arange(BLOCK))
+    return tokens_TB.T, state
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read_block(
-    model: nn.Module, params: Any, cache: _Flat, tokens_BT: jax.Array, position: jax.Array
-) -> tuple[jax.Array, _Flat]:
-    def step(cache: _Flat, token_and_offset: Any) -> tuple[_Flat, jax.Array]:
-        token_B, i = token_and_offset
-        logits_BC, cache = _step(model, params, cache, token_B, position + i)
-        return cache, logits_BC
+    model: CausalModel, params: Any, state: DecodeState, tokens_BT: jax.Array, position: jax.Array
+) -> tuple[jax.Array, DecodeState]:
+    def step(state: DecodeState, token_and_i: tuple[jax.Array, jax.Array]) -> Any:
+        token_B, i = token_and_i
+        logits_BC, state = _step(model, params, state, token_B, position + i)
+        return state, logits_BC
 
-    cache, logits_TBC = jax.lax.scan(step, cache, (tokens_BT.T, jnp.arange(BLOCK)))
-    return jnp.swapaxes(logits_TBC, 0, 1), cache
-
-
-# ---- From the cache that the prompts leave to the one that steps take ---------------------------
+    state, logits_TBC = jax.lax.scan(step, state, (tokens_BT.T, jnp.arange(BLOCK)))
+    return jnp.swapaxes(logits_TBC, 0, 1), state
 
 
-def _make_ready(cache: _Flat, capacity: int) -> tuple[list[_Filters], list[_Products], _Flat]:
-    cache = dict(cache)
-    filters = []
-    for paths in _by_shape(cache, "inputs"):
-        taps_JTD = jnp.stack([cache[(*path, "taps")] for path in paths])
-        plan = online_conv.plan_filter(taps_JTD, capacity)
-        x_JBPD = jnp.stack([cache.pop((*path, "inputs")) for path in paths])
-        _, state, block = online_conv.filter_prefill(plan, x_JBPD)
-        filters.append(_Filters(paths, plan, state))
-        for name, values in (("taps", plan.h_JTD), ("block", block)):
-            for path, value in zip(paths, _unstack(values, len(paths))):
-                cache[(*path, name)] = value
-    products = []
-    for paths in _by_shape(cache, "product_q"):
-        q_JBPD, k_JBPD, start_JB = (
-            jnp.stack([cache.pop((*path, name)) for path in paths])
-            for name in ("product_q", "product_k", "product_start")
-        )
-        _, product, product_block = online_conv.product_prefill(q_JBPD, k_JBPD, start_JB, capacity)
-        products.append(_Products(paths, product))
-        for path, value in zip(paths, _unstack(product_block, len(paths))):
-            cache[(*path, "product_block")] = value
-    for path, value in cache.items():
-        if path[-1] in ("keys", "values", "valid"):
-            room = [(0, 0)] * value.ndim
-            room[1] = (0, capacity - value.shape[1])
-            cache[path] = jnp.pad(value, room)
-    return filters, products, cache
+# ---- From the states that prompts leave to those that steps take --------------------------------
 
 
-def _by_shape(cache: _Flat, name: str) -> list[tuple[_Path, ...]]:
-    """The modules that have an entry of this name, those with equal shapes together."""
-    groups: dict[tuple[int, ...], list[_Path]] = {}
-    for path, value in cache.items():
-        if path[-1] == name:
-            groups.setdefault(value.shape, []).append(path[:-1])
-    return [tuple(paths) for paths in groups.values()]
+def _filters(leaves: list[Any], capacity: int) -> list[_Filters]:
+    """Replaces every `FilterInputs` by a `FilterCache`; layers with equal shapes go together."""
+    groups = []
+    for places in _by_shape(leaves, FilterInputs):
+        taps_JDT, x_JBPD = _stack([leaves[place] for place in places])
+        plan = online_conv.plan_filter(jnp.swapaxes(taps_JDT, 1, 2), capacity)
+        if x_JBPD.shape[2]:
+            _, sums, block = online_conv.filter_prefill(plan, x_JBPD)
+        else:
+            sums, block = online_conv.filter_init(plan, x_JBPD.shape[1])
+        caches = _unstack(FilterCache(plan.h_JTD, block), len(places))
+        for place, cache in zip(places, caches):
+            leaves[place] = cache
+        groups.append(_Filters(places, plan, sums))
+    return groups
+
+
+def _products(leaves: list[Any], capacity: int) -> list[_Products]:
+    """Replaces every `ProductInputs` by a `ProductBlock`, likewise."""
+    groups = []
+    for places in _by_shape(leaves, ProductInputs):
+        q_JBPD, k_JBPD, start_JB = _stack([leaves[place] for place in places])
+        J, B, P, D = q_JBPD.shape
+        if P:
+            _, sums, block = online_conv.product_prefill(q_JBPD, k_JBPD, start_JB, capacity)
+        else:
+            sums, block = online_conv.product_init(J, B, capacity, D)
+        for place, leaf in zip(places, _unstack(block, J)):
+            leaves[place] = leaf
+        groups.append(_Products(places, sums))
+    return groups
+
+
+def _by_shape(leaves: Sequence[Any], kind: type) -> list[tuple[int, ...]]:
+    """The places of the states of a kind, those of equal shapes together."""
+    groups: dict[Any, list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, kind):
+            groups.setdefault(jax.tree.map(jnp.shape, leaf), []).append(place)
+    return [tuple(places) for places in groups.values()]
 
 
 @jax.jit
-def _stack(blocks: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *values: jnp.stack(values), *blocks)
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *values: jnp.stack(values), *trees)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -7,11 +7,9 @@ trained in: that is what decoding needs, and it names the parameters of an expor
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from absl import logging
 from etils import epath
@@ -20,14 +18,16 @@ from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
 from spectral_pod import models, storage
+from spectral_pod.config import Config
 from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
-from spectral_pod.layers.mixers import can_be_causal
+from spectral_pod.models.model import Model, abstract_params
 from spectral_pod.parallel.mesh import AXES, make_mesh
-from spectral_pod.parallel.sharding import num_shards, tree_shardings
+from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.checkpoint import SealedSteps
 from spectral_pod.train.state import abstract_state
+from spectral_pod.validation import validate, validate_mesh
 
 
 class Trained(NamedTuple):
@@ -46,9 +46,9 @@ class Trained(NamedTuple):
         model that has not been trained.
     """
 
-    config: ConfigDict
+    config: Config
     mesh: Mesh
-    module: nn.Module
+    module: Model
     params: Any
     step: int
     num_classes: int
@@ -63,7 +63,11 @@ class Trained(NamedTuple):
 
 
 def restore_for_inference(
-    workdir: str, *, step: int | None = None, mesh: Mesh | None = None, dtype: str = "float32"
+    workdir: str,
+    *,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: Literal["bfloat16", "float32"] = "float32",
 ) -> Trained:
     """The model of a run; reads its configuration and parameters and changes nothing there.
 
@@ -99,9 +103,9 @@ def restore_for_inference(
         num_classes=num_classes,
         vocab_size=vocab_size,
     )
-    stacked = abstract_state(build(), optax.identity(), mesh, config_lib.row_len(config)).params
+    stacked = abstract_state(build(), optax.identity(), mesh).params
     module = build(decoding=True)
-    _, shardings = abstract_params(module, mesh)
+    shardings = tree_shardings(abstract_params(module, mesh), mesh)
     with jax.set_mesh(mesh):
         params = saved.restore_params(step, stacked)
         params = jax.jit(unstack, out_shardings=shardings)(params)
@@ -118,7 +122,7 @@ def restore_for_inference(
     )
 
 
-def recorded_config(fields: dict[str, Any], file: str) -> ConfigDict:
+def recorded_config(fields: dict[str, Any], file: str) -> Config:
     """The configuration that a file has recorded, checked.
 
     Fields that are newer than the file get their defaults, which are to leave older models as they
@@ -127,12 +131,12 @@ def recorded_config(fields: dict[str, Any], file: str) -> ConfigDict:
     Raises:
       ConfigError: it has fields or values that this version does not know.
     """
-    newer = _fill(fields, config_lib.default().to_dict())
+    newer = _fill(fields, config_lib.to_dict(config_lib.default()))
     if newer:
         logging.warning("%s is older than %s: the defaults are taken", file, ", ".join(newer))
-    config = ConfigDict(fields)
+    config = cast(Config, ConfigDict(fields))
     try:
-        check(config)
+        validate(config)
     except ConfigError as error:
         raise ConfigError(
             f"{file} is of another version of spectral_pod; use that one ({error})"
@@ -152,43 +156,24 @@ def _fill(fields: dict[str, Any], defaults: Mapping[str, Any], prefix: str = "co
     return missing
 
 
-def check(config: ConfigDict) -> None:
-    """Raises a `ConfigError` for what can be checked without devices or data."""
-    config_lib.validate(config, tasks=TASKS, models=models.MODELS, mixers=can_be_causal())
-
-
 def one_device() -> Mesh:
     """The first device alone."""
     return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
 
 
-def fitted(config: ConfigDict, mesh: Mesh, dtype: str) -> ConfigDict:
+def fitted(config: Config, mesh: Mesh, dtype: Literal["bfloat16", "float32"]) -> Config:
     """The configuration of a run for the use of its model on a mesh, in a dtype.
 
     Raises:
       ConfigError: the mesh cannot split the model.
     """
-    config = config.copy_and_resolve_references()
+    config = config_lib.copy(config)
     config.model.dtype = dtype
-    config.mesh.update(mesh.shape)
+    for axis, size in mesh.shape.items():
+        setattr(config.mesh, axis, size)
     # The mesh need not split training's batches.
     config.train.grad_accumulation = 1
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     config.train.global_batch_size = config.train.eval_batch_size = rows
-    config_lib.validate_mesh(config, mesh.size, models=models.MODELS)
+    validate_mesh(config, mesh.size)
     return config
-
-
-def abstract_params(module: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """The parameters of a model as shapes, and where they go on a mesh."""
-    with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda: init_params(module, 0, num_shards("batch")))
-    return nn.unbox(boxed), tree_shardings(boxed, mesh)
-
-
-def init_params(module: Any, seed: int, rows: int = 1) -> Any:
-    """The parameters that training starts with, boxed; `rows` is a multiple of the mesh's."""
-    config = module.config
-    shape = rows, config.documents * config.max_positions * module.bytes_per_position
-    tokens_BL = jnp.zeros(shape, jnp.int32)
-    return module.init(jax.random.key(seed), tokens_BL, jnp.ones(shape, bool))["params"]

@@ -1,155 +1,203 @@
 """Attention as mixers: over all positions, over a window of them, and in linear time."""
 
-from typing import Any
+from typing import Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.fields import Positive
+from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
+from spectral_pod.layers.mixer import GrowingState, Mixer
+from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.attention import attend, attention, local_attention
 from spectral_pod.ops.linear_attention import linear_attention, linear_attention_step
-from spectral_pod.parallel.sharding import constrain, partitioned
+from spectral_pod.parallel.sharding import constrain
 
 
-def project(x_BND: jax.Array, num_heads: int, dtype: Any) -> list[jax.Array]:
-    """Queries, keys and values [B, N, H, K] of the calling module, H K = D, by one product.
-
-    Raises:
-      ValueError: the heads do not divide the width.
-    """
-    width = x_BND.shape[-1]
-    if width % num_heads:
-        raise ValueError(
-            f"config.model.attention.num_heads is {num_heads} and does not divide "
-            f"config.model.hidden_dim = {width}"
-        )
-    # Heads first: split over devices they stay so where Dense makes a matrix of its kernel.
-    features, axes = (num_heads, 3, width // num_heads), ("embed", "head", None, None)
-    qkv_BNH3K = Dense(features, axes, dtype, name="query_key_value")(x_BND)
-    qkv_BNH3K = constrain(qkv_BNH3K, "batch", "position", "head", None, None)
-    return [qkv_BNH3K[:, :, :, i] for i in range(3)]
-
-
-def merge(o_BNHK: jax.Array, dtype: Any) -> jax.Array:
-    """The heads' results of the calling module to [B, N, D]."""
-    width = o_BNHK.shape[-2] * o_BNHK.shape[-1]
-    y_BND = Dense(width, ("head", None, "embed"), dtype, name="out")(o_BNHK)
-    return constrain(y_BND, "batch", "position", "width")
-
-
-class AttentionLayer(nn.Module):
-    """Multi-head softmax attention.
+class _MultiHead(Mixer):
+    """Queries, keys and values by one product, and the product of the heads' results.
 
     Attributes:
-      num_heads: H.
-      causal: a position sees none after it.
-      window: positions that one sees, itself included: if causal the last ones, else
-        `window // 2` before and `(window - 1) // 2` after it. None is all.
+      num_heads: H, a divisor of the width.
     """
 
-    num_heads: int
-    causal: bool
-    window: int | None
-    dtype: Any
+    num_heads: Positive = 4
 
-    @nn.compact
-    def __call__(
-        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`."""
-        q_BNHK, k_BNHK, v_BNHK = project(x_BND, self.num_heads, self.dtype)
-        if position is not None:
-            o_BNHK = self._step(q_BNHK, k_BNHK, v_BNHK, mask_BN, position)
-            return merge(o_BNHK, self.dtype)
-        if self.is_mutable_collection("cache"):
-            self.put_variable("cache", "keys", k_BNHK)
-            self.put_variable("cache", "values", v_BNHK)
-            self.put_variable("cache", "valid", mask_BN)
-        if self.window is None:
-            o_BNHK = attention(q_BNHK, k_BNHK, v_BNHK, mask_BN, causal=self.causal)
-        else:
-            before, after = self.window // 2, (self.window - 1) // 2
-            before, after = (before + after, 0) if self.causal else (before, after)
-            o_BNHK = local_attention(q_BNHK, k_BNHK, v_BNHK, mask_BN, before=before, after=after)
-        return merge(o_BNHK, self.dtype)
+    section = "attention"
+    divisible = (
+        ("model.hidden_dim", "model.attention.num_heads"),
+        ("model.attention.num_heads", "mesh.tensor"),
+    )
 
-    def _step(
-        self,
-        q_B1HK: jax.Array,
-        k_B1HK: jax.Array,
-        v_B1HK: jax.Array,
-        mask_B1: jax.Array,
-        position: jax.Array,
-    ) -> jax.Array:
-        seen = []
-        for name, x in (("keys", k_B1HK), ("values", v_B1HK), ("valid", mask_B1)):
-            cache = self.get_variable("cache", name)
-            cache = jax.lax.dynamic_update_slice_in_dim(cache, x, position, axis=1)
-            self.put_variable("cache", name, cache)
-            # Beyond the window, or at the beginning of what is not valid yet.
-            count = min(self.window or cache.shape[1], cache.shape[1])
-            start = jnp.maximum(position + 1 - count, 0)
-            seen.append(jax.lax.dynamic_slice_in_dim(cache, start, count, axis=1))
-        keys, values, valid = seen
-        return attend(q_B1HK, keys, values, valid[:, None, None])
-
-
-class LinearAttentionLayer(nn.Module):
-    """Multi-head attention in linear time, with the features elu + 1."""
-
-    num_heads: int
-    causal: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`."""
-        q_BNHK, k_BNHK, v_BNHK = project(x_BND, self.num_heads, self.dtype)
-        if position is None:
-            o_BNHK, state_BHKV = linear_attention(
-                q_BNHK, k_BNHK, v_BNHK, mask_BN, causal=self.causal
+    def setup(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"config.model.attention.num_heads is {self.num_heads} and does not divide "
+                f"config.model.hidden_dim = {self.width}"
             )
-        else:
-            q_BHK, k_BHK, v_BHK = q_BNHK[:, 0], k_BNHK[:, 0], v_BNHK[:, 0]
-            state_BHKV = self.get_variable("cache", "state")
-            o_BHK, state_BHKV = linear_attention_step(q_BHK, k_BHK, v_BHK, state_BHKV)
-            o_BNHK = o_BHK[:, None]
-        if self.is_mutable_collection("cache"):
-            self.put_variable("cache", "state", state_BHKV)
-        return merge(o_BNHK, self.dtype)
+        # Heads first: split over devices they stay so where Dense makes a matrix of its kernel.
+        features, axes = (self.num_heads, 3, self.head_dim), ("embed", "head", None, None)
+        self.query_key_value = Dense(features, axes, self.dtype)
+        self.out = Dense(self.width, ("head", None, "embed"), self.dtype)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    def project(self, x_BND: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values [B, N, H, K] with H K = D."""
+        qkv_BNH3K = self.query_key_value(x_BND)
+        qkv_BNH3K = constrain(qkv_BNH3K, "batch", "position", "head", None, None)
+        return [qkv_BNH3K[:, :, :, i] for i in range(3)]
+
+    def merge(self, o_BNHK: jax.Array) -> jax.Array:
+        """The heads' results to [B, N, D]."""
+        return constrain(self.out(o_BNHK), "batch", "position", "width")
 
 
-class LinformerLayer(nn.Module):
+class KeyValues(GrowingState):
+    """The keys and values of all positions so far, with room for those to come."""
+
+    keys_BNHK: jax.Array
+    values_BNHK: jax.Array
+    valid_BN: jax.Array
+
+    def extend(self, capacity: int) -> Self:
+        def padded(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, [(0, capacity - x.shape[1] if i == 1 else 0) for i in range(x.ndim)])
+
+        return jax.tree.map(padded, self)
+
+
+class AttentionLayer(_MultiHead):
+    """Multi-head softmax attention."""
+
+    @property
+    def reach(self) -> int | None:
+        """Positions that one sees, itself included; None is all."""
+        return None
+
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        return self.merge(self._attend(*self.project(x_BND), mask_BN))
+
+    def init_state(self, batch: int) -> KeyValues:
+        none_B0HK = jnp.zeros((batch, 0, self.num_heads, self.head_dim), self.dtype)
+        return KeyValues(none_B0HK, none_B0HK, jnp.zeros((batch, 0), bool))
+
+    def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, KeyValues]:
+        q_BPHK, k_BPHK, v_BPHK = self.project(x_BPD)
+        y_BPD = self.merge(self._attend(q_BPHK, k_BPHK, v_BPHK, mask_BP))
+        return y_BPD, KeyValues(k_BPHK, v_BPHK, mask_BP)
+
+    def advance(
+        self, x_B1D: jax.Array, state: KeyValues, position: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        q_B1HK, k_B1HK, v_B1HK = self.project(x_B1D)
+        new = KeyValues(k_B1HK, v_B1HK, jnp.ones(x_B1D.shape[:2], bool))
+
+        def write(x: jax.Array, x_new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, x_new, position, axis=1)
+
+        state = jax.tree.map(write, state, new)
+        # Beyond the window, or at the beginning of what is not valid yet.
+        capacity = state.valid_BN.shape[1]
+        count = min(self.reach or capacity, capacity)
+        start = jnp.maximum(position + 1 - count, 0)
+
+        def read(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+
+        seen = jax.tree.map(read, state)
+        valid_B11S = seen.valid_BN[:, None, None]
+        return self.merge(attend(q_B1HK, seen.keys_BNHK, seen.values_BNHK, valid_B11S)), state
+
+    def _attend(
+        self, q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BN: jax.Array
+    ) -> jax.Array:
+        return attention(q_BNHK, k_BNHK, v_BNHK, mask_BN, causal=self.causal)
+
+
+class LocalAttentionLayer(AttentionLayer):
+    """Multi-head softmax attention over a window.
+
+    Attributes:
+      window: positions that one sees, itself included: if causal the last ones, else
+        `window // 2` before and `(window - 1) // 2` after it.
+    """
+
+    window: Positive = 128
+
+    @classmethod
+    def halo(cls, config: Architecture) -> int:
+        return config.option("attention.window") - 1
+
+    @property
+    def reach(self) -> int:
+        return self.window
+
+    def _attend(
+        self, q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BN: jax.Array
+    ) -> jax.Array:
+        before, after = self.window // 2, (self.window - 1) // 2
+        before, after = (before + after, 0) if self.causal else (before, after)
+        return local_attention(q_BNHK, k_BNHK, v_BNHK, mask_BN, before=before, after=after)
+
+
+class LinearAttentionLayer(_MultiHead):
+    """Multi-head attention in linear time, with the features elu + 1.
+
+    Its decode state is that of `ops/linear_attention.py`.
+    """
+
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        return self.prefill(x_BND, mask_BN)[0]
+
+    def init_state(self, batch: int) -> jax.Array:
+        shape = (batch, self.num_heads, self.head_dim, self.head_dim + 1)
+        return jnp.zeros(shape)
+
+    def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        o_BPHK, state_BHKV = linear_attention(*self.project(x_BPD), mask_BP, causal=self.causal)
+        return self.merge(o_BPHK), state_BHKV
+
+    def advance(
+        self, x_B1D: jax.Array, state_BHKV: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        q_BHK, k_BHK, v_BHK = (x_B1HK[:, 0] for x_B1HK in self.project(x_B1D))
+        o_BHK, state_BHKV = linear_attention_step(q_BHK, k_BHK, v_BHK, state_BHKV)
+        return self.merge(o_BHK[:, None]), state_BHKV
+
+
+class LinformerLayer(_MultiHead):
     """Attention to learned combinations of positions (Wang et al. 2020, "Linformer").
 
     The projections of keys and of values are shared between heads; sequences shorter than
     `max_positions` use the first rows. A combination mixes all positions: never causal.
 
     Attributes:
-      max_positions: N that the projections are made for.
-      num_heads: H.
-      rank: combinations.
+      rank: R, the combinations.
     """
 
-    max_positions: int
-    num_heads: int
-    rank: int
-    dtype: Any
+    rank: Positive = 64
 
-    @nn.compact
+    can_be_causal = False
+
+    def setup(self) -> None:
+        super().setup()
+        init = parameter(nn.initializers.lecun_normal(), None, None, group="decayed", inputs=1)
+        shape = (self.max_positions, self.rank)
+        self.combine_keys = self.param("key_combinations", init, shape)
+        self.combine_values = self.param("value_combinations", init, shape)
+
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`."""
-        q_BNHK, k_BNHK, v_BNHK = project(x_BND, self.num_heads, self.dtype)
-        k_BRHK = self._combine("key_combinations", k_BNHK, mask_BN)
-        v_BRHK = self._combine("value_combinations", v_BNHK, mask_BN)
-        return merge(attend(q_BNHK, k_BRHK, v_BRHK), self.dtype)
+        q_BNHK, k_BNHK, v_BNHK = self.project(x_BND)
+        k_BRHK = self._combine(self.combine_keys, k_BNHK, mask_BN)
+        v_BRHK = self._combine(self.combine_values, v_BNHK, mask_BN)
+        return self.merge(attend(q_BNHK, k_BRHK, v_BRHK))
 
-    def _combine(self, name: str, x_BNHK: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        init = partitioned(nn.initializers.lecun_normal(), None, None)
-        kernel_NR = self.param(name, init, (self.max_positions, self.rank))
+    def _combine(self, kernel_NR: jax.Array, x_BNHK: jax.Array, mask_BN: jax.Array) -> jax.Array:
         kernel_NR = kernel_NR[: x_BNHK.shape[1]].astype(self.dtype)
         x_BNHK = jnp.where(mask_BN[..., None, None], x_BNHK, jnp.zeros((), self.dtype))
         y_BRHK = jnp.einsum("bnhk,nr->brhk", x_BNHK, kernel_NR)

@@ -5,10 +5,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 
-from spectral_pod.layers.dense import layer_norm
+from spectral_pod.layers.architecture import Architecture
+from spectral_pod.layers.dense import LayerNorm
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
+from spectral_pod.layers.mixer import Mixer, State
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.parallel.sharding import constrain
 
@@ -20,35 +21,75 @@ REMAT: dict[str, Any] = {
 }
 
 
-class Block(nn.Module):
-    """The mixers of `pattern`, e.g. 'spectral' or 'spectral+delta', then the channel mixer."""
+def mixers_of(config: Architecture) -> dict[str, type[Mixer]]:
+    """The classes of all mixers that a model has, channel mixers too, by their names."""
+    names = {name: MIXERS[name] for block in config.pattern for name in block.split("+")}
+    return names | {config.channel_mixer: CHANNEL_MIXERS[config.channel_mixer]}
 
-    config: ml_collections.FrozenConfigDict
+
+class Block(nn.Module):
+    """The mixers of `pattern`, e.g. 'spectral' or 'spectral+delta', then the channel mixer.
+
+    The decode state is a tuple of theirs.
+    """
+
+    config: Architecture
     pattern: str
     deterministic: bool
 
-    @nn.compact
-    def __call__(
-        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, N, D] to [B, N, D] in the model's dtype; `position`: see `layers/mixers.py`."""
-        config = self.config
-        context = (mask_BN,) if position is None else (mask_BN, position)
-        for name in self.pattern.split("+"):
-            mixer = MIXERS[name](config, self.deterministic, name)
-            x_BND = self._residual(x_BND, mixer, context, f"{name}_norm")
-        mixer = CHANNEL_MIXERS[config.channel_mixer](config, self.deterministic, "feed_forward")
-        return self._residual(x_BND, mixer, context, "feed_forward_norm")
+    def setup(self) -> None:
+        config, deterministic = self.config, self.deterministic
+        classes = {name: MIXERS[name] for name in self.pattern.split("+")}
+        classes["feed_forward"] = CHANNEL_MIXERS[config.channel_mixer]
+        self.mixers = [
+            cls.from_config(config, deterministic=deterministic, name=name)
+            for name, cls in classes.items()
+        ]
+        self.norms = [LayerNorm(name=f"{name}_norm") for name in classes]
+        self.drops = [
+            nn.Dropout(config.dropout, deterministic=deterministic, name=f"Dropout_{i}")
+            for i in range(len(classes))
+        ]
 
-    def _residual(
-        self, x_BND: jax.Array, layer: nn.Module, context: tuple[jax.Array, ...], norm: str
-    ) -> jax.Array:
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        """[B, N, D] to [B, N, D] in the model's dtype."""
+        for i, mixer in enumerate(self.mixers):
+            x_BND = self._residual(i, x_BND, mixer(self._input(i, x_BND), mask_BN))
+        return x_BND
+
+    def init_state(self, batch: int) -> State:
+        return tuple(mixer.init_state(batch) for mixer in self.mixers)
+
+    def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, State]:
+        """See `layers/mixer.py`."""
+        states = []
+        for i, mixer in enumerate(self.mixers):
+            y_BPD, state = mixer.prefill(self._input(i, x_BPD), mask_BP)
+            x_BPD = self._residual(i, x_BPD, y_BPD)
+            states.append(state)
+        return x_BPD, tuple(states)
+
+    def advance(
+        self, x_B1D: jax.Array, state: State, position: jax.Array
+    ) -> tuple[jax.Array, State]:
+        """See `layers/mixer.py`."""
+        states = []
+        for i, mixer in enumerate(self.mixers):
+            y_B1D, after = mixer.advance(self._input(i, x_B1D), state[i], position)
+            x_B1D = self._residual(i, x_B1D, y_B1D)
+            states.append(after)
+        return x_B1D, tuple(states)
+
+    def _input(self, i: int, x_BND: jax.Array) -> jax.Array:
+        pre_norm = self.config.norm == "pre"
+        return self.norms[i](x_BND).astype(x_BND.dtype) if pre_norm else x_BND
+
+    def _residual(self, i: int, x_BND: jax.Array, y_BND: jax.Array) -> jax.Array:
         """Pre-norm `x + layer(norm(x))` or post-norm `norm(x + layer(x))`, with dropout."""
-        drop = nn.Dropout(self.config.dropout, deterministic=self.deterministic)
-        if self.config.norm == "pre":
-            x_BND += drop(layer(layer_norm(x_BND, norm).astype(x_BND.dtype), *context))
-        else:
-            x_BND = layer_norm(x_BND + drop(layer(x_BND, *context)), norm).astype(x_BND.dtype)
+        dtype = x_BND.dtype
+        x_BND = x_BND + self.drops[i](y_BND)
+        if self.config.norm == "post":
+            x_BND = self.norms[i](x_BND).astype(dtype)
         # Whole between layers: XLA would split it over tensor and gather it for every product.
         return constrain(x_BND, "batch", "position", "width")
 
@@ -56,7 +97,7 @@ class Block(nn.Module):
 class BlockGroup(nn.Module):
     """The blocks of one repeat of a model's pattern; what the scan over layers repeats."""
 
-    config: ml_collections.FrozenConfigDict
+    config: Architecture
     patterns: tuple[str, ...]
     deterministic: bool
 
@@ -69,30 +110,18 @@ class BlockGroup(nn.Module):
         return x_BND, None
 
 
-def block_stack(
-    config: ml_collections.FrozenConfigDict,
-    patterns: tuple[str, ...],
-    deterministic: bool,
-    x_BND: jax.Array,
-    mask_BN: jax.Array,
-    position: jax.Array | None = None,
-) -> jax.Array:
-    """Applies `config.num_layers` blocks, `patterns` repeating, scanned and rematerialized.
+def stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]:
+    """`config.num_layers` blocks, the pattern repeating, scanned and rematerialized.
 
-    Called inside a module's compact method. One compiled group serves every repeat; layers beyond
-    the last whole repeat follow as a shorter group of their own. With `config.decoding` every layer
-    is a module `layer_i` of its own, with the parameters that `unstack` gives it.
+    Called inside a module's compact method. One compiled group serves every repeat; layers beyond the last
+    whole repeat follow as a shorter group of their own. Each module returns (x_BND, None).
     """
-    if config.decoding:
-        for i in range(config.num_layers):
-            block = Block(config, patterns[i % len(patterns)], deterministic, name=f"layer_{i}")
-            x_BND = block(x_BND, mask_BN, position)
-        return x_BND
-    group = BlockGroup
+    group, patterns = BlockGroup, config.pattern
     if config.remat != "none":
         # Inside a loop nothing merges what is computed twice; layers written out need to be told.
         group = nn.remat(BlockGroup, prevent_cse=config.unroll > 1, policy=REMAT[config.remat])
     repeats, rest = divmod(config.num_layers, len(patterns))
+    stack = []
     if repeats:
         scanned = nn.scan(
             group,
@@ -103,10 +132,22 @@ def block_stack(
             unroll=min(config.unroll, repeats),
             metadata_params={nn.PARTITION_NAME: "layer"},
         )
-        x_BND, _ = scanned(config, patterns, deterministic, name="blocks")(x_BND, mask_BN)
+        stack.append(scanned(config, patterns, deterministic, name="blocks"))
     if rest:
-        x_BND, _ = group(config, patterns[:rest], deterministic, name="last_blocks")(x_BND, mask_BN)
-    return x_BND
+        stack.append(group(config, patterns[:rest], deterministic, name="last_blocks"))
+    return stack
+
+
+def separate_blocks(config: Architecture) -> list[Block]:
+    """The same layers as modules of their own, to decode with the parameters of `unstack`.
+
+    Called inside a module's compact method.
+    """
+    patterns = config.pattern
+    return [
+        Block(config, patterns[i % len(patterns)], True, name=f"layer_{i}")
+        for i in range(config.num_layers)
+    ]
 
 
 def unstack(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,92 +1,171 @@
 """Associative memory that corrects its errors: the delta rule as a layer."""
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.errors import ConfigError
+from spectral_pod.fields import Positive
+from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
+from spectral_pod.layers.mixer import Mixer
+from spectral_pod.layers.parameter import parameter
 from spectral_pod.layers.short_convolution import ShortConvolution
 from spectral_pod.ops.delta_rule import delta_rule
-from spectral_pod.parallel.sharding import constrain, partitioned
+from spectral_pod.parallel.sharding import constrain
 
 FORGETTING_RATES = (0.001, 0.1)  # of the first and the last head
 
 
-class DeltaMemoryLayer(nn.Module):
+class DeltaState(NamedTuple):
+    memory_BHVK: jax.Array  # float32
+    short: tuple[jax.Array, ...]  # of the convolutions of q, k and v, if any
+
+
+class DeltaMemoryLayer(Mixer):
     """Writes every position's value under its key and reads with its query, in order.
 
     Attributes:
       num_heads, head_dim: H memories of [K, K].
       normalize_keys: L2-normalises q and k; without it (the original design) the recurrence
         diverges on Gaussian keys but for its clip.
-      beta_range: the learning rate beta = sigmoid(.) is scaled into it. The original (0.01, 0.3)
-        cannot overwrite: after one write a key recalls 0.7 old + 0.3 new.
-      method: 'chunked' or 'recurrent', the same numbers (`ops/delta_rule.py`).
       gated: forgets a learned part of the memory at every position and head (Gated DeltaNet). Its
         log is -softplus(.) and starts near -r, with the rates r of the heads log-spaced over the
-        range of Mamba's step sizes: `FORGETTING_RATES`, memories of 1000 to 10 positions.
+        range of Mamba's step sizes: `FORGETTING_RATES`, memories of 1000 to 10 positions. In the
+        configuration it decides which memories a model's own pattern has (`models/`); in a pattern
+        that is written out 'delta' never forgets and 'gated_delta' does.
       short_conv: width of a depthwise causal convolution of q, k and v, with which a key can be
         that of the position before its value; 1 has none.
+      beta_min, beta_max: the learning rate beta = sigmoid(.) is scaled into this range. The
+        original 0.01 to 0.3 cannot overwrite: after one write a key recalls 0.7 old + 0.3 new.
+      method: 'chunked' or 'recurrent', the same numbers (`ops/delta_rule.py`).
     """
 
-    num_heads: int
-    head_dim: int
-    normalize_keys: bool
-    beta_range: tuple[float, float]
-    method: Any
-    dtype: Any
+    num_heads: Positive = 1
+    head_dim: Positive = 64
+    normalize_keys: bool = True
     gated: bool = False
-    short_conv: int = 1
+    short_conv: Positive = 1
+    beta_min: float = 0.0
+    beta_max: float = 1.0
+    method: Literal["chunked", "recurrent"] = "chunked"
 
-    @nn.compact
-    def __call__(
-        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`."""
-        decoding = position is not None
-        state_BHVK = self.get_variable("cache", "memory") if decoding else None
-        heads = (self.num_heads, self.head_dim)
-        q_BNHK, k_BNHK, v_BNHV = (
-            Dense(heads, ("embed", "head", None), self.dtype, name=name)(x_BND)
-            for name in ("query", "key", "value")
-        )
-        if self.short_conv > 1:
-            q_BNHK, k_BNHK, v_BNHV = (
-                ShortConvolution(self.short_conv, ("head", None), self.dtype, name=f"short_{name}")(
-                    jnp.where(mask_BN[..., None, None], x, jnp.zeros((), x.dtype)), position
-                )
-                for name, x in (("query", q_BNHK), ("key", k_BNHK), ("value", v_BNHV))
+    section = "memory"
+    divisible = (("model.memory.num_heads", "mesh.tensor"),)
+    definition = {"model.memory.method": "recurrent"}
+
+    @classmethod
+    def from_config(cls, config: Architecture, **fixed: Any) -> Self:
+        return super().from_config(config, **({"gated": False} | fixed))
+
+    @classmethod
+    def check(cls, config: Architecture) -> None:
+        low, high = config.option("memory.beta_min"), config.option("memory.beta_max")
+        if not 0 <= low < high <= 1:
+            raise ConfigError(
+                f"config.model.memory.beta_min, beta_max are {low}, {high}; they need "
+                "0 <= beta_min < beta_max <= 1"
             )
+
+    @classmethod
+    def halo(cls, config: Architecture) -> int:
+        return config.option("memory.short_conv") - 1
+
+    @classmethod
+    def methods(cls, config: Architecture) -> dict[str, str]:
+        return {"delta_rule": config.option("memory.method")}
+
+    def setup(self) -> None:
+        def dense(features: tuple[int, ...], axes: tuple[str | None, ...]) -> Dense:
+            return Dense(features, axes, self.dtype)
+
+        heads, axes = (self.num_heads, self.head_dim), ("embed", "head", None)
+        self.query, self.key, self.value = (dense(heads, axes) for _ in range(3))
+        if self.short_conv > 1:
+            self.shorts = [
+                ShortConvolution(heads, self.short_conv, ("head", None), self.dtype, name=name)
+                for name in ("short_query", "short_key", "short_value")
+            ]
+        self.beta = dense((self.num_heads,), ("embed", "head"))
+        if self.gated:
+            self.gate = dense((self.num_heads,), ("embed", "head"))
+        scale = parameter(nn.initializers.constant(0.1), group="dynamics")
+        self.scale = self.param("scale_memory", scale, ())
+        self.out = Dense(self.width, ("head", None, "embed"), self.dtype)
+
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        qkv = self._qkv(x_BND, mask_BN)
+        for i, short in enumerate(self._shorts()):
+            qkv[i] = short(qkv[i])
+        return self._read(self._memory(x_BND, qkv, mask_BN=mask_BN, method=self.method)[0])
+
+    def init_state(self, batch: int) -> DeltaState:
+        memory_BHVK = jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim))
+        return DeltaState(memory_BHVK, tuple(short.init_state(batch) for short in self._shorts()))
+
+    def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, DeltaState]:
+        qkv, states = self._qkv(x_BPD, mask_BP), []
+        for i, short in enumerate(self._shorts()):
+            qkv[i], state = short.prefill(qkv[i])
+            states.append(state)
+        o_BPHV, memory_BHVK = self._memory(x_BPD, qkv, mask_BN=mask_BP, method=self.method)
+        return self._read(o_BPHV), DeltaState(memory_BHVK, tuple(states))
+
+    def advance(
+        self, x_B1D: jax.Array, state: DeltaState, position: jax.Array
+    ) -> tuple[jax.Array, DeltaState]:
+        qkv, shorts = self._qkv(x_B1D), []
+        for i, (short, recent) in enumerate(zip(self._shorts(), state.short)):
+            qkv[i], recent = short.advance(qkv[i], recent)
+            shorts.append(recent)
+        o_B1HV, memory_BHVK = self._memory(
+            x_B1D, qkv, state_BHVK=state.memory_BHVK, method="recurrent"
+        )
+        return self._read(o_B1HV), DeltaState(memory_BHVK, tuple(shorts))
+
+    def _shorts(self) -> list[ShortConvolution]:
+        return self.shorts if self.short_conv > 1 else []
+
+    def _qkv(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> list[jax.Array]:
+        """Queries, keys and values; zero where invalid, if short convolutions are to read them."""
+        qkv = [project(x_BND) for project in (self.query, self.key, self.value)]
+        if mask_BN is None or self.short_conv == 1:
+            return qkv
+        return [jnp.where(mask_BN[..., None, None], x, jnp.zeros((), x.dtype)) for x in qkv]
+
+    def _memory(
+        self, x_BND: jax.Array, qkv: list[jax.Array], **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Reads and the memory after them, of queries, keys and values [B, N, H, K]."""
+        q_BNHK, k_BNHK, v_BNHV = qkv
         if self.normalize_keys:
             q_BNHK, k_BNHK = _unit(q_BNHK), _unit(k_BNHK)
-        low, high = self.beta_range
-        logits_BNH = Dense((self.num_heads,), ("embed", "head"), self.dtype, name="beta")(x_BND)
-        beta_BNH = low + (high - low) * jax.nn.sigmoid(logits_BNH.astype(jnp.float32))
+        logits_BNH = self.beta(x_BND).astype(jnp.float32)
+        beta_BNH = self.beta_min + (self.beta_max - self.beta_min) * jax.nn.sigmoid(logits_BNH)
         log_gate_BNH = None
         if self.gated:
-            logits_BNH = Dense((self.num_heads,), ("embed", "head"), self.dtype, name="gate")(x_BND)
+            logits_BNH = self.gate(x_BND)
             rates_H = jnp.geomspace(*FORGETTING_RATES, self.num_heads)
             start_BNH = jnp.broadcast_to(jnp.log(jnp.expm1(rates_H)), logits_BNH.shape)
             log_gate_BNH = -jax.nn.softplus(logits_BNH.astype(jnp.float32) + start_BNH)
-        o_BNHV, state_BHVK = delta_rule(
-            q_BNHK,
-            k_BNHK,
-            v_BNHV,
-            beta_BNH,
-            log_gate_BNH=log_gate_BNH,
-            state_BHVK=state_BHVK,
-            mask_BN=mask_BN,
-            method="recurrent" if decoding else self.method,  # of a single position
-        )
-        if self.is_mutable_collection("cache"):
-            self.put_variable("cache", "memory", state_BHVK)
+        return delta_rule(
+            q_BNHK, k_BNHK, v_BNHV, beta_BNH, log_gate_BNH=log_gate_BNH, **options
+        )  # fmt: skip
+
+    def _read(self, o_BNHV: jax.Array) -> jax.Array:
         # Before the projection, where there is less to sum for the scale's gradient.
-        scale = self.param("scale_memory", partitioned(nn.initializers.constant(0.1)), ())
-        o_BNHV = o_BNHV * scale.astype(o_BNHV.dtype)
-        y_BND = Dense(x_BND.shape[-1], ("head", None, "embed"), self.dtype, name="out")(o_BNHV)
+        y_BND = self.out(o_BNHV * self.scale.astype(o_BNHV.dtype))
         return constrain(y_BND, "batch", "position", "width")
+
+
+class GatedDeltaMemoryLayer(DeltaMemoryLayer):
+    """A `DeltaMemoryLayer` that forgets."""
+
+    @classmethod
+    def from_config(cls, config: Architecture, **fixed: Any) -> Self:
+        return super().from_config(config, gated=True, **fixed)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops import layer_norm as op
 from spectral_pod.ops.affine import affine
-from spectral_pod.parallel.sharding import Axes, constrain, num_shards, partitioned
+from spectral_pod.parallel.sharding import Axes, constrain, num_shards
 
 
 class Dense(nn.Module):
@@ -32,8 +33,10 @@ class Dense(nn.Module):
         shape = x.shape[-num_in:] + features
         init = nn.initializers.lecun_normal(range(num_in), range(num_in, len(shape)))
         zeros = nn.initializers.zeros_init()
-        kernel = self.param("kernel", partitioned(init, *self.axes), shape)
-        bias = self.param("bias", partitioned(zeros, *self.axes[num_in:]), features)
+        boxed_kernel = parameter(init, *self.axes, group="decayed", inputs=num_in)
+        kernel = self.param("kernel", boxed_kernel, shape)
+        boxed_bias = parameter(zeros, *self.axes[num_in:], group="undecayed")
+        bias = self.param("bias", boxed_bias, features)
         # Parameters split over `embed` are gathered here, so that the product is each device's own.
         kernel = constrain(kernel.astype(self.dtype), *(_gathered(axis) for axis in self.axes))
         x = x.astype(self.dtype)
@@ -58,8 +61,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         shape = (x_BND.shape[-1],)
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        scale_D = self.param("scale", partitioned(ones, "width"), shape)
-        bias_D = self.param("bias", partitioned(zeros, "width"), shape)
+        scale_D = self.param("scale", parameter(ones, "width", group="undecayed"), shape)
+        bias_D = self.param("bias", parameter(zeros, "width", group="undecayed"), shape)
         return op.layer_norm(x_BND, scale_D, bias_D)
 
 

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.parallel.sharding import constrain, partitioned
+from spectral_pod.layers.parameter import parameter
+from spectral_pod.parallel.sharding import constrain
 
 
 class Embedding(nn.Module):
@@ -20,7 +21,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:
         """int [B, L] to [B, L, D] in `dtype`."""
-        init = partitioned(nn.initializers.normal(1.0), "vocab", "embed")
+        init = parameter(nn.initializers.normal(1.0), "vocab", "embed", group="decayed")
         table_VD = self.param("embedding", init, (self.vocab_size, self.width))
         # Gather the table, not the batch: a lookup in a split table would collect all indices.
         return lookup(constrain(table_VD.astype(self.dtype), None, None), tokens_BL)
@@ -49,12 +50,12 @@ class HarmonicEmbedding(nn.Module):
         """float32 [V, D], the vectors of all tokens: fewer than a batch has positions."""
         shape = (self.vocab_size, self.num_harmonics)
 
-        def parameter(name: str, init: Callable[..., jax.Array]) -> jax.Array:
-            return self.param(name, partitioned(init, "vocab", None), shape)
+        def draw(name: str, init: Callable[..., jax.Array]) -> jax.Array:
+            return self.param(name, parameter(init, "vocab", None, group="undecayed"), shape)
 
-        amplitude_VH = parameter("amplitude", nn.initializers.constant((2 / shape[1]) ** 0.5))
-        frequency_VH = parameter("frequency", self._spread)
-        phase_VH = parameter("phase", nn.initializers.uniform(2 * jnp.pi))
+        amplitude_VH = draw("amplitude", nn.initializers.constant((2 / shape[1]) ** 0.5))
+        frequency_VH = draw("frequency", self._spread)
+        phase_VH = draw("phase", nn.initializers.uniform(2 * jnp.pi))
         t_D = jnp.arange(self.width, dtype=jnp.float32) / self.width
         angle_VHD = 2 * jnp.pi * frequency_VH[..., None] * t_D[None, None] + phase_VH[..., None]
         return jnp.sum(amplitude_VH[..., None] * jnp.sin(angle_VHD), axis=1)

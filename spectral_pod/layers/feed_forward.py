@@ -1,100 +1,118 @@
-"""Channel mixers by name; called as the mixers of positions are (`layers/mixers.py`)."""
+"""Channel mixers by name: mixers whose positions need not meet (`layers/mixer.py`)."""
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
-from spectral_pod.layers.hyena import LongConvolution
+from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
+from spectral_pod.layers.mixer import Mixer, shared
+from spectral_pod.layers.parameter import parameter
+from spectral_pod.ops import long_conv
 from spectral_pod.ops.gelu import gelu
-from spectral_pod.parallel.sharding import constrain, partitioned
-
-Config: TypeAlias = Any  # config.model, frozen
+from spectral_pod.parallel.sharding import constrain
 
 
-class GatedFeedForward(nn.Module):
+class GatedFeedForward(Mixer):
     """`W_o (W_v x * gelu(W_g x))`, per position (GEGLU, Shazeer 2020)."""
 
-    expansion: float
-    dropout: float
-    deterministic: bool
-    dtype: Any
+    expansion: float = shared("mlp_expansion", 1.0)
+    dropout: float = shared("dropout", 0.0)
 
-    @nn.compact
-    def __call__(self, x_BND: jax.Array, *_: jax.Array) -> jax.Array:
+    def setup(self) -> None:
+        hidden = int(self.expansion * self.width)
+        self.value = Dense(hidden, ("embed", "hidden"), self.dtype)
+        self.gate = Dense(hidden, ("embed", "hidden"), self.dtype)
+        self.drop = nn.Dropout(self.dropout, deterministic=self.deterministic, name="Dropout_0")
+        self.out = Dense(self.width, ("hidden", "embed"), self.dtype)
+
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
         """[B, N, D] to [B, N, D] in `dtype`; positions don't meet, so their mask has no effect."""
-        width = x_BND.shape[-1]
-        hidden = int(self.expansion * width)
-        value_BNM = Dense(hidden, ("embed", "hidden"), self.dtype, name="value")(x_BND)
-        gate_BNM = Dense(hidden, ("embed", "hidden"), self.dtype, name="gate")(x_BND)
-        h_BNM = constrain(value_BNM * gelu(gate_BNM), "batch", "position", "hidden")
-        h_BNM = nn.Dropout(self.dropout, deterministic=self.deterministic)(h_BNM)
-        y_BND = Dense(width, ("hidden", "embed"), self.dtype, name="out")(h_BNM)
-        return constrain(y_BND, "batch", "position", "width")
+        h_BNM = self.value(x_BND) * gelu(self.gate(x_BND))
+        h_BNM = self.drop(constrain(h_BNM, "batch", "position", "hidden"))
+        return constrain(self.out(h_BNM), "batch", "position", "width")
+
+    def init_state(self, batch: int) -> None:
+        return None
+
+    def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, None]:
+        return self(x_BPD), None
+
+    def advance(self, x_B1D: jax.Array, state: None, position: jax.Array) -> tuple[jax.Array, None]:
+        return self(x_B1D), None
 
 
-class FrequencyFeedForward(nn.Module):
+class FrequencyFeedForward(Mixer):
     """`(1 - alpha) MLP(x) + alpha (h conv x)` with learned long filters h and alpha = sigmoid(.).
 
+    Its decode state is that of the `LongConvolution`.
+
     Attributes:
-      expansion, dropout, deterministic: of the `GatedFeedForward` that is the MLP.
-      max_positions, filter, decay, padding: see `LongConvolution`; a 'circular' one is the
-        original design.
+      padding: 'linear'; 'circular' is the original design, which sees the future.
+      expansion, dropout: of the `GatedFeedForward` that is the MLP.
+      filter, decay, method: see `LongConvolution`.
     """
 
-    expansion: float
-    dropout: float
-    deterministic: bool
-    dtype: Any
-    max_positions: int
-    filter: str
-    decay: str
-    padding: str
-    method: str = "auto"
+    padding: Literal["linear", "circular"] = "linear"
+    expansion: float = shared("mlp_expansion", 1.0)
+    dropout: float = shared("dropout", 0.0)
+    filter: str = shared("hyena.filter", "explicit")
+    decay: str = shared("hyena.decay", "learned")
+    method: str = shared("long_conv", "auto")
 
-    @nn.compact
-    def __call__(
-        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`."""
+    section = "frequency"
+    sees_future = {"model.frequency.padding": "circular"}
+    definition = {"model.long_conv": "real"}
+
+    @classmethod
+    def methods(cls, config: Architecture) -> dict[str, str]:
+        return {"causal_conv": long_conv.resolve(config.long_conv)}
+
+    def setup(self) -> None:
+        self.long = LongConvolution(
+            self.width, self.max_positions, self.filter, self.decay, self.padding, self.method
+        )
+        self.mlp = GatedFeedForward(
+            self.width,
+            deterministic=self.deterministic,
+            dtype=self.dtype,
+            expansion=self.expansion,
+            dropout=self.dropout,
+        )
+        mix = parameter(nn.initializers.zeros_init(), group="undecayed")
+        self.logit = self.param("mix", mix, ())
+
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        return self._mixed(x_BND, self.long(self._masked(x_BND, mask_BN)))
+
+    def init_state(self, batch: int) -> FilterInputs:
+        return self.long.init_state(batch)
+
+    def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, FilterInputs]:
+        y_BPD, state = self.long.prefill(self._masked(x_BPD, mask_BP))
+        return self._mixed(x_BPD, y_BPD), state
+
+    def advance(
+        self, x_B1D: jax.Array, state: FilterCache, position: jax.Array
+    ) -> tuple[jax.Array, FilterCache]:
+        u_B1D = constrain(x_B1D.astype(self.dtype), "batch", "position", "channel")
+        y_B1D, state = self.long.advance(u_B1D, state, position)
+        return self._mixed(x_B1D, y_B1D), state
+
+    def _masked(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
         u_BND = jnp.where(mask_BN[..., None], x_BND.astype(self.dtype), jnp.zeros((), self.dtype))
-        u_BND = constrain(u_BND, "batch", "position", "channel")
-        long = LongConvolution(
-            self.max_positions, self.filter, self.decay, self.padding, self.method, name="long"
-        )
-        y_BND = constrain(long(u_BND, position), "batch", "position", "width")
-        mlp = GatedFeedForward(
-            self.expansion, self.dropout, self.deterministic, self.dtype, name="mlp"
-        )
-        logit = self.param("mix", partitioned(nn.initializers.zeros_init()), ())
-        alpha = jax.nn.sigmoid(logit).astype(self.dtype)
-        return (1 - alpha) * mlp(x_BND) + alpha * y_BND
+        return constrain(u_BND, "batch", "position", "channel")
+
+    def _mixed(self, x_BND: jax.Array, y_BND: jax.Array) -> jax.Array:
+        y_BND = constrain(y_BND, "batch", "position", "width")
+        alpha = jax.nn.sigmoid(self.logit).astype(self.dtype)
+        return (1 - alpha) * self.mlp(x_BND) + alpha * y_BND
 
 
-def _gated(config: Config, deterministic: bool, name: str) -> GatedFeedForward:
-    dtype = jnp.dtype(config.dtype)
-    return GatedFeedForward(config.mlp_expansion, config.dropout, deterministic, dtype, name=name)
-
-
-def _frequency(config: Config, deterministic: bool, name: str) -> FrequencyFeedForward:
-    return FrequencyFeedForward(
-        expansion=config.mlp_expansion,
-        dropout=config.dropout,
-        deterministic=deterministic,
-        dtype=jnp.dtype(config.dtype),
-        max_positions=config.max_positions,
-        filter=config.hyena.filter,
-        decay=config.hyena.decay,
-        padding=config.frequency.padding,
-        method=config.long_conv,
-        name=name,
-    )
-
-
-CHANNEL_MIXERS: dict[str, Callable[[Config, bool, str], nn.Module]] = {
-    "gated": _gated,
-    "frequency": _frequency,
+CHANNEL_MIXERS: dict[str, type[Mixer]] = {
+    "gated": GatedFeedForward,
+    "frequency": FrequencyFeedForward,
 }

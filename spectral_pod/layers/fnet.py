@@ -1,28 +1,23 @@
 """FNet's mixer without parameters (Lee-Thorp et al. 2021): a Fourier transform of the sequence."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.layers.mixer import Mixer
 from spectral_pod.ops.sequence_fft import exchange
 from spectral_pod.parallel.sharding import constrain, num_shards, shard_op
 
 
-class FNetLayer(nn.Module):
+class FNetLayer(Mixer):
     """`Re(FFT over positions of FFT over width)`, both orthonormal.
 
     Shorter sequences are transformed as if padded to `max_positions`, so that their result does not
     depend on how far a batch is padded. Every position sees all: never causal. The paper's sums are
     not scaled; in a pre-norm block they would drown the residual stream.
-
-    Attributes:
-      max_positions: points of the transform over positions.
     """
 
-    max_positions: int
-    dtype: Any
+    can_be_causal = False
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense, layer_norm
+from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.affine import affine
 from spectral_pod.ops.gelu import gelu
 from spectral_pod.ops.halo import previous
-from spectral_pod.parallel.sharding import constrain, partitioned, shard_op
+from spectral_pod.parallel.sharding import constrain, shard_op
 from spectral_pod.shapes import VOCAB_SIZE
 
 STRIDE = 4
@@ -33,8 +34,9 @@ class ByteConvolution(nn.Module):
         """[B, N, D] in `dtype` from the bytes at every tap, or V for none, which embeds to zero."""
         (V, E), T, D = table_VE.shape, ids_BNT.shape[2], self.features
         init, zeros = nn.initializers.lecun_normal((0, 1)), nn.initializers.zeros_init()
-        kernel_TED = self.param("kernel", partitioned(init, "tap", "embed", None), (T, E, D))
-        bias_D = self.param("bias", partitioned(zeros, None), (D,))
+        kernel = parameter(init, "tap", "embed", None, group="decayed", inputs=2)
+        kernel_TED = self.param("kernel", kernel, (T, E, D))
+        bias_D = self.param("bias", parameter(zeros, None, group="undecayed"), (D,))
         # Split over `embed`, the kernel is gathered here, as in a Dense layer.
         kernel_TED = constrain(kernel_TED.astype(self.dtype), None, None, None)
         kernel_EM = jnp.swapaxes(kernel_TED, 0, 1).reshape(E, T * D)
@@ -93,7 +95,7 @@ class ByteLatentEncoder(nn.Module):
         tokens_BL, mask_BL = (constrain(x, "batch", "position") for x in (tokens_BL, mask_BL))
         table_VE = self.param(
             "embedding",
-            partitioned(nn.initializers.normal(1.0), "vocab", "embed"),
+            parameter(nn.initializers.normal(1.0), "vocab", "embed", group="decayed"),
             (VOCAB_SIZE, self.embed_dim),
         )
         table_VE = constrain(table_VE.astype(self.dtype), None, None)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.dense import Dense
+from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.gelu import gelu
-from spectral_pod.parallel.sharding import partitioned
 from spectral_pod.shapes import Pooled, PositionMask, Positions
 
 
@@ -20,7 +20,8 @@ class AttentionPooling(nn.Module):
         """[B, N, D] to float32 [B, D]; a sequence without a valid position pools to zero."""
         x_BND = x_BND.astype(jnp.float32)
         width = x_BND.shape[-1]
-        query_D = self.param("query", partitioned(nn.initializers.normal(1.0), "width"), (width,))
+        init = parameter(nn.initializers.normal(1.0), "width", group="undecayed")
+        query_D = self.param("query", init, (width,))
         scores_BN = jnp.einsum("bnd,d->bn", x_BND, query_D) / jnp.sqrt(jnp.float32(width))
         weights_BN = _masked_softmax(scores_BN, mask_BN)
         return jnp.einsum("bn,bnd->bd", weights_BN, x_BND)

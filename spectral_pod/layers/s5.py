@@ -1,14 +1,15 @@
 """The diagonal state space mixer of S5 (Smith et al. 2023, "Simplified State Space Layers")."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectral_pod.fields import Positive
+from spectral_pod.layers.mixer import Mixer
+from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.diagonal_scan import diagonal_scan
-from spectral_pod.parallel.sharding import constrain, partitioned
+from spectral_pod.parallel.sharding import constrain
 
 STEP_SIZES = (0.001, 0.1)  # first steps are drawn log-uniformly between these
 _MAX_REAL = -1e-4  # states cannot grow
@@ -32,48 +33,75 @@ def hippo(state_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return -0.5 + 1j * imaginary_M[state_dim:], v_MM[:, state_dim:]
 
 
-class S5Layer(nn.Module):
+class S5Layer(Mixer):
     """`x' = Lambda x + B u`, `y = 2 Re(C x) + D u`, by zero-order hold with learned steps.
 
     The states stand for conjugate pairs, of which the real parts add up twice. Without `causal` a
-    second scan runs from the end, with a C of its own.
+    second scan runs from the end, with a C of its own. The decode state is x, complex64 [B, 1, K].
 
     Attributes:
       state_dim: K complex states.
-      causal: whether a position sees none after it.
     """
 
-    state_dim: int
-    causal: bool
-    dtype: Any
+    state_dim: Positive = 64
 
-    @nn.compact
-    def __call__(
-        self, u_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`."""
-        width = u_BND.shape[-1]
-        u_BND = jnp.where(mask_BN[..., None], u_BND, jnp.zeros((), u_BND.dtype)).astype(self.dtype)
-        log_a_K, b_D2K = self._dynamics(width)
-        b_D2K = b_D2K.astype(self.dtype)
+    section = "s5"
+    divisible = (("model.s5.state_dim", "mesh.tensor"),)
+
+    def setup(self) -> None:
+        self.log_a_K, self.b_D2K = self._dynamics()
+        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1))
+        readout = parameter(init, None, "hidden", None, group="decayed", inputs=2)
+        shape = (2, self.state_dim, self.width)
+        self.c_2KD = self.param("readout", readout, shape)
+        if not self.causal:
+            self.c_reverse_2KD = self.param("readout_reverse", readout, shape)
+        skip = parameter(nn.initializers.normal(1.0), "width", group="undecayed")
+        self.skip_D = self.param("skip", skip, (self.width,))
+
+    def __call__(self, u_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        u_BND, bu_BNK = self._input(u_BND, mask_BN)
+        x_BNK = diagonal_scan(self.log_a_K, bu_BNK)
+        return self._output(x_BNK, u_BND, None if self.causal else bu_BNK)
+
+    def init_state(self, batch: int) -> jax.Array:
+        return jnp.zeros((batch, 1, self.state_dim), jnp.complex64)
+
+    def prefill(self, u_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u_BPD, bu_BPK = self._input(u_BPD, mask_BP)
+        x_BPK = diagonal_scan(self.log_a_K, bu_BPK)
+        return self._output(x_BPK, u_BPD), x_BPK[:, -1:]
+
+    def advance(
+        self, u_B1D: jax.Array, x_B1K: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        u_B1D, bu_B1K = self._input(u_B1D)
+        x_B1K = jnp.exp(self.log_a_K)[None, None] * x_B1K + bu_B1K
+        return self._output(x_B1K, u_B1D), x_B1K
+
+    def _input(
+        self, u_BND: jax.Array, mask_BN: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """u in `dtype`, zero where invalid, and B u, complex64 [B, N, K]."""
+        if mask_BN is not None:
+            u_BND = jnp.where(mask_BN[..., None], u_BND, jnp.zeros((), u_BND.dtype))
+        u_BND, b_D2K = u_BND.astype(self.dtype), self.b_D2K.astype(self.dtype)
         bu_BN2K = jnp.einsum("bnd,dck->bnck", u_BND, b_D2K, preferred_element_type=jnp.float32)
         bu_BN2K = constrain(bu_BN2K, "batch", "position", None, "channel")
-        bu_BNK = jax.lax.complex(bu_BN2K[:, :, 0], bu_BN2K[:, :, 1])
-        if position is None:
-            x_BNK = diagonal_scan(log_a_K, bu_BNK)
-        else:
-            x_BNK = jnp.exp(log_a_K)[None, None] * self.get_variable("cache", "state") + bu_BNK
-        if self.is_mutable_collection("cache"):
-            self.put_variable("cache", "state", x_BNK[:, -1:])
-        y_BND = self._read("readout", x_BNK, width)
-        if not self.causal:
-            reverse_BNK = diagonal_scan(log_a_K, bu_BNK, reverse=True)
-            y_BND += self._read("readout_reverse", reverse_BNK, width)
-        skip_D = self.param("skip", partitioned(nn.initializers.normal(1.0), "width"), (width,))
-        y_BND += skip_D.astype(self.dtype)[None, None] * u_BND
+        return u_BND, jax.lax.complex(bu_BN2K[:, :, 0], bu_BN2K[:, :, 1])
+
+    def _output(
+        self, x_BNK: jax.Array, u_BND: jax.Array, reverse_BNK: jax.Array | None = None
+    ) -> jax.Array:
+        """y of the states and the input; `reverse_BNK` is B u for a scan from the end, if any."""
+        y_BND = self._read(self.c_2KD, x_BNK)
+        if reverse_BNK is not None:
+            x_BNK = diagonal_scan(self.log_a_K, reverse_BNK, reverse=True)
+            y_BND += self._read(self.c_reverse_2KD, x_BNK)
+        y_BND += self.skip_D.astype(self.dtype)[None, None] * u_BND
         return constrain(y_BND, "batch", "position", "width")
 
-    def _dynamics(self, width: int) -> tuple[jax.Array, jax.Array]:
+    def _dynamics(self) -> tuple[jax.Array, jax.Array]:
         """`Lambda Delta` [K] and the discrete B, real and imaginary [D, 2, K], in float32."""
         lambda_K, v_MK = hippo(self.state_dim)
 
@@ -82,7 +110,7 @@ class S5Layer(nn.Module):
 
         def init_b(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             """Rows of unit variance a state, in the eigenvectors' coordinates."""
-            b_DM = jax.random.normal(key, (width, len(v_MK))) / jnp.sqrt(jnp.float32(width))
+            b_DM = jax.random.normal(key, (shape[0], len(v_MK))) / jnp.sqrt(jnp.float32(shape[0]))
             b_DK = jnp.dot(b_DM.astype(jnp.complex64), jnp.complex64(v_MK.conj()))
             return jnp.stack([b_DK.real, b_DK.imag], axis=1)
 
@@ -91,19 +119,19 @@ class S5Layer(nn.Module):
             return jax.random.uniform(key, shape, minval=low, maxval=high)
 
         K = self.state_dim
-        lambda_2K = self.param("ssm_lambda", partitioned(init_lambda, None, "hidden"), (2, K))
-        b_D2K = self.param("ssm_b", partitioned(init_b, None, None, "hidden"), (width, 2, K))
-        log_step_K = self.param("ssm_log_step", partitioned(init_log_step, "hidden"), (K,))
+        init = parameter(init_lambda, None, "hidden", group="dynamics")
+        lambda_2K = self.param("ssm_lambda", init, (2, K))
+        init = parameter(init_b, None, None, "hidden", group="dynamics")
+        b_D2K = self.param("ssm_b", init, (self.width, 2, K))
+        init = parameter(init_log_step, "hidden", group="dynamics")
+        log_step_K = self.param("ssm_log_step", init, (K,))
         eigenvalue_K = jax.lax.complex(jnp.minimum(lambda_2K[0], _MAX_REAL), lambda_2K[1])
         log_a_K = eigenvalue_K * jnp.exp(log_step_K).astype(jnp.complex64)
         scale_K = jnp.expm1(log_a_K) / eigenvalue_K
         b_DK = scale_K[None] * jax.lax.complex(b_D2K[:, 0], b_D2K[:, 1])
         return log_a_K, jnp.stack([b_DK.real, b_DK.imag], axis=1)
 
-    def _read(self, name: str, x_BNK: jax.Array, width: int) -> jax.Array:
+    def _read(self, c_2KD: jax.Array, x_BNK: jax.Array) -> jax.Array:
         """`2 Re(C x)` as one real product, in `dtype`."""
-        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1))
-        shape = (2, self.state_dim, width)
-        c_2KD = self.param(name, partitioned(init, None, "hidden", None), shape)
         x_BN2K = jnp.stack([x_BNK.real, -x_BNK.imag], axis=2).astype(self.dtype)
         return 2 * jnp.einsum("bnck,ckd->bnd", x_BN2K, c_2KD.astype(self.dtype))

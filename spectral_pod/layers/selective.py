@@ -1,21 +1,32 @@
 """The selective spectral mixer: filters that depend on what the sequence holds."""
 
-from typing import Any
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.fields import Positive
+from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
-from spectral_pod.layers.hyena import LongConvolution
+from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
+from spectral_pod.layers.mixer import Mixer, shared
+from spectral_pod.layers.parameter import parameter
 from spectral_pod.layers.spectral import decaying_noise
-from spectral_pod.ops.fft import spectral_filter
-from spectral_pod.parallel.sharding import constrain, filter_axis, partitioned
+from spectral_pod.ops import fft, long_conv
+from spectral_pod.parallel.sharding import constrain, filter_axis
 
 BLOCK = 64  # valid positions that share a causal context, the mean of all those before them
 
 
-class SelectiveLayer(nn.Module):
+class SelectiveState(NamedTuple):
+    count_B1: jax.Array  # int32, valid positions
+    sum_B1D: jax.Array  # float32, of their inputs
+    weights_B1R: jax.Array  # float32, of the current block
+    long: FilterInputs | FilterCache | None  # none of the form 'broadcast'
+
+
+class SelectiveLayer(Mixer):
     """`W[b] = W_0 + sum_r c[b, r] U_r` applied to x, with `c = MLP(mean of x)`.
 
     The R + 1 filters are the same for all sequences; their results are mixed, so that no sequence
@@ -23,68 +34,108 @@ class SelectiveLayer(nn.Module):
     position's block: of the mean over the valid positions before it, zero for the first block.
 
     Attributes:
-      max_positions: N the filters are made for.
       form: 'low_rank'; or 'broadcast' (the original design): W[b] is one number a channel, the same
         for all frequencies. That is no filter but the product of x with it.
       rank: R.
-      filter, decay: of the causal filters, see `CausalFilter`.
-      method: of these, see `ops/long_conv.py`, or else of the others, see `ops/fft.py`.
+      filter, decay, long_conv: of the causal filters, see `LongConvolution`.
+      method: of the others, see `ops/fft.py`.
     """
 
-    max_positions: int
-    form: str
-    rank: int
-    causal: bool
-    filter: str
-    decay: str
-    method: str
-    dtype: Any
+    form: Literal["low_rank", "broadcast"] = "low_rank"
+    rank: Positive = 8
+    filter: str = shared("hyena.filter", "explicit")
+    decay: str = shared("hyena.decay", "learned")
+    long_conv: str = shared("long_conv", "auto")
+    method: str = shared("spectral.method", "auto")
 
-    @nn.compact
-    def __call__(
-        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`."""
-        x_BND = jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype)).astype(self.dtype)
-        c_BNR = self._weights(x_BND, mask_BN, position).astype(self.dtype)
+    section = "selective"
+    definition = {"model.long_conv": "real", "model.spectral.method": "plain"}
+
+    @classmethod
+    def methods(cls, config: Architecture) -> dict[str, str]:
+        if config.causal:
+            return {"causal_conv": long_conv.resolve(config.long_conv)}
+        n, method = config.max_positions, config.option("spectral.method")
+        return {"spectral_filter": fft.resolve(method, n, 2 * n)}
+
+    def setup(self) -> None:
+        features = self.width if self.form == "broadcast" else self.rank
+        self.context_hidden = Dense(self.width, ("embed", "hidden"), self.dtype)
+        self.context_out = Dense(features, ("hidden", None), self.dtype)
         if self.form == "broadcast":
-            return constrain(x_BND * c_BNR, "batch", "position", "width")
-        u_BNDR = self._filtered(x_BND, position)
-        c_BNR = jnp.pad(c_BNR, ((0, 0), (0, 0), (1, 0)), constant_values=1)
-        y_BND = jnp.sum(u_BNDR * c_BNR[:, :, None], axis=-1, dtype=jnp.float32)
-        return constrain(y_BND.astype(self.dtype), "batch", "position", "width")
-
-    def _weights(
-        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None
-    ) -> jax.Array:
-        """c, float32 [B, 1 or N, R], or [B, 1 or N, D] of the form 'broadcast'."""
-        width = x_BND.shape[-1]
-        features = width if self.form == "broadcast" else self.rank
-        hidden = Dense(width, ("embed", "hidden"), self.dtype, name="context_hidden")
-        out = Dense(features, ("hidden", None), self.dtype, name="context_out")
-
-        def weights(sum_BGD: jax.Array, count_BG: jax.Array) -> jax.Array:
-            mean_BGD = sum_BGD / jnp.maximum(count_BG, 1)[..., None].astype(jnp.float32)
-            mean_BGD = constrain(mean_BGD, "batch", None, None)
-            c_BGR = out(nn.gelu(hidden(mean_BGD))).astype(jnp.float32)
-            return constrain(c_BGR, "batch", None, None)
-
-        x_BND = x_BND.astype(jnp.float32)
-        if position is not None:
-            count_B1, sum_B1D = (
-                self.get_variable("cache", "count"),
-                self.get_variable("cache", "sum"),
+            return
+        width, points = self.width * (self.rank + 1), 2 * self.max_positions
+        if self.causal:
+            self.long = LongConvolution(
+                width, self.max_positions, self.filter, self.decay, method=self.long_conv
             )
-            new_B11 = (count_B1 % BLOCK == 0)[..., None]
-            c_B1R = self.get_variable("cache", "weights")
-            c_B1R = jnp.where(new_B11, weights(sum_B1D, count_B1), c_B1R)
-            self._remember(count_B1 + mask_BN.astype(jnp.int32), sum_B1D + x_BND, c_B1R)
-            return c_B1R
+        else:
+            axes = (None, "frequency", filter_axis(width))
+            init = parameter(decaying_noise, *axes, group="dynamics")
+            self.transfer = self.param("filter", init, (2, points // 2 + 1, width))
+
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        x_BND = self._masked(x_BND, mask_BN)
+        c_BNR, _ = self._whole_weights(x_BND, mask_BN)
+        if self.form == "broadcast":
+            return self._mixed(x_BND, c_BNR)
+        x_BNC = self._repeated(x_BND)
+        if self.causal:
+            return self._mixed(self.long(x_BNC), c_BNR)
+        w_FC = jax.lax.complex(self.transfer[0], self.transfer[1])
+        u_BNC = fft.spectral_filter(x_BNC, w_FC, 2 * self.max_positions, self.method)
+        return self._mixed(u_BNC, c_BNR)
+
+    def init_state(self, batch: int) -> SelectiveState:
+        features = self.width if self.form == "broadcast" else self.rank
+        return SelectiveState(
+            jnp.zeros((batch, 1), jnp.int32),
+            jnp.zeros((batch, 1, self.width)),
+            jnp.zeros((batch, 1, features)),
+            None if self.form == "broadcast" else self.long.init_state(batch),
+        )
+
+    def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, SelectiveState]:
+        x_BPD = self._masked(x_BPD, mask_BP)
+        c_BPR, count_BP = self._whole_weights(x_BPD, mask_BP)
+        u_BPC, long = x_BPD, None
+        if self.form != "broadcast":
+            u_BPC, long = self.long.prefill(self._repeated(x_BPD))
+        sum_B1D = jnp.sum(x_BPD.astype(jnp.float32), axis=1)[:, None]
+        state = SelectiveState(count_BP[:, -1:], sum_B1D, c_BPR[:, -1:], long)
+        return self._mixed(u_BPC, c_BPR), state
+
+    def advance(
+        self, x_B1D: jax.Array, state: SelectiveState, position: jax.Array
+    ) -> tuple[jax.Array, SelectiveState]:
+        x_B1D = x_B1D.astype(self.dtype)
+        count_B1, sum_B1D, c_B1R, long = state
+        new_B11 = (count_B1 % BLOCK == 0)[..., None]
+        c_B1R = jnp.where(new_B11, self._weights(sum_B1D, count_B1), c_B1R)
+        u_B1C = x_B1D
+        if self.form != "broadcast":
+            u_B1C, long = self.long.advance(self._repeated(x_B1D), state.long, position)
+        sum_B1D = sum_B1D + x_B1D.astype(jnp.float32)
+        return self._mixed(u_B1C, c_B1R), SelectiveState(count_B1 + 1, sum_B1D, c_B1R, long)
+
+    def _masked(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        return jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype)).astype(self.dtype)
+
+    def _weights(self, sum_BGD: jax.Array, count_BG: jax.Array) -> jax.Array:
+        """c, float32 [B, G, R] (or D, of the form 'broadcast'), of sums over so many positions."""
+        mean_BGD = sum_BGD / jnp.maximum(count_BG, 1)[..., None].astype(jnp.float32)
+        mean_BGD = constrain(mean_BGD, "batch", None, None)
+        c_BGR = self.context_out(nn.gelu(self.context_hidden(mean_BGD))).astype(jnp.float32)
+        return constrain(c_BGR, "batch", None, None)
+
+    def _whole_weights(self, x_BND: jax.Array, mask_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """c of all positions, [B, N, R], or of the sequence, [B, 1, R]; and the valid positions up
+        to each one, [B, N]."""
+        x_BND = x_BND.astype(jnp.float32)
         # Positions whole, [B, N] is small: XLA would otherwise exchange at every step of the sum.
         count_BN = jnp.cumsum(constrain(mask_BN, "batch", None), axis=1)
-        sum_BD = jnp.sum(x_BND, axis=1)
         if not self.causal:
-            return weights(sum_BD[:, None], count_BN[:, -1:])
+            return self._weights(jnp.sum(x_BND, axis=1)[:, None], count_BN[:, -1:]), count_BN
         num_blocks = -(-x_BND.shape[1] // BLOCK)
         block_BN = jnp.maximum(count_BN - 1, 0) // BLOCK
         is_in_BNG = block_BN[..., None] == jnp.arange(num_blocks)[None, None]
@@ -92,36 +143,22 @@ class SelectiveLayer(nn.Module):
         own_BGD = jnp.einsum("bng,bnd->bgd", is_in_BNG, x_BND, precision="highest")
         before_BGD = jnp.cumsum(jnp.pad(own_BGD[:, :-1], ((0, 0), (1, 0), (0, 0))), axis=1)
         count_1G = BLOCK * jnp.arange(num_blocks)[None]
-        c_BGR = weights(before_BGD, count_1G)
-        c_BNR = jnp.einsum("bng,bgr->bnr", is_in_BNG, c_BGR, precision="highest")
-        if self.is_mutable_collection("cache"):
-            self._remember(count_BN[:, -1:], sum_BD[:, None], c_BNR[:, -1:])
-        return c_BNR
+        c_BGR = self._weights(before_BGD, count_1G)
+        return jnp.einsum("bng,bgr->bnr", is_in_BNG, c_BGR, precision="highest"), count_BN
 
-    def _remember(self, count_B1: jax.Array, sum_B1D: jax.Array, c_B1R: jax.Array) -> None:
-        for name, value in (("count", count_B1), ("sum", sum_B1D), ("weights", c_B1R)):
-            self.put_variable("cache", name, value)
-
-    def _filtered(self, x_BND: jax.Array, position: jax.Array | None) -> jax.Array:
-        """x through every filter, [B, N, D, R + 1], in `dtype`.
+    def _repeated(self, x_BND: jax.Array) -> jax.Array:
+        """[B, N, D (R + 1)]: the channels that the filters read.
 
         The filters of a channel are neighbours, so that channels split over devices stay so.
         """
-        B, N, D = x_BND.shape
-        x_BNC = jnp.repeat(constrain(x_BND, "batch", "position", "channel"), self.rank + 1, axis=2)
-        if self.causal:
-            long = LongConvolution(
-                self.max_positions, self.filter, self.decay, method=self.method, name="long"
-            )
-            u_BNC = long(x_BNC, position)
-        else:
-            u_BNC = self._spectral(x_BNC)
-        u_BNC = constrain(u_BNC, "batch", "position", "channel").astype(self.dtype)
-        return u_BNC.reshape(B, N, D, self.rank + 1)
+        return jnp.repeat(constrain(x_BND, "batch", "position", "channel"), self.rank + 1, axis=2)
 
-    def _spectral(self, x_BNC: jax.Array) -> jax.Array:
-        fft_length, width = 2 * self.max_positions, x_BNC.shape[2]
-        init = partitioned(decaying_noise, None, "frequency", filter_axis(width))
-        real_imag = self.param("filter", init, (2, fft_length // 2 + 1, width))
-        w_FC = jax.lax.complex(real_imag[0], real_imag[1])
-        return spectral_filter(x_BNC, w_FC, fft_length, self.method)
+    def _mixed(self, u_BNC: jax.Array, c_BNR: jax.Array) -> jax.Array:
+        c_BNR = c_BNR.astype(self.dtype)
+        if self.form == "broadcast":
+            return constrain(u_BNC * c_BNR, "batch", "position", "width")
+        u_BNC = constrain(u_BNC, "batch", "position", "channel").astype(self.dtype)
+        u_BNDR = u_BNC.reshape(*u_BNC.shape[:2], self.width, self.rank + 1)
+        c_BNR = jnp.pad(c_BNR, ((0, 0), (0, 0), (1, 0)), constant_values=1)
+        y_BND = jnp.sum(u_BNDR * c_BNR[:, :, None], axis=-1, dtype=jnp.float32)
+        return constrain(y_BND.astype(self.dtype), "batch", "position", "width")

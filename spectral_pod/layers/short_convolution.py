@@ -6,40 +6,36 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.halo import previous
-from spectral_pod.parallel.sharding import Axes, partitioned, shard_op
+from spectral_pod.parallel.sharding import Axes, shard_op
 
 
 class ShortConvolution(nn.Module):
-    """`sum_i k_i x_{t - i}` for i < taps, per channel.
+    """`sum_i k_i x_{t - i}` for i < taps, per channel. Invalid positions must be zero already.
+
+    Its decode state is the last `taps - 1` inputs, [B, taps - 1, ...].
 
     Attributes:
+      features: the axes of x after [B, N].
       taps: of every filter, at least 2.
-      axes: logical axes of x after [B, N].
+      axes: logical axes of the features.
     """
 
+    features: tuple[int, ...]
     taps: int
     axes: Axes
     dtype: Any
 
-    @nn.compact
-    def __call__(self, x: jax.Array, position: jax.Array | None = None) -> jax.Array:
-        """[B, N, ...] to the same in `dtype`; see `layers/mixers.py` for `position`.
-
-        Invalid positions must be zero already.
-        """
+    def setup(self) -> None:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=())
-        shape = (self.taps, *x.shape[2:])
-        kernel = self.param("short_filter", partitioned(init, "tap", *self.axes), shape)
-        kernel = kernel.astype(self.dtype)
+        boxed = parameter(init, "tap", *self.axes, group="undecayed")
+        kernel = self.param("short_filter", boxed, (self.taps, *self.features))
+        self.kernel = kernel.astype(self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, ...] to the same in `dtype`."""
         before = self.taps - 1
-        if position is not None:
-            recent = jnp.concatenate([self.get_variable("cache", "recent"), x], axis=1)
-            self.put_variable("cache", "recent", recent[:, 1:])
-            return jnp.einsum("bt...,t...->b...", recent, kernel[::-1])[:, None]
-        if self.is_mutable_collection("cache"):
-            padding = ((0, 0), (before, 0), *((0, 0),) * (x.ndim - 2))
-            self.put_variable("cache", "recent", jnp.pad(x[:, -before:], padding)[:, -before:])
 
         # By shifts: XLA would gather the channels of a grouped convolution.
         def op(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -49,4 +45,16 @@ class ShortConvolution(nn.Module):
             return sum(y * k[None, None] for y, k in zip(shifted, kernel))  # type: ignore[return-value]
 
         axes = ("batch", "position", *self.axes)
-        return shard_op(op, (axes, (None, *self.axes)), axes)(x, kernel)
+        return shard_op(op, (axes, (None, *self.axes)), axes)(x, self.kernel)
+
+    def init_state(self, batch: int) -> jax.Array:
+        return jnp.zeros((batch, self.taps - 1, *self.features), self.dtype)
+
+    def prefill(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        recent = jnp.concatenate([self.init_state(len(x)), x.astype(self.dtype)], axis=1)
+        return self(x), recent[:, x.shape[1] :]
+
+    def advance(self, x: jax.Array, recent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        recent = jnp.concatenate([recent, x], axis=1)
+        y = jnp.einsum("bt...,t...->b...", recent, self.kernel[::-1])
+        return y[:, None], recent[:, 1:]

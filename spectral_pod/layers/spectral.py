@@ -1,21 +1,26 @@
 """The bidirectional spectral mixer: a learned filter per channel, and a gate by its energy."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.ops.fft import spectral_filter
-from spectral_pod.parallel.sharding import constrain, filter_axis, partitioned, shard_op
+from spectral_pod.fields import Fraction
+from spectral_pod.layers.architecture import Architecture
+from spectral_pod.layers.mixer import Mixer
+from spectral_pod.layers.parameter import parameter
+from spectral_pod.ops import fft
+from spectral_pod.parallel.sharding import constrain, filter_axis, shard_op
 
 
-class SpectralLayer(nn.Module):
+class SpectralLayer(Mixer):
     """`gate(u) * u` with `u = irfft(rfft(x_masked) . W)[:N]`.
 
+    The filter is made for `max_positions`; shorter sequences use its shorter lags.
+
     Attributes:
-      max_positions: N the filter is made for; shorter sequences use its shorter lags.
       padding: 'linear' filters at 2N points, so the ends don't wrap into each other; 'circular'
         at N points (the original design).
       parametrization: 'frequency' learns W itself; 'time' learns the kernel, which is
@@ -24,25 +29,34 @@ class SpectralLayer(nn.Module):
       energy_gate: 'rms' is `sigmoid(a log rms(u) + b)` with a, b learned per channel; 'norm' is
         `sigmoid(|u|)` (the original design: at least 0.999999 for unit variance and D = 256);
         'none'.
+      kernel_dropout, kernel_threshold: of the parametrization 'time'.
     """
 
-    max_positions: int
-    padding: str
-    parametrization: str
-    method: str
-    energy_gate: str
-    kernel_dropout: float
-    kernel_threshold: float
-    deterministic: bool
-    dtype: Any
+    padding: Literal["linear", "circular"] = "linear"
+    parametrization: Literal["frequency", "time"] = "frequency"
+    method: Literal["auto", "right_angle", "real", "matmul", "plain"] = "auto"
+    energy_gate: Literal["rms", "norm", "none"] = "rms"
+    kernel_dropout: Fraction = 0.0
+    kernel_threshold: float = 0.0
+
+    section = "spectral"
+    can_be_causal = False
+    definition = {"model.spectral.method": "plain"}
+
+    @classmethod
+    def methods(cls, config: Architecture) -> dict[str, str]:
+        circular = config.option("spectral.padding") == "circular"
+        fft_length = config.max_positions * (1 if circular else 2)
+        method = config.option("spectral.method")
+        return {"spectral_filter": fft.resolve(method, config.max_positions, fft_length)}
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; padded positions never reach valid ones."""
         width = x_BND.shape[-1]
         fft_length = {"linear": 2, "circular": 1}[self.padding] * self.max_positions
         x_BND = jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype))
-        u_BND = spectral_filter(x_BND, self._transfer(fft_length, width), fft_length, self.method)
+        w_FD = self._transfer(fft_length, width)
+        u_BND = fft.spectral_filter(x_BND, w_FD, fft_length, self.method)
         u_BND = constrain(u_BND, "batch", "position", "width").astype(jnp.float32)
         return self._gated(u_BND).astype(self.dtype)
 
@@ -52,9 +66,11 @@ class SpectralLayer(nn.Module):
         if self.parametrization == "frequency":
             axes = (None, "frequency", channels)
             shape = (2, fft_length // 2 + 1, width)
-            real_imag = self.param("filter", partitioned(decaying_noise, *axes), shape)
+            init = parameter(decaying_noise, *axes, group="dynamics")
+            real_imag = self.param("filter", init, shape)
             return jax.lax.complex(real_imag[0], real_imag[1])
-        init = partitioned(nn.initializers.normal(0.002), "frequency", channels)
+        normal = nn.initializers.normal(0.002)
+        init = parameter(normal, "frequency", channels, group="dynamics")
         kernel = self.param("filter", init, (fft_length, width))
         shrunk = jnp.maximum(jnp.abs(kernel) - self.kernel_threshold, 0.0) * jnp.sign(kernel)
         shrunk = nn.Dropout(self.kernel_dropout, deterministic=self.deterministic)(shrunk)
@@ -68,8 +84,8 @@ class SpectralLayer(nn.Module):
             return norm_gate(u_BND) * u_BND
         shape = (u_BND.shape[-1],)
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        slope_D = self.param("energy_slope", partitioned(ones, "width"), shape)
-        bias_D = self.param("energy_bias", partitioned(zeros, "width"), shape)
+        slope_D = self.param("energy_slope", parameter(ones, "width", group="dynamics"), shape)
+        bias_D = self.param("energy_bias", parameter(zeros, "width", group="dynamics"), shape)
         return rms_gated(u_BND, slope_D, bias_D)
 
 

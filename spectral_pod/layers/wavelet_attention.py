@@ -1,7 +1,7 @@
 """Convolutional attention on the levels of a wavelet transform: the mixer of SpectralLLM."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,14 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 import pywt
 
+from spectral_pod import fields
+from spectral_pod.fields import Positive
+from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
-from spectral_pod.ops.long_conv import causal_product, circular_product
+from spectral_pod.layers.mixer import Mixer, option, shared
+from spectral_pod.layers.parameter import parameter
+from spectral_pod.ops import long_conv
 from spectral_pod.ops.online_conv import ProductBlock, product_step
-from spectral_pod.ops.wavelet import causal_wavedec
-from spectral_pod.parallel.sharding import constrain, partitioned
+from spectral_pod.ops.wavelet import causal_reach, causal_wavedec
+from spectral_pod.parallel.sharding import constrain
 
 
-class WaveletAttention(nn.Module):
+class ProductInputs(NamedTuple):
+    """Both factors of a product of sequences, of all prompts, and where they begin.
+
+    The decoder starts the products of all layers together and continues with `ProductBlock`.
+    """
+
+    q_BPD: jax.Array  # float32
+    k_BPD: jax.Array  # float32
+    start_B: jax.Array  # int32
+
+
+class WaveletState(NamedTuple):
+    product: ProductInputs | ProductBlock
+    products_BTD: jax.Array  # the last products, as far back as two filters reach
+    values_BTD: jax.Array  # the last values, as far back as one reaches
+    count_B1: jax.Array  # int32, valid positions
+
+
+class WaveletAttention(Mixer):
     """`W_o sum_j w_j c_j * v_j` with `c_j[t] = sum_{s <= t} q_j[s] k_j[t - s] / sqrt(t + 1)`.
 
     q, k and v, projections of x, are all decomposed into the bands j of the causal undecimated
@@ -41,115 +64,150 @@ class WaveletAttention(nn.Module):
       method: of the linear product, see `ops/long_conv.py`.
     """
 
-    wavelet: str
-    levels: int
-    num_heads: int
-    padding: str
-    dtype: Any
-    method: str = "auto"
+    wavelet: str = option("name", "db4")
+    levels: Positive = 3
+    num_heads: Positive = 4
+    padding: Literal["linear", "circular"] = "linear"
+    method: str = shared("long_conv", "auto")
 
-    @nn.compact
-    def __call__(
-        self, x_BND: jax.Array, mask_BN: jax.Array, position: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; see `layers/mixers.py` for `position`.
+    section = "wavelet"
+    divisible = (("model.hidden_dim", "model.wavelet.num_heads"),)
+    sees_future = {"model.wavelet.padding": "circular"}
+    definition = {"model.long_conv": "real"}
+
+    @classmethod
+    def check(cls, config: Architecture) -> None:
+        families = [name for name in pywt.wavelist(kind="discrete") if name != "dmey"]
+        orthogonal = [name for name in families if pywt.Wavelet(name).orthogonal]
+        fields.one_of("config.model.wavelet.name", config.option("wavelet.name"), orthogonal)
+
+    @classmethod
+    def halo(cls, config: Architecture) -> int:
+        return causal_reach(config.option("wavelet.name"), config.option("wavelet.levels")) - 1
+
+    @classmethod
+    def methods(cls, config: Architecture) -> dict[str, str]:
+        return {"causal_conv": long_conv.resolve(config.long_conv)}
+
+    def setup(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"a width of {self.width} cannot be split into {self.num_heads} heads")
+        self.heads = (self.num_heads, self.width // self.num_heads)
+        axes = ("embed", "head", None)
+        self.query, self.key, self.value = (Dense(self.heads, axes, self.dtype) for _ in range(3))
+        ones = parameter(nn.initializers.ones_init(), None, "head", group="undecayed")
+        self.weight_SH = self.param("level_weight", ones, (self.levels + 1, self.num_heads))
+        self.out = Dense(self.width, ("head", None, "embed"), self.dtype)
+
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        q_BND, k_BND, v_BND = self._projected(x_BND, mask_BN)
+        start_B, count_BN = _counted(mask_BN)
+        c_BND = self._product(q_BND, k_BND, start_B)
+        return self._mixed(*self._decomposed(c_BND, v_BND), count_BN)
+
+    def init_state(self, batch: int) -> WaveletState:
+        def zeros(count: int) -> jax.Array:
+            return jnp.zeros((batch, count, self.width))
+
+        inputs = ProductInputs(zeros(0), zeros(0), jnp.zeros(batch, jnp.int32))
+        reach = causal_reach(self.wavelet, self.levels)
+        count_B1 = jnp.zeros((batch, 1), jnp.int32)
+        return WaveletState(inputs, zeros(2 * reach - 2), zeros(reach - 1), count_B1)
+
+    def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, WaveletState]:
+        """Prompts and the state after them.
 
         Raises:
-          ValueError: the width is no multiple of the heads, or a circular product is to decode.
+          ValueError: the product is circular.
         """
-        width = x_BND.shape[-1]
-        if width % self.num_heads:
-            raise ValueError(f"a width of {width} cannot be split into {self.num_heads} heads")
-        prefill = self.is_mutable_collection("cache") and not self.is_initializing()
-        if self.padding == "circular" and (prefill or position is not None):
+        if self.padding == "circular":
             raise ValueError(
                 "wavelet attention with padding 'circular' sees later positions, so it cannot "
                 "decode; use 'linear'"
             )
-        heads = (self.num_heads, width // self.num_heads)
-        q_BND, k_BND, v_BND = (
-            self._projection(name, heads, x_BND, mask_BN) for name in ("query", "key", "value")
+        q_BPD, k_BPD, v_BPD = self._projected(x_BPD, mask_BP)
+        start_B, count_BP = _counted(mask_BP)
+        c_BPD = self._product(q_BPD, k_BPD, start_B)
+        reach = causal_reach(self.wavelet, self.levels)
+        state = WaveletState(
+            ProductInputs(q_BPD, k_BPD, start_B),
+            _last(c_BPD, 2 * reach - 2),
+            _last(v_BPD, reach - 1),
+            count_BP[:, -1:],
         )
-        products: Iterable[jax.Array]
-        values: Iterable[jax.Array]
-        if position is None:
-            products, values, count_BN = self._whole(q_BND, k_BND, v_BND, mask_BN, prefill)
-        else:
-            products, values, count_BN = self._step(q_BND, k_BND, v_BND, position)
-        ones = partitioned(nn.initializers.ones_init(), None, "head")
-        weight_SH = self.param("level_weight", ones, (self.levels + 1, self.num_heads))
-        y_BNHK = sum(
-            weight_H[None, None, :, None] * (c_BND * v_BND).reshape(*v_BND.shape[:2], *heads)
-            for weight_H, c_BND, v_BND in zip(weight_SH, products, values)
-        )
-        y_BNHK *= jax.lax.rsqrt(count_BN.astype(jnp.float32))[..., None, None]
-        y_BND = Dense(width, ("head", None, "embed"), self.dtype, name="out")(y_BNHK)
-        return constrain(y_BND, "batch", "position", "width")
+        return self._mixed(*self._decomposed(c_BPD, v_BPD), count_BP), state
 
-    def _projection(
-        self, name: str, heads: tuple[int, int], x_BND: jax.Array, mask_BN: jax.Array
-    ) -> jax.Array:
-        """float32 [B, N, D], zero where invalid."""
-        p_BNHK = Dense(heads, ("embed", "head", None), self.dtype, name=name)(x_BND)
-        p_BNHK = jnp.where(mask_BN[..., None, None], p_BNHK.astype(jnp.float32), 0.0)
-        if name != "value":
-            mean_square = jnp.mean(jnp.square(p_BNHK), axis=-1, keepdims=True)
-            p_BNHK *= jax.lax.rsqrt(mean_square + 1e-6)
-        return constrain(p_BNHK.reshape(x_BND.shape), "batch", "position", "channel")
+    def advance(
+        self, x_B1D: jax.Array, state: WaveletState, position: jax.Array
+    ) -> tuple[jax.Array, WaveletState]:
+        q_B1D, k_B1D, v_B1D = self._projected(x_B1D)
+        c_BD, product = product_step(state.product, q_B1D[:, 0], k_B1D[:, 0], position)
+        once_ST = _responses(self.wavelet, self.levels)
+        twice_ST = np.stack([np.convolve(h_T, h_T) for h_T in once_ST])
+        products_SB1D, products_BTD = _respond(state.products_BTD, c_BD[:, None], twice_ST)
+        values_SB1D, values_BTD = _respond(state.values_BTD, v_B1D, once_ST)
+        count_B1 = state.count_B1 + 1
+        y_B1D = self._mixed(products_SB1D, values_SB1D, count_B1)
+        return y_B1D, WaveletState(product, products_BTD, values_BTD, count_B1)
 
-    def _whole(
-        self,
-        q_BND: jax.Array,
-        k_BND: jax.Array,
-        v_BND: jax.Array,
-        mask_BN: jax.Array,
-        prefill: bool,
-    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
-        """Products and values, [B, N, D] for every band, and the number of positions up to each."""
-        start_B = jnp.argmax(mask_BN, axis=1).astype(jnp.int32)
-        count_BN = jnp.maximum(jnp.arange(1, mask_BN.shape[1] + 1)[None] - start_B[:, None], 1)
+    def _projected(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> list[jax.Array]:
+        """q, k and v, float32 [B, N, D], zero where invalid."""
+        projected = []
+        for project in (self.query, self.key, self.value):
+            p_BNHK = project(x_BND).astype(jnp.float32)
+            if mask_BN is not None:
+                p_BNHK = jnp.where(mask_BN[..., None, None], p_BNHK, 0.0)
+            if project is not self.value:
+                mean_square = jnp.mean(jnp.square(p_BNHK), axis=-1, keepdims=True)
+                p_BNHK *= jax.lax.rsqrt(mean_square + 1e-6)
+            p_BND = p_BNHK.reshape(x_BND.shape)
+            projected.append(constrain(p_BND, "batch", "position", "channel"))
+        return projected
+
+    def _product(self, q_BND: jax.Array, k_BND: jax.Array, start_B: jax.Array) -> jax.Array:
         q_BDN, k_BDN = jnp.swapaxes(q_BND, 1, 2), jnp.swapaxes(k_BND, 1, 2)
         if self.padding == "circular":
-            c_BDN = circular_product(q_BDN, k_BDN)
-        else:
-            c_BDN = causal_product(q_BDN, k_BDN, start_B, self.method)
-        c_BND = jnp.swapaxes(c_BDN, 1, 2)
-        if prefill:
-            self.put_variable("cache", "product_q", q_BND)
-            self.put_variable("cache", "product_k", k_BND)
-            self.put_variable("cache", "product_start", start_B)
-            reach = _responses(self.wavelet, self.levels).shape[1]
-            self.put_variable("cache", "recent_products", _last(c_BND, 2 * reach - 2))
-            self.put_variable("cache", "recent_values", _last(v_BND, reach - 1))
-            self.put_variable("cache", "count", count_BN[:, -1:])
-        bands = causal_wavedec(c_BND, self.wavelet, self.levels)
+            return jnp.swapaxes(long_conv.circular_product(q_BDN, k_BDN), 1, 2)
+        c_BDN = long_conv.causal_product(q_BDN, k_BDN, start_B, self.method)
+        return jnp.swapaxes(c_BDN, 1, 2)
+
+    def _decomposed(
+        self, c_BND: jax.Array, v_BND: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Products and values of every band, [B, N, D]."""
         # Of the transform of a band only the band itself; the compiler drops the others.
         products = tuple(
             causal_wavedec(band_BND, self.wavelet, self.levels)[i]
-            for i, band_BND in enumerate(bands)
+            for i, band_BND in enumerate(causal_wavedec(c_BND, self.wavelet, self.levels))
         )
-        return products, causal_wavedec(v_BND, self.wavelet, self.levels), count_BN
+        return products, causal_wavedec(v_BND, self.wavelet, self.levels)
 
-    def _step(
-        self, q_B1D: jax.Array, k_B1D: jax.Array, v_B1D: jax.Array, position: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The same of one more position, [S, B, 1, D], from the responses of the bands."""
-        block = ProductBlock(*self.get_variable("cache", "product_block"))
-        c_BD, block = product_step(block, q_B1D[:, 0], k_B1D[:, 0], position)
-        self.put_variable("cache", "product_block", block)
-        count_B1 = self.get_variable("cache", "count") + 1
-        self.put_variable("cache", "count", count_B1)
-        once_ST = _responses(self.wavelet, self.levels)
-        twice_ST = np.stack([np.convolve(h_T, h_T) for h_T in once_ST])
-        products = self._respond("recent_products", c_BD[:, None], twice_ST)
-        return products, self._respond("recent_values", v_B1D, once_ST), count_B1
+    def _mixed(
+        self, products: Iterable[jax.Array], values: Iterable[jax.Array], count_BN: jax.Array
+    ) -> jax.Array:
+        y_BNHK = sum(
+            weight_H[None, None, :, None] * (c_BND * v_BND).reshape(*v_BND.shape[:2], *self.heads)
+            for weight_H, c_BND, v_BND in zip(self.weight_SH, products, values)
+        )
+        y_BNHK *= jax.lax.rsqrt(count_BN.astype(jnp.float32))[..., None, None]
+        return constrain(self.out(y_BNHK), "batch", "position", "width")
 
-    def _respond(self, name: str, x_B1D: jax.Array, taps_ST: np.ndarray) -> jax.Array:
-        """[S, B, 1, D]: the newest outputs of filters of an input whose past the cache holds."""
-        recent_BTD = jnp.concatenate([self.get_variable("cache", name), x_B1D], axis=1)
-        self.put_variable("cache", name, recent_BTD[:, 1:])
-        reversed_ST = jnp.asarray(taps_ST[:, ::-1], jnp.float32)
-        return jnp.einsum("btd,st->sbd", recent_BTD, reversed_ST, precision="highest")[:, :, None]
+
+def _counted(mask_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where each sequence begins, int32 [B], and its valid positions up to each one, at least 1."""
+    start_B = jnp.argmax(mask_BN, axis=1).astype(jnp.int32)
+    position_1N = jnp.arange(1, mask_BN.shape[1] + 1)[None]
+    return start_B, jnp.maximum(position_1N - start_B[:, None], 1)
+
+
+def _respond(
+    recent_BTD: jax.Array, x_B1D: jax.Array, taps_ST: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """[S, B, 1, D], the newest outputs of filters of an input, and its last T - 1 values."""
+    recent_BTD = jnp.concatenate([recent_BTD, x_B1D], axis=1)
+    reversed_ST = jnp.asarray(taps_ST[:, ::-1], jnp.float32)
+    y_SBD = jnp.einsum("btd,st->sbd", recent_BTD, reversed_ST, precision="highest")
+    return y_SBD[:, :, None], recent_BTD[:, 1:]
 
 
 def _last(x_BND: jax.Array, count: int) -> jax.Array:
@@ -159,9 +217,9 @@ def _last(x_BND: jax.Array, count: int) -> jax.Array:
 
 
 def _responses(wavelet: str, levels: int) -> np.ndarray:
-    """The bands of `causal_wavedec` as filters, [S, T]: what they make of a single one at 0."""
+    """The bands of `causal_wavedec` as filters, [S, T]: their outputs for an impulse at 0."""
     low = np.asarray(pywt.Wavelet(wavelet).rec_lo)
-    num_taps = (len(low) - 1) * (2**levels - 1) + 1
+    num_taps = causal_reach(wavelet, levels)
     a_T = np.eye(1, num_taps)[0]
     details: list[np.ndarray] = []
     for level in range(levels):

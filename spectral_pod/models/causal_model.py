@@ -1,64 +1,119 @@
 """What the causal models share: bytes -> embeddings -> causal blocks -> the next byte."""
 
+from typing import ClassVar, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 
-from spectral_pod.layers.block import block_stack
+from spectral_pod.layers.block import separate_blocks, stacked_blocks
 from spectral_pod.layers.dense import Dense, layer_norm
+from spectral_pod.layers.mixer import State
+from spectral_pod.layers.parameter import parameter
+from spectral_pod.models.model import Model
 from spectral_pod.parallel.sharding import constrain
 from spectral_pod.shapes import Positions, SequenceLogits, TokenMask, Tokens
 
 
-class CausalModel(nn.Module):
-    """A model whose logits at a position depend on tokens up to it, and on no later one.
+class DecodeState(NamedTuple):
+    """What a causal model keeps of the positions that it has read.
 
     Attributes:
-      config: `config.model`, frozen, with what `models.build` adds.
-      num_classes: C; of bytes 257, the last is the end of a document.
+      count_B1: int32, the valid ones; None without learned positions.
+      layers: a state of every layer (`layers/block.py`).
     """
 
-    config: ml_collections.FrozenConfigDict
-    num_classes: int
+    count_B1: jax.Array | None
+    layers: tuple[State, ...]
 
-    bytes_per_position = 1
-    causal = True
+
+class CausalModel(Model):
+    """A model whose logits at a position depend on tokens up to it, and on no later one.
+
+    It has a logit for every byte, and as the last, the 257th, one for the end of a document.
+    """
+
+    bytes_per_position: ClassVar[int] = 1
+    causal: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
-        self,
-        tokens_BL: Tokens,
-        mask_BL: TokenMask,
-        train: bool = False,
-        position: jax.Array | None = None,
+        self, tokens_BL: Tokens, mask_BL: TokenMask, train: bool = False
     ) -> SequenceLogits:
         """int tokens and their validity, [B, L], to float32 logits [B, L, C].
 
         Invalid positions, before or after the valid ones, change nothing at valid ones. Dropout
         draws from the rng `dropout`. Whatever is minimised besides the cross-entropy is sown into
         the collection `losses`, [B].
-
-        To decode, `config.decoding` is set: a call on prompts with the collection `cache` mutable
-        fills it, and a call with tokens [B, 1] and their `position`, an int32 scalar that counts
-        from the start of the (padded) prompts, continues from it (`generate/decode.py`).
         """
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        config = self.config
         tokens_BL, mask_BL = (constrain(x, "batch", "position") for x in (tokens_BL, mask_BL))
         embedded_BND = self.embed(tokens_BL)
         x_BND = embedded_BND
         if config.positions == "learned":
-            x_BND = x_BND + self._positions(mask_BL, position)
-        x_BND = jnp.where(mask_BL[..., None], x_BND, jnp.zeros((), dtype))
-        x_BND = constrain(x_BND, "batch", "position", "width")
+            table_ND = self._position_table()
+            x_BND = x_BND + constrain(table_ND[None, : mask_BL.shape[1]], None, "position", None)
+        x_BND = self._masked(x_BND, mask_BL)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
-        x_BND = block_stack(config, config.pattern, not train, x_BND, mask_BL, position)
+        if config.decoding:
+            for block in separate_blocks(config):
+                x_BND = block(x_BND, mask_BL)
+        else:
+            for stack in stacked_blocks(config, deterministic=not train):
+                x_BND, _ = stack(x_BND, mask_BL)
         x_BND = layer_norm(x_BND, "norm")
         if train:
             self.sow_losses(x_BND, embedded_BND, mask_BL)
-        head = Dense(self.num_classes, ("embed", "class"), dtype, name="head")
-        logits_BLC = head(x_BND.astype(dtype)).astype(jnp.float32)
-        return constrain(logits_BLC, "batch", "position", None)
+        return self._logits(x_BND)
+
+    @nn.compact
+    def init_state(self, batch: int) -> DecodeState:
+        """The state of `batch` sequences before their first position; needs `config.decoding`."""
+        learned = self.config.positions == "learned"
+        count_B1 = jnp.zeros((batch, 1), jnp.int32) if learned else None
+        layers = separate_blocks(self.config)
+        return DecodeState(count_B1, tuple(block.init_state(batch) for block in layers))
+
+    @nn.compact
+    def prefill(self, tokens_BP: Tokens, mask_BP: TokenMask) -> tuple[SequenceLogits, DecodeState]:
+        """Reads prompts, with padding before their first token; needs `config.decoding`.
+
+        Returns:
+          float32 logits [B, P, C] and the state, with which the decoder continues
+          (`generate/decode.py`).
+        """
+        x_BPD, count_B1 = self.embed(tokens_BP), None
+        if self.config.positions == "learned":
+            count_BP = jnp.cumsum(mask_BP, axis=1)
+            x_BPD = x_BPD + self._position_table()[jnp.maximum(count_BP - 1, 0)]
+            count_B1 = count_BP[:, -1:]
+        x_BPD, layers = self._masked(x_BPD, mask_BP), []
+        for block in separate_blocks(self.config):
+            x_BPD, state = block.prefill(x_BPD, mask_BP)
+            layers.append(state)
+        return self._logits(layer_norm(x_BPD, "norm")), DecodeState(count_B1, tuple(layers))
+
+    @nn.compact
+    def advance(
+        self, tokens_B1: Tokens, state: DecodeState, position: jax.Array
+    ) -> tuple[SequenceLogits, DecodeState]:
+        """Reads one more token a sequence.
+
+        Args:
+          position: int32 scalar, counted from the start of the (padded) prompts.
+
+        Returns:
+          float32 logits [B, 1, C] and the state after it.
+        """
+        x_B1D, count_B1 = self.embed(tokens_B1), state.count_B1
+        if count_B1 is not None:
+            x_B1D = x_B1D + self._position_table()[count_B1]
+            count_B1 = count_B1 + 1
+        x_B1D, layers = constrain(x_B1D, "batch", "position", "width"), []
+        for block, before in zip(separate_blocks(self.config), state.layers):
+            x_B1D, after = block.advance(x_B1D, before, position)
+            layers.append(after)
+        return self._logits(layer_norm(x_B1D, "norm")), DecodeState(count_B1, tuple(layers))
 
     def embed(self, tokens_BL: Tokens) -> Positions:
         """Tokens [B, L] to [B, L, D] in the model's dtype."""
@@ -67,20 +122,20 @@ class CausalModel(nn.Module):
     def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:
         """Sows what is minimised besides the cross-entropy; nothing here."""
 
-    def _positions(self, mask_BN: jax.Array, position: jax.Array | None) -> jax.Array:
-        """Learned positions [B or 1, N, D]; prompts are counted from their first valid token."""
-        table_ND = self.param(
-            "position_embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(0.1), (None, "embed")),
-            (self.config.max_positions, self.config.hidden_dim),
-        )
-        table_ND = constrain(table_ND.astype(self.config.dtype), None, None)
-        if position is not None:
-            count_B1 = self.get_variable("cache", "count")
-            self.put_variable("cache", "count", count_B1 + 1)
-            return table_ND[count_B1]
-        if self.is_mutable_collection("cache"):
-            count_BN = jnp.cumsum(mask_BN, axis=1)
-            self.put_variable("cache", "count", count_BN[:, -1:])
-            return table_ND[jnp.maximum(count_BN - 1, 0)]
-        return constrain(table_ND[None, : mask_BN.shape[1]], None, "position", None)
+    def _position_table(self) -> jax.Array:
+        """[N, D] in the model's dtype."""
+        init = parameter(nn.initializers.normal(0.1), None, "embed", group="decayed")
+        shape = (self.config.max_positions, self.config.hidden_dim)
+        table_ND = self.param("position_embedding", init, shape)
+        return constrain(table_ND.astype(self.config.activation_dtype), None, None)
+
+    def _masked(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        zero = jnp.zeros((), self.config.activation_dtype)
+        x_BND = jnp.where(mask_BN[..., None], x_BND, zero)
+        return constrain(x_BND, "batch", "position", "width")
+
+    def _logits(self, x_BND: jax.Array) -> jax.Array:
+        dtype = self.config.activation_dtype
+        head = Dense(self.num_classes, ("embed", "class"), dtype, name="head")
+        logits_BNC = head(x_BND.astype(dtype)).astype(jnp.float32)
+        return constrain(logits_BNC, "batch", "position", None)

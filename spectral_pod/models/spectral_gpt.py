@@ -1,7 +1,5 @@
 """SpectralGPT: bytes -> causal long convolutions with delta memories -> the next byte."""
 
-import jax.numpy as jnp
-
 from spectral_pod.layers.embedding import Embedding
 from spectral_pod.models.causal_model import CausalModel
 from spectral_pod.shapes import Positions, Tokens
@@ -15,5 +13,5 @@ class SpectralGPT(CausalModel):
     def embed(self, tokens_BL: Tokens) -> Positions:
         config = self.config
         return Embedding(
-            config.vocab_size, config.hidden_dim, jnp.dtype(config.dtype), name="embedding"
+            config.vocab_size, config.hidden_dim, config.activation_dtype, name="embedding"
         )(tokens_BL)

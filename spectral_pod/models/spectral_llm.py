@@ -21,7 +21,7 @@ class SpectralLLM(CausalModel):
     def embed(self, tokens_BL: Tokens) -> Positions:
         config = self.config
         return HarmonicEmbedding(
-            config.vocab_size, config.hidden_dim, jnp.dtype(config.dtype), name="embedding"
+            config.vocab_size, config.hidden_dim, config.activation_dtype, name="embedding"
         )(tokens_BL)
 
     def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:

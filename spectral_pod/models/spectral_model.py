@@ -5,31 +5,24 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 
-from spectral_pod.layers.block import block_stack
+from spectral_pod.layers.block import separate_blocks, stacked_blocks
 from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.patching import STRIDE, ByteLatentEncoder, sinusoidal_positions
 from spectral_pod.layers.pooling import POOLING, Comparison
+from spectral_pod.models.model import Model
 from spectral_pod.parallel.sharding import constrain
 from spectral_pod.shapes import Logits, TokenMask, Tokens
 
 
-class SpectralModel(nn.Module):
-    """A classifier of byte sequences.
-
-    Attributes:
-      config: `config.model`, frozen, with what `models.build` adds.
-      num_classes: C.
-    """
-
-    config: ml_collections.FrozenConfigDict
-    num_classes: int
+class SpectralModel(Model):
+    """A classifier of byte sequences."""
 
     mixer = "spectral"
     bytes_per_position = STRIDE
     causal = False
+    max_documents = 2  # that are compared
 
     @nn.compact
     def __call__(self, tokens_BL: Tokens, mask_BL: TokenMask, train: bool = False) -> Logits:
@@ -40,16 +33,21 @@ class SpectralModel(nn.Module):
         Padded positions never change a logit: [B, L] and [B, L'] with the same valid bytes agree
         for every multiple of 4 up to 4 * max_positions. Dropout draws from the rng `dropout`.
         """
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        config, dtype = self.config, self.config.activation_dtype
         if config.documents == 2:
-            tokens_BL, mask_BL = _apart(tokens_BL), _apart(mask_BL)
+            tokens_BL, mask_BL = _split_documents(tokens_BL), _split_documents(mask_BL)
         encoder = ByteLatentEncoder(config.hidden_dim, config.embed_dim, dtype, name="encoder")
         x_BND, mask_BN = encoder(tokens_BL, mask_BL)
         if config.coarser_scales:
             x_BND = MultiScale(config.coarser_scales, dtype, name="scales")(x_BND, mask_BN)
         x_BND += sinusoidal_positions(x_BND.shape[1], config.hidden_dim, dtype)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
-        x_BND = block_stack(config, config.pattern, not train, x_BND, mask_BN)
+        if config.decoding:
+            for block in separate_blocks(config):
+                x_BND = block(x_BND, mask_BN)
+        else:
+            for stack in stacked_blocks(config, deterministic=not train):
+                x_BND, _ = stack(x_BND, mask_BN)
         x_BND = layer_norm(x_BND, "norm")
         pooling: Any = POOLING[config.pooling](name="pooling")
         pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)
@@ -58,7 +56,7 @@ class SpectralModel(nn.Module):
         return Dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")(pooled_BD)
 
 
-def _apart(x_BL: jax.Array) -> jax.Array:
+def _split_documents(x_BL: jax.Array) -> jax.Array:
     """[B, 2 * L] to [2 * B, L], rows 2i and 2i + 1 from row i: every device keeps its own rows."""
     batch, both = x_BL.shape
     return constrain(x_BL.reshape(2 * batch, both // 2), "batch", None)

@@ -35,6 +35,11 @@ def choose(platform: str, length: int, fft_length: int) -> str:
     return "real"
 
 
+def resolve(method: str, length: int, fft_length: int) -> str:
+    """The method itself, or for "auto" that of `choose` on the mesh that is set."""
+    return choose(platform(), length, fft_length) if method == "auto" else method
+
+
 def spectral_filter(
     x_BND: Positions, w_FD: Spectrum, fft_length: int, method: str = "auto"
 ) -> Positions:
@@ -62,8 +67,7 @@ def spectral_filter(
             f"a filter of {w_FD.shape[0]} bins and an FFT of {fft_length} points cannot serve "
             f"{length} positions"
         )
-    if method == "auto":
-        method = choose(platform(), length, fft_length)
+    method = resolve(method, length, fft_length)
     if method == "plain":
         y_BFD = jnp.fft.rfft(x_BND.astype(jnp.float32), fft_length, axis=1) * w_FD[None]
         return jnp.fft.irfft(y_BFD, fft_length, axis=1)[:, :length].astype(x_BND.dtype)

@@ -24,6 +24,11 @@ def choose(platform: str) -> str:
     return {"tpu": "matmul", "cpu": "right_angle"}.get(platform, "real")
 
 
+def resolve(method: str) -> str:
+    """The method itself, or for "auto" that of `choose` on the mesh that is set."""
+    return choose(platform()) if method == "auto" else method
+
+
 def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.Array:
     """Every channel's sequence convolved with its own filter, in float32.
 
@@ -127,9 +132,7 @@ def stretch(length: int, num_taps: int) -> int:
 
 
 def _method(name: str) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    if name == "auto":
-        name = choose(platform())
-    return {"right_angle": _right_angle, "real": _real, "matmul": _matmul}[name]
+    return {"right_angle": _right_angle, "real": _real, "matmul": _matmul}[resolve(name)]
 
 
 def _right_angle(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:

@@ -103,12 +103,6 @@ def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
-def partitioned(init: Callable[..., Any], *axes: str | None) -> Callable[..., Any]:
-    """A Flax initializer whose parameter carries these logical axes."""
-    spec(*axes)
-    return nn.with_logical_partitioning(init, axes)
-
-
 def tree_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
     """The `NamedSharding` of every leaf of a boxed (`nn.with_logical_partitioning`) tree."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_boxed), mesh, RULES)

@@ -24,7 +24,7 @@ from spectral_pod.data import pipeline, tasks
 from spectral_pod.errors import DataError, NonFiniteError, Preempted
 from spectral_pod.generate import decode
 from spectral_pod.layers.block import unstack
-from spectral_pod.layers.mixers import can_be_causal
+from spectral_pod.models.model import abstract_params
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.runtime import say
@@ -41,6 +41,7 @@ from spectral_pod.train.state import TrainState, abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
 from spectral_pod.train.watchdog import Watchdog
 from spectral_pod.train.writers import MetricWriter
+from spectral_pod.validation import validate, validate_mesh
 
 
 def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[str, Any]:
@@ -52,13 +53,13 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
       UserError: see `errors.py`; whatever was checkpointed before stays.
     """
     started = time.time()
-    config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
+    validate(config)
     runtime.preemption.seconds = config.checkpoint.preemption_seconds
     runtime.compare("configuration and code", starts.facts(config))
 
     # ---- mesh
     runtime.check_platform()
-    mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count(), models=models.MODELS))
+    mesh = make_mesh(validate_mesh(config, jax.device_count()))
     say(f"mesh {dict(mesh.shape)} of {mesh.size} {jax.devices()[0].device_kind} device(s)")
 
     # ---- data
@@ -77,8 +78,8 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         num_classes=sources.num_classes,
         vocab_size=sources.vocab_size,
     )
-    tx = make_optimizer(config)
-    abstract = abstract_state(model, tx, mesh, config_lib.row_len(config))
+    optimizer = make_optimizer(config, abstract_params(model, mesh))
+    abstract = abstract_state(model, optimizer.tx, mesh)
     num_params = sum(x.size for x in jax.tree.leaves(abstract.params))
     checkpointer = Checkpointer(
         f"{workdir}/checkpoints",
@@ -92,7 +93,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             raise DataError(f"{workdir} holds no sound checkpoint to evaluate; train first")
         return _evaluate_only(state, abstract, model, mesh, config, sources)
     if state is None:
-        state = init_state(model, tx, mesh, config_lib.row_len(config), config.seed)
+        state = init_state(model, optimizer.tx, mesh, config.seed)
         if config.train.on_bad_step == "rollback":
             checkpointer.save(0, state, None)  # there is always something to go back to
     first_step = int(state.step)
@@ -201,7 +202,11 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
 
         with progress.time("compile"):
             train_step = _compile(
-                jit_train_step(model, tx, config, mesh, abstract), abstract, mesh, config, sources
+                jit_train_step(model, optimizer, config, mesh, abstract),
+                abstract,
+                mesh,
+                config,
+                sources,
             )
         batches = batches_from(step)
         try:

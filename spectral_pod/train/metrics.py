@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from clu import metrics
 
-from spectral_pod.train.optim import DYNAMICS, leaf_name
-
 
 @flax.struct.dataclass
 class Averages(metrics.Collection):
@@ -107,17 +105,16 @@ def summary(objective: str, values: Mapping[str, float]) -> str:
     )
 
 
-def group_of(path: Any) -> str:
-    """The reported group of a parameter: its top-level module, dynamics apart."""
-    top = str(path[0].key)
-    return f"{top}.dynamics" if leaf_name(path) in DYNAMICS else top
+def norms(tree: Any, groups: Any) -> dict[str, jax.Array]:
+    """The Euclidean norms of parameters or gradients, by top-level module, dynamics apart.
 
-
-def norms(tree: Any) -> dict[str, jax.Array]:
-    """The Euclidean norm of each parameter group of a tree of parameters or gradients."""
+    Args:
+      groups: the optimizer group of every parameter.
+    """
     squares: dict[str, jax.Array] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), kind in zip(leaves, jax.tree.leaves(groups), strict=True):
         total = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-        group = group_of(path)
+        group = str(path[0].key) + (".dynamics" if kind == "dynamics" else "")
         squares[group] = squares[group] + total if group in squares else total
     return {group: jnp.sqrt(total) for group, total in squares.items()}

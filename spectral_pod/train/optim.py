@@ -1,31 +1,63 @@
-"""AdamW with two parameter groups, warm-up and cosine decay, and global-norm clipping; a guard
-against steps that are bad.
+"""Optimizers by name, with two learning rates, warm-up and cosine decay, global-norm clipping, and
+a guard against steps that are bad.
 
-`dynamics` (filters, energy gates, memory scales: what S4's recipes train apart) has its own peak
-rate and no weight decay; `weights` is everything else, of which kernels and embeddings decay.
+Each parameter declares its group where it is made (`layers/parameter.py`): `dynamics` has its own
+peak rate and no weight decay, `decayed` and `undecayed` share the other rate.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
-# Last component of a parameter's path -> group membership. Layers keep to these names.
-DYNAMICS = (
-    "filter", "filter_0", "filter_1", "filter_out", "log_decay",
-    "energy_slope", "energy_bias", "scale_memory", "ssm_lambda", "ssm_b", "ssm_log_step",
-)  # fmt: skip
-DECAYED = ("kernel", "embedding", "position_embedding")
+from spectral_pod import fields
+from spectral_pod.layers.parameter import Parameter, groups
+
+if TYPE_CHECKING:
+    from spectral_pod.config import Config, OptimizerConfig
 
 
-def leaf_name(path: Any) -> str:
-    """The name of a parameter, without the box or index a tree path may end in."""
-    return next(str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
+class Optimizer(NamedTuple):
+    """How a model is trained.
+
+    Attributes:
+      tx: from gradients to updates.
+      groups: the group of every parameter, a tree of names.
+      schedules: the learning rates by step, of 'dynamics' and of all other 'weights'.
+    """
+
+    tx: optax.GradientTransformation
+    groups: Any
+    schedules: dict[str, optax.Schedule]
 
 
-def schedules(config: ml_collections.ConfigDict) -> dict[str, optax.Schedule]:
+def make_optimizer(config: "Config", boxed: Any) -> Optimizer:
+    """clip by global norm -> the optimizer of the config's name -> decay and rate by group; guarded
+    where the config says so.
+
+    Args:
+      boxed: the parameters, or their shapes, in the boxes in which they were declared.
+
+    Raises:
+      ConfigError: there is no optimizer of this name.
+      ValueError: a parameter declares no group.
+    """
+    options = config.optimizer
+    fields.one_of("config.optimizer.name", options.name, OPTIMIZERS)
+    group_of, rates = groups(boxed), schedules(config)
+    tx = optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        OPTIMIZERS[options.name](options, boxed),
+        _decay_and_rate_by_group(options.weight_decay, rates, group_of),
+    )
+    if config.train.on_bad_step != "stop":
+        tx = guard(tx, config.train.spike_factor)
+    return Optimizer(tx, group_of, rates)
+
+
+def schedules(config: "Config") -> dict[str, optax.Schedule]:
     """The learning rate of each group by step: linear warm-up, cosine decay to zero."""
     total, warmup = config.train.total_steps, config.optimizer.warmup_steps
     return {
@@ -37,14 +69,79 @@ def schedules(config: ml_collections.ConfigDict) -> dict[str, optax.Schedule]:
     }
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """clip by global norm -> Adam -> decay and rate by group; guarded where the config says so."""
-    adam = optax.chain(
-        optax.clip_by_global_norm(config.optimizer.clip_norm),
-        optax.scale_by_adam(config.optimizer.b1, config.optimizer.b2),
-        _decay_and_rate_by_group(config.optimizer.weight_decay, schedules(config)),
+# ---- Optimizers, without weight decay and learning rates ------------------------------------
+
+
+def _adamw(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransformation:
+    return optax.scale_by_adam(options.b1, options.b2)
+
+
+def _lion(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransformation:
+    """Chen et al. 2023; its learning rate is usually a third to a tenth of Adam's."""
+    return optax.scale_by_lion(options.b1, options.b2)
+
+
+def _adafactor(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransformation:
+    """Shazeer and Stern 2018, with updates relative to the size of a parameter."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
     )
-    return adam if config.train.on_bad_step == "stop" else guard(adam, config.train.spike_factor)
+
+
+def _muon(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransformation:
+    """Jordan et al. 2024 for matrices, at the root mean square of Adam's updates (Liu et al. 2025),
+    which counts for all other parameters."""
+
+    def dimensions(box: Parameter) -> optax.contrib.MuonDimensionNumbers | None:
+        if not box.inputs or "class" in box.names:
+            return None
+        axes = [i for i, name in enumerate(box.names) if name != "layer"]
+        return optax.contrib.MuonDimensionNumbers(axes[: box.inputs], axes[box.inputs :])
+
+    muon = optax.contrib.muon(
+        1.0,
+        adam_b1=options.b1,
+        adam_b2=options.b2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=jax.tree.map(
+            dimensions, boxed, is_leaf=lambda x: isinstance(x, Parameter)
+        ),
+    )
+    return optax.chain(muon, optax.scale(-1.0))  # which is a descent already
+
+
+OPTIMIZERS: dict[str, Callable[["OptimizerConfig", Any], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}
+
+
+def _decay_and_rate_by_group(
+    weight_decay: float, rates: dict[str, optax.Schedule], group_of: Any
+) -> optax.GradientTransformation:
+    """`-rate_group(count) (update + weight_decay param)`, the decay only for group 'decayed'."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        rate = {group: schedule(state.count) for group, schedule in rates.items()}
+
+        def one(group: str, u: jax.Array, p: jax.Array) -> jax.Array:
+            decay = weight_decay if group == "decayed" else 0.0
+            return -rate["dynamics" if group == "dynamics" else "weights"] * (u + decay * p)
+
+        updates = jax.tree.map(one, group_of, updates, params)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformation(init, update)
+
+
+# ---- Bad steps ------------------------------------------------------------------------------
 
 
 class GuardState(NamedTuple):
@@ -80,25 +177,3 @@ def guard(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _decay_and_rate_by_group(
-    weight_decay: float, rates: dict[str, optax.Schedule]
-) -> optax.GradientTransformation:
-    """`-rate_group(count) (update + weight_decay param)`, the decay only for `DECAYED` names."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rate = {group: schedule(state.count) for group, schedule in rates.items()}
-
-        def one(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-            name = leaf_name(path)
-            decay = weight_decay if name in DECAYED else 0.0
-            return -rate["dynamics" if name in DYNAMICS else "weights"] * (u + decay * p)
-
-        updates = jax.tree_util.tree_map_with_path(one, updates, params)
-        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
-
-    def init(params: Any) -> optax.ScaleByScheduleState:
-        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
-
-    return optax.GradientTransformation(init, update)

@@ -1,5 +1,6 @@
 """The training state: what a checkpoint holds, and how it comes to be, sharded from the start."""
 
+import functools
 from typing import Any
 
 import flax
@@ -7,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from spectral_pod.parallel.sharding import tree_shardings
+from spectral_pod.models.model import Model, abstract_params, init_params
+from spectral_pod.parallel.sharding import num_shards, replicated, tree_shardings
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -20,40 +22,47 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
 
 
-def _initial(
-    key: jax.Array, model: nn.Module, tx: optax.GradientTransformation, rows: int, seq_len: int
-) -> TrainState:
-    tokens_BL = jnp.zeros((rows, seq_len), jnp.int32)
-    params = model.init(key, tokens_BL, jnp.ones(tokens_BL.shape, bool))["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-
-def abstract_state(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seq_len: int
-) -> TrainState:
+def abstract_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with their shardings; allocates nothing."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda key: _initial(key, model, tx, rows, seq_len), _KEY_SHAPE)
+    boxed = abstract_params(model, mesh)
+    state = jax.eval_shape(lambda params: _started(params, tx), nn.unbox(boxed))
+    params = tree_shardings(boxed, mesh)
+    shardings = TrainState(
+        replicated(mesh), params, _like_parameters(state.opt_state, state.params, params, mesh)
+    )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        tree_shardings(boxed, mesh),
+        state,
+        shardings,
     )
 
 
-def init_state(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seq_len: int, seed: int
-) -> TrainState:
+def init_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """The state of step 0; each device computes its own shards, no array is ever whole."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, seq_len))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
 
     def init(key: jax.Array) -> TrainState:
-        return nn.unbox(_initial(key, model, tx, rows, seq_len))
+        return _started(nn.unbox(init_params(model, key, num_shards("batch"))), tx)
 
     with jax.set_mesh(mesh):
         return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-_KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
+def _started(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def _like_parameters(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of an optimizer's state: that of the parameter whose path its own
+    ends in and whose shape it has; what is like no parameter is small, and whole everywhere."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    of_parameter = {
+        (path, x.shape): sharding
+        for (path, x), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
+    }
+
+    def sharding(path: Any, x: Any) -> NamedSharding:
+        suffixes = (of_parameter.get((path[i:], x.shape)) for i in range(len(path)))
+        return next((found for found in suffixes if found is not None), replicated(mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jax.sharding import Mesh
 
@@ -15,8 +14,11 @@ from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
 from spectral_pod.shapes import PAD
 from spectral_pod.train.loss import cross_entropy
 from spectral_pod.train.metrics import Averages, Evaluation, Predictions, norms
-from spectral_pod.train.optim import GuardState, schedules
+from spectral_pod.train.optim import GuardState, Optimizer
 from spectral_pod.train.state import TrainState
+
+if TYPE_CHECKING:
+    from spectral_pod.config import Config
 
 Batch = dict[str, jax.Array]
 
@@ -26,8 +28,8 @@ def train_step(
     batch: Batch,
     *,
     model: nn.Module,
-    tx: optax.GradientTransformation,
-    config: ml_collections.ConfigDict,
+    optimizer: Optimizer,
+    config: "Config",
 ) -> tuple[TrainState, tuple[Averages, dict[str, jax.Array]]]:
     """One optimizer step on the global batch.
 
@@ -75,13 +77,15 @@ def train_step(
 
     loss = jnp.sum(jnp.where(batch["valid"], outputs["loss"], 0.0)) / total_valid
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
-        tx = optax.with_extra_args_support(tx)
+        tx = optax.with_extra_args_support(optimizer.tx)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
-        rates = {group: rate(state.step) for group, rate in schedules(config).items()}
+        rates = {group: rate(state.step) for group, rate in optimizer.schedules.items()}
     params = optax.apply_updates(state.params, updates)
-    scalars = {f"grad_norm/{group}": norm for group, norm in norms(grads).items()}
+    scalars = {f"grad_norm/{group}": norm for group, norm in norms(grads, optimizer.groups).items()}
     # Of the new parameters: finite gradients can still end in an update that overflows.
-    scalars |= {f"param_norm/{group}": norm for group, norm in norms(params).items()}
+    scalars |= {
+        f"param_norm/{group}": norm for group, norm in norms(params, optimizer.groups).items()
+    }
     scalars |= {
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
     }
@@ -123,15 +127,15 @@ def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Evaluation | Pr
 
 def jit_train_step(
     model: nn.Module,
-    tx: optax.GradientTransformation,
-    config: ml_collections.ConfigDict,
+    optimizer: Optimizer,
+    config: "Config",
     mesh: Mesh,
     abstract: TrainState,
 ) -> Any:
     """`train_step` jitted for the mesh; donates the state."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
-        partial(train_step, model=model, tx=tx, config=config),
+        partial(train_step, model=model, optimizer=optimizer, config=config),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

@@ -1,0 +1,221 @@
+"""Checks of a configuration before a run: each mistake is one message that names the field."""
+
+import math
+from typing import Any
+
+from spectral_pod import fields, models
+from spectral_pod.config import Config, annotations, default, flat, store_and_weight, to_dict
+from spectral_pod.data.tasks import TASKS
+from spectral_pod.errors import ConfigError
+from spectral_pod.layers.architecture import Architecture
+from spectral_pod.layers.block import mixers_of
+from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
+from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.models import MODELS
+from spectral_pod.parallel.mesh import AXES
+
+
+def validate(config: Config) -> None:
+    """Checks every field that can be checked without devices or data.
+
+    Raises:
+      ConfigError: names the field, its value and what it may be.
+    """
+    _check_fields(config)
+    _check_training(config)
+    _check_data(config)
+    _check_model(config)
+
+
+def _check_fields(config: Config) -> None:
+    """Each field by itself."""
+    known = flat(to_dict(default())).keys()
+    values = flat(to_dict(config))
+    names = {field for field in values if not field.startswith("data.options.")}
+    for field in sorted(names - known):
+        hint = fields.hint(f"config.{field}", [f"config.{name}" for name in known])
+        raise ConfigError(f"config.{field} is no field of the configuration{hint}")
+    for field in sorted(known - names):
+        raise ConfigError(f"config.{field} is missing; start a config file with config.default()")
+    fields.one_of("config.data.task", config.data.task, TASKS)
+    fields.one_of("config.model.name", config.model.name, MODELS)
+    fields.one_of("config.model.channel_mixer", config.model.channel_mixer, CHANNEL_MIXERS)
+    for section, types in annotations().items():
+        for name, annotation in types.items():
+            field = f"{section}.{name}".lstrip(".")
+            if field in values:
+                fields.check_value(annotation, values[field], f"config.{field}")
+
+
+def _check_training(config: Config) -> None:
+    train = config.train
+    if 0 < train.spike_factor <= 1:
+        raise ConfigError(
+            f"config.train.spike_factor is {train.spike_factor}; it is above 1, or 0: none"
+        )
+    if train.spike_factor and train.on_bad_step == "stop":
+        raise ConfigError(
+            "config.train.spike_factor is set, and train.on_bad_step is 'stop', for which a spike "
+            "is no reason; choose 'skip' or 'rollback'"
+        )
+    if len(train.profile_steps) not in (0, 2):
+        raise ConfigError(
+            f"config.train.profile_steps is {train.profile_steps}; it is (first, last) or ()"
+        )
+    if not MODELS[config.model.name].causal or not train.sample_bytes:
+        return
+    for mixer in mixers_of(models.architecture(config)).values():
+        for field, value in mixer.sees_future.items():
+            if get(config, field) == value:
+                raise ConfigError(
+                    f"config.{field} is {value!r}, with which positions see later ones: such a "
+                    "model cannot write samples; set config.train.sample_bytes=0"
+                )
+    if not train.sample_prompt:
+        raise ConfigError("config.train.sample_prompt is empty; samples continue at least a byte")
+
+
+def _check_data(config: Config) -> None:
+    data, model, task = config.data, MODELS[config.model.name], TASKS[config.data.task]
+    if model.causal != (task.OBJECTIVE != "class"):  # TEMPORARY
+        fitting = sorted(name for name, other in MODELS.items() if other.causal != model.causal)
+        raise ConfigError(
+            f"config.model.name is {config.model.name!r}, which predicts "
+            f"{'every next token' if model.causal else 'one class a record'}; task "
+            f"{data.task!r} needs one of {fitting}"
+        )
+    for entry in data.stores:
+        match store_and_weight(entry):
+            case (str(), int() | float() as weight) if weight > 0:
+                continue
+        raise ConfigError(
+            f"config.data.stores has {entry!r}; an entry is a path, or a path and a weight above 0"
+        )
+    if data.stores and hasattr(task, "draw"):  # TEMPORARY
+        raise ConfigError(
+            f"config.data.stores is set, and examples of {data.task!r} are never stored"
+        )
+    if not 1 <= data.documents <= model.max_documents:
+        two = ", or two that are compared" if model.max_documents == 2 else ""
+        raise ConfigError(
+            f"config.data.documents is {data.documents}; a record of {config.model.name} is one "
+            f"document{two}"
+        )
+    if data.seq_len % model.bytes_per_position:
+        raise ConfigError(
+            f"config.data.seq_len is {data.seq_len}; it must be a multiple of "
+            f"{model.bytes_per_position}, the bytes of a patch"
+        )
+
+
+def _check_model(config: Config) -> None:
+    model, scales = MODELS[config.model.name], config.model.coarser_scales
+    if any(not isinstance(ratio, int) or ratio < 2 for ratio in scales):
+        raise ConfigError(f"config.model.coarser_scales is {scales}; a ratio is an int, 2 or more")
+    if scales and model.bytes_per_position == 1:
+        raise ConfigError(
+            f"config.model.coarser_scales is {scales}; {config.model.name} has no patches"
+        )
+    for block in models.pattern(config):
+        names = block.split("+")
+        for name in names:
+            fields.one_of("config.model.pattern", name, MIXERS)
+            if model.causal and not MIXERS[name].can_be_causal:
+                raise ConfigError(
+                    f"config.model.pattern has {name!r}, which sees the whole sequence: "
+                    f"{config.model.name} is causal"
+                )
+        if len(names) != len(set(names)):
+            raise ConfigError(f"config.model.pattern has {block!r}, which names a mixer twice")
+    described = models.architecture(config)
+    for mixer in mixers_of(described).values():
+        mixer.check(described)
+        for field, by in mixer.divisible:
+            if not by.startswith("mesh.") and get(config, field) % get(config, by):
+                raise ConfigError(
+                    f"config.{field} is {get(config, field)}, not divisible by config.{by} = "
+                    f"{get(config, by)}"
+                )
+
+
+def validate_mesh(config: Config, num_devices: int) -> dict[str, int]:
+    """The size of every mesh axis for this many devices.
+
+    Raises:
+      ConfigError: the axes do not multiply to the devices, or a dimension cannot be split.
+    """
+    sizes = _axis_sizes(config, num_devices)
+    described = models.architecture(config)
+    for field, value, divisor, why in _divisions(config, described, sizes):
+        if value % divisor:
+            raise ConfigError(f"config.{field} is {value}, not divisible by {why} = {divisor}")
+    sequence = sizes["sequence"]
+    patches = config.data.seq_len // MODELS[config.model.name].bytes_per_position
+    for name, mixer in sorted(mixers_of(described).items()):
+        if sequence > 1 and patches // sequence < mixer.halo(described):
+            raise ConfigError(
+                f"config.mesh.sequence is {sequence}, which leaves a device "
+                f"{patches // sequence} positions; {name} looks {mixer.halo(described)} back"
+            )
+    channels = config.model.hidden_dim // sizes["tensor"]
+    linear = config.model.spectral.padding == "linear"
+    if channels % sequence and not (linear and patches % sequence**2 == 0):
+        raise ConfigError(
+            f"config.mesh.sequence is {sequence}: to split sequences of {patches} patches so far, "
+            f"either model.hidden_dim / mesh.tensor = {channels} must be a multiple of it, or "
+            f"model.spectral.padding 'linear' and the patches a multiple of {sequence**2}"
+        )
+    return sizes
+
+
+def _axis_sizes(config: Config, num_devices: int) -> dict[str, int]:
+    sizes: dict[str, int] = {axis: getattr(config.mesh, axis) for axis in AXES}
+    for axis, size in sizes.items():
+        if size < 1 and not (axis == "data" and size == -1):
+            raise ConfigError(f"config.mesh.{axis} is {size}; it must be at least 1")
+    others = math.prod(size for axis, size in sizes.items() if axis != "data")
+    if sizes["data"] == -1:
+        sizes["data"] = max(1, num_devices // others)
+    if math.prod(sizes.values()) != num_devices:
+        raise ConfigError(
+            f"config.mesh asks for {' x '.join(f'{a}={n}' for a, n in sizes.items())} = "
+            f"{math.prod(sizes.values())} devices, and there are {num_devices}; change an axis "
+            "(mesh.data=-1 takes what the others leave)"
+        )
+    return sizes
+
+
+def _divisions(
+    config: Config, described: Architecture, sizes: dict[str, int]
+) -> list[tuple[str, int, int, str]]:
+    """What must be divisible by what: a field, its value, the divisor, and where that is from."""
+    train, model = config.train, config.model
+    rows, sequence = sizes["data"] * sizes["fsdp"], sizes["sequence"]
+    stride, scales = MODELS[model.name].bytes_per_position, model.coarser_scales
+    divisions = [
+        ("train.global_batch_size", train.global_batch_size, rows * train.grad_accumulation,
+         "mesh.data x mesh.fsdp x train.grad_accumulation"),
+        ("train.eval_batch_size", train.eval_batch_size, rows, "mesh.data x mesh.fsdp"),
+        ("model.hidden_dim", model.hidden_dim, sizes["tensor"] * sizes["fsdp"],
+         "mesh.fsdp x mesh.tensor"),
+        (f"data.seq_len in patches of {stride}", config.data.seq_len // stride,
+         sequence * (math.prod(scales) if sequence > 1 else 1),
+         "mesh.sequence" + (" x model.coarser_scales" if scales else "")),
+        ("model.embed_dim", model.embed_dim, sizes["fsdp"], "mesh.fsdp"),
+        ("model.hidden_dim x model.mlp_expansion", int(model.hidden_dim * model.mlp_expansion),
+         sizes["tensor"], "mesh.tensor"),
+    ]  # fmt: skip
+    for mixer in mixers_of(described).values():
+        for field, by in mixer.divisible:
+            if by.startswith("mesh."):
+                size = sizes[by.removeprefix("mesh.")]
+                divisions.append((field, get(config, field), size, by))
+    return divisions
+
+
+def get(config: Config, field: str) -> Any:
+    """The value of a field by its dotted name."""
+    value: Any = config
+    for name in field.split("."):
+        value = value[name]
+    return value
