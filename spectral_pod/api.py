@@ -31,7 +31,7 @@ from spectral_pod.shapes import PAD
 from spectral_pod.validation import validate
 
 
-def Config(**fields: Any) -> ConfigDict:
+def Config(**fields: Any) -> Any:
     """`config.default()` with some fields changed.
 
     Keywords are fields of `config.model`, or sections of the configuration; sections take mappings,
@@ -46,7 +46,7 @@ def Config(**fields: Any) -> ConfigDict:
     Raises:
       ConfigError: there is no such field, or its value is of another type.
     """
-    config = config_lib.default()
+    config: Any = config_lib.default()
     for name, value in fields.items():
         first = name.partition(".")[0]
         section = config if first in config and first not in config.model else config.model

@@ -14,7 +14,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spectral_pod import storage
-from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Fraction, NonNegative, NonNegativeFloat, Positive, types_of
 from spectral_pod.layers.architecture import ModelConfig
@@ -29,14 +28,10 @@ _FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
-def _section(cls: type) -> Any:
-    return dataclasses.field(default_factory=cls)
-
-
 @dataclasses.dataclass
 class DataConfig:
     task: str = ""  # a name in data/tasks
-    options: Any = _section(ConfigDict)  # fields of the task
+    options: Any = dataclasses.field(default_factory=ConfigDict)  # fields of the task
     # Finished stores in place of the task's own: paths, or pairs of a path and its weight.
     stores: tuple[Any, ...] = ()
     dir: str = "~/.cache/spectral_pod"  # byte stores are written once below it; a folder or gs://
@@ -126,12 +121,12 @@ class Config:
     fields, which is what flags and `configs/` work on."""
 
     seed: int = 0  # decides initial parameters, dropout and the order of the data
-    data: DataConfig = _section(DataConfig)
-    model: ModelSections = _section(ModelSections)
-    optimizer: OptimizerConfig = _section(OptimizerConfig)
-    train: TrainConfig = _section(TrainConfig)
-    checkpoint: CheckpointConfig = _section(CheckpointConfig)
-    mesh: MeshConfig = _section(MeshConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelSections = dataclasses.field(default_factory=ModelSections)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 def default() -> Config:

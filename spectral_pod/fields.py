@@ -1,4 +1,4 @@
-"""Fields of configurations: stated once, in a dataclass, with what a value may be in the annotation.
+"""Fields of configurations, stated once in a dataclass; annotations say what a value may be.
 
     @dataclasses.dataclass(frozen=True)
     class Options:

@@ -65,7 +65,7 @@ def _check_training(config: Config) -> None:
     if not MODELS[config.model.name].causal or not train.sample_bytes:
         return
     for mixer in mixers_of(models.architecture(config)).values():
-        for field, value in mixer.sees_future.items():
+        for field, value in mixer.sees_future:
             if get(config, field) == value:
                 raise ConfigError(
                     f"config.{field} is {value!r}, with which positions see later ones: such a "

@@ -94,7 +94,8 @@ def test_fields_that_are_none(fields, message):
 def test_a_new_model_is_what_training_starts_with(gpt):
     config = tiny_config()
     model = models.build(config, seq_len=config.data.seq_len, num_classes=257)
-    state = init_state(model, make_optimizer(config), one_device(), config.data.seq_len, 0)
+    tx = make_optimizer(config, model, one_device()).tx
+    state = init_state(model, tx, one_device(), 0)
     jax.tree.map(np.testing.assert_array_equal, gpt.params, unstack(state.params))
     assert gpt.count_parameters() == sum(x.size for x in jax.tree.leaves(state.params))
     assert isinstance(gpt.module, nn.Module)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from spectral_pod import models
-from spectral_pod.config import validate, validate_mesh
 from spectral_pod.data import tasks
-from spectral_pod.layers.mixers import can_be_causal
+from spectral_pod.validation import validate, validate_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FORMS = {
@@ -44,8 +43,8 @@ def test_all_configs_are_listed():
 )
 def test_a_config_is_sound(name, form):
     config = load(name).get_config(*([form] if form else []))
-    validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
-    validate_mesh(config, 1, models=models.MODELS)
+    validate(config)
+    validate_mesh(config, 1)
     task, options = tasks.TASKS[config.data.task], config.data.options.to_dict()
     tasks.check_options(config.data.task, options)
     if tasks.is_drawn(config.data.task):

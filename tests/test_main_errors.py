@@ -170,7 +170,7 @@ def test_a_loss_that_is_no_number(tmp_path):
     c.update_from_flattened_dict(fields)
     mesh = make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}, jax.devices()[:1])
     model = models.build(c, seq_len=c.data.seq_len, num_classes=10)
-    abstract = abstract_state(model, make_optimizer(c), mesh, c.data.seq_len)
+    abstract = abstract_state(model, make_optimizer(c, model, mesh).tx, mesh)
     with Checkpointer(str(workdir / "checkpoints"), keep_latest=2, keep_best=1) as checkpointer:
         state = checkpointer.restore(abstract)
     assert int(state.step) == int(match[1]) - 1

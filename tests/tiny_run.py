@@ -40,7 +40,7 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
         num_classes=num_classes or task.num_classes(**options),
         vocab_size=task.vocab_size(**options),
     )
-    state = init_state(model, make_optimizer(config), mesh, config.data.seq_len, config.seed)
+    state = init_state(model, make_optimizer(config, model, mesh).tx, mesh, config.seed)
     with (
         Checkpointer(f"{workdir}/checkpoints", keep_latest=len(steps), keep_best=0) as checkpointer,
         jax.set_mesh(mesh),
@@ -54,7 +54,8 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
 def parameters(workdir, config, step):
     """The parameters that a run of ten classes ended with at `step`, by name, on one device."""
     model = models.build(config, seq_len=config.data.seq_len, num_classes=10)
-    abstract = abstract_state(model, make_optimizer(config), one_device(), config.data.seq_len)
+    tx = make_optimizer(config, model, one_device()).tx
+    abstract = abstract_state(model, tx, one_device())
     with Checkpointer(str(workdir / "checkpoints"), keep_latest=1, keep_best=0) as checkpointer:
         state = checkpointer.restore(abstract)
     assert int(state.step) == step

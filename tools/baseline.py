@@ -27,14 +27,13 @@ from ml_collections import config_flags
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from spectral_pod import command_line, models
-from spectral_pod import config as config_lib
+from spectral_pod import command_line
 from spectral_pod.data import pipeline, tasks
 from spectral_pod.data.progress import Progress
 from spectral_pod.errors import ConfigError, UserError
-from spectral_pod.layers.mixers import can_be_causal
 from spectral_pod.parallel import runtime
 from spectral_pod.train.sources import Sources, open_sources
+from spectral_pod.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file, too.")
@@ -176,7 +175,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"unexpected argument {argv[1]!r}; every option starts with --")
     runtime.initialize(None, 1, 0)
     config = _CONFIG.value
-    config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
+    validate(config)
     objective = tasks.TASKS[config.data.task].OBJECTIVE
     if objective != "class":
         raise ConfigError(

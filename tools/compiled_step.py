@@ -20,18 +20,18 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.analysis import flops, hardware
 from spectral_pod.analysis.hardware import Topology
+from spectral_pod.config import Config
 from spectral_pod.data import tasks
-from spectral_pod.layers.mixers import can_be_causal
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import TrainState, abstract_state
 from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
+from spectral_pod.validation import validate, validate_mesh
 
 CACHE = "~/.cache/spectral_pod/preflight"
 _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
@@ -55,7 +55,7 @@ class Compiled:
 class Setup:
     """A configuration on a topology, with its steps lowered but not compiled."""
 
-    config: ConfigDict
+    config: Config
     topology: Topology
     num_hosts: int
     mesh: Mesh
@@ -64,30 +64,31 @@ class Setup:
     lowered: dict[str, Any]  # 'train', 'eval'
 
 
-def set_up(config: ConfigDict, topology: Topology) -> Setup:
+def set_up(config: Config, topology: Topology) -> Setup:
     """Builds what `train/loop.py` builds, from the same parts, without data or memory.
 
     Raises:
       ConfigError: the configuration cannot run on this topology.
     """
-    config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
+    validate(config)
     devices = hardware.devices(topology)
-    mesh = make_mesh(config_lib.validate_mesh(config, len(devices), models=models.MODELS), devices)
+    mesh = make_mesh(validate_mesh(config, len(devices)), devices)
     options = config.data.options.to_dict()
     tasks.check_options(config.data.task, options)
     task = tasks.TASKS[config.data.task]
     num_classes, vocab_size = task.num_classes(**options), task.vocab_size(**options)
-    row_len, tx = config_lib.row_len(config), make_optimizer(config)
+    row_len = config_lib.row_len(config)
     model = models.build(
         config, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
     )
-    abstract = abstract_state(model, tx, mesh, row_len)
+    optimizer = make_optimizer(config, model, mesh)
+    abstract = abstract_state(model, optimizer.tx, mesh)
     batch, eval_batch = (
         abstract_batch(rows, row_len, mesh, by_position=task.OBJECTIVE != "class")
         for rows in (config.train.global_batch_size, config.train.eval_batch_size)
     )
     steps: dict[str, tuple[Any, ...]] = {
-        "train": (jit_train_step(model, tx, config, mesh, abstract), abstract, batch),
+        "train": (jit_train_step(model, optimizer, config, mesh, abstract), abstract, batch),
         "eval": (jit_eval_step(model, mesh, abstract), abstract.params, eval_batch),
     }
     with jax.set_mesh(mesh):
@@ -106,7 +107,7 @@ def set_up(config: ConfigDict, topology: Topology) -> Setup:
     )
 
 
-def neighbour(setup: Setup) -> tuple[ConfigDict, Topology] | None:
+def neighbour(setup: Setup) -> tuple[Config, Topology] | None:
     """The same configuration on half the chips, or else on twice as many, with as many rows a chip.
 
     The axis that changes is `data`, or `fsdp` where there is one shard of data. None where a batch
@@ -126,12 +127,13 @@ def neighbour(setup: Setup) -> tuple[ConfigDict, Topology] | None:
 
 
 def _resized(
-    config: ConfigDict, sizes: dict[str, int], axis: str, resize: Callable[[int], int]
-) -> ConfigDict:
-    other = ConfigDict(config.to_dict())
-    other.mesh.update(sizes | {axis: resize(sizes[axis])})
+    config: Config, sizes: dict[str, int], axis: str, resize: Callable[[int], int]
+) -> Config:
+    other = config_lib.copy(config)
+    for name, size in (sizes | {axis: resize(sizes[axis])}).items():
+        setattr(other.mesh, name, size)
     for field in ("global_batch_size", "eval_batch_size"):
-        other.train[field] = resize(config.train[field])
+        setattr(other.train, field, resize(getattr(config.train, field)))
     return other
 
 

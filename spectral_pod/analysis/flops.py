@@ -45,7 +45,7 @@ def train_flops(
     """
     defined = config_lib.copy(config)
     for mixer in mixers_of(models.architecture(config)).values():
-        cast(ConfigDict, defined).update_from_flattened_dict(mixer.definition)
+        cast(ConfigDict, defined).update_from_flattened_dict(dict(mixer.definition))
     model = models.build(
         defined, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
     )

@@ -104,7 +104,10 @@ class Decoder:
         else:
             state = _init_state(model, params, batch)
         leaves, self._tree = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, _KINDS))
-        self._outside = [*_filters(leaves, self._capacity), *_products(leaves, self._capacity)]
+        self._sums: list[_Filters | _Products] = [
+            *_filters(leaves, self._capacity),
+            *_products(leaves, self._capacity),
+        ]
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, GrowingState):
                 leaves[i] = leaf.extend(self._capacity)
@@ -142,10 +145,10 @@ class Decoder:
         self.position += BLOCK
         if self.position == self._capacity:  # no later position needs this block
             return
-        leaves = self._tree.flatten_up_to(self._state)
-        for i, group in enumerate(self._outside):
-            caches = [leaves[place] for place in group.places]
-            self._outside[i], caches = group.advance(caches, self.position)
+        leaves = jax.tree.leaves(self._state, is_leaf=lambda x: isinstance(x, _KINDS))
+        for i, group in enumerate(self._sums):
+            caches: list[Any] = [leaves[place] for place in group.places]
+            self._sums[i], caches = group.advance(caches, self.position)
             for place, cache in zip(group.places, caches):
                 leaves[place] = cache
         self._state = jax.tree.unflatten(self._tree, leaves)

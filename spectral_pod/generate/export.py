@@ -17,6 +17,7 @@ import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import Mesh
 
+from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.errors import CheckpointError, DataError
 from spectral_pod.generate.restore import (
@@ -58,7 +59,7 @@ def save(
     (folder / _PARAMETERS).write_bytes(data)  # `save_file` would let nobody else read it
     (folder / _CARD).write_text(card(trained, result, license))
     facts = {
-        "config": trained.config.to_dict(),
+        "config": config_lib.to_dict(trained.config),
         "num_classes": trained.num_classes,
         "vocab_size": trained.vocab_size,
         "step": trained.step,

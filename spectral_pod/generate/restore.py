@@ -7,7 +7,7 @@ trained in: that is what decoding needs, and it names the parameters of an expor
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import optax
@@ -67,7 +67,7 @@ def restore_for_inference(
     *,
     step: int | None = None,
     mesh: Mesh | None = None,
-    dtype: Literal["bfloat16", "float32"] = "float32",
+    dtype: str = "float32",
 ) -> Trained:
     """The model of a run; reads its configuration and parameters and changes nothing there.
 
@@ -161,14 +161,14 @@ def one_device() -> Mesh:
     return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
 
 
-def fitted(config: Config, mesh: Mesh, dtype: Literal["bfloat16", "float32"]) -> Config:
+def fitted(config: Config, mesh: Mesh, dtype: str) -> Config:
     """The configuration of a run for the use of its model on a mesh, in a dtype.
 
     Raises:
       ConfigError: the mesh cannot split the model.
     """
     config = config_lib.copy(config)
-    config.model.dtype = dtype
+    config.model.dtype = cast(Any, dtype)
     for axis, size in mesh.shape.items():
         setattr(config.mesh, axis, size)
     # The mesh need not split training's batches.

@@ -80,7 +80,8 @@ class AttentionLayer(_MultiHead):
         return None
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        return self.merge(self._attend(*self.project(x_BND), mask_BN))
+        q_BNHK, k_BNHK, v_BNHK = self.project(x_BND)
+        return self.merge(self._attend(q_BNHK, k_BNHK, v_BNHK, mask_BN))
 
     def init_state(self, batch: int) -> KeyValues:
         none_B0HK = jnp.zeros((batch, 0, self.num_heads, self.head_dim), self.dtype)
@@ -159,7 +160,8 @@ class LinearAttentionLayer(_MultiHead):
         return jnp.zeros(shape)
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
-        o_BPHK, state_BHKV = linear_attention(*self.project(x_BPD), mask_BP, causal=self.causal)
+        q_BPHK, k_BPHK, v_BPHK = self.project(x_BPD)
+        o_BPHK, state_BHKV = linear_attention(q_BPHK, k_BPHK, v_BPHK, mask_BP, causal=self.causal)
         return self.merge(o_BPHK), state_BHKV
 
     def advance(

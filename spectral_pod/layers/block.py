@@ -113,8 +113,8 @@ class BlockGroup(nn.Module):
 def stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]:
     """`config.num_layers` blocks, the pattern repeating, scanned and rematerialized.
 
-    Called inside a module's compact method. One compiled group serves every repeat; layers beyond the last
-    whole repeat follow as a shorter group of their own. Each module returns (x_BND, None).
+    Called inside a module's compact method. One compiled group serves every repeat; layers beyond
+    the last whole repeat follow as a shorter group of their own. Each module returns (x_BND, None).
     """
     group, patterns = BlockGroup, config.pattern
     if config.remat != "none":

@@ -54,7 +54,7 @@ class DeltaMemoryLayer(Mixer):
 
     section = "memory"
     divisible = (("model.memory.num_heads", "mesh.tensor"),)
-    definition = {"model.memory.method": "recurrent"}
+    definition = (("model.memory.method", "recurrent"),)
 
     @classmethod
     def from_config(cls, config: Architecture, **fixed: Any) -> Self:

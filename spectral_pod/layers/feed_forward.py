@@ -64,8 +64,8 @@ class FrequencyFeedForward(Mixer):
     method: str = shared("long_conv", "auto")
 
     section = "frequency"
-    sees_future = {"model.frequency.padding": "circular"}
-    definition = {"model.long_conv": "real"}
+    sees_future = (("model.frequency.padding", "circular"),)
+    definition = (("model.long_conv", "real"),)
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:

@@ -16,7 +16,7 @@ from spectral_pod.parallel.sharding import constrain
 
 
 class HyenaState(NamedTuple):
-    short: jax.Array | None  # none without a short convolution
+    short: jax.Array | None  # None without a short convolution
     long: FilterInputs | FilterCache
 
 
@@ -36,7 +36,7 @@ class HyenaLayer(Mixer):
     method: str = shared("long_conv", "auto")
 
     section = "hyena"
-    definition = {"model.long_conv": "real"}
+    definition = (("model.long_conv", "real"),)
 
     @classmethod
     def halo(cls, config: Architecture) -> int:
@@ -47,12 +47,10 @@ class HyenaLayer(Mixer):
         return {"causal_conv": long_conv.resolve(config.long_conv)}
 
     def setup(self) -> None:
-        axes = ("embed", None, "hidden")
-        self.project = Dense((2, self.width), axes, self.dtype, name="in")
+        self.project = Dense((2, self.width), ("embed", None, "hidden"), self.dtype, name="in")
         if self.short_conv > 1:
-            self.short = ShortConvolution(
-                (2, self.width), self.short_conv, (None, "channel"), self.dtype
-            )
+            features, axes = (2, self.width), (None, "channel")
+            self.short = ShortConvolution(features, self.short_conv, axes, self.dtype)
         self.long = LongConvolution(
             self.width, self.max_positions, self.filter, self.decay, method=self.method
         )
@@ -79,8 +77,8 @@ class HyenaLayer(Mixer):
         self, x_B1D: jax.Array, state: HyenaState, position: jax.Array
     ) -> tuple[jax.Array, HyenaState]:
         uv_B12D, short = self._projected(x_B1D), state.short
-        if self.short_conv > 1:
-            uv_B12D, short = self.short.advance(uv_B12D, state.short)
+        if short is not None:
+            uv_B12D, short = self.short.advance(uv_B12D, short)
         y_B1D, long = self.long.advance(uv_B12D[:, :, 1], state.long, position)
         return self._gated(uv_B12D, y_B1D), HyenaState(short, long)
 

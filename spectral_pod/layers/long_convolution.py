@@ -142,7 +142,8 @@ class LongConvolution(nn.Module):
         return self._convolve(v_BPD, h_DT), FilterInputs(h_DT, v_BPD.astype(jnp.float32))
 
     def advance(
-        self, v_B1D: jax.Array, state: FilterCache, position: jax.Array
+        self, v_B1D: jax.Array, state: FilterInputs | FilterCache, position: jax.Array
     ) -> tuple[jax.Array, FilterCache]:
+        assert isinstance(state, FilterCache)
         y_BD, block = filter_step(state.taps_TD, state.block, v_B1D[:, 0], position)
         return y_BD[:, None].astype(v_B1D.dtype), FilterCache(state.taps_TD, block)

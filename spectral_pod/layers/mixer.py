@@ -1,9 +1,9 @@
 """What a mixer is: a layer through which positions see one another.
 
-A mixer is one class. Its fields, annotated as in `fields.py`, are its options: those of `section`
-are the fields of `config.model.SECTION`, with their defaults, and `shared` ones belong to another
-section. What else there is to know about a mixer, such as what must divide what on a mesh, its class
-says too, so that one line in `layers/mixers.py` adds a mixer to everything that there is.
+A mixer is one class. Its fields, annotated as in `fields.py`, are its options: the fields of
+`config.model.SECTION` with their defaults, but for `shared` ones, which another section has. What
+else the project must know of a mixer, such as what must divide what on a mesh, the class says too:
+one line in `layers/mixers.py` is all that adds a mixer.
 
 Every mixer maps a whole sequence, `mixer(x_BND, mask_BN)`. One that can be causal also decodes:
 
@@ -14,7 +14,6 @@ gives the rows of the whole sequence. `init_state` is the state before the first
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar, Self, TypeAlias
 
 import flax
@@ -69,10 +68,11 @@ class Mixer(nn.Module):
     can_be_causal: ClassVar[bool] = True
     # Pairs of fields of the configuration of which the second must divide the first.
     divisible: ClassVar[tuple[tuple[str, str], ...]] = ()
-    # Values of fields with which positions see later ones after all, so that nothing can be decoded.
-    sees_future: ClassVar[Mapping[str, str]] = {}
-    # Values of fields with which the operations are those of the definition, to count FLOPs by.
-    definition: ClassVar[Mapping[str, str]] = {}
+    # Fields and the values with which positions see later ones, so that nothing can be decoded.
+    sees_future: ClassVar[tuple[tuple[str, str], ...]] = ()
+    # Fields and the values with which operations are computed as they are defined: their FLOPs are
+    # the model's, whatever method computes them.
+    definition: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @classmethod
     def options(cls) -> dict[str, tuple[Any, Any]]:

@@ -23,7 +23,7 @@ class SelectiveState(NamedTuple):
     count_B1: jax.Array  # int32, valid positions
     sum_B1D: jax.Array  # float32, of their inputs
     weights_B1R: jax.Array  # float32, of the current block
-    long: FilterInputs | FilterCache | None  # none of the form 'broadcast'
+    long: FilterInputs | FilterCache | None  # None of the form 'broadcast'
 
 
 class SelectiveLayer(Mixer):
@@ -49,7 +49,7 @@ class SelectiveLayer(Mixer):
     method: str = shared("spectral.method", "auto")
 
     section = "selective"
-    definition = {"model.long_conv": "real", "model.spectral.method": "plain"}
+    definition = (("model.long_conv", "real"), ("model.spectral.method", "plain"))
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
@@ -113,8 +113,8 @@ class SelectiveLayer(Mixer):
         new_B11 = (count_B1 % BLOCK == 0)[..., None]
         c_B1R = jnp.where(new_B11, self._weights(sum_B1D, count_B1), c_B1R)
         u_B1C = x_B1D
-        if self.form != "broadcast":
-            u_B1C, long = self.long.advance(self._repeated(x_B1D), state.long, position)
+        if long is not None:
+            u_B1C, long = self.long.advance(self._repeated(x_B1D), long, position)
         sum_B1D = sum_B1D + x_B1D.astype(jnp.float32)
         return self._mixed(u_B1C, c_B1R), SelectiveState(count_B1 + 1, sum_B1D, c_B1R, long)
 

@@ -41,7 +41,7 @@ class SpectralLayer(Mixer):
 
     section = "spectral"
     can_be_causal = False
-    definition = {"model.spectral.method": "plain"}
+    definition = (("model.spectral.method", "plain"),)
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:

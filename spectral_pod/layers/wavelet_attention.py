@@ -72,8 +72,8 @@ class WaveletAttention(Mixer):
 
     section = "wavelet"
     divisible = (("model.hidden_dim", "model.wavelet.num_heads"),)
-    sees_future = {"model.wavelet.padding": "circular"}
-    definition = {"model.long_conv": "real"}
+    sees_future = (("model.wavelet.padding", "circular"),)
+    definition = (("model.long_conv", "real"),)
 
     @classmethod
     def check(cls, config: Architecture) -> None:
@@ -141,6 +141,7 @@ class WaveletAttention(Mixer):
         self, x_B1D: jax.Array, state: WaveletState, position: jax.Array
     ) -> tuple[jax.Array, WaveletState]:
         q_B1D, k_B1D, v_B1D = self._projected(x_B1D)
+        assert isinstance(state.product, ProductBlock)
         c_BD, product = product_step(state.product, q_B1D[:, 0], k_B1D[:, 0], position)
         once_ST = _responses(self.wavelet, self.levels)
         twice_ST = np.stack([np.convolve(h_T, h_T) for h_T in once_ST])

@@ -24,7 +24,6 @@ from spectral_pod.data import pipeline, tasks
 from spectral_pod.errors import DataError, NonFiniteError, Preempted
 from spectral_pod.generate import decode
 from spectral_pod.layers.block import unstack
-from spectral_pod.models.model import abstract_params
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.runtime import say
@@ -78,7 +77,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
         num_classes=sources.num_classes,
         vocab_size=sources.vocab_size,
     )
-    optimizer = make_optimizer(config, abstract_params(model, mesh))
+    optimizer = make_optimizer(config, model, mesh)
     abstract = abstract_state(model, optimizer.tx, mesh)
     num_params = sum(x.size for x in jax.tree.leaves(abstract.params))
     checkpointer = Checkpointer(

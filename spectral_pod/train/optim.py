@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from spectral_pod import fields
 from spectral_pod.layers.parameter import Parameter, groups
+from spectral_pod.models.model import Model, abstract_params
 
 if TYPE_CHECKING:
     from spectral_pod.config import Config, OptimizerConfig
@@ -33,12 +35,9 @@ class Optimizer(NamedTuple):
     schedules: dict[str, optax.Schedule]
 
 
-def make_optimizer(config: "Config", boxed: Any) -> Optimizer:
+def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
     """clip by global norm -> the optimizer of the config's name -> decay and rate by group; guarded
     where the config says so.
-
-    Args:
-      boxed: the parameters, or their shapes, in the boxes in which they were declared.
 
     Raises:
       ConfigError: there is no optimizer of this name.
@@ -46,7 +45,8 @@ def make_optimizer(config: "Config", boxed: Any) -> Optimizer:
     """
     options = config.optimizer
     fields.one_of("config.optimizer.name", options.name, OPTIMIZERS)
-    group_of, rates = groups(boxed), schedules(config)
+    boxed, rates = abstract_params(model, mesh), schedules(config)
+    group_of = groups(boxed)
     tx = optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
         OPTIMIZERS[options.name](options, boxed),

@@ -1,6 +1,5 @@
 """The training state: what a checkpoint holds, and how it comes to be, sharded from the start."""
 
-import functools
 from typing import Any
 
 import flax

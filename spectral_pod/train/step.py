@@ -81,10 +81,12 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
         rates = {group: rate(state.step) for group, rate in optimizer.schedules.items()}
     params = optax.apply_updates(state.params, updates)
-    scalars = {f"grad_norm/{group}": norm for group, norm in norms(grads, optimizer.groups).items()}
     # Of the new parameters: finite gradients can still end in an update that overflows.
-    scalars |= {
-        f"param_norm/{group}": norm for group, norm in norms(params, optimizer.groups).items()
+    measured = {"grad_norm": grads, "param_norm": params}
+    scalars = {
+        f"{kind}/{group}": norm
+        for kind, tree in measured.items()
+        for group, norm in norms(tree, optimizer.groups).items()
     }
     scalars |= {
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()

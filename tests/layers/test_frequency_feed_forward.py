@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spectral_pod.layers.feed_forward import FrequencyFeedForward, GatedFeedForward
-from spectral_pod.layers.hyena import CausalFilter
+from spectral_pod.layers.long_convolution import CausalFilter, FilterCache
 from spectral_pod.ops import reference
 from spectral_pod.ops.online_conv import BLOCK, filter_advance, filter_prefill, plan_filter
 
@@ -17,8 +17,7 @@ WIDTH, CONTEXT = 8, 160
 
 
 def layer(padding="linear"):
-    dtype = jnp.dtype("float32")
-    return FrequencyFeedForward(2.0, 0.0, True, dtype, CONTEXT, "explicit", "learned", padding)
+    return FrequencyFeedForward(WIDTH, CONTEXT, expansion=2.0, padding=padding)
 
 
 @functools.cache
@@ -35,15 +34,8 @@ def apply(x_BND, mask_BN, module):
 
 
 @jax.jit
-def step(cache, x_B1D, position):
-    y_B1D, variables = layer().apply(
-        {"params": parameters(), "cache": cache},
-        x_B1D,
-        jnp.ones((len(x_B1D), 1), bool),
-        position,
-        mutable=["cache"],
-    )
-    return y_B1D, variables["cache"]
+def step(state, x_B1D, position):
+    return layer().apply({"params": parameters()}, x_B1D, state, position, method="advance")
 
 
 def random(*shape):
@@ -58,7 +50,7 @@ def test_equals_its_definition():
     x_BND, params = random(2, 131, WIDTH), parameters()
     filters = CausalFilter(CONTEXT, "explicit", "learned")
     h_DT = filters.apply({"params": params["long"]["filter"]}, WIDTH)
-    mlp = GatedFeedForward(2.0, 0.0, True, jnp.dtype("float32"))
+    mlp = GatedFeedForward(WIDTH, expansion=2.0)
     mlp_BND = mlp.apply({"params": params["mlp"]}, x_BND)
     long_BND = reference.causal_convolution(x_BND, np.asarray(h_DT.T)[None, :131])
     alpha = 1 / (1 + np.exp(-0.7))
@@ -96,22 +88,21 @@ def test_invalid_positions_change_nothing():
 @pytest.mark.parametrize(("length", "prompt"), [(40, 1), (131, 50)])
 def test_a_step_equals_the_whole(length, prompt):
     x_BND = random(2, length, WIDTH)
-    y_BND, variables = layer().apply(
-        {"params": parameters()}, x_BND[:, :prompt], everything(x_BND[:, :prompt]), mutable="cache"
+    mask_BP = everything(x_BND[:, :prompt])
+    y_BND, read = layer().apply(
+        {"params": parameters()}, x_BND[:, :prompt], mask_BP, method="prefill"
     )
-    cache = variables["cache"]["long"]
-    plan = plan_filter(cache["taps"][None], length)
-    _, state, block = filter_prefill(plan, cache["inputs"][None])
-    cache = {"taps": plan.h_JTD[0], "block": jax.tree.map(lambda x: x[0], block)}
+    plan = plan_filter(read.taps_DT.T[None], length)
+    _, sums, block = filter_prefill(plan, read.x_BPD[None])
+    state = FilterCache(plan.h_JTD[0], jax.tree.map(lambda x: x[0], block))
     outputs = [y_BND]
     for t in range(prompt, length):
-        y_B1D, variables = step({"long": cache}, x_BND[:, t : t + 1], jnp.int32(t))
-        cache = variables["long"]
+        y_B1D, state = step(state, x_BND[:, t : t + 1], jnp.int32(t))
         outputs.append(y_B1D)
         if (t + 1) % BLOCK == 0 and t + 1 < length:
-            block = jax.tree.map(lambda x: x[None], cache["block"])
-            state, block = filter_advance(plan, state, block, t + 1)
-            cache = cache | {"block": jax.tree.map(lambda x: x[0], block)}
+            block = jax.tree.map(lambda x: x[None], state.block)
+            sums, block = filter_advance(plan, sums, block, t + 1)
+            state = state._replace(block=jax.tree.map(lambda x: x[0], block))
     want = apply(x_BND, everything(x_BND), layer())
     np.testing.assert_allclose(np.concatenate(outputs, 1), want, atol=1e-5)
 
@@ -119,4 +110,4 @@ def test_a_step_equals_the_whole(length, prompt):
 def test_what_leaks_cannot_decode():
     x_BND, params = random(1, 9, WIDTH), {"params": parameters()}
     with pytest.raises(ValueError, match="padding 'circular' sees later positions"):
-        layer(padding="circular").apply(params, x_BND, everything(x_BND), mutable="cache")
+        layer(padding="circular").apply(params, x_BND, everything(x_BND), method="prefill")

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spectral_pod.layers.hyena import CausalFilter, HyenaLayer
+from spectral_pod.layers.hyena import HyenaLayer
+from spectral_pod.layers.long_convolution import CausalFilter
 from spectral_pod.ops.delta_rule import delta_rule
 
 TAPS, WIDTH = 2048, 64
@@ -53,7 +54,7 @@ def test_a_short_convolution_sees_two_positions_more():
     """With a filter of one tap, what is left of the past is the short convolution's."""
 
     def seen(short_conv):
-        layer = HyenaLayer(1, "explicit", "learned", short_conv, jnp.float32)
+        layer = HyenaLayer(8, max_positions=1, short_conv=short_conv)
         x_BND = jax.random.normal(jax.random.key(0), (1, 9, 8))
         mask_BN = jnp.ones((1, 9), bool)
         params = {"params": layer.init(jax.random.key(1), x_BND, mask_BN)["params"]}

@@ -5,12 +5,13 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from spectral_pod.config import default
-from spectral_pod.layers.mixers import MIXERS, NOT_CAUSAL
+from spectral_pod.layers.architecture import Architecture
+from spectral_pod.layers.mixer import GrowingState
+from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.layers.selective import BLOCK
 
 WIDTH, HEADS, WINDOW, RANK, MAX_POSITIONS = 8, 2, 6, 5, 150
@@ -27,8 +28,9 @@ SMALL = {
     "memory.head_dim": 4,
     "memory.method": "recurrent",  # compiles fastest; both are the same function (tests/ops)
 }
-CAUSAL = sorted(MIXERS.keys() - NOT_CAUSAL)
-# They look at `config.causal`; of the rest, those in NOT_CAUSAL never are, the others always.
+CAUSAL = sorted(name for name, mixer in MIXERS.items() if mixer.can_be_causal)
+NOT_CAUSAL = MIXERS.keys() - set(CAUSAL)
+# They look at `causal`; of the rest, those in NOT_CAUSAL never are, the others always.
 EITHER = ["attention", "linear_attention", "local_attention", "s5", "selective"]
 ALL = [*((name, True) for name in CAUSAL), *((name, False) for name in sorted(NOT_CAUSAL))]
 ALL += [(name, False) for name in EITHER]
@@ -39,12 +41,14 @@ BY_FFT = ("hyena", "selective", "wavelet")
 @functools.cache
 def make(name, causal, **overrides):
     """(jitted apply(variables, ...), parameters off their initial values, the module)."""
-    config = default().model
-    config.update_from_flattened_dict(
+    model = default().model
+    model.update_from_flattened_dict(
         SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
     )
-    fields = config.to_dict() | {"max_positions": MAX_POSITIONS, "causal": causal}
-    module = MIXERS[name](ml_collections.FrozenConfigDict(fields), True, "mixer")
+    config = Architecture.of(
+        model.to_dict(), hidden_dim=WIDTH, max_positions=MAX_POSITIONS, causal=causal
+    )
+    module = MIXERS[name].from_config(config, deterministic=True, name="mixer")
     x, mask = jnp.zeros((1, MAX_POSITIONS, WIDTH)), jnp.ones((1, MAX_POSITIONS), bool)
     variables = nn.unbox(jax.jit(module.init)(jax.random.key(0), x, mask))
     rng = np.random.default_rng(0)
@@ -138,28 +142,25 @@ def test_steps_continue_a_prompt(name):
     module, params, apply = make(name, True, **overrides)
     prompt, length = 50, 80
     x, mask = draw(2, length, WIDTH), np.arange(length) >= [[0], [21]]
-    _, cache = jax.jit(functools.partial(module.apply, mutable=["cache"]))(
-        {"params": params}, x[:, :prompt], mask[:, :prompt]
-    )
-    cache = {
-        key: jnp.pad(value, [(0, 0), (0, length - prompt)] + [(0, 0)] * (value.ndim - 2))
-        if key in ("keys", "values", "valid")
-        else value
-        for key, value in cache["cache"].items()
-    }
+    variables = {"params": params}
+    prefill = jax.jit(functools.partial(module.apply, method="prefill"))
+    step = jax.jit(functools.partial(module.apply, method="advance"))
 
-    @jax.jit
-    def step(cache, x, position):
-        variables = {"params": params, "cache": cache}
-        ones = jnp.ones((2, 1), bool)
-        y, cache = module.apply(variables, x, ones, position, mutable=["cache"])
-        return y, cache["cache"]
+    def steps(state, first):
+        if isinstance(state, GrowingState):
+            state = state.extend(length)
+        for position in range(first, length):
+            y, state = step(variables, x[:, position : position + 1], state, position)
+            yield y
 
-    outputs = []
-    for position in range(prompt, length):
-        y, cache = step(cache, x[:, position : position + 1], position)
-        outputs.append(y)
-    assert_close(np.concatenate(outputs, axis=1), apply(x, mask)[:, prompt:], tolerance=1e-5)
+    y, state = prefill(variables, x[:, :prompt], mask[:, :prompt])
+    assert_close(y, apply(x, mask)[:, :prompt], mask[:, :prompt], tolerance=1e-5)
+    outputs = np.concatenate(list(steps(state, prompt)), axis=1)
+    assert_close(outputs, apply(x, mask)[:, prompt:], tolerance=1e-5)
+    # Without a prompt.
+    state = module.apply(variables, 2, method="init_state")
+    outputs = np.concatenate(list(steps(state, 0)), axis=1)
+    assert_close(outputs, apply(x, np.ones_like(mask)), tolerance=1e-5)
 
 
 # ---- Naive forms, in float64
@@ -301,9 +302,9 @@ def test_equals_its_definition(name, causal):
     mask = (n >= [[13], [0]]) & (n < [[137], [70]])
     options = {}
     if (name, causal) == ("selective", True):
-        prefill = jax.jit(functools.partial(module.apply, mutable=["cache"]))
-        _, cache = prefill({"params": params}, x, mask)
-        options["taps"] = cache["cache"]["long"]["taps"]
+        prefill = jax.jit(functools.partial(module.apply, method="prefill"))
+        _, state = prefill({"params": params}, x, mask)
+        options["taps"] = state.long.taps_DT.T
     expected = REFERENCES[name](jax.device_get(params), np.float64(x), mask, causal, **options)
     assert_close(apply(x, mask), expected, mask, tolerance=2e-5)
 

@@ -18,7 +18,7 @@ WIDTH, HEADS = 8, 2
 
 
 def layer(dtype="float32", padding="linear"):
-    return WaveletAttention("db4", 3, HEADS, padding, jnp.dtype(dtype))
+    return WaveletAttention(WIDTH, dtype=jnp.dtype(dtype), num_heads=HEADS, padding=padding)
 
 
 @functools.cache
@@ -38,20 +38,12 @@ def apply(x_BND, mask_BN, module):
 
 @functools.partial(jax.jit, static_argnums=2)
 def prefill(x_BND, mask_BN, module):
-    y_BND, variables = module.apply({"params": parameters()}, x_BND, mask_BN, mutable=["cache"])
-    return y_BND, variables["cache"]
+    return module.apply({"params": parameters()}, x_BND, mask_BN, method="prefill")
 
 
 @jax.jit
-def step(cache, x_B1D, position):
-    y_B1D, variables = layer().apply(
-        {"params": parameters(), "cache": cache},
-        x_B1D,
-        jnp.ones((len(x_B1D), 1), bool),
-        position,
-        mutable=["cache"],
-    )
-    return y_B1D, variables["cache"]
+def step(state, x_B1D, position):
+    return layer().apply({"params": parameters()}, x_B1D, state, position, method="advance")
 
 
 def random(*shape, seed=0):
@@ -130,18 +122,17 @@ def test_positions_before_a_prompt_change_nothing():
 def decode(x_BND, mask_BN, prompt):
     """The outputs of a prompt at once and of the positions after it one by one."""
     length = x_BND.shape[1]
-    y_BND, cache = prefill(x_BND[:, :prompt], mask_BN[:, :prompt], layer())
-    names = ("product_q", "product_k", "product_start")
-    _, state, block = product_prefill(*(cache.pop(name)[None] for name in names), length)
-    cache["product_block"] = jax.tree.map(lambda x: x[0], block)
+    y_BND, state = prefill(x_BND[:, :prompt], mask_BN[:, :prompt], layer())
+    _, sums, block = product_prefill(*(x[None] for x in state.product), length)
+    state = state._replace(product=jax.tree.map(lambda x: x[0], block))
     outputs = [y_BND]
     for t in range(prompt, length):
-        y_B1D, cache = step(cache, x_BND[:, t : t + 1], jnp.int32(t))
+        y_B1D, state = step(state, x_BND[:, t : t + 1], jnp.int32(t))
         outputs.append(y_B1D)
         if (t + 1) % BLOCK == 0 and t + 1 < length:
-            block = jax.tree.map(lambda x: x[None], cache["product_block"])
-            state, block = product_advance(state, block, t + 1)
-            cache["product_block"] = jax.tree.map(lambda x: x[0], block)
+            block = jax.tree.map(lambda x: x[None], state.product)
+            sums, block = product_advance(sums, block, t + 1)
+            state = state._replace(product=jax.tree.map(lambda x: x[0], block))
     return np.concatenate(outputs, 1)
 
 
@@ -170,7 +161,7 @@ def test_what_leaks_cannot_decode():
 def test_heads_must_divide_the_width():
     x_BND = random(1, 9, 9)
     with pytest.raises(ValueError, match="9 cannot be split into 2 heads"):
-        layer().init(jax.random.key(0), x_BND, everything(x_BND))
+        layer().clone(width=9).init(jax.random.key(0), x_BND, everything(x_BND))
 
 
 def test_bfloat16_is_near_float32_and_has_finite_gradients():

@@ -66,7 +66,8 @@ def test_logits_do_not_depend_on_later_bytes():
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(model, params, tokens):
-    return model.apply({"params": params}, tokens, tokens != PAD, mutable=["cache"])[0]
+    """Of a model that decodes, whose parameters are not stacked."""
+    return model.apply({"params": params}, tokens, tokens != PAD, method="prefill")[0]
 
 
 def test_padding_changes_no_logit():

@@ -72,10 +72,13 @@ def setup(sizes, **overrides):
         "optimizer.warmup_steps": 5,
     }
     config.update_from_flattened_dict(small | overrides)
-    mesh, tx = mesh_of(sizes), make_optimizer(config)
+    mesh = mesh_of(sizes)
     model = models.build(config, seq_len=config.data.seq_len, num_classes=NUM_CLASSES)
-    abstract = abstract_state(model, tx, mesh, config.data.seq_len)
-    return types.SimpleNamespace(config=config, mesh=mesh, model=model, tx=tx, abstract=abstract)
+    optimizer = make_optimizer(config, model, mesh)
+    abstract = abstract_state(model, optimizer.tx, mesh)
+    return types.SimpleNamespace(
+        config=config, mesh=mesh, model=model, optimizer=optimizer, abstract=abstract
+    )
 
 
 def name(path):

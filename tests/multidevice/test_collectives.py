@@ -86,7 +86,7 @@ def compile_step(sizes, rows_a_chip, overrides, evaluation=False, plain_fft=Fals
         if evaluation:
             step = jit_eval_step(s.model, s.mesh, s.abstract).lower(s.abstract.params, batch)
         else:
-            step = jit_train_step(s.model, s.tx, s.config, s.mesh, s.abstract)
+            step = jit_train_step(s.model, s.optimizer, s.config, s.mesh, s.abstract)
             step = step.lower(s.abstract, batch)
         return hlo.collectives(step.compile().as_text())
 

@@ -74,14 +74,14 @@ def make_batch(seed, by_position=False):
 def make_step(sizes, **overrides):
     """(a new state, the jitted step on numpy batches) on a mesh."""
     s = fake_devices.setup(sizes, **overrides)
-    step = jit_train_step(s.model, s.tx, s.config, s.mesh, s.abstract)
+    step = jit_train_step(s.model, s.optimizer, s.config, s.mesh, s.abstract)
 
     def on_mesh(state, batch):
         with jax.set_mesh(s.mesh):
             state, (averages, _) = step(state, jax.device_put(batch, batch_sharding(s.mesh)))
         return state, float(jax.device_get(averages).compute()["loss"])
 
-    return init_state(s.model, s.tx, s.mesh, s.config.data.seq_len, s.config.seed), on_mesh
+    return init_state(s.model, s.optimizer.tx, s.mesh, s.config.seed), on_mesh
 
 
 def train(sizes, num_micro, model="spectral_model"):

@@ -5,13 +5,13 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
 from spectral_pod.analysis import hlo
 from spectral_pod.config import default
+from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.parallel.sharding import spec, tree_shardings
 from tests.multidevice import fake_devices
@@ -46,10 +46,10 @@ TOLERANCE = 1e-5
 
 
 def module_of(name, causal, **overrides):
-    config = default().model
-    config.update_from_flattened_dict(SMALL | overrides)
-    fields = config.to_dict() | {"max_positions": LENGTH, "causal": causal}
-    return MIXERS[name](ml_collections.FrozenConfigDict(fields), True, "mixer")
+    model = default().model
+    model.update_from_flattened_dict(SMALL | overrides)
+    config = Architecture.of(model.to_dict(), hidden_dim=WIDTH, max_positions=LENGTH, causal=causal)
+    return MIXERS[name].from_config(config, deterministic=True, name="mixer")
 
 
 def problem():

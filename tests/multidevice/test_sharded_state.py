@@ -37,7 +37,7 @@ def measure_one(sizes):
     }
     jit = jax.jit
     with mock.patch.object(jax, "jit", lambda *args, **options: jit(*args, **options).lower):
-        init = init_state(s.model, s.tx, s.mesh, SEQ_LEN, 0).compile()
+        init = init_state(s.model, s.optimizer.tx, s.mesh, 0).compile()
     arrays = re.findall(r"\b(?:pred|[suf]\d+|bf16|c64)\[([\d,]+)\]", init.as_text())
     return {
         "leaves": leaves,

@@ -44,7 +44,7 @@ def test_every_large_parameter_is_split(parametrization):
     for name in models.MODELS:
         config.model.name = name
         model = models.build(config, seq_len=256, num_classes=10)
-        state = abstract_state(model, make_optimizer(config), mesh, 256)
+        state = abstract_state(model, make_optimizer(config, model, mesh).tx, mesh)
         whole = [
             jax.tree_util.keystr(path)
             for path, x in jax.tree_util.tree_leaves_with_path(state)

@@ -145,12 +145,13 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
     if quick:
         config.model.num_layers, config.train.global_batch_size = 1, 2
     batch_size, seq_len = config.train.global_batch_size, config.data.seq_len
-    mesh, tx = _mesh(), make_optimizer(config)
+    mesh = _mesh()
     model = models.build(config, seq_len=seq_len, num_classes=2)
-    abstract = abstract_state(model, tx, mesh, seq_len)
-    state: Any = init_state(model, tx, mesh, seq_len, seed=0)
+    optimizer = make_optimizer(config, model, mesh)
+    abstract = abstract_state(model, optimizer.tx, mesh)
+    state: Any = init_state(model, optimizer.tx, mesh, seed=0)
     with jax.set_mesh(mesh):
-        jitted: Any = jit_train_step(model, tx, config, mesh, abstract)
+        jitted: Any = jit_train_step(model, optimizer, config, mesh, abstract)
         step = jitted.lower(abstract, abstract_batch(batch_size, seq_len, mesh)).compile()
     path, num_records = f"{storage.bucket}/windows", 64 * batch_size
     rows = (Record(_digits(i, seq_len), i % 2) for i in range(num_records))

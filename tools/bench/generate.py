@@ -20,6 +20,7 @@ from spectral_pod import models
 from spectral_pod.generate.decode import Decoder
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.layers import hyena
+from spectral_pod.layers.long_convolution import LongConvolution
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.ops.online_conv import BLOCK
 from tools.bench.settings import Settings
@@ -97,7 +98,7 @@ class _Model:
     """The model for N positions with one form of its long convolutions, and its parameters."""
 
     def __init__(self, layers: int, width: int, length: int, form: str = "hyena"):
-        config = config_lib.default()
+        config: Any = config_lib.default()
         # A form has a name of its own, as programs are cached by a model's configuration.
         pattern = (form, f"{form}+delta")
         fields = {"name": "spectral_gpt", "num_layers": layers, "hidden_dim": width}
@@ -149,7 +150,7 @@ def _cached(stages: int, model: Any, num_bytes: int) -> Callable[[], Seconds]:
 def _with(form: type[nn.Module], model: Any, length: int, num_bytes: int) -> Callable[[], Seconds]:
     """A repetition with another form of long convolution, which is compiled here."""
     name = form.__name__
-    MIXERS[name] = lambda config, deterministic, _: MIXERS["hyena"](config, deterministic, name)
+    MIXERS[name] = type(name, (hyena.HyenaLayer,), {})
     with mock.patch.object(hyena, "LongConvolution", form):
         made = model(length, name)
         made.decode(num_bytes)
@@ -169,33 +170,37 @@ def _recomputed(model: Any, num_bytes: int) -> Callable[[], Seconds]:
     return lambda: _times(num_bytes, timed(prefix, made.params, tokens_BL))
 
 
-class _NoConvolution(hyena.LongConvolution):
+class _NoConvolution(LongConvolution):
     """What goes in comes out."""
 
-    @nn.compact
-    def __call__(self, v_BND: jax.Array, position: jax.Array | None = None) -> jax.Array:
+    def __call__(self, v_BND: jax.Array) -> jax.Array:
         return v_BND
 
+    def prefill(self, v_BPD: jax.Array) -> Any:
+        return v_BPD, ()
 
-class _CachedConvolution(hyena.LongConvolution):
+    def advance(self, v_B1D: jax.Array, state: Any, position: jax.Array) -> Any:
+        return v_B1D, state
+
+
+class _CachedConvolution(LongConvolution):
     """A dot product with all inputs so far."""
 
-    @nn.compact
-    def __call__(self, v_BND: jax.Array, position: jax.Array | None = None) -> jax.Array:
-        N, D = self.num_taps, v_BND.shape[-1]
-        if position is None:
-            filters = hyena.CausalFilter(N, self.parametrization, self.decay, name="filter")
-            # Back to front, and zeros for the inputs that are still to come.
-            self.put_variable("cache", "reversed", jnp.pad(filters(D).T[::-1], ((0, N), (0, 0))))
-            self.put_variable("cache", "seen", jnp.zeros((N, D)))
-            return v_BND
-        seen_ND = jax.lax.dynamic_update_slice(
-            self.get_variable("cache", "seen"), v_BND[0], (position, 0)
-        )
-        self.put_variable("cache", "seen", seen_ND)
-        reversed_ND = self.get_variable("cache", "reversed")
-        aligned_ND = jax.lax.dynamic_slice(reversed_ND, (N - 1 - position, 0), (N, D))
-        return jnp.sum(aligned_ND * seen_ND, 0)[None, None]
+    def __call__(self, v_BND: jax.Array) -> jax.Array:
+        return self.prefill(v_BND)[0]
+
+    def prefill(self, v_BPD: jax.Array) -> Any:
+        h_DT = self.filter(self.width)
+        # Back to front, and zeros for the inputs that are still to come.
+        reversed_ND = jnp.pad(h_DT.T[::-1], ((0, self.num_taps), (0, 0)))
+        return v_BPD, (reversed_ND, jnp.zeros((self.num_taps, self.width)))
+
+    def advance(self, v_B1D: jax.Array, state: Any, position: jax.Array) -> Any:
+        reversed_ND, seen_ND = state
+        seen_ND = jax.lax.dynamic_update_slice(seen_ND, v_B1D[0], (position, 0))
+        start = (self.num_taps - 1 - position, 0)
+        aligned_ND = jax.lax.dynamic_slice(reversed_ND, start, seen_ND.shape)
+        return jnp.sum(aligned_ND * seen_ND, 0)[None, None], (reversed_ND, seen_ND)
 
 
 def _times(count: int, one: Seconds) -> Seconds:

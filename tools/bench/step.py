@@ -20,6 +20,7 @@ from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_train_step
+from spectral_pod.validation import validate_mesh
 from tools.bench import machine
 from tools.bench.seed_naive import SeedNaive, train_step
 from tools.bench.settings import Settings
@@ -80,7 +81,7 @@ def _lengths(size: _Size, lengths: tuple[int, ...]) -> Comparison:
 
 
 def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline: str = "") -> Case:
-    config = config_lib.default()
+    config: Any = config_lib.default()
     config.data.seq_len, config.train.global_batch_size = length, batch
     config.model.hidden_dim = config.model.embed_dim = size.width
     config.model.num_layers, config.model.memory.head_dim = size.layers, size.memory
@@ -89,13 +90,13 @@ def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline:
     config.model.unroll = size.layers if remat == "none" else 1
     if jax.default_backend() == "cpu" and not machine.has_amx():
         config.model.dtype = "float32"  # which is faster there
-    mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count(), models=models.MODELS))
+    mesh = make_mesh(validate_mesh(config, jax.device_count()))
     model = models.build(config, seq_len=length, num_classes=NUM_CLASSES)
-    tx = make_optimizer(config)
-    abstract = abstract_state(model, tx, mesh, length)
-    state = init_state(model, tx, mesh, length, seed=0)
+    optimizer = make_optimizer(config, model, mesh)
+    abstract = abstract_state(model, optimizer.tx, mesh)
+    state = init_state(model, optimizer.tx, mesh, seed=0)
     with jax.set_mesh(mesh):
-        jitted: Any = jit_train_step(model, tx, config, mesh, abstract)
+        jitted: Any = jit_train_step(model, optimizer, config, mesh, abstract)
         program = jitted.lower(abstract, abstract_batch(batch, length, mesh)).compile()
     tokens, labels = _data(batch, length)
     data = {"tokens": tokens, "labels": labels, "valid": np.ones(batch, bool)}
