@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
@@ -57,7 +57,7 @@ class Architecture(ModelConfig):
     decoding: bool = False
 
     @classmethod
-    def of(cls, model: Mapping[str, Any], **resolved: Any) -> Self:
+    def of(cls, model: Mapping[str, Any], **resolved: Any) -> "Architecture":
         """From the values of `config.model`, some of them replaced or added by `resolved`."""
         sections = {name: x for name, x in model.items() if isinstance(x, Mapping)}
         fields = {name: _fixed(x) for name, x in model.items() if name not in sections}

@@ -1,6 +1,5 @@
 """Attention as mixers: over all positions, over a window of them, and in linear time."""
 
-from typing import Self
 
 import flax.linen as nn
 import jax
@@ -64,7 +63,7 @@ class KeyValues(GrowingState):
     values_BNHK: jax.Array
     valid_BN: jax.Array
 
-    def extend(self, capacity: int) -> Self:
+    def extend(self, capacity: int) -> "KeyValues":
         def padded(x: jax.Array) -> jax.Array:
             return jnp.pad(x, [(0, capacity - x.shape[1] if i == 1 else 0) for i in range(x.ndim)])
 

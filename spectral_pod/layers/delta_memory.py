@@ -1,6 +1,6 @@
 """Associative memory that corrects its errors: the delta rule as a layer."""
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -57,7 +57,7 @@ class DeltaMemoryLayer(Mixer):
     definition = (("model.memory.method", "recurrent"),)
 
     @classmethod
-    def from_config(cls, config: Architecture, **fixed: Any) -> Self:
+    def from_config(cls, config: Architecture, **fixed: Any) -> Mixer:
         return super().from_config(config, **({"gated": False} | fixed))
 
     @classmethod
@@ -164,7 +164,7 @@ class GatedDeltaMemoryLayer(DeltaMemoryLayer):
     """A `DeltaMemoryLayer` that forgets."""
 
     @classmethod
-    def from_config(cls, config: Architecture, **fixed: Any) -> Self:
+    def from_config(cls, config: Architecture, **fixed: Any) -> Mixer:
         return super().from_config(config, gated=True, **fixed)
 
 

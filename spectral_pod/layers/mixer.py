@@ -14,7 +14,7 @@ gives the rows of the whole sequence. `init_state` is the state before the first
 """
 
 import dataclasses
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import flax
 import flax.linen as nn
@@ -30,7 +30,7 @@ State: TypeAlias = Any  # a pytree of arrays, of a type of the mixer's own
 class GrowingState(flax.struct.PyTreeNode):
     """A state that needs room for every position to come."""
 
-    def extend(self, capacity: int) -> Self:
+    def extend(self, capacity: int) -> "GrowingState":
         """The state with room for `capacity` positions, those that it holds included."""
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class Mixer(nn.Module):
     @classmethod
     def from_config(
         cls, config: Architecture, *, deterministic: bool, name: str, **fixed: Any
-    ) -> Self:
+    ) -> "Mixer":
         """The mixer that a configuration describes, as a module of this name; `fixed` are fields
         that it has whatever the configuration says."""
 
