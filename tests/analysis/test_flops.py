@@ -2,14 +2,18 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from spectral_pod import models
-from spectral_pod.analysis.flops import forward_flops
+from spectral_pod.analysis.flops import forward_flops, train_flops
 from spectral_pod.config import default
+from spectral_pod.generate.restore import one_device
+from spectral_pod.models.model import abstract_params
 from spectral_pod.ops.delta_rule import delta_rule
 
 
@@ -94,3 +98,48 @@ def test_a_spectral_model_without_memory_is_its_products_and_ffts():
     pooling_and_head = 2 * (2 * B * N * D) + 2 * B * D * 10
     want = encoder + 3 * (ffts + feed_forward) + pooling_and_head
     assert got == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "fields"),
+    [
+        ("spectral_gpt", ("hyena+delta",), [{"long_conv": m} for m in ("right_angle", "real",
+         "matmul")] + [{"memory.method": m} for m in ("chunked", "recurrent")]),
+        ("spectral_model", ("spectral",), [{"spectral.method": m} for m in ("right_angle", "real",
+         "matmul", "plain")]),
+        ("spectral_llm", ("wavelet",), [{"long_conv": m} for m in ("right_angle", "real")]),
+    ],
+)  # fmt: skip
+def test_a_model_has_the_same_flops_whatever_method_computes_it(name, pattern, fields):
+    """The utilisation of a chip would otherwise grow with the work that a method wastes."""
+    counts = set()
+    for chosen in fields:
+        config = default()
+        small = {"name": name, "pattern": pattern, "num_layers": 2, "hidden_dim": 32,
+                 "embed_dim": 16, "memory.head_dim": 8}  # fmt: skip
+        config.update_from_flattened_dict({f"model.{k}": v for k, v in (small | chosen).items()})
+        config.data.seq_len, config.train.global_batch_size = 256, 2
+        model = models.build(config, seq_len=256, num_classes=257)
+        params = nn.unbox(abstract_params(model, one_device()))
+        counts.add(train_flops(config, params, 257))
+    assert len(counts) == 1
+    assert counts.pop() > 1e6
+
+
+def test_a_kernel_counts_once_for_every_cell_of_its_grid():
+    def kernel(a_ref, b_ref, out_ref):
+        out_ref[...] = a_ref[...] @ b_ref[...]
+
+    def blocks(a, b):
+        return pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((12, 20), jnp.float32),
+            grid=(3, 2),
+            in_specs=[
+                pl.BlockSpec((4, 8), lambda i, j: (i, 0)),
+                pl.BlockSpec((8, 10), lambda i, j: (0, j)),
+            ],
+            out_specs=pl.BlockSpec((4, 10), lambda i, j: (i, j)),
+        )(a, b)
+
+    assert forward_flops(blocks, arg(12, 8), arg(8, 20)) == 2 * 12 * 8 * 20
