@@ -19,7 +19,7 @@ from spectral_pod.ops.delta_chunks import (
     delta_rule_chunked,
     forward,
 )
-from spectral_pod.ops.delta_recurrence import Tokens, delta_rule_recurrent
+from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent
 from spectral_pod.ops.delta_rule import delta_rule
 
 METHODS = ["chunked", "recurrent"]
@@ -70,7 +70,8 @@ def loss(fn, weights, inputs):
     """A scalar in which every read and every entry of the final state counts differently."""
     *tokens, state = inputs
     return sum(
-        jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, fn(Tokens(*tokens), state), strict=True)
+        jnp.sum(w * jnp.sin(x))
+        for w, x in zip(weights, fn(DeltaInputs(*tokens), state), strict=True)
     )
 
 
@@ -119,9 +120,9 @@ def test_another_chunk_length_gives_the_same():
     chunked = jax.jit(functools.partial(delta_rule_chunked, chunk=16))
     for clips in CLIPS:
         *tokens, state = inputs = problem(0, 150, clips=clips, gates="mixed")
-        assert_close(chunked(Tokens(*tokens), state), truth(*inputs), OUTPUT_TOLERANCE)
+        assert_close(chunked(DeltaInputs(*tokens), state), truth(*inputs), OUTPUT_TOLERANCE)
     with pytest.raises(ValueError, match="must have 8"):
-        jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), Tokens(*tokens), state)
+        jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), DeltaInputs(*tokens), state)
 
 
 def test_starts_from_an_empty_memory():
@@ -219,7 +220,7 @@ def test_the_certificate_fires_exactly_when_a_clip_does():
         tokens[2][0, seed, 0] *= 9.99 / np.linalg.norm(tokens[2][0, seed, 0])  # an error near 10
         _, clipped = truth(*tokens, state)
         _, unclipped = truth(*tokens, state, clip=None)
-        _, residuals = certified(Tokens(*tokens), state)
+        _, residuals = certified(DeltaInputs(*tokens), state)
         fired.append(bool(residuals.fired.any()))
         assert fired[-1] == np.any(clipped != unclipped), seed
     assert 5 < sum(fired) < 35

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spectral_pod.ops import reference
-from spectral_pod.ops.long_conv import METHODS, causal_conv, stretch
+from spectral_pod.ops.long_conv import METHODS, block_length, causal_conv
 
 SIZES = [(1, 1), (7, 7), (333, 1000), (509, 509), (1000, 30), (1000, 300)]
 
@@ -78,10 +78,10 @@ def test_nothing_comes_from_the_future(method):
 
 
 def test_short_filters_cost_short_transforms():
-    assert stretch(100_000, 3) == 256
-    assert stretch(100_000, 1000) == 1000
-    assert stretch(1500, 1000) == 1500
-    assert stretch(1013, 1013) == 1024  # a prime
+    assert block_length(100_000, 3) == 256
+    assert block_length(100_000, 1000) == 1000
+    assert block_length(1500, 1000) == 1500
+    assert block_length(1013, 1013) == 1024  # a prime
 
 
 def test_the_backward_pass_keeps_only_its_inputs():
