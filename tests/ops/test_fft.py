@@ -1,4 +1,4 @@
-"""Every method of the spectral filter against independent float64 forms."""
+"""Every method of the spectral filter against independent float64 references."""
 
 import functools
 
@@ -15,7 +15,7 @@ SIZES = [(1, 2), (63, 128), (9, 9), (37, 74), (100, 200)]
 
 
 def _serves(method, length, fft_length):
-    """Whether a method is for these sizes; the others are refused."""
+    """Whether a method supports these sizes; otherwise it raises."""
     if method == "right_angle":
         return 2 * length <= fft_length
     return method != "matmul" or matmul_dft.factors(fft_length) is not None

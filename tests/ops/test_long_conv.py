@@ -1,4 +1,4 @@
-"""Causal convolution, every method, against numpy's direct convolution in float64."""
+"""Every method of causal convolution against numpy's direct convolution in float64."""
 
 import functools
 
@@ -68,7 +68,7 @@ def test_long_sequences(length, num_taps, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_comes_from_the_future(method):
-    """What a transform lets through is its rounding, next to nothing beside the past."""
+    """Future inputs leak only by rounding in the transform, far below the effect of the past."""
     u, h = (jnp.float32(x) for x in inputs(331, 100))
     jacobian = jax.jit(jax.jacrev(lambda x: causal_conv(x[None, None], h[:1], method)[0, 0]))(
         u[0, 0]

@@ -42,7 +42,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def assert_transform_equals_pywavelets(N, wavelet, mode, dtype):
-    """Both directions on arbitrary coefficients, so that not even the ends can hide an error."""
+    """Tests both directions on arbitrary coefficients, so that errors at the ends are seen, too."""
     x_BND = random(2, N, 3)
     with jax.enable_x64(dtype == np.float64):
         a_BND, d_BND = jax.jit(lambda x: dwt(x, wavelet, mode))(jnp.asarray(x_BND, dtype))
@@ -117,9 +117,9 @@ def test_causal_transform_equals_the_float64_loop(wavelet, N, detail):
 
 @pytest.mark.parametrize("detail", DETAILS)
 def test_causal_transform_equals_the_stationary_one_away_from_the_start(detail):
-    """`pywt.swt` is circular, centred and has gain sqrt(2) a level: roll it and scale it.
+    """`pywt.swt` is circular, centred and has a gain of sqrt(2) per level: roll and scale it.
 
-    It applies the analysis filters, ours back to front, so it gets the bank the other way round.
+    It applies the analysis filters, which are ours reversed, so it gets the reversed filter bank.
     """
     levels, N = 3, 128
     bank = pywt.Wavelet("db4")
@@ -152,7 +152,7 @@ def test_differences_sum_back_to_the_input_and_a_constant_stays():
 
 
 def test_an_output_sees_its_reach_and_no_more():
-    """So the last outputs follow from a window of the last inputs, as in decoding."""
+    """The last outputs therefore follow from a window of the last inputs, as in decoding."""
     x_BND = jnp.float32(random(2, 90, 3))
     num_inputs = reach("db4", 3) + 1
     whole = causal_wavedec(x_BND, "db4", 3)

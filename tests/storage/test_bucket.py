@@ -1,4 +1,4 @@
-"""tools.bucket against a server: what it makes, and uploads that go on where they stopped."""
+"""tools.bucket against a storage server: created buckets, and uploads that are resumed."""
 
 import http.server
 import json
@@ -52,7 +52,7 @@ def test_create(server):
 
 
 def test_what_is_asked_of_storage():
-    """The server of the other tests keeps neither location nor rules: this one tells."""
+    """The requests themselves, as the server of the other tests ignores locations and rules."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
