@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent, dot, pad_tokens
 
 CHUNK = 32  # tokens of one triangular solve
-MATRICES = 8  # chunks processed at once, if sequences times heads are fewer than that
+MATRICES = 8  # processed at once: several chunks of each head, if there are fewer heads than that
 
 _Pair = tuple[jax.Array, jax.Array]
 

@@ -77,7 +77,7 @@ def test_any_factors_give_the_same(factors):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_the_door_chooses_what_can_serve(platform):
+def test_dispatch_chooses_a_method_that_supports_the_sizes(platform):
     for length, fft_length in SIZES:
         assert _serves(choose(platform, length, fft_length), length, fft_length)
     assert choose("cpu", 512, 1024) == "right_angle"

@@ -91,10 +91,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/_faults":
             return self._control(body)
         faults = Handler.faults
-        time.sleep(faults.told.get("latency_s", 0))
+        time.sleep(faults.settings.get("latency_s", 0))
         fault = faults.draw(f"{self.command} {self.path}")
         if fault in ("unavailable", "throttle", "deny"):
-            status = {"unavailable": 503, "throttle": 429}.get(fault) or faults.told["deny"]
+            status = {"unavailable": 503, "throttle": 429}.get(fault) or faults.settings["deny"]
             message = json.dumps({"error": {"code": status, "message": f"injected: {fault}"}})
             return self._answer(status, [("Content-Type", "application/json")], message.encode())
         if fault == "silence":
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._break()
         if fault == "outage" or (fault == "reset" and faults.coin()):
             return self._break()
-        if faults.told.get("preconditions"):
+        if faults.settings.get("preconditions"):
             with Handler.writing:
                 if not self._precondition_holds():
                     return self._answer(412, [], b"")

@@ -37,8 +37,8 @@ def test_upload(server, bucket, store):
     manifest = store / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"a"', '"c"'))  # of the same size
     bucket.write("sets/one/train/00000/labels/zarr.json", b"torn")
-    assert "2 files, " in (told := trainer.run(command).stdout)
-    assert f"{num_files - 2} were there" in told
+    assert "2 files, " in (output := trainer.run(command).stdout)
+    assert f"{num_files - 2} were there" in output
     assert bucket.read("sets/one/manifest.json") == manifest.read_bytes()
 
 

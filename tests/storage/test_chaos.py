@@ -209,13 +209,13 @@ class Chaos:
 
     def _until_eval(self):
         c = self.cluster
-        told = len(re.findall("validation: ", c.text()))
+        evaluations = len(re.findall("validation: ", c.text()))
         with contextlib.suppress(AssertionError):
             c.wait_until(
                 lambda: c.step() % EVAL_EVERY == 0 and c.step() and not self._is_over(), 30
             )
         time.sleep(self.rng.uniform(0, 0.3))
-        assert len(re.findall("validation: ", c.text())) - told <= 1
+        assert len(re.findall("validation: ", c.text())) - evaluations <= 1
 
     def _until_save(self):
         c = self.cluster
