@@ -411,10 +411,8 @@ def _axes(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the members of a group differ; devices are in mesh order."""
     if not sizes or groups.max() >= math.prod(sizes.values()):
         return ()
-    coordinates = np.stack(
-        np.unravel_index(groups, tuple(sizes.values()))
-    )  # [axes, groups, members]
-    varies = np.any(coordinates != coordinates[:, :, :1], axis=(1, 2))
+    coords = np.stack(np.unravel_index(groups, tuple(sizes.values())))  # [axes, groups, members]
+    varies = np.any(coords != coords[:, :, :1], axis=(1, 2))
     return tuple(axis for axis, varied in zip(sizes, varies, strict=True) if varied)
 
 

@@ -46,7 +46,7 @@ def report(
     for i, digest in enumerate(digests):
         exact[digest].append(i)
     bands = [_buckets(signatures, band) for band in range(_BANDS)]
-    predictions = {name: _majority_labels(train.labels, ends[name]) for name in ends}
+    guesses = {name: _majority_labels(train.labels, ends[name]) for name in ends}
     duplicates, labels = {}, {}
     for name in store.manifest["splits"]:
         if name == "train":
@@ -58,7 +58,7 @@ def report(
         labels[name] = {"largest class": float(np.mean(split.labels == largest))} | {
             what: float(
                 np.mean(
-                    [predictions[what].get(key, largest) == y for key, y in zip(keys, split.labels)]
+                    [guesses[what].get(key, largest) == y for key, y in zip(keys, split.labels)]
                 )
             )
             for what, keys in other_ends.items()

@@ -438,11 +438,9 @@ def _too_long(place: str) -> Fault:
 
 
 def _check_distinct(place: str, columns: Sequence[str]) -> None:
-    repeated = sorted({name for name in columns if columns.count(name) > 1})
-    if repeated:
-        raise DataError(
-            f"{place}: columns of one name, {', '.join(map(repr, repeated))}; rename them"
-        )
+    dups = sorted({name for name in columns if columns.count(name) > 1})
+    if dups:
+        raise DataError(f"{place}: columns of one name, {', '.join(map(repr, dups))}; rename them")
 
 
 def _names(file: str) -> dict[str, bytes]:

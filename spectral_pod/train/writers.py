@@ -79,9 +79,7 @@ class MetricWriter:
         storage.write_whole(epath.Path(self._jsonl), "".join(kept))
 
         def open_writers() -> list[Any]:
-            opened = [
-                _CopyingWriter(folder, epath.Path(workdir)) if remote else _open_events(workdir)
-            ]
+            opened = [_Uploader(folder, epath.Path(workdir)) if remote else _open_events(workdir)]
             if wandb_project:
                 opened.append(_WandbWriter(workdir, wandb_project, run_config or {}))
             return opened
@@ -176,7 +174,7 @@ def _open_events(workdir: str) -> Any:
         return _TensorBoardWriter(workdir)
 
 
-class _CopyingWriter:
+class _Uploader:
     """A CLU-like writer to a local folder whose files are copied to object storage."""
 
     def __init__(self, folder: pathlib.Path, target: epath.Path):
