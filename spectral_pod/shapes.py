@@ -1,4 +1,4 @@
-"""The letters of shape suffixes, stated once; `x_BND` is an array of shape [B, N, D].
+"""Shape suffixes and type aliases: `x_BND` is an array of shape [B, N, D].
 
     B  batch (sequences)                 L  bytes in a sequence
     N  positions after patching          D  model width
@@ -6,18 +6,17 @@
     H  heads                             K  key width of a memory head
     V  value width of a memory head      C  classes
     A  micro-batches (accumulation)      M  hidden width of a channel mixer
-    G  chunks or stretches               T  positions in a chunk, or taps of a filter
-    J  layers that are decoded together  P  positions of a prompt
-    R  filters that an input mixes       S  keys in sight of a query, or wavelet bands
+    G  chunks, blocks or segments        T  positions in a chunk, or taps of a filter
+    J  layers decoded together           P  positions of a prompt
+    R  filters mixed per input           S  keys visible to a query, or wavelet bands
 
-The aliases annotate the boundaries of operations and models; the tests check them at every call.
+The aliases annotate the inputs and outputs of operations and models; tests check them at run time.
 """
 
 from jaxtyping import Array, Bool, Complex, Float, Int
 
-# Bytes are 0..255, and byte 0 is data, never padding.
+# Bytes are 0..255; byte 0 is data, never padding. Id 257 is reserved.
 PAD = 256
-BOS = 257
 EOS = 258
 SEP = 259
 VOCAB_SIZE = 260
@@ -26,7 +25,6 @@ Tokens = Int[Array, "B L"]
 TokenMask = Bool[Array, "B L"]
 Logits = Float[Array, "B C"]
 SequenceLogits = Float[Array, "B L C"]
-Labels = Int[Array, " B"]
 Positions = Float[Array, "B N D"]
 PositionMask = Bool[Array, "B N"]
 Pooled = Float[Array, "B D"]

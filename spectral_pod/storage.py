@@ -1,9 +1,9 @@
-"""What every part that reaches gs:// shares: patience, access, and files that are there whole.
+"""Access to object storage (gs://): retries, permission checks and atomic writes of files.
 
-Three libraries reach it: tensorstore (records and arrays), gcsfs through etils' epath (all other
-files) and google-cloud-storage (Orbax's look at the bucket, and the check below). All use Google's
-default credentials and repeat what failed with 408, 429, 5xx, or a broken connection. Importing
-this module sets what they read from the environment, so it comes before their first use.
+Three libraries access gs://: tensorstore (records and arrays), gcsfs through etils' epath (all
+other files) and google-cloud-storage (Orbax's check of the bucket, and ours below). All of them use
+Google's default credentials and retry on 408, 429, 5xx and broken connections. Importing this
+module sets environment variables that they read, so it must be imported before their first use.
 """
 
 import os
@@ -13,16 +13,16 @@ from typing import Any
 
 from spectral_pod.errors import UserError
 
-_SILENCE = 20  # seconds after which a connection counts as broken
+_SILENCE = 20  # seconds without data after which a connection counts as broken
 _ENVIRONMENT = {
-    # epath would take TensorFlow's file system where that is installed: slow to import, and without
-    # the endpoint override that tests need.
+    # Where TensorFlow is installed, epath would use its file system, which is slow to import and
+    # lacks the endpoint override that the tests need.
     "EPATH_USE_TF": "false",
-    # gcsfs would ask each bucket, by gRPC, whether its folders are real ones.
+    # Otherwise gcsfs asks by gRPC whether each bucket has a hierarchical namespace.
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    # gcsfs keeps listings for good, and so would not see what tensorstore or a peer has written.
+    # gcsfs caches listings forever and would miss what tensorstore or another process writes.
     "FSSPEC_GCS": '{"use_listings_cache": false}',
-    # A connection that went silent is an error that is tried again, and no endless wait.
+    # A silent connection becomes an error that is retried, instead of blocking forever.
     "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": f"{_SILENCE}",
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": f"{_SILENCE}",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
@@ -30,7 +30,7 @@ _ENVIRONMENT = {
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
-_START_TIMEOUT = 60.0  # seconds in which storage must answer at start-up
+_START_TIMEOUT = 60.0  # seconds within which storage must answer at start-up
 _LOGIN = (
     "log in with `gcloud auth application-default login`, or point GOOGLE_APPLICATION_CREDENTIALS "
     "at the key file of a service account"
@@ -40,37 +40,37 @@ _WRITER = "roles/storage.objectUser and roles/storage.legacyBucketReader"
 
 
 def is_remote(url: str) -> bool:
-    """Whether a path is a URL of object storage rather than a folder."""
+    """Whether a path is a URL of object storage rather than a local folder."""
     return url.startswith("gs://")
 
 
 def context(*, cache_bytes: int = 0) -> dict[str, Any]:
-    """The spec of a `tensorstore.Context`; the pieces for gs:// do nothing elsewhere.
+    """The spec of a `tensorstore.Context`; its gs:// entries have no effect on local paths.
 
-    Retries wait 0.5, 1, 2, 4 and then 8 seconds, each with up to 0.5 more: 16 of them outlast an
-    outage of 100 seconds and notice its end within 8.5; what stays broken is reported after 104 to
-    112 seconds (tensorstore's own 32 retries: after a quarter of an hour).
+    Retries wait 0.5, 1, 2, 4 and then 8 seconds, each plus up to 0.5 s of jitter. 16 retries
+    survive an outage of 100 seconds and resume within 8.5 seconds of its end; a permanent failure
+    is reported after 104 to 112 seconds (with tensorstore's default of 32, after 15 minutes).
 
     Args:
-      cache_bytes: bound of the decoded chunks that are kept in memory; 0 keeps none.
+      cache_bytes: limit on decoded chunks cached in memory; 0 disables the cache.
     """
     return {
         "cache_pool": {"total_bytes_limit": cache_bytes},
         "gcs_request_retries": {"max_retries": 16, "initial_delay": "500ms", "max_delay": "8s"},
-        # A batch's random reads go out at once: each takes some 50 ms, however small.
+        # A batch's random reads are issued at once: each takes about 50 ms, however small.
         "gcs_request_concurrency": {"limit": 128},
     }
 
 
 def check_access(url: str, *, write: bool) -> None:
-    """Makes sure at start-up that storage can be used; returns at once for folders.
+    """Checks at start-up that storage is usable; does nothing for local folders.
 
-    Lists an object below `url`. With `write` also looks at the bucket, as Orbax does, and makes and
-    deletes an empty object. Tries for a minute.
+    Lists one object below `url`. With `write` it also reads the bucket's metadata, as Orbax does,
+    and creates and deletes an empty object. Retries for up to a minute.
 
     Raises:
-      UserError: there are no credentials, no such bucket, no permission, or no network; says which
-        and what to do.
+      UserError: there are no credentials, no such bucket, no permission, or no network; the message
+        says which and what to do.
     """
     if not is_remote(url):
         return
@@ -110,7 +110,7 @@ def check_access(url: str, *, write: bool) -> None:
 
 
 def _bound_silence() -> None:
-    """Has gcsfs, too, try again where a connection went silent: it would wait and then fail."""
+    """Sets socket timeouts for gcsfs, so that it retries on a connection that went silent."""
     import aiohttp
     import fsspec
 
@@ -119,9 +119,9 @@ def _bound_silence() -> None:
 
 
 def client(url: str, *, write: bool, project: str | None = None) -> Any:
-    """A google-cloud-storage client with Google's default credentials, for work on `url`.
+    """A google-cloud-storage client with Google's default credentials, for access to `url`.
 
-    To read, one without will do. `project` is by default that of the credentials.
+    Reading works without credentials. `project` defaults to that of the credentials.
 
     Raises:
       UserError: there are no credentials, or they name no project.
@@ -136,15 +136,15 @@ def client(url: str, *, write: bool, project: str | None = None) -> Any:
             raise UserError(
                 f"{url}: there are no Google Cloud credentials; {_LOGIN} ({error})"
             ) from error
-        return storage.Client.create_anonymous_client()  # some buckets are open to everyone
-    except OSError as error:  # of a user's own credentials
+        return storage.Client.create_anonymous_client()  # some buckets are public
+    except OSError as error:  # raised by a user's own credentials
         raise UserError(
             f"{url}: the credentials name no project; set GOOGLE_CLOUD_PROJECT to yours"
         ) from error
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What reading and writing files raise when storage fails for good, for an `except` clause."""
+    """The exceptions of a failed read or write of files, for an `except` clause."""
     kinds: list[type[Exception]] = [OSError]
     for module, name in (
         ("gcsfs.retry", "HttpError"),
@@ -152,27 +152,27 @@ def failures() -> tuple[type[Exception], ...]:
         ("google.auth.exceptions", "GoogleAuthError"),
         ("google.api_core.exceptions", "GoogleAPIError"),
     ):
-        if module in sys.modules:  # what was never imported has raised nothing
+        if module in sys.modules:  # a module that was never imported cannot have raised
             kinds.append(getattr(sys.modules[module], name))
     return tuple(kinds)
 
 
 def modified(file: Any) -> float:
-    """When an `epath.Path` was written, in seconds since 1970.
+    """The modification time of an `epath.Path`, in seconds since 1970.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: the file does not exist.
     """
     if is_remote(os.fspath(file)):
         return float(file.stat().mtime or 0)
-    return os.stat(file).st_mtime  # epath's fails where the owner has no name, as in containers
+    return os.stat(file).st_mtime  # epath's fails if the owner has no user name, as in containers
 
 
 def write_whole(file: Any, data: str | bytes) -> None:
-    """Writes an `epath.Path` so that whoever reads or is killed never finds half of it."""
+    """Writes an `epath.Path` atomically: no reader, and no crash, leaves a partial file."""
     raw = data.encode() if isinstance(data, str) else data
     if is_remote(os.fspath(file)):
-        file.write_bytes(raw)  # an object appears when its upload is complete
+        file.write_bytes(raw)  # an object becomes visible when its upload is complete
         return
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_bytes(raw)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# On a worker: follow.sh LINE prints the log from that line on (0: the last hundred) until the
-# trainer's supervisor ends. Says first which line it begins with, so that whoever lost a connection
-# can continue, and last that this is all.
+# On a worker: follow.sh LINE prints the log from that line on (0: the last hundred lines) until the
+# trainer's supervisor ends. The first line of output gives the number of the first log line, so that
+# a client can continue after a lost connection; the last line marks the end of the log.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 from=$1

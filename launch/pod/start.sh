@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# On a worker: start.sh [TRAINER FLAG ...] starts the supervised trainer, unless it runs already.
+# On a worker: start.sh [TRAINER FLAG ...] starts the supervised trainer, unless it is running.
 #
-# No flag says who its peers are: JAX reads that from the TPU's metadata. That includes several
-# slices: for a queued resource of several nodes the platform itself puts
-# MEGASCALE_COORDINATOR_ADDRESS, MEGASCALE_NUM_SLICES and MEGASCALE_SLICE_ID into the metadata
-# (tpu-env) of each, where libtpu and jax._src.clusters.cloud_tpu_cluster look for them.
+# No flag names the peers: JAX reads them from the TPU's metadata, also with several slices. For a
+# queued resource of several nodes, the platform puts MEGASCALE_COORDINATOR_ADDRESS,
+# MEGASCALE_NUM_SLICES and MEGASCALE_SLICE_ID into each node's metadata (tpu-env), where libtpu and
+# jax._src.clusters.cloud_tpu_cluster look for them.
 #
-# setsid, and not systemd-run: the trainer outlives the connection either way, and this needs no
-# root and keeps the user's environment. After a reboot tpu_pod.sh starts it again.
+# setsid rather than systemd-run: the trainer outlives the connection either way, but setsid needs
+# no root and keeps the user's environment. After a reboot, tpu_pod.sh starts the trainer again.
 set -euo pipefail
 pod=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$pod/common.sh"
@@ -32,5 +32,5 @@ for _ in {1..150}; do
     if [ -s "$run/pid" ]; then break; fi
     sleep 0.1
 done
-[ -s "$run/pid" ] # otherwise it did not start: the log says why
+[ -s "$run/pid" ] # without a pid it did not start, and the log says why
 echo "$(hostname): started"

@@ -1,6 +1,6 @@
-"""The chips that programs are compiled for, the names users give to slices, and their devices.
+"""Hardware that programs are compiled for: chips, the names of TPU slices, and their devices.
 
-Importing this imports no JAX: `prepare` has to come first.
+This module imports JAX only inside functions, as `prepare` must run first.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ class Chip:
     family: str
     device_kinds: tuple[str, ...]
     peak_flops: float  # bfloat16 FLOP/s
-    hbm_bytes: int  # that a program may use; 0: see `memory`
+    hbm_bytes: int  # available to a program; 0: see `memory`
     hbm_bandwidth: float  # bytes/s
-    ici_bandwidth: float  # bytes/s that a chip sends, over all its links
-    dcn_bandwidth: float  # bytes/s that a host sends
+    ici_bandwidth: float  # bytes/s sent by one chip over all its links
+    dcn_bandwidth: float  # bytes/s sent by one host
     chips_per_host: int
-    dimensions: int  # of the torus that links chips
-    cores: int  # TensorCores of a chip; what v4-128 counts
-    largest: int  # chips of a slice
+    dimensions: int  # of the torus of chips
+    cores: int  # TensorCores per chip; the 128 of v4-128 counts these
+    largest: int  # chips in the largest slice
 
     def __str__(self) -> str:
         return self.family
@@ -37,11 +37,11 @@ class Chip:
 
 _GIB = 2**30
 # TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI is half of the documented bidirectional
-# figure (v4: 6 links of 50 GB/s, v5e 400, v5p 1,200, v6e 800 GB/s). DCN is NIC bandwidth: 50 Gbit/s
-# a chip on v5p, 2 x 100 Gbit/s for 8 chips on v5e and 4 x 200 on v6e, whose slices of more than 8
-# chips have 4 chips a host; v4's isn't documented and taken to be v5p's. HBM is what the compiler
-# (libtpu 0.0.52) says is available to a program, a little less than what is installed.
-# CPU: nominal figures of one laptop core, so that the arithmetic has something to work with.
+# figure (v4: 6 links of 50 GB/s, v5e 400, v5p 1,200, v6e 800 GB/s). DCN is the bandwidth of the
+# NICs: 50 Gbit/s per chip on v5p, 2 x 100 Gbit/s for 8 chips on v5e and 4 x 200 on v6e, which have
+# 4 chips per host in slices of more than 8 chips; v4's is not documented and assumed equal to
+# v5p's. HBM is what the compiler (libtpu 0.0.52) reports as available to a program.
+# CPU: nominal figures of one laptop core, so that the same formulas apply.
 _TPUS = (
     Chip(
         family="v4", device_kinds=("TPU v4",), peak_flops=275e12, hbm_bytes=int(30.75 * _GIB),
@@ -73,7 +73,7 @@ CHIPS = {chip.family: chip for chip in (*_TPUS, _CPU)}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of equal shape, joined by the data centre's network where there are several."""
+    """Slices of equal shape, connected by the data centre's network if there are several."""
 
     chip: Chip
     shape: tuple[int, ...]  # chips along each dimension of a slice
@@ -89,13 +89,13 @@ class Topology:
         return f"{self.chip}{separator}{'x'.join(map(str, self.shape))}{slices}"
 
     def half(self) -> "Topology | None":
-        """Slices of half the chips; None where that would split a host."""
+        """The same topology with half the chips per slice; None if that would split a host."""
         per_slice = self.num_chips // self.num_slices
         fits = self.chip.family == "cpu" or per_slice > self.chip.chips_per_host
         return self._resized(lambda n: n // 2 if n % 2 == 0 else 0) if fits else None
 
     def double(self) -> "Topology | None":
-        """Slices of twice the chips, where there are such."""
+        """The same topology with twice the chips per slice; None if no such slice exists."""
         return self._resized(lambda n: 2 * n)
 
     def _resized(self, resize: Callable[[int], int]) -> "Topology | None":
@@ -103,19 +103,19 @@ class Topology:
             (*self.shape[:d], resize(n), *self.shape[d + 1 :]) for d, n in enumerate(self.shape)
         ]
         candidates = [tuple(sorted(c, key=lambda n: (n == 1, n))) for c in candidates]  # 2x2x1
-        real = [shape for shape in candidates if _exists(self.chip, shape)]
-        compact = min(real, key=lambda shape: max(shape) - min(shape), default=None)
+        existing = [shape for shape in candidates if _exists(self.chip, shape)]
+        compact = min(existing, key=lambda shape: max(shape) - min(shape), default=None)
         return dataclasses.replace(self, shape=compact) if compact else None
 
 
 def parse(name: str, num_slices: int = 1) -> Topology:
-    """The topology that a user means by `v4:4x4x4`, `v4-128`, `v5litepod-256` or `cpu-8`.
+    """Parses the name of a topology, such as `v4:4x4x4`, `v4-128`, `v5litepod-256` or `cpu-8`.
 
-    `v4-N` and `v5p-N` count TensorCores, two a chip; `v5e-N`, `v5litepod-N`, `v6e-N` and `cpu-N`
+    `v4-N` and `v5p-N` count TensorCores, two per chip; `v5e-N`, `v5litepod-N`, `v6e-N` and `cpu-N`
     count chips.
 
     Raises:
-      ConfigError: no such topology; says what may be meant.
+      ConfigError: there is no such topology; the message suggests a similar one.
     """
     if num_slices < 1:
         raise ConfigError(f"--num_slices is {num_slices}; it must be at least 1")
@@ -148,7 +148,7 @@ def parse(name: str, num_slices: int = 1) -> Topology:
 
 
 def prepare(topology: Topology) -> None:
-    """Sets the environment in which JAX can compile for the topology; before JAX is imported."""
+    """Sets the environment so that JAX can compile for the topology; call before importing JAX."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.chip.family == "cpu":
         flags = re.sub(
@@ -156,12 +156,12 @@ def prepare(topology: Topology) -> None:
         )
         count = f"--xla_force_host_platform_device_count={topology.num_chips}"
         os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
-        # XLA sizes its thread pool by this; collectives between fake devices starve with fewer.
+        # XLA sizes its thread pool by this; with fewer threads, collectives of fake devices starve.
         os.environ["PJRT_NPROC"] = str(2 * topology.num_chips)
         return
-    os.environ.pop("XLA_FLAGS", None)  # libtpu aborts at flags of other backends
+    os.environ.pop("XLA_FLAGS", None)  # libtpu aborts on flags of other backends
     os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server here
         "TPU_ACCELERATOR_TYPE": "v4-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
@@ -172,17 +172,17 @@ def prepare(topology: Topology) -> None:
 
 
 def memory(topology: Topology) -> int:
-    """Bytes of memory for each chip; fake CPU devices share what the machine has."""
+    """Bytes of memory per chip; fake CPU devices share the machine's memory."""
     if topology.chip.family != "cpu":
         return topology.chip.hbm_bytes
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // topology.num_chips
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """The `jax.Device`s of a topology: real fake CPUs, or TPUs that programs can be compiled for.
+    """The topology's `jax.Device`s: fake CPU devices, or absent TPUs to compile for.
 
     Raises:
-      ConfigError: libtpu is missing, or knows no such slice.
+      ConfigError: libtpu is missing, or does not support the slice.
     """
     import jax
     from jax.experimental import topologies
@@ -192,11 +192,11 @@ def devices(topology: Topology) -> Sequence[Any]:
     shape = "x".join(map(str, topology.shape))
     options: dict[str, Any] = {}
     if topology.chip.cores > 1:
-        options["chip_config_name"] = "megacore"  # one device a chip, as JAX has on these TPUs
+        options["chip_config_name"] = "megacore"  # one device per chip, as JAX has on these TPUs
     if topology.num_slices > 1:
         options["num_slices"] = topology.num_slices
     if topology.shape == (2, 4):
-        options["chips_per_host_bounds"] = [2, 4, 1]  # eight chips in one host
+        options["chips_per_host_bounds"] = [2, 4, 1]  # eight chips on one host
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{topology.chip}:{shape}", **options
@@ -212,14 +212,14 @@ def devices(topology: Topology) -> Sequence[Any]:
 def _exists(chip: Chip, shape: Sequence[int]) -> bool:
     if chip.family == "cpu":
         return 1 <= shape[0] <= chip.largest
-    if tuple(shape) in ((2, 2, 1), (1, 1)):  # what a single host has
+    if tuple(shape) in ((2, 2, 1), (1, 1)):  # slices within one host
         return len(shape) == chip.dimensions
     sides = all(n == 2 or (n > 0 and n % 4 == 0) for n in shape)
     return sides and math.prod(shape) <= chip.largest
 
 
 def _default_shape(chip: Chip, num_chips: int) -> tuple[int, ...] | None:
-    """The shape a slice of so many chips has unless another is asked for: the most compact one."""
+    """The shape of a slice of this size if none is specified: the most compact one."""
     if chip.dimensions == 3 and num_chips == 4:
         return (2, 2, 1)
     sides = [n for n in range(1, num_chips + 1) if num_chips % n == 0]
@@ -237,8 +237,8 @@ def _sizes(chip: Chip) -> list[int]:
 
 
 def _hint(name: str) -> str:
-    known = [f"{chip}-{n * chip.cores}" for chip in _TPUS for n in _sizes(chip)]
-    known += [f"v5litepod-{n}" for n in _sizes(CHIPS["v5e"])] + ["cpu-8", "v4:4x4x4", "v5e:16x16"]
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    names = [f"{chip}-{n * chip.cores}" for chip in _TPUS for n in _sizes(chip)]
+    names += [f"v5litepod-{n}" for n in _sizes(CHIPS["v5e"])] + ["cpu-8", "v4:4x4x4", "v5e:16x16"]
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     examples = "v4-128, v4:4x4x4, v5e-256, v5p-4096, v6e-64, cpu-8"
     return f"; did you mean {near[0]}?" if near else f"; names look like {examples}"

@@ -1,8 +1,8 @@
-"""A compiled program, read from its HLO text: its instructions, how often each runs, and what it
-communicates.
+"""A parsed HLO program: its instructions, how often each is executed, and its collectives.
 
-XLA's own counts (`compiled.cost_analysis()`) take a loop's body once; here an instruction counts
-as often as the loops around it turn. Of a conditional the worst branch counts.
+XLA's own counts (`compiled.cost_analysis()`) count the body of a loop once. Here an instruction
+counts once per iteration of the loops around it, and of a conditional the most expensive branch
+counts.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)="
     r"(\{[^}]*\}|%?[\w.-]+)"
 )
-# Opcodes whose called computation runs as a part of the program, rather than element by element.
+# Opcodes whose called computation is executed as a part of the program, not once per element.
 _CALLERS = ("fusion", "call", "while", "conditional", "async-start")
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
          "collective-permute", "collective-broadcast")  # fmt: skip
@@ -36,11 +36,11 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a type; `dtype` as HLO spells it."""
+    """One array of a type; `dtype` is spelled as in HLO."""
 
     dtype: str
     shape: tuple[int, ...]
-    in_hbm: bool  # not in an on-chip memory, whose layouts say S(1) or higher
+    in_hbm: bool  # False for on-chip memory, whose layouts say S(1) or higher
 
     @property
     def bytes(self) -> int:
@@ -67,7 +67,7 @@ def _in_hbm(layout: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
-    """One line of a computation."""
+    """One instruction (line) of a computation."""
 
     name: str
     type: str
@@ -81,7 +81,7 @@ class Instruction:
         return arrays(self.type)
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a pattern's first match in the attributes."""
+        """The first group of the pattern's first match in the attributes."""
         match = re.search(pattern, self.attributes)
         return match[1] if match else None
 
@@ -97,10 +97,10 @@ class Program:
     """The computations of a compiled module, from `compiled.as_text()`.
 
     Attributes:
-      computations: by name, their instructions by name, in order.
-      entry: the name of the computation that runs.
-      num_partitions: devices that the program is written for (of one slice, on several).
-      notes: what was counted with a convention of its own; filled while counting.
+      computations: for each computation by name, its instructions by name, in order.
+      entry: the name of the entry computation.
+      num_partitions: number of devices of the program; with several slices, those of one slice.
+      notes: conventions that were applied while counting.
     """
 
     def __init__(self, text: str):
@@ -133,16 +133,16 @@ class Program:
     def runs(
         self, measure: Callable[[Instruction], float], *, fused: bool = True
     ) -> list[tuple[Instruction, int]]:
-        """The instructions with a positive measure, and how often a run of the program does each.
+        """The instructions with a positive measure, each with its number of executions per run.
 
-        Of a conditional's branches the one with the greatest total counts. `fused` says whether
-        to look inside fusions.
+        Of a conditional's branches, the one with the greatest total counts. `fused` says whether
+        to include instructions inside fusions.
         """
-        known: dict[str, list[tuple[Instruction, int]]] = {}
+        memo: dict[str, list[tuple[Instruction, int]]] = {}
 
         def visit(computation: str) -> list[tuple[Instruction, int]]:
-            if computation in known:
-                return known[computation]
+            if computation in memo:
+                return memo[computation]
             found = []
             for instruction in self.computations[computation].values():
                 if measure(instruction) > 0:
@@ -156,21 +156,21 @@ class Program:
                         self.notes.add("of a conditional the costliest branch counts")
                     inner = [inner[totals.index(max(totals))]]
                 elif instruction.opcode == "while":
-                    turns = self.trip_count(instruction) if inner[0] else 0
-                    inner = [[(i, n * turns) for i, n in inner[0]]]
+                    trips = self.trip_count(instruction) if inner[0] else 0
+                    inner = [[(i, n * trips) for i, n in inner[0]]]
                 found += itertools.chain.from_iterable(inner)
-            known[computation] = found
+            memo[computation] = found
             return found
 
         return visit(self.entry)
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` turns: XLA's own figure, or the bound its counter is compared with.
+        """The iterations of a `while`: XLA's own figure, or derived from its counter's bound.
 
-        A loop that ends on its data counts once, and `notes` says so.
+        A loop whose end depends on data counts as one iteration, and `notes` says so.
         """
-        if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
-            return int(known)
+        if count := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(count)
         condition = self._with_fused(loop.attribute(r"condition=%?([\w.-]+)") or "")
         bounds = [int(i.operands[0]) for i in condition if _is_integer_constant(i)]
         compares = [i for i in condition if i.opcode == "compare"]
@@ -188,7 +188,7 @@ class Program:
         return found + [j for i in found for callee in i.callees for j in self._with_fused(callee)]
 
     def _initial(self, loop: Instruction, index: int) -> int | None:
-        """The integer that element `index` of a loop's state starts with, if the text shows it."""
+        """The initial integer value of element `index` of a loop's state, if the text shows it."""
         (state,) = self.operands(loop)
         if state.opcode != "tuple":
             return None
@@ -198,7 +198,7 @@ class Program:
         return int(value.operands[0]) if _is_integer_constant(value) else None
 
     def source(self, instruction: Instruction) -> str:
-        """The JAX operation that an instruction, or else the nearest one it uses, came from."""
+        """The name of the JAX operation that an instruction, or its nearest producer, came from."""
         seen, queue = {instruction.name}, [instruction]
         for candidate in queue:
             if name := candidate.attribute(r'op_name="((?:[^"\\]|\\.)*)"'):
@@ -217,26 +217,25 @@ def _is_integer_constant(instruction: Instruction) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of a program that are alike.
+    """A collective, or several identical ones, of a program.
 
-    `bytes` is the size of the whole array as one chip sees it: the result, or for a reduce-scatter
-    the operand. To do one, a ring of n chips sends (n-1)/n of it from every chip (twice that for an
-    all-reduce), so it is what a chip moves, but for a factor that `sent` knows, and it doesn't
-    change with n.
+    `bytes` is the size of the whole array on one chip: the result, or for a reduce-scatter the
+    operand. In a ring of n chips, each chip sends (n-1)/n of it (twice that for an all-reduce), so
+    `bytes` is what a chip sends up to a factor, which `sent` applies, and it does not depend on n.
     """
 
     kind: str
     bytes: int
     arrays: tuple[Array, ...]
-    source: str  # the operation it came from, as JAX names it
-    count: int = 1  # runs of it in one run of the program
+    source: str  # the JAX operation it came from
+    count: int = 1  # executions per run of the program
     axes: tuple[str, ...] = ()  # mesh axes it runs over
-    link: str = "ICI"  # or 'DCN', between slices
-    group_size: int = 1  # chips, or on DCN slices, that take part in one
+    link: str = "ICI"  # or "DCN", between slices
+    group_size: int = 1  # participating chips, or slices if over DCN
 
     @property
     def sent(self) -> float:
-        """Bytes that one chip sends, by the best algorithm there is."""
+        """Bytes that one chip sends, with the best known algorithm."""
         if self.kind in ("collective-permute", "collective-broadcast"):
             return float(self.bytes)
         trips = 2 if self.kind == "all-reduce" else 1
@@ -244,7 +243,7 @@ class Collective:
 
     @property
     def what(self) -> str:
-        """The arrays' type, e.g. 'f32[128,64]', with the number of further ones."""
+        """The largest array, e.g. 'f32[128,64]', and the number of further arrays."""
         largest = max(self.arrays, key=lambda a: a.bytes, default=None)
         more = f" and {len(self.arrays) - 1} more" if len(self.arrays) > 1 else ""
         return f"{largest}{more}"
@@ -253,21 +252,21 @@ class Collective:
 def collectives(
     hlo_text: str | Program, mesh_shape: Mapping[str, int] | None = None, num_slices: int = 1
 ) -> list[Collective]:
-    """Every collective of a compiled module, largest first.
+    """All collectives of a compiled module, largest first.
 
     Args:
-      hlo_text: `compiled.as_text()`, or the program read from it.
-      mesh_shape: the sizes of the mesh's axes by name, in their order. Without it `axes` are empty.
-      num_slices: blocks of equal size that the first axis falls into, linked by DCN.
+      hlo_text: `compiled.as_text()`, or the program parsed from it.
+      mesh_shape: the sizes of the mesh axes by name, in order. Without it `axes` are empty.
+      num_slices: number of equal blocks of the first mesh axis that are connected by DCN.
 
     Raises:
-      ValueError: replica groups in a spelling that isn't known.
+      ValueError: the replica groups are in an unsupported notation.
     """
     program = hlo_text if isinstance(hlo_text, Program) else Program(hlo_text)
     sizes = dict(mesh_shape or {})
     per_slice = math.prod(sizes.values()) // num_slices
     if num_slices > 1 and program.num_partitions == per_slice:
-        # The program of one slice: its devices are numbered from 0, and DCN is reached by sends.
+        # A program of one slice: devices are numbered within it, and DCN is reached by sends.
         sizes[next(iter(sizes))] //= num_slices
     found: dict[Collective, int] = {}
 
@@ -291,7 +290,7 @@ def _starts_collective(program: Program, i: Instruction) -> bool:
         return False
     if "chain_id=" not in i.attributes:
         return True
-    # TPUs run one in steps, fused with other work; every step repeats it, and the first counts.
+    # TPUs split a collective into steps fused with other work; only the first step counts.
     scope = program.computations[i.computation].values()
     return any("AsyncCollectiveStart" in other.attributes for other in scope)
 
@@ -304,9 +303,9 @@ def _among_devices(
         results = results[len(i.operands) : 2 * len(i.operands)]  # the operands come first
     groups = replica_groups(i.attributes, max(program.num_partitions, math.prod(sizes.values())))
     if kind == "reduce-scatter":
-        given = tuple(a for operand in program.operands(i) for a in operand.arrays)
-        scale = 1 if given else groups.shape[1]
-        results = given or results
+        operands = tuple(a for operand in program.operands(i) for a in operand.arrays)
+        scale = 1 if operands else groups.shape[1]
+        results = operands or results
     else:
         scale = 1
     crosses = bool(sizes) and bool(np.any(groups // per_slice != groups[:, :1] // per_slice))
@@ -322,7 +321,7 @@ def _among_devices(
 
 
 def _source_of_largest(program: Program, i: Instruction) -> str:
-    """The operation that a collective's largest array comes from: XLA merges those of many."""
+    """The source of a collective's largest array, as XLA merges collectives of many operations."""
     operands = program.operands(i)
     if len(operands) > 1:
         largest = max(operands, key=lambda operand: sum(a.bytes for a in operand.arrays))
@@ -355,14 +354,14 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
-    """int [groups, devices]: which devices communicate, from any spelling that XLA prints.
+    """The groups of devices that communicate, int [groups, devices], from any notation of XLA's.
 
-    `{{0,1},{2,3}}`; `{}` for all; `[2,4]<=[4,2]T(1,0)`, an iota reshaped and transposed;
-    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`, where the order of devices may be left out
-    and a part of an axis is `'b':(1)2` (what is before it, its size); and the pairs of a permute.
+    `{{0,1},{2,3}}`; `{}` for all devices; `[2,4]<=[4,2]T(1,0)`, an iota reshaped and transposed;
+    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`, where the device order is optional and a
+    part of an axis is `'b':(1)2` (the size before it, its own size); or the pairs of a permute.
 
     Raises:
-      ValueError: another spelling.
+      ValueError: the notation is not one of these.
     """
     if match := _MESH_GROUPS.search(attributes):
         return _mesh_groups(*match.groups(""))
@@ -387,7 +386,7 @@ def _iota(shape: str, transpose: str) -> np.ndarray:
 
 def _mesh_groups(mesh: str, order: str, axes: str) -> np.ndarray:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)}
-    # Every axis split into (before, part, after), so that a part of one is an axis of its own.
+    # Every axis is split into (before, part, after), so that a part of an axis becomes an axis.
     parts = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes)
     wanted = {name: (int(pre or 1), int(part or sizes[name])) for name, pre, part in parts}
     shape: list[int] = []
@@ -412,37 +411,37 @@ def _axes(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the members of a group differ; devices are in mesh order."""
     if not sizes or groups.max() >= math.prod(sizes.values()):
         return ()
-    places = np.stack(np.unravel_index(groups, tuple(sizes.values())))  # [axes, groups, members]
-    varies = np.any(places != places[:, :, :1], axis=(1, 2))
+    coords = np.stack(np.unravel_index(groups, tuple(sizes.values())))  # [axes, groups, members]
+    varies = np.any(coords != coords[:, :, :1], axis=(1, 2))
     return tuple(axis for axis, varied in zip(sizes, varies, strict=True) if varied)
 
 
 def grown(
     small: Iterable[Collective], large: Iterable[Collective]
 ) -> list[tuple[Collective, Collective | None]]:
-    """The collectives of a larger mesh that move more bytes than a smaller mesh accounts for.
+    """The collectives of a larger mesh that move more bytes than those of a smaller mesh explain.
 
-    The compiler may merge and split them differently for the two, so it is their arrays that are
-    held against each other: every one, as often as it travels, is accounted for by one of at least
-    its bytes in a collective of the same kind (an all-reduce is a reduction, as a reduce-scatter
-    is), or else of any kind. Returns the collectives of which some array is left, each with what
-    the same operation did on the smaller mesh, if anything. A scalar cannot grow, and the compiler
-    may sum one once or twice.
+    XLA may merge and split collectives differently for the two meshes, so their arrays are matched
+    instead: each array of the larger mesh, once per execution, must be matched with one of at least
+    its bytes in a collective of the same kind (all-reduce and reduce-scatter are both reductions),
+    or else of any kind. A collective with an unmatched array is returned, together with the
+    collective of the same JAX operation on the smaller mesh, if there is one. Scalars are ignored:
+    they cannot grow, and XLA may sum one once or twice.
 
-    A reduction over slices has a stage within them and one between them, and the compiler chooses
-    how much of it each chip carries from slice to slice. A stage between slices that is left is no
-    growth where it moves no more than the stage within them, which is compared itself.
+    A reduction over slices has a stage within slices and one between them, and XLA chooses how much
+    of it each chip sends between slices. An unmatched stage between slices is not growth if it
+    moves no more than the stage within slices, which is matched itself.
     """
     small, large = sorted(small, key=lambda c: c.bytes), list(large)
     same_operation = {c.source: c for c in small}
     supply: dict[str, Counter[int]] = {}
     for one in small:
         for array in one.arrays:
-            supply.setdefault(_nature(one.kind), Counter())[array.bytes] += one.count
+            supply.setdefault(_operation(one.kind), Counter())[array.bytes] += one.count
     demands = [(array.bytes, one) for one in large for array in one.arrays if array.shape]
     left = []
     for size, one in sorted(demands, key=lambda demand: -demand[0]):
-        missing = _take(supply.get(_nature(one.kind), Counter()), size, one.count)
+        missing = _take(supply.get(_operation(one.kind), Counter()), size, one.count)
         if missing:
             left.append((size, missing, one))
     found = []
@@ -456,22 +455,22 @@ def grown(
 
 
 def _is_second_stage(one: Collective, found: Iterable[Collective]) -> bool:
-    """Whether it continues, between slices, a reduction of at least its bytes within them."""
+    """Whether it continues, between slices, a reduction of at least its bytes within slices."""
 
     def reduces(collective: Collective, link: str) -> bool:
-        return collective.link == link and _nature(collective.kind) == "reduction"
+        return collective.link == link and _operation(collective.kind) == "reduction"
 
     firsts = [first for first in found if first.source == one.source and reduces(first, "ICI")]
     enough = any(first.bytes >= one.bytes and first.count >= one.count for first in firsts)
     return bool(one.source) and reduces(one, "DCN") and enough
 
 
-def _nature(kind: str) -> str:
+def _operation(kind: str) -> str:
     return "reduction" if kind in ("all-reduce", "reduce-scatter") else kind
 
 
 def _take(supply: Counter[int], size: int, count: int) -> int:
-    """Takes `count` of at least `size` from what there is, the smallest first; returns the rest."""
+    """Removes `count` entries of at least `size`, smallest first; returns how many were missing."""
     for enough in sorted(n for n, left in supply.items() if n >= size and left):
         taken = min(count, supply[enough])
         supply[enough] -= taken

@@ -1,7 +1,7 @@
-"""What one run of a compiled program costs a chip: FLOPs and memory traffic, loops counted in full.
+"""The cost of one run of a compiled program on one chip: FLOPs and memory traffic.
 
-XLA's `cost_analysis` counts a loop's body once and elementwise work beside products; these count
-what the matrix units do, and what crosses the memory bus.
+XLA's `cost_analysis` counts the body of a loop once and includes elementwise work; these functions
+count every iteration, only the work of matrix units, and only traffic to and from HBM.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 
 from spectral_pod.analysis.hlo import Array, Instruction, Program
 
-# What neither computes nor moves data. The `-done` half of an asynchronous pair is left out, too.
+# Instructions that neither compute nor move data, besides the `-done` half of asynchronous pairs.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "iota", "while", "conditional", "call", "async-start", "opt-barrier", "domain",
@@ -24,18 +24,18 @@ _FREE = (
 def flops(program: Program) -> float:
     """FLOPs of products, convolutions and FFTs in one run, for one chip.
 
-    A product counts 2mnk, a convolution 2 per tap that meets data, a complex FFT 5 n log2 n, a real
-    one half of that, and a custom call what its cost estimate says. Elementwise work is left out.
+    A product counts 2mnk, a convolution 2 per tap that falls on data, a complex FFT 5 n log2 n, a
+    real FFT half of that, and a custom call its own cost estimate. Elementwise work is excluded.
     """
     runs = program.runs(lambda i: _flops(program, i))
     return math.fsum(count * _flops(program, i) for i, count in runs)
 
 
 def matrix_work(program: Program) -> float:
-    """`flops`, each as often as a TPU's matrix unit passes over it.
+    """`flops`, weighted by the number of passes of a TPU's matrix unit.
 
-    The units multiply bfloat16; a float32 product at precision HIGH takes 3 passes over the parts
-    of its operands, and at HIGHEST 6.
+    The units multiply bfloat16; a float32 product takes 3 passes over the parts of its operands at
+    precision HIGH, and 6 at HIGHEST.
     """
     runs = program.runs(lambda i: _flops(program, i))
     return math.fsum(count * _passes(i) * _flops(program, i) for i, count in runs)
@@ -47,10 +47,10 @@ def _passes(i: Instruction) -> int:
 
 
 def traffic(program: Program) -> float:
-    """Bytes that one run reads from and writes to one chip's HBM, if no cache helps.
+    """Bytes read from and written to one chip's HBM in one run, without reuse in caches.
 
-    A fusion reads its operands and writes its results once; of an operand that it only slices, the
-    slice counts, and so does the update of one that it updates in place.
+    A fusion reads its operands and writes its results once. For an operand that it only slices, the
+    slice counts; for one that it updates in place, the update.
     """
     runs = program.runs(lambda i: _traffic(program, i), fused=False)
     return math.fsum(count * _traffic(program, i) for i, count in runs)
@@ -89,7 +89,7 @@ def _convolution_flops(program: Program, i: Instruction) -> float:
             return window[name].split("x")[d] if name in window else default
 
         low, _, _ = setting("pad", "0_0").partition("_")
-        taps *= _meeting_taps(
+        taps *= _valid_taps(
             data=lhs[lhs_labels.index(str(d))],
             kernel=rhs[rhs_labels.index(str(d))],
             out=i.arrays[0].shape[out_labels.index(str(d))],
@@ -104,44 +104,44 @@ def _convolution_flops(program: Program, i: Instruction) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _meeting_taps(
+def _valid_taps(
     *, data: int, kernel: int, out: int, stride: int, low: int, data_dilation: int,
     kernel_dilation: int,
 ) -> int:  # fmt: skip
-    """Pairs of output position and tap, in one dimension, that meet data and not padding.
+    """Pairs of output position and tap, along one dimension, that fall on data and not on padding.
 
-    TPUs spell batched products as convolutions, whose other pairs are padding or dilation.
+    XLA for TPUs expresses batched products as convolutions with much padding or dilation.
     """
-    place = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None] * kernel_dilation
-    meets = (place % data_dilation == 0) & (place >= 0) & (place < data * data_dilation)
-    return int(np.count_nonzero(meets))
+    index = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None] * kernel_dilation
+    valid = (index % data_dilation == 0) & (index >= 0) & (index < data * data_dilation)
+    return int(np.count_nonzero(valid))
 
 
 def _traffic(program: Program, i: Instruction) -> float:
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0.0
-    given = [_size(operand.arrays) for operand in program.operands(i)]
+    operands = [_size(operand.arrays) for operand in program.operands(i)]
     results: Sequence[Array] = i.arrays
     if i.opcode.endswith("-start") and len(results) > 1:  # (operands, results, semaphores)
-        results = [a for a in results if a.shape][len(given) :] or results
-    made = _size(results)
+        results = [a for a in results if a.shape][len(operands) :] or results
+    written = _size(results)
     if i.opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
-        return made + (sum(a.bytes for a in results) if given[0] else 0.0)
+        return written + (sum(a.bytes for a in results) if operands[0] else 0.0)
     if i.opcode == "dynamic-update-slice":
-        return given[1] + min(made, program.operands(i)[1].arrays[0].bytes)
+        return operands[1] + min(written, program.operands(i)[1].arrays[0].bytes)
     if i.opcode == "fusion":
-        return _fusion_traffic(program, i, made)
-    return sum(given) + made
+        return _fusion_traffic(program, i, written)
+    return sum(operands) + written
 
 
-def _fusion_traffic(program: Program, fusion: Instruction, made: float) -> float:
+def _fusion_traffic(program: Program, fusion: Instruction, written: float) -> float:
     inner = program.computations[fusion.callees[0]]
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():
         for name in instruction.operands:
             users.setdefault(name, []).append(instruction)
     parameters = {int(p.operands[0]): p for p in inner.values() if p.opcode == "parameter"}
-    total = made
+    total = written
     for index, operand in enumerate(program.operands(fusion)):
         whole = _size(operand.arrays)
         if not whole or index not in parameters:
@@ -152,7 +152,7 @@ def _fusion_traffic(program: Program, fusion: Instruction, made: float) -> float
             for reader, _ in readers:
                 if reader.opcode == "dynamic-update-slice":
                     update = inner[reader.operands[1]].arrays[0].bytes
-                    total += update - _size(operand.arrays)  # written in place, not as a whole
+                    total += update - _size(operand.arrays)  # written in place, not whole
                 else:
                     part += sum(a.bytes for a in reader.arrays)
             whole = min(whole, part)
@@ -163,7 +163,7 @@ def _fusion_traffic(program: Program, fusion: Instruction, made: float) -> float
 def _readers(
     value: Instruction, users: dict[str, list[Instruction]]
 ) -> list[tuple[Instruction, str]]:
-    """What uses a value, seen through bitcasts, and the name by which it does."""
+    """The instructions that use a value, past bitcasts, each with its name of the operand."""
     found = []
     for user in users.get(value.name, []):
         found += _readers(user, users) if user.opcode == "bitcast" else [(user, value.name)]

@@ -1,4 +1,4 @@
-"""Which parameter, gradient or activation an array of a compiled program is, for a reader."""
+"""Descriptions of collectives: which parameter, gradient or activation an array belongs to."""
 
 import itertools
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from spectral_pod.analysis.hlo import Collective
 
-# Parts of an operation's path that say how JAX got there, not where in the model it is.
+# Parts of an operation's path that are added by JAX's transformations, not by the model.
 _MACHINERY = re.compile(
     r"\w+\(.*\)|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|remat\d*|"
     r"branch_\d+_fun|custom_[jv]+p_call\w*|pjit|core_call|[A-Z]\w*"
@@ -19,10 +19,10 @@ Shape = tuple[int, ...]
 def parameter_shapes(
     parameters: Mapping[str, Shape], mesh_shape: Mapping[str, int]
 ) -> dict[Shape, str]:
-    """The shapes in which parameters may travel, and whose they are ('' where several share one).
+    """The shapes in which parameters may be communicated, with their names ('' if not unique).
 
-    Whole or one layer of a stack, with any dimension split over mesh axes; shapes are canonical:
-    sorted, without dimensions of 1.
+    A parameter may be communicated whole or as one layer of a stack, with any one dimension split
+    over mesh axes. Shapes are canonical: sorted, without dimensions of size 1.
     """
     sizes = {a * b for a, b in itertools.combinations((1, 1, *mesh_shape.values()), 2)}
     shapes: dict[Shape, str] = {}
@@ -37,12 +37,12 @@ def parameter_shapes(
 
 
 def describe(collective: Collective, parameters: Mapping[Shape, str]) -> str:
-    """What a collective moves, e.g. 'gradient of blocks/block_0/feed_forward/out f32[64,64]'.
+    """Describes a collective, e.g. 'gradient of blocks/block_0/feed_forward/out f32[64,64]'.
 
-    `parameters` come from `parameter_shapes`. Of several arrays the largest is named.
+    `parameters` come from `parameter_shapes`. If there are several arrays, the largest is named.
     """
     arrays = [a for a in collective.arrays if a.shape]
-    module, primitive = _place(collective.source)
+    module, primitive = _module_and_primitive(collective.source)
     if not arrays:
         return f"scalars ({primitive or 'sum'})"
     if argument := _ARGUMENT.fullmatch(collective.source):
@@ -51,21 +51,21 @@ def describe(collective: Collective, parameters: Mapping[Shape, str]) -> str:
     recomputed = "rematted_computation" in collective.source
     backward = "transpose(" in collective.source and not recomputed
     known = sum(a.bytes for a in arrays if _canonical(a.shape) in parameters)
-    if 2 * known >= sum(a.bytes for a in arrays):  # a few sums may travel with gradients
+    if 2 * known >= sum(a.bytes for a in arrays):  # a few sums may be merged with gradients
         largest = _canonical(max(arrays, key=lambda a: a.bytes).shape)
         name = parameters.get(largest) or module or "the step"
         role = "gradient of" if backward else "parameter"
     else:
         name = f"{module or 'the step'} ({primitive or 'unnamed'})"
         role = "activation's gradient in" if backward else "activation in"
-        if collective.link == "DCN":  # padded and flattened for the trip: the shape tells nothing
+        if collective.link == "DCN":  # padded and flattened for sending: the shape is no clue
             role = "from the backward pass of" if backward else "from"
     again = ", again for the backward pass" if recomputed else ""
     return f"{role} {name} {collective.what}{again}"
 
 
-def _place(source: str) -> tuple[str, str]:
-    """The module an operation is in and its primitive, from its path; of merged ones the first."""
+def _module_and_primitive(source: str) -> tuple[str, str]:
+    """The module and primitive of an operation, from its path; of the first one, if merged."""
     first = re.sub(r"/\(([^:()]*(?:\([^()]*\)[^:()]*)*):.*", r"/\1", source)
     parts = [part.split(".")[0] for part in first.split("/") if not _MACHINERY.fullmatch(part)]
     *module, primitive = [part for part, _ in itertools.groupby(parts)] or [""]

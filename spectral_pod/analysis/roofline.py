@@ -1,4 +1,4 @@
-"""How long a step must take at least, from what it computes, moves and communicates."""
+"""A roofline model: lower bounds on a step's time from FLOPs, memory traffic and collectives."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,13 +9,13 @@ from spectral_pod.analysis.hlo import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Lower bounds on the seconds of a step, each as if nothing else took time."""
+    """Lower bounds on the duration of a step, in seconds, each for one resource alone."""
 
     compute_s: float
     memory_s: float
     network_s: float
-    step_s: float  # the largest of the three: everything overlaps
-    mfu_ceiling: float  # analytic FLOPs over what the matrix units could do in `step_s`
+    step_s: float  # the largest of the three, as if everything overlapped
+    mfu_ceiling: float  # analytic FLOPs divided by the chip's peak in `step_s`
 
 
 def roofline(
@@ -26,15 +26,15 @@ def roofline(
     analytic_flops: float,
     chip: Chip,
 ) -> Roofline:
-    """The bounds for one chip, at the chip's peak figures.
+    """The bounds for one chip, from the chip's peak figures.
 
     Args:
-      matrix_work: FLOPs of the compiled step, counted by passes (`hlo_cost.matrix_work`).
-      traffic: bytes to and from HBM (`hlo_cost.traffic`).
-      collectives: of the step.
-      analytic_flops: model FLOPs of the step, the chip's share.
-      chip: peak figures. All ICI links are taken to carry every collective, and the chips of a
-        host to share its DCN bandwidth evenly.
+      matrix_work: FLOPs of the compiled step, weighted by passes (`hlo_cost.matrix_work`).
+      traffic: bytes read from and written to HBM (`hlo_cost.traffic`).
+      collectives: those of the step.
+      analytic_flops: the chip's share of the step's model FLOPs.
+      chip: peak figures. Every collective is assumed to use all ICI links, and the chips of a host
+        to share its DCN bandwidth evenly.
     """
     ici = dcn = 0.0
     for one in collectives:

@@ -1,19 +1,19 @@
 """The byte store: labelled records of any length, on disk or in Google Cloud Storage.
 
-A store is a folder with one sub-folder a split, cut into parts, and a manifest:
+A store is a folder with a manifest and one sub-folder per split, divided into parts:
 
     STORE/manifest.json                 counts, classes, sha256 of every array, provenance
-    STORE/train/00000/bytes/            zarr3, uint8[total]: all documents, end to end
+    STORE/train/00000/bytes/            zarr3, uint8[total]: all documents, concatenated
     STORE/train/00000/offsets/          zarr3, int64[n * k + 1]: where each document starts
     STORE/train/00000/labels/           zarr3, int32[n]
 
-A record is one document, or k of them (`documents` of the manifest; a pair to be compared has 2).
-A part holds some 64 MB, has one writer, and never changes, so that parts are written side by side,
-a killed write goes on with the parts it lacks, and a part can be copied whole.
+A record is one document, or k of them (`documents` in the manifest; a pair to compare has 2). A
+part holds about 64 MB, is written by one process and never changes. So parts can be written in
+parallel, an interrupted write continues with the missing parts, and parts can be copied whole.
 
 The arrays are sharded zarr3, read and written by tensorstore: large files for object storage, small
-chunks for random access, each chunk with a crc32c, so a damaged chunk is an error and never data.
-The manifest is written last: a folder without one is an unfinished write.
+chunks for random access, each with a crc32c, so that a damaged chunk raises an error. The manifest
+is written last: a folder without one is an unfinished write.
 """
 
 import bisect
@@ -35,13 +35,13 @@ from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.errors import DataError
 
 FORMAT = "spectral_pod.byte_store/2"
-PART_BYTES = 1 << 26  # a part ends with the record that fills it
+PART_BYTES = 1 << 26  # the record that reaches this size ends a part
 _CHUNK_BYTES = 1 << 15
 _DTYPES = {"bytes": "uint8", "offsets": "int64", "labels": "int32"}
 
 
 class Record(NamedTuple):
-    """One example: its bytes, or those of each of its documents, and the index of its class."""
+    """One example: its bytes, or those of each of its documents, and its class index."""
 
     data: bytes | tuple[bytes, ...]
     label: int
@@ -51,7 +51,7 @@ class Split:
     """Random access to the records of one split.
 
     Attributes:
-      documents: k, in each record.
+      documents: k, the number of documents per record.
       offsets: int64 [n * k + 1]; document j of record i is bytes offsets[i * k + j] to the next.
       labels: int32 [n].
     """
@@ -61,72 +61,72 @@ class Split:
         self._store = store
         info = store.manifest["splits"][name]
         self.documents: int = store.manifest["documents"]
-        facts = info["parts"]
-        self._names = [f"{name}/{part['name']}" for part in facts]
+        parts = info["parts"]
+        self._names = [f"{name}/{part['name']}" for part in parts]
         urls = [f"{store.path}/{part}" for part in self._names]
-        # All at once: on object storage each takes a request or two of some milliseconds.
+        # All parts at once: on object storage each takes a request or two of some milliseconds.
         opened = {array: [_open(f"{u}/{array}", store.context) for u in urls] for array in _DTYPES}
-        starts = np.cumsum([0] + [part["bytes"] for part in facts])
-        offsets = _checked(opened["offsets"], urls, "offsets", facts)
+        starts = np.cumsum([0] + [part["bytes"] for part in parts])
+        offsets = _read_verified(opened["offsets"], urls, "offsets", parts)
         offsets = [part[:-1] + start for part, start in zip(offsets, starts)]
         self.offsets: np.ndarray = np.concatenate([*offsets, starts[-1:]])
-        labels = _checked(opened["labels"], urls, "labels", facts)
+        labels = _read_verified(opened["labels"], urls, "labels", parts)
         self.labels: np.ndarray = np.concatenate([np.zeros(0, np.int32), *labels])
         if len(self) != info["records"] or starts[-1] != info["bytes"]:
             raise DataError(
                 f"{store.path}/{name} does not hold what its manifest counts; delete the store"
             )
-        self._starts: list[int] = starts.tolist()  # of the parts' bytes
-        self._remote = _settled(opened["bytes"], [f"{url}/bytes" for url in urls])
-        self._arrays = list(self._remote)  # of a part that is copied: its copy
+        self._starts: list[int] = starts.tolist()  # first byte of each part, and the total
+        self._remote = _results(opened["bytes"], [f"{url}/bytes" for url in urls])
+        self._arrays = list(self._remote)  # with the local copies of parts, where there are any
         self._copied: set[int] = set()
         if store.copies:
             for part in range(len(urls)):
-                store.copies.want(self._copy(part), functools.partial(self._use_copy, part))
+                store.copies.request(self._copy(part), functools.partial(self._use_copy, part))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [n * k]: bytes in each document."""
+        """The number of bytes of each document, int64 [n * k]."""
         return np.diff(self.offsets)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The documents at `indices` as uint8 arrays, in one burst of concurrent reads.
+        """Reads the documents at `indices` as uint8 arrays, all concurrently.
 
         Raises:
-          DataError: a chunk is missing or fails its checksum; names the bytes.
+          DataError: a chunk is missing or fails its checksum; the message names the bytes.
         """
         first = np.asarray(indices, np.int64)
         starts, stops = self.offsets[first], self.offsets[first + 1]
         return self.read_ranges(list(zip(starts.tolist(), stops.tolist())))
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """As `read`: bytes start to stop of the split, for each (start, stop).
+        """Reads bytes start to stop of the split, for each (start, stop), all concurrently.
 
         Raises:
-          DataError: they are damaged or missing; or storage does not answer, for minutes.
+          DataError: the bytes are damaged or missing, or storage does not answer for minutes.
         """
         pieces = [piece for start, stop in ranges for piece in self._pieces(start, stop)]
         if not pieces:
             return [np.empty(0, np.uint8) for _ in ranges]
-        # As one array: Python hands over one result rather than hundreds.
+        # Concatenated lazily, so that Python handles one result rather than hundreds.
         views = [self._arrays[part][where] for part, where in pieces]
         try:
-            with ts.Batch() as batch:  # one opening of a file, one request for neighbours
+            with ts.Batch() as batch:  # opens each file once and coalesces adjacent reads
                 read = ts.concat(views, axis=0).read(batch=batch)
             data = read.result()
         except ValueError as error:
             if "UNAVAILABLE" in str(error):
                 raise DataError(f"{self._store.path} cannot be read: {error}") from error
-            # It does not say which bytes; and those of a local copy can be read at their origin.
+            # The error does not name the bytes, and a damaged local copy has a remote original.
             data = np.concatenate([self._read_piece(*piece) for piece in pieces])
         ends = np.cumsum([stop - start for start, stop in ranges])
         return np.split(data, ends[:-1])
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """The parts that hold these bytes, and which of their own they are."""
+        """The parts that contain these bytes, each with the slice within the part."""
         part = bisect.bisect_right(self._starts, start) - 1
         while start < stop:
             first, end = self._starts[part], self._starts[part + 1]
@@ -140,7 +140,7 @@ class Split:
             except ValueError as error:
                 if part not in self._copied:
                     raise
-                self._lose_copy(part, error)
+                self._abandon_copy(part, error)
                 return self._remote[part][where].read().result()
         except ValueError as error:
             raise DataError(
@@ -159,10 +159,10 @@ class Split:
         except ValueError as error:
             self._drop_copy(part, error)
         else:
-            self._copied.add(part)  # before it is read, as reads of it may fail
+            self._copied.add(part)  # before the array is swapped in, as reads of it may fail
             self._arrays[part] = copy
 
-    def _lose_copy(self, part: int, error: ValueError) -> None:
+    def _abandon_copy(self, part: int, error: ValueError) -> None:
         if self._arrays[part] is not self._remote[part]:
             self._arrays[part] = self._remote[part]
             self._drop_copy(part, error)
@@ -173,23 +173,23 @@ class Split:
 
 
 class ByteStore:
-    """A finished store, opened for reading.
+    """A complete store, opened for reading.
 
     Attributes:
-      manifest: counts, classes, the sha256 of every array, and where the records are from.
-      digest: sha256 over all of it but the last: stores of the same records have the same.
+      manifest: counts, classes, the sha256 of every array, and the provenance of the records.
+      digest: sha256 of the manifest without its provenance; equal for stores of equal records.
     """
 
     def __init__(self, path: str, cache_bytes: int = 1 << 28, copies: LocalCopies | None = None):
         """Reads the manifest of the store at `path`, a folder or a gs:// URL.
 
         Args:
-          path: of the store.
-          cache_bytes: bounds the decoded chunks that are kept in memory.
-          copies: where parts of a store on gs:// are copied to and then read from.
+          path: where the store is.
+          cache_bytes: limit on decoded chunks cached in memory.
+          copies: local copies to make of the parts of a gs:// store and to read instead.
 
         Raises:
-          DataError: there is no finished store, or it is of another format.
+          DataError: there is no complete store at `path`, or it has another format.
         """
         self.path = path
         self.copies = copies if storage.is_remote(path) else None
@@ -208,15 +208,19 @@ class ByteStore:
         return self.manifest["classes"]
 
     def split(self, name: str) -> Split:
-        """Opens one split; its offsets and labels are held in memory and checked."""
+        """Opens one split; reads its offsets and labels into memory and verifies them.
+
+        Raises:
+          DataError: there is no such split, or it is damaged.
+        """
         if name not in self.manifest["splits"]:
-            there = sorted(self.manifest["splits"])
-            raise DataError(f"{self.path} has splits {there}, not {name!r}")
+            available = sorted(self.manifest["splits"])
+            raise DataError(f"{self.path} has splits {available}, not {name!r}")
         return Split(self, name)
 
 
 def exists(path: str) -> bool:
-    """Whether a finished store is at `path`."""
+    """Whether there is a complete store at `path`."""
     return open_kvstore(path).read("manifest.json").result().state == "value"
 
 
@@ -228,18 +232,19 @@ def write(
     provenance: Mapping[str, Any],
     documents: int = 1,
 ) -> None:
-    """Streams every split to the store at `path` and then writes its manifest.
+    """Writes all splits to a store at `path`, part by part, and then its manifest.
 
     Args:
-      path: a folder or a gs:// URL; what an unfinished write left there is replaced.
+      path: a folder or a gs:// URL; the remains of an unfinished write are replaced.
       splits: records by split name; each iterable is consumed once, in order, in constant memory.
-      classes: the name of every class, by label.
-      provenance: JSON-able facts about where the records came from; may be completed while the
-        splits are consumed.
-      documents: in each record.
+      classes: the name of every class, in the order of labels.
+      provenance: JSON-serializable facts about the origin of the records; may be completed while
+        the splits are consumed.
+      documents: the number of documents per record.
 
     Raises:
-      DataError: a label has no class; names the split and the record.
+      DataError: a label has no class, or a record another number of documents; the message names
+        the part and the record.
     """
     clear(path)
     parts = {
@@ -253,7 +258,7 @@ def write(
 
 
 def clear(path: str) -> None:
-    """Removes whatever is at `path`, so that no file of an earlier write stays."""
+    """Deletes everything at `path`, so that no file of an earlier write remains."""
     open_kvstore(path).delete_range(ts.KvStore.KeyRange()).result()
 
 
@@ -266,9 +271,9 @@ def write_part(
     num_classes: int,
     documents: int = 1,
 ) -> dict[str, Any]:
-    """Writes a part of a split; returns what the manifest says of it.
+    """Writes one part of a split and returns its entry for the manifest.
 
-    The indices of a split's parts tell their order; some may be left out.
+    Parts are ordered by index; indices may have gaps.
 
     Raises:
       DataError: a label has no class, or a record another number of documents.
@@ -281,10 +286,10 @@ def write_part(
             raise DataError(
                 f"{url}: record {i} has label {record.label}, outside 0..{num_classes - 1}"
             )
-        held = (record.data,) if isinstance(record.data, bytes) else record.data
-        if len(held) != documents:
-            raise DataError(f"{url}: record {i} has {len(held)} documents, not {documents}")
-        data += held
+        contents = (record.data,) if isinstance(record.data, bytes) else record.data
+        if len(contents) != documents:
+            raise DataError(f"{url}: record {i} has {len(contents)} documents, not {documents}")
+        data += contents
     arrays: dict[str, np.ndarray] = {
         "bytes": np.frombuffer(b"".join(data), np.uint8),
         "offsets": np.cumsum([0, *map(len, data)], dtype=np.int64),
@@ -311,25 +316,25 @@ def finish(
     provenance: Mapping[str, Any],
     documents: int = 1,
 ) -> None:
-    """Makes a store of what `write_part` wrote and returned, by split and in order."""
+    """Completes a store by its manifest, given the results of `write_part` by split, in order."""
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "classes": list(classes),
         "documents": documents,
         "splits": {
             name: {
-                "records": sum(part["records"] for part in held),
-                "bytes": sum(part["bytes"] for part in held),
-                "longest": max((part["longest"] for part in held), default=0),
+                "records": sum(part["records"] for part in split_parts),
+                "bytes": sum(part["bytes"] for part in split_parts),
+                "longest": max((part["longest"] for part in split_parts), default=0),
                 "class_counts": np.sum(
-                    [part["class_counts"] for part in held] or [[0] * len(classes)], axis=0
+                    [part["class_counts"] for part in split_parts] or [[0] * len(classes)], axis=0
                 ).tolist(),
                 "parts": [
                     {key: part[key] for key in ("name", "records", "bytes", "sha256")}
-                    for part in held
+                    for part in split_parts
                 ],
             }
-            for name, held in parts.items()
+            for name, split_parts in parts.items()
         },
         "provenance": dict(provenance),
     }
@@ -342,16 +347,18 @@ def finish(
 def verify(path: str, on_part: Callable[[str], None] = lambda part: None) -> None:
     """Reads the whole store, part by part, and compares every array with the manifest's sha256.
 
-    `on_part` is told the URL of each part that is sound.
+    Args:
+      path: where the store is.
+      on_part: called with the URL of each part that is intact.
 
     Raises:
-      DataError: names the first array that differs or cannot be read.
+      DataError: an array differs or cannot be read; the message names the first.
     """
     for name, info in ByteStore(path).manifest["splits"].items():
         for facts in info["parts"]:
             url = f"{path}/{name}/{facts['name']}"
             for array in _DTYPES:
-                _checked([_open(f"{url}/{array}", _context())], [url], array, [facts])
+                _read_verified([_open(f"{url}/{array}", _context())], [url], array, [facts])
             on_part(url)
 
 
@@ -359,8 +366,8 @@ def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
     part, filled = list[Record](), 0
     for record in records:
         part.append(record)
-        held = (record.data,) if isinstance(record.data, bytes) else record.data
-        filled += sum(map(len, held))
+        contents = (record.data,) if isinstance(record.data, bytes) else record.data
+        filled += sum(map(len, contents))
         if filled >= PART_BYTES:
             yield part
             part, filled = [], 0
@@ -368,8 +375,8 @@ def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield part
 
 
-def _settled(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:
-    """The results of futures that concern those arrays, or the first failure as a DataError."""
+def _results(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:
+    """The results of the futures of arrays at `urls`; a failure raises a DataError."""
     results = []
     for future, url in zip(futures, urls, strict=True):
         try:
@@ -379,15 +386,15 @@ def _settled(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:
     return results
 
 
-def _checked(
+def _read_verified(
     opened: Sequence[Any], urls: Sequence[str], array: str, facts: Sequence[Mapping[str, Any]]
 ) -> list[np.ndarray]:
-    """The values of one array in each part, if they are those that the manifest means."""
-    places = [f"{url}/{array}" for url in urls]
-    values = _settled([handle.read() for handle in _settled(opened, places)], places)
-    for part, place, fact in zip(values, places, facts, strict=True):
+    """The values of one array of each part, verified against the manifest."""
+    array_urls = [f"{url}/{array}" for url in urls]
+    values = _results([handle.read() for handle in _results(opened, array_urls)], array_urls)
+    for part, url, fact in zip(values, array_urls, facts, strict=True):
         if _digest(part) != fact["sha256"][array]:
-            raise DataError(f"{place} differs from its manifest; delete the store")
+            raise DataError(f"{url} differs from its manifest; delete the store")
     return values
 
 
@@ -397,7 +404,7 @@ def _digest(values: np.ndarray) -> str:
 
 @functools.cache
 def _context() -> ts.Context:
-    """Of everything that need not be kept in memory."""
+    """The context for everything that is not cached in memory."""
     return ts.Context(storage.context())
 
 
@@ -409,7 +416,7 @@ def _kvstore_spec(url: str) -> dict[str, Any]:
 
 
 def open_kvstore(url: str) -> ts.KvStore:
-    """The files below a folder or a gs:// URL, by name."""
+    """A key-value store of the files below a folder or a gs:// URL, by relative name."""
     return ts.KvStore.open(_kvstore_spec(url), context=_context()).result()
 
 
@@ -432,15 +439,15 @@ def _metadata(array: str, size: int) -> dict[str, Any]:
 
 
 def _open(url: str, context: ts.Context) -> Any:
-    """A future of an array."""
-    # By default a missing chunk reads as zeros: here a lost file is an error.
+    """A future of an array to read."""
+    # By default a missing chunk reads as zeros; here a lost file must be an error.
     spec = {"driver": "zarr3", "kvstore": _kvstore_spec(url), "fill_missing_data_reads": False}
-    # Stores never change once written: metadata and chunks need no revalidation.
+    # Stores never change once written, so metadata and chunks need no revalidation.
     return ts.open(spec, read=True, context=context, recheck_cached=False)
 
 
 def _create(url: str, array: str, values: np.ndarray) -> Any:
-    """A future of an array being written."""
+    """A future of the completed write of an array."""
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore_spec(url),

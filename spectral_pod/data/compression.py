@@ -1,7 +1,7 @@
-"""Compressed files as streams: in constant memory, and cut short is an error.
+"""Decompression of files as streams, in constant memory, with an error for truncated data.
 
-The standard library's files ignore what cannot be read after the first of several in a row, and
-zstandard's do not notice a missing end.
+The standard library ignores damage after the first of several concatenated streams, and zstandard
+does not detect a truncated file.
 """
 
 import bz2
@@ -15,24 +15,28 @@ from typing import IO, Any
 import zstandard
 
 _BLOCK_BYTES = 1 << 20
-_PIECE_BYTES = 1 << 13  # of compressed data at once: they may stand for a thousand times as many
+_PIECE_BYTES = 1 << 13  # compressed bytes per step; they may expand a thousandfold
 
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".gz": functools.partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),
     ".bz2": bz2.BZ2Decompressor,
     ".xz": lzma.LZMADecompressor,
-    # The largest window there is: `zstd --long=31` is common for large text.
+    # The largest possible window: `zstd --long=31` is common for large text.
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
 SUFFIXES = tuple(_DECOMPRESSORS)
-DAMAGES = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # what reading may raise
+ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # raised by damaged data
 
 
 def decompressed(stream: IO[bytes], suffix: str) -> IO[bytes]:
-    """The content of compressed files, one after the other in `stream`, by one of SUFFIXES.
+    """The decompressed content of all the compressed streams that are concatenated in `stream`.
+
+    Args:
+      stream: the compressed bytes.
+      suffix: one of `SUFFIXES`.
 
     Raises:
-      one of DAMAGES, while it is read: the data are damaged or cut short.
+      one of `ERRORS`, on reading: the data are damaged or truncated.
     """
     return io.BufferedReader(_Pieces(_decompress(stream, _DECOMPRESSORS[suffix])), _BLOCK_BYTES)
 
@@ -46,13 +50,13 @@ def _decompress(stream: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
                 raise EOFError("the compressed data end before their mark of the end")
             yield decompressor.decompress(data)
             data = decompressor.unused_data if decompressor.eof else stream.read(_PIECE_BYTES)
-        while not (data := data.lstrip(b"\0")):  # zeros may pad a file
+        while not (data := data.lstrip(b"\0")):  # files may be padded with zeros
             if not (data := stream.read(_PIECE_BYTES)):
                 return
 
 
 class _Pieces(io.RawIOBase):
-    """A stream of the bytes of an iterator."""
+    """A raw stream of the bytes that an iterator yields."""
 
     def __init__(self, pieces: Iterator[bytes]):
         self._pieces, self._piece = pieces, memoryview(b"")

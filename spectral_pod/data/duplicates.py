@@ -1,8 +1,8 @@
-"""What a store's splits share, and what gives its labels away: looked for before training.
+"""A check of a store before training: duplicates between splits, and features that leak labels.
 
-Near-duplicates are found by MinHash (Broder 1997): the share of equal places in the signatures of
-two records estimates the Jaccard similarity of their sets of shingles, runs of 8 bytes. Records
-whose signatures agree in a whole band are compared shingle by shingle.
+Near-duplicates are found by MinHash (Broder 1997): the fraction of equal entries in the signatures
+of two records estimates the Jaccard similarity of their sets of shingles, runs of 8 bytes. Records
+whose signatures agree in a whole band are then compared by their shingles.
 """
 
 import collections
@@ -14,57 +14,62 @@ import numpy as np
 
 from spectral_pod.data.byte_store import ByteStore, Split
 
-SIMILAR = 0.8  # Jaccard similarity from which two records are near-duplicates
+SIMILAR = 0.8  # Jaccard similarity at and above which records count as near-duplicates
 _SHINGLE = 8  # bytes
-_BANDS, _ROWS = 16, 4  # a pair of similarity 0.8 agrees in some band with probability 0.9998
-_LONGEST = 1 << 16  # bytes of a record that are looked at
+_BANDS, _ROWS = 16, 4  # similarity 0.8: two records agree in some band with probability 0.9998
+_LONGEST = 1 << 16  # bytes of each record that are examined
 _BATCH = 256  # records read at once
 _MOST_EXAMPLES = 5
-_MOST_IN_A_BUCKET = 50  # records of a band that are compared with one: boilerplate fills buckets
+_MOST_IN_A_BUCKET = 50  # candidates per band for a record, as boilerplate fills buckets
 
 
 def report(
     store: ByteStore, on_record: Callable[[int], None] = lambda count: None
 ) -> dict[str, Any]:
-    """What is suspicious about a store, JSON-able.
+    """Counts duplicates and label leaks between the training split and the others.
 
-    Takes some 300 bytes of memory a record; `on_record` is told how many records were hashed.
+    Args:
+      store: the store to examine; about 300 bytes of memory per record are needed.
+      on_record: called with the number of records that were hashed since the last call.
 
     Returns:
-      "duplicates": for each split but train, how many of its records are in the training split
-        too, byte by byte or nearly, how many of these with another label, and the first few.
-      "labels": for each, its largest class, and how well the labels of its records follow from
-        their length, their first bytes, or their last bytes, by what these say in the training
-        split. What is far above the largest class, no model needs to read the rest for.
+      A JSON-serializable dictionary.
+      "duplicates": for each split but train, how many of its records are also in the training
+        split, exactly or nearly, how many of those with another label, and a few examples.
+      "labels": for each, the accuracy of predicting the largest class, and of predicting labels
+        from a record's length, first bytes or last bytes alone, by the training split's majority.
+        An accuracy far above that of the largest class indicates a leak.
     """
     train = store.split("train")
-    signatures, digests, ends = _hashed(train, on_record)
+    signatures, digests, ends = _hash_records(train, on_record)
     exact = collections.defaultdict(list)
     for i, digest in enumerate(digests):
         exact[digest].append(i)
     bands = [_buckets(signatures, band) for band in range(_BANDS)]
-    told = {name: _counted(train.labels, ends[name]) for name in ends}
+    guesses = {name: _majority_labels(train.labels, ends[name]) for name in ends}
     duplicates, labels = {}, {}
     for name in store.manifest["splits"]:
         if name == "train":
             continue
         split = store.split(name)
-        others, other_digests, other_ends = _hashed(split, on_record)
-        duplicates[name] = _shared(train, split, exact, bands, others, other_digests)
+        others, other_digests, other_ends = _hash_records(split, on_record)
+        duplicates[name] = _count_duplicates(train, split, exact, bands, others, other_digests)
         largest = np.bincount(train.labels).argmax()
         labels[name] = {"largest class": float(np.mean(split.labels == largest))} | {
             what: float(
-                np.mean([told[what].get(key, largest) == y for key, y in zip(keys, split.labels)])
+                np.mean(
+                    [guesses[what].get(key, largest) == y for key, y in zip(keys, split.labels)]
+                )
             )
             for what, keys in other_ends.items()
         }
     return {"duplicates": duplicates, "labels": labels}
 
 
-def _hashed(
+def _hash_records(
     split: Split, on_record: Callable[[int], None]
 ) -> tuple[np.ndarray, list[bytes], dict[str, list[Any]]]:
-    """uint32 [n, bands * rows] signatures, digests of the bytes, and what may tell the label."""
+    """Signatures, uint32 [n, bands * rows]; digests of the bytes; features that may leak labels."""
     signatures = np.zeros((len(split), _BANDS * _ROWS), np.uint32)
     digests: list[bytes] = []
     ends: dict[str, list[Any]] = {"length": [], "first 4 bytes": [], "last 4 bytes": []}
@@ -79,7 +84,7 @@ def _hashed(
 
 
 def _records(split: Split) -> Iterator[np.ndarray]:
-    """The bytes of each record, those of several documents end to end."""
+    """The bytes of each record, with its documents concatenated."""
     k = split.documents
     for start in range(0, len(split), _BATCH):
         stop = min(start + _BATCH, len(split))
@@ -89,7 +94,7 @@ def _records(split: Split) -> Iterator[np.ndarray]:
 
 
 def _shingles(data: np.ndarray) -> np.ndarray:
-    """uint64 [n]: a hash of every run of bytes; of a shorter record, of what there is."""
+    """The hash of every run of 8 bytes, uint64 [n]; a shorter record is padded with zeros."""
     data = data[:_LONGEST]
     data = np.pad(data, (0, max(_SHINGLE - len(data), 0)))
     runs = np.lib.stride_tricks.sliding_window_view(data, _SHINGLE)
@@ -118,7 +123,7 @@ def _keys(signatures: np.ndarray, band: int) -> list[bytes]:
     return [row.tobytes() for row in rows]
 
 
-def _shared(
+def _count_duplicates(
     train: Split,
     split: Split,
     exact: dict[bytes, list[int]],
@@ -130,23 +135,23 @@ def _shared(
     found: dict[str, Any] = {"records": len(split), "equal": 0, "similar": 0, "other label": 0}
     found["examples"] = []
     for i, data in enumerate(_records(split)):
-        twins, kind, similarity = exact.get(digests[i], []), "equal", 1.0
-        if not twins:
+        matches, kind, similarity = exact.get(digests[i], []), "equal", 1.0
+        if not matches:
             candidates = {
                 j
                 for band in range(_BANDS)
                 for j in bands[band].get(keys[band][i], [])[:_MOST_IN_A_BUCKET]
             }
             scored = [(_similarity(data, _record(train, j)), j) for j in sorted(candidates)]
-            similarity, twin = max(scored, default=(0.0, -1))
-            kind, twins = "similar", [twin] if similarity >= SIMILAR else []
-        if not twins:
+            similarity, match = max(scored, default=(0.0, -1))
+            kind, matches = "similar", [match] if similarity >= SIMILAR else []
+        if not matches:
             continue
         found[kind] += 1
-        found["other label"] += all(train.labels[j] != split.labels[i] for j in twins)
+        found["other label"] += all(train.labels[j] != split.labels[i] for j in matches)
         if len(found["examples"]) < _MOST_EXAMPLES:
             found["examples"].append(
-                {"record": i, "of train": twins[0], "similarity": round(similarity, 3)}
+                {"record": i, "of train": matches[0], "similarity": round(similarity, 3)}
             )
     return found
 
@@ -157,14 +162,14 @@ def _record(split: Split, i: int) -> np.ndarray:
 
 
 def _similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard similarity of the sets of shingles."""
+    """The Jaccard similarity of the sets of shingles."""
     a, b = np.unique(_shingles(a)), np.unique(_shingles(b))
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
-def _counted(labels: np.ndarray, keys: list[Any]) -> dict[Any, int]:
-    """The commonest label of each key."""
+def _majority_labels(labels: np.ndarray, keys: list[Any]) -> dict[Any, int]:
+    """The most common label of each key."""
     counts: dict[Any, collections.Counter[int]] = collections.defaultdict(collections.Counter)
     for key, label in zip(keys, labels):
         counts[key][int(label)] += 1

@@ -1,8 +1,8 @@
-"""Records in files, whatever the format: JSON lines, CSV, Parquet, FASTA, ...
+"""Readers of records in files of many formats: JSON lines, CSV, Parquet, FASTA, ...
 
     for path in formats.files("reviews/*.jsonl.xz"):
         for row in formats.rows(path):
-            ...  # a Row, or a Fault where there is a record that cannot be read
+            ...  # a Row, or a Fault for a record that cannot be read
 
 | format  | files                        | a record is      | its fields                           |
 | ------- | ---------------------------- | ---------------- | ------------------------------------ |
@@ -14,14 +14,14 @@
 | fasta   | .fasta .fa .fna .ffn .faa    | a sequence       | id, description, sequence            |
 | fastq   | .fastq .fq                   | four lines       | id, description, sequence, quality   |
 | text    | .txt                         | a line           | text                                 |
-| whole   | any; must be asked for       | a file           | bytes                                |
+| whole   | any, on request only         | a file           | bytes                                |
 
-The last four also have `folder`, the name of the folder that the file is in, and `name`, that of
-the file without its suffixes. All but parquet, npz and whole may be compressed: .gz .bz2 .xz .zst.
+The last four formats also have the fields `folder`, the name of the file's folder, and `name`, the
+file's name without suffixes. All but parquet, npz and whole may be compressed: .gz .bz2 .xz .zst.
 
-Text is bytes and stays what it was, also where it is no UTF-8. Memory holds one record, of
-parquet files a part of a row group, of npz files everything. Nothing is left out unsaid; a blank
-line holds no record of jsonl, csv, tsv, fasta or fastq, and is an empty one of text.
+Text is kept as the original bytes, even if it is not valid UTF-8. One record is in memory at a
+time; for parquet a part of a row group, for npz everything. No record is skipped silently. Blank
+lines are ignored in jsonl, csv, tsv, fasta and fastq; in text they are empty records.
 """
 
 import codecs
@@ -48,17 +48,17 @@ from spectral_pod import storage
 from spectral_pod.data import compression
 from spectral_pod.errors import DataError
 
-MAX_BYTES = 256_000_000  # of a line, a sequence or a whole file; more is a fault
+MAX_BYTES = 256_000_000  # limit for a line, a sequence or a whole file; beyond it is a fault
 _PARQUET_ROWS = 256
 _BLOCK_BYTES = 1 << 20
 _ESCAPING = "utf-8", "surrogateescape"
 
 
 class Row(NamedTuple):
-    """One record: where it is, such as 'reviews.jsonl.xz:17' or 'x.npz[3]', and its fields.
+    """One record: its position, such as 'reviews.jsonl.xz:17' or 'x.npz[3]', and its fields.
 
-    Lines count from 1, indices from 0. Text is bytes, a list of numbers from parquet an array;
-    anything else is what the library of the format makes of it.
+    Line numbers start at 1, indices at 0. Text is bytes, and a list of numbers from parquet is an
+    array; other values are as returned by the format's library.
     """
 
     place: str
@@ -66,16 +66,18 @@ class Row(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A record that cannot be read, and why: the kind of fault, then ': ' and what is special."""
+    """A record that cannot be read, and why: the kind of fault, then ': ' and details."""
 
     place: str
     reason: str
 
 
 def files(source: str) -> list[str]:
-    """The files of a source, sorted: a file, a folder with all below it, or a glob; also on gs://.
+    """The sorted absolute paths of a source's files.
 
-    Paths are absolute. Folders are read without hidden files and folders.
+    Args:
+      source: a file, a folder (all files below it that are not hidden, nor in hidden folders), or
+        a glob; on disk or gs://.
 
     Raises:
       DataError: there is no such file.
@@ -96,29 +98,29 @@ def files(source: str) -> list[str]:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """A file on disk or gs://, for reading.
+    """Opens a file on disk or gs:// for reading.
 
     Raises:
       DataError: it cannot be opened.
     """
-    system, path_there = _file_system(path)
+    system, system_path = _file_system(path)
     try:
         if not storage.is_remote(path):
-            return open(path_there, "rb", _BLOCK_BYTES)
-        # fsspec's files read lines slowly, and of any length.
-        return io.BufferedReader(system.open(path_there, "rb"), 8 * _BLOCK_BYTES)
+            return open(system_path, "rb", _BLOCK_BYTES)
+        # The buffer makes up for fsspec's slow line reading, which also lacks a length limit.
+        return io.BufferedReader(system.open(system_path, "rb"), 8 * _BLOCK_BYTES)
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error}") from error
 
 
 def size_and_time(path: str) -> tuple[int, str]:
-    """Bytes in a file, and when it was modified."""
+    """The size of a file in bytes, and the time of its last modification."""
     system, path = _file_system(path)
     return system.size(path), system.modified(path).isoformat()
 
 
 def sha256(path: str) -> str:
-    """Of the bytes of a file, in constant memory.
+    """The sha256 of a file's content, in constant memory.
 
     Raises:
       DataError: it cannot be opened.
@@ -137,14 +139,14 @@ def rows(
     """The records of a file, in order.
 
     Args:
-      file: a path or a gs:// URL, as `files` gives them.
-      format: a name in the table above; 'auto' goes by the suffix.
-      columns: the names of the columns of csv and tsv files that have no header.
-      on_position: is told, after every record, how many bytes of the file have been read.
+      file: a path or a gs:// URL, from `files`.
+      format: a name from the table above, or 'auto' to use the suffix.
+      columns: the names of the columns of csv and tsv files without a header.
+      on_position: called after every record with the number of bytes read from the file so far.
 
     Raises:
-      DataError: the suffix is unknown, the file is damaged or cut short (names the last good
-        record), or its fields cannot be told apart.
+      DataError: the suffix is unknown, the file is damaged or truncated (the message names the last
+        good record), or field names are not distinct.
     """
     compressed, suffix = _suffixes(file)
     if format == "auto":
@@ -157,7 +159,7 @@ def rows(
         format = _SUFFIXES[suffix]
     if format not in _READERS:
         raise DataError(f"format {format!r} is unknown; there are auto, {', '.join(_READERS)}")
-    if compressed and format in _SEEKING:
+    if compressed and format in _SELF_COMPRESSED:
         raise DataError(f"{file}: {format} has compression of its own; decompress the file first")
     if columns and format not in _TABLES:
         raise DataError(f"{file}: columns are named for {' and '.join(_TABLES)}, not for {format}")
@@ -172,21 +174,21 @@ def rows(
                 on_position(raw.tell())
                 if isinstance(row, Row):
                     last = row.place
-    except _DAMAGES as error:
+    except _ERRORS as error:
         raise DataError(
             f"{file} is damaged or cut short after {last} ({type(error).__name__}: {error})"
         ) from error
 
 
 def encode(text: str) -> bytes:
-    """A decoded text as the bytes that it was: UTF-8, and what was no UTF-8 escaped as surrogates.
+    """The original bytes of a decoded text: UTF-8, with invalid bytes escaped as surrogates.
 
-    A lone surrogate that escapes no byte, which JSON can spell, is three bytes as in CESU-8.
+    A lone surrogate that escapes no byte, which JSON allows, becomes three bytes as in CESU-8.
     """
     try:
         return text.encode()
     except UnicodeEncodeError:
-        escaped = rb"\xed[\xb2\xb3][\x80-\xbf]"  # U+DC80 to U+DCFF, each for one byte
+        escaped = rb"\xed[\xb2\xb3][\x80-\xbf]"  # U+DC80 to U+DCFF, each standing for one byte
         return re.sub(
             escaped,
             lambda found: found[0].decode("utf-8", "surrogatepass").encode(*_ESCAPING),
@@ -232,7 +234,7 @@ def _csv(
     delimiter: str = ",",
     quoting: Any = csv.QUOTE_MINIMAL,
 ) -> Iterator[Row | Fault]:
-    number = 0  # of the last line read; that of `csv` omits lines that cannot be decoded
+    number = 0  # of the last line read; `csv`'s own count omits lines that cannot be decoded
 
     def decoded(numbered: tuple[int, bytes | None]) -> str:
         nonlocal number
@@ -241,9 +243,9 @@ def _csv(
             raise csv.Error(f"a line of more than {MAX_BYTES:,} bytes")
         return line.decode(*_ESCAPING)
 
-    # A limit for the whole process: without it fields end at 131,072 characters.
+    # This limit is global to the process; by default fields are limited to 131,072 characters.
     csv.field_size_limit(MAX_BYTES)
-    # `map` goes on after an exception, and so does the reader, with the next line.
+    # After an exception, `map` and the reader continue with the next line.
     lines = map(decoded, _lines(stream))
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     while True:
@@ -280,11 +282,11 @@ def _parquet(file: str, stream: IO[bytes]) -> Iterator[Row]:
 
 
 def _values(column: Any) -> list[Any]:
-    """A column of a parquet file as Python values; lists of numbers are arrays."""
+    """A column of a parquet file as Python values; lists of numbers become arrays."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.string())  # as datetime it might lose nanoseconds
+        column = column.cast(pa.string())  # a datetime could lose nanoseconds
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = column.cast(pa.large_binary())
     kind = column.type
@@ -301,7 +303,7 @@ def _npz(file: str, stream: IO[bytes]) -> Iterator[Row]:
         if isinstance(loaded, np.ndarray):
             raise ValueError("a single array")
         arrays = dict(loaded)
-    except ValueError as error:  # also arrays of objects
+    except ValueError as error:  # raised for arrays of objects, too
         raise DataError(f"{file} is no .npz file of arrays of numbers or texts: {error}") from error
     lengths = {array.shape[:1] for array in arrays.values()}
     if len(lengths) != 1 or () in lengths:
@@ -317,30 +319,30 @@ def _element(value: Any) -> Any:
 
 
 def _fasta(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
-    place, header, parts, room = "", None, list[bytes](), 0
+    place, header, parts, remaining = "", None, list[bytes](), 0
     for number, line in itertools.chain(_lines(stream), [(0, b">")]):
         if line is not None and line.startswith(b">"):
             if header is not None:
-                fields = _described(header) | {"sequence": b"".join(parts)}
-                yield Row(place, fields | _names(file)) if room >= 0 else _too_long(place)
-            place, header, parts, room = f"{file}:{number}", line[1:], [], MAX_BYTES
+                fields = _header_fields(header) | {"sequence": b"".join(parts)}
+                yield Row(place, fields | _names(file)) if remaining >= 0 else _too_long(place)
+            place, header, parts, remaining = f"{file}:{number}", line[1:], [], MAX_BYTES
         elif header is None:
             if line is None or line.split():
                 yield Fault(f"{file}:{number}", "no FASTA: a line before the first that starts '>'")
         else:
             letters = b"".join(line.split()) if line is not None else b""
-            room = room - len(letters) if line is not None and room >= 0 else -1
-            if room >= 0:
+            remaining = remaining - len(letters) if line is not None and remaining >= 0 else -1
+            if remaining >= 0:
                 parts.append(letters)
 
 
 def _fastq(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
     lines = _lines(stream)
     window: collections.deque[tuple[int, bytes]] = collections.deque()
-    lost = False
+    resyncing = False
     while True:
         for number, line in itertools.islice(lines, 4 - len(window)):
-            # A line too long becomes one that fits nowhere.
+            # A line that is too long is replaced by one that is invalid everywhere.
             window.append((number, b"?" if line is None else line.rstrip(b"\r\n")))
         if not window:
             return
@@ -354,20 +356,20 @@ def _fastq(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
             and record[2].startswith(b"+")
             and len(record[1]) == len(record[3])
         ):
-            fields = _described(header[1:]) | {"sequence": record[1], "quality": record[3]}
+            fields = _header_fields(header[1:]) | {"sequence": record[1], "quality": record[3]}
             yield Row(f"{file}:{number}", fields | _names(file))
             window.clear()
-            lost = False
+            resyncing = False
         else:
-            if not lost:  # one fault up to where the next record starts
+            if not resyncing:  # one fault until the start of the next record
                 yield Fault(
                     f"{file}:{number}", "no FASTQ: not '@', a sequence, '+', qualities as many"
                 )
             window.popleft()
-            lost = True
+            resyncing = True
 
 
-def _described(header: bytes) -> dict[str, bytes]:
+def _header_fields(header: bytes) -> dict[str, bytes]:
     words = header.strip().split(None, 1)
     return dict(zip(("id", "description"), (*words, b"", b"")))
 
@@ -402,21 +404,21 @@ _READERS: dict[str, Callable[..., Iterator[Row | Fault]]] = {
     "text": _text,
     "whole": _whole,
 }
-_SEEKING = ("parquet", "npz")
+_SELF_COMPRESSED = ("parquet", "npz")
 _TABLES = ("csv", "tsv")
 _SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".npz": "npz", ".fasta": "fasta", ".fa": "fasta", ".fna": "fasta", ".ffn": "fasta",
     ".faa": "fasta", ".fastq": "fastq", ".fq": "fastq", ".txt": "text",
 }  # fmt: skip
-_DAMAGES = (*compression.DAMAGES, OSError, zipfile.BadZipFile, pa.ArrowException)
+_ERRORS = (*compression.ERRORS, OSError, zipfile.BadZipFile, pa.ArrowException)
 
 
-# ---- what they share
+# ---- helpers
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Lines with their ends, counted from 1; None stands for one of more than MAX_BYTES."""
+    """The numbered lines, from 1, with their ends; None stands for a line beyond MAX_BYTES."""
     for number in itertools.count(1):
         line = stream.readline(MAX_BYTES + 1)
         if number == 1:
@@ -436,9 +438,9 @@ def _too_long(place: str) -> Fault:
 
 
 def _check_distinct(place: str, columns: Sequence[str]) -> None:
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise DataError(f"{place}: columns of one name, {', '.join(map(repr, twice))}; rename them")
+    dups = sorted({name for name in columns if columns.count(name) > 1})
+    if dups:
+        raise DataError(f"{place}: columns of one name, {', '.join(map(repr, dups))}; rename them")
 
 
 def _names(file: str) -> dict[str, bytes]:
@@ -450,7 +452,7 @@ def _names(file: str) -> dict[str, bytes]:
 
 
 def _suffixes(file: str) -> tuple[str, str]:
-    """The suffix of a compression, or '', and that before it, in lower case."""
+    """The suffix of the compression, or '', and the suffix before it, both in lower case."""
     rest, suffix = posixpath.splitext(file.lower())
     return (suffix, posixpath.splitext(rest)[1]) if suffix in compression.SUFFIXES else ("", suffix)
 

@@ -1,20 +1,20 @@
-"""Copies of the parts of remote byte stores on the local disk, made while a run reads on.
+"""Local copies of the parts of remote byte stores, made in the background of a run.
 
-    DIRECTORY/lock                                    held while copies come and go
-    DIRECTORY/stores/DIGEST/in_use                    held, shared, by every process that reads it
+    DIRECTORY/lock                                    locked while copies are added or removed
+    DIRECTORY/stores/DIGEST/in_use                    locked, shared, by every process reading it
     DIRECTORY/stores/DIGEST/train/00000/zarr.json     the `bytes` array of a part, file by file
     DIRECTORY/stores/DIGEST/train/00000/c/0
-    DIRECTORY/unfinished/...                          a copy being written: renamed when complete
+    DIRECTORY/unfinished/...                          a copy being written, renamed when complete
 
-A store's name is the sha256 of its manifest, which holds that of every array: a store that is
-written anew never meets copies of the old one. Locks end with the process that holds them, however
-it ends, so that a killed process leaves neither a lock nor a part that reads as whole. Damage that
-comes later is found by the checksum of each chunk (`byte_store.Split`), and the copy is dropped.
+A store is named by the sha256 of its manifest, which contains that of every array, so a rewritten
+store never uses copies of the old one. Locks end with the process that holds them, however it ends:
+a killed process leaves neither a lock nor an incomplete part. Later damage is detected by the
+checksum of each chunk (`byte_store.Split`), and the copy is dropped.
 
-What is here stays until another store needs the room. The parts of a store that is being read are
-never evicted: where it does not fit, as many of its parts are kept as do, and the others are read
-from storage. Training reads uniformly at random, and then every part is as likely to be read next
-as any other: no policy hits more often than any fixed set of parts, which costs no second copy.
+Copies stay until another store needs the space. Parts of a store in use are never evicted: if the
+store is larger than the limit, as many of its parts are kept as fit, and the others are read
+remotely. Training reads uniformly at random, so every part is equally likely to be read next, and
+no eviction policy has a higher hit rate than a fixed set of parts, which is never copied again.
 """
 
 import atexit
@@ -32,11 +32,11 @@ from typing import Any, NamedTuple
 import tensorstore as ts
 from absl import logging
 
-_POLL_S = 0.1  # how soon a copy in flight notices that the process ends
+_POLL_S = 0.1  # seconds until a copy in progress notices that the process ends
 
 
 class Part(NamedTuple):
-    """What is copied: the files below a key-value store, to the folder `name` of a store."""
+    """A part to copy: the files below a key-value store, into the folder `name` of a store."""
 
     digest: str  # of the store
     name: str  # SPLIT/PART
@@ -44,82 +44,81 @@ class Part(NamedTuple):
 
 
 class LocalCopies:
-    """A folder of copies, of one or more stores, that a background thread fills.
+    """A folder of copies of one or more stores, filled by a background thread.
 
-    Any number of processes may share the folder. Nothing that goes wrong here is an error of the
-    run: where the disk is full, or the folder cannot be written, copying ends with a line in the
-    log.
+    Any number of processes may share the folder. Failures never end the run: if the disk is full or
+    the folder is not writable, copying stops and a line is logged.
     """
 
     def __init__(self, directory: str, limit_bytes: int):
-        """`limit_bytes` bounds all files below `directory`, those of other stores included."""
+        """`limit_bytes` limits all copies below `directory`, including those of other stores."""
         self._root = Path(os.path.expanduser(directory))
         self._limit = limit_bytes
-        self._wanted: queue.SimpleQueue[tuple[Part, Callable[[Path], None]] | None]
-        self._wanted = queue.SimpleQueue()
-        self._in_use: dict[str, Any] = {}  # by digest: open files with a shared lock
+        self._requests: queue.SimpleQueue[tuple[Part, Callable[[Path], None]] | None]
+        self._requests = queue.SimpleQueue()
+        self._in_use: dict[str, Any] = {}  # open files with a shared lock, by digest
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def want(self, part: Part, ready: Callable[[Path], None]) -> None:
-        """Calls `ready` with the folder of a part's copy: now, or from a thread when it is there.
+    def request(self, part: Part, ready: Callable[[Path], None]) -> None:
+        """Calls `ready` with the folder of a part's copy: now, or later from a thread.
 
-        It is never called where there is no room.
+        It is never called if there is no room for the copy.
         """
         folder = self._folder(part)
         try:
             self._use(part.digest)
-            there = folder.is_dir()
+            exists = folder.is_dir()
         except OSError as error:
             return self._stop(logging.WARNING, error)
-        if there:
-            with contextlib.suppress(OSError):  # another process may have dropped it just now
+        if exists:
+            with contextlib.suppress(OSError):  # another process may just have dropped it
                 os.utime(folder)
             ready(folder)
         elif not self._stopped.is_set():
-            self._wanted.put((part, ready))
+            self._requests.put((part, ready))
             self._start()
 
     def drop(self, part: Part, reason: object) -> None:
-        """Deletes a damaged copy."""
+        """Deletes a damaged copy and logs the reason."""
         folder = self._folder(part)
         logging.warning("Local copy %s is damaged and dropped (%s)", folder, reason)
         with contextlib.suppress(OSError), self._locked():
             self._remove(folder)
 
     def close(self) -> None:
-        """Ends the copying; a copy under way is abandoned."""
+        """Stops copying; a copy in progress is abandoned."""
         self._stopped.set()
         if self._thread:
-            self._wanted.put(None)
-            self._thread.join(timeout=5)  # it may wait for another process's lock
+            self._requests.put(None)
+            self._thread.join(timeout=5)  # it may be waiting for another process's lock
 
-    # ---- in the thread
+    # ---- in the background thread
 
     def _start(self) -> None:
         if self._thread is None:
-            # Before the interpreter is torn down: a thread inside tensorstore would not survive it.
+            # Stop before the interpreter shuts down: a thread inside tensorstore would crash then.
             atexit.register(self.close)
             self._thread = threading.Thread(target=self._work, name="local copies", daemon=True)
             self._thread.start()
 
     def _work(self) -> None:
-        """One part at a time, in the order they were asked for: the batches' reads come first."""
-        while (wanted := self._wanted.get()) and not self._stopped.is_set():
-            part, ready = wanted
+        """Copies one part at a time, in the order of requests, leaving bandwidth for batches."""
+        while (request := self._requests.get()) and not self._stopped.is_set():
+            part, ready = request
             try:
                 if not (self._folder(part).is_dir() or self._copy(part)):
                     return self._stop(logging.INFO, f"{self._limit / 1e9:.1f} GB are full")
             except OSError as error:
                 return self._stop(logging.WARNING, error)
-            except ValueError as error:  # whoever reads this part will see more of it
+            except ValueError as error:  # the reader of this part will report it in full
                 if not self._stopped.is_set():
                     logging.warning("Part %s of a store cannot be copied: %s", part.name, error)
             else:
                 ready(self._folder(part))
 
     def _copy(self, part: Part) -> bool:
-        """Whether a part is in its folder now: there may be no room for it.
+        """Copies a part unless there is no room; returns whether its folder is complete.
 
         Raises:
           ValueError: storage cannot be read, or the process ends.
@@ -138,7 +137,7 @@ class LocalCopies:
             return True
 
     def _result(self, future: Any) -> Any:
-        """What a future of tensorstore holds, if it comes before the process ends."""
+        """Waits for a tensorstore future, unless the process ends first."""
         while not self._stopped.is_set():
             with contextlib.suppress(TimeoutError):
                 return future.result(timeout=_POLL_S)
@@ -164,13 +163,13 @@ class LocalCopies:
             file = self._root / "stores" / digest / "in_use"
             with self._locked():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                held = open(file, "w")  # noqa: SIM115, until the process ends
-                fcntl.flock(held, fcntl.LOCK_SH)
-                self._in_use[digest] = held
+                lock = open(file, "w")  # noqa: SIM115, until the process ends
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                self._in_use[digest] = lock
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Copies come and go in one process at a time."""
+        """Serializes additions and removals of copies between processes."""
         self._root.mkdir(parents=True, exist_ok=True)
         with open(self._root / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -190,33 +189,33 @@ class LocalCopies:
 
     def _remove(self, folder: Path) -> None:
         if folder.is_dir():
-            doomed = self._unfinished()
-            folder.rename(doomed)  # at once, so that nobody finds half of it
-            shutil.rmtree(doomed, ignore_errors=True)
+            removed = self._unfinished()
+            folder.rename(removed)  # atomically, so that no reader sees a partial copy
+            shutil.rmtree(removed, ignore_errors=True)
 
     def _unfinished(self) -> Path:
-        """A new name; to be used under the lock, so what others have left there is garbage."""
+        """A new path to write to. Needs the lock; whatever else is there is garbage."""
         shutil.rmtree(self._root / "unfinished", ignore_errors=True)
         (self._root / "unfinished").mkdir()
         return self._root / "unfinished" / uuid.uuid4().hex
 
     def _make_room(self, size: int) -> bool:
-        """Whether so many bytes fit, if need be after parts of stores that nobody reads are gone.
+        """Whether `size` bytes fit, after removing parts of unused stores if necessary.
 
-        Those used longest ago go first.
+        The least recently used parts are removed first.
         """
-        held = {
+        sizes = {
             zarr.parent: sum(file.stat().st_size for file in zarr.parent.rglob("*"))
             for zarr in self._root.glob("stores/*/*/*/zarr.json")
         }
-        excess = sum(held.values()) + size - self._limit
-        unused = [part for part in held if not self._is_used(part.parents[1])]
-        if excess > sum(held[part] for part in unused):
+        excess = sum(sizes.values()) + size - self._limit
+        unused = [part for part in sizes if not self._is_used(part.parents[1])]
+        if excess > sum(sizes[part] for part in unused):
             return False
         for part in sorted(unused, key=lambda part: part.stat().st_mtime):
             if excess <= 0:
                 break
-            excess -= held[part]
+            excess -= sizes[part]
             self._remove(part)
         return True
 

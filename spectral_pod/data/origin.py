@@ -1,10 +1,10 @@
-"""The user's files that a store was written from: noted in its manifest, and known again by that.
+"""The identity of the user's files that a store was written from, recorded in its manifest.
 
     facts = origin.describe(formats.files(source))      # goes into the store's provenance
     origin.check(files, facts, "config.data.options.source = 'reviews'", store.path)
 
-Sizes and times tell at once that nothing has changed. Where they differ the contents decide, up to
-ten gigabytes of them: files may be copied, moved together, or written again.
+Equal sizes and modification times show at once that nothing has changed. Otherwise the contents are
+compared, for sources of up to ten gigabytes: files may be copied, moved together, or rewritten.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from typing import Any
 from spectral_pod.data import formats
 from spectral_pod.errors import DataError
 
-_HASHED_BYTES = 10_000_000_000  # larger sources are known by the sizes and times of their files
+_HASHED_BYTES = 10_000_000_000  # larger sources are identified by sizes and times alone
 
 
 def describe(files: Sequence[str]) -> dict[str, Any]:
-    """How many files there are, their bytes, and what `check` knows them by.
+    """The number of files, their total size in bytes, and the digests that `check` compares.
 
     Raises:
-      DataError: one cannot be read.
+      DataError: a file cannot be read.
     """
     size = sum(formats.size_and_time(file)[0] for file in files)
     return {
@@ -35,7 +35,7 @@ def describe(files: Sequence[str]) -> dict[str, Any]:
 
 
 def on_this_host(source: str) -> list[str]:
-    """The files of a source, as `formats.files`; none where there is no such thing."""
+    """The files of a source, from `formats.files`, or none if it is not on this host."""
     try:
         return formats.files(source)
     except DataError:
@@ -43,12 +43,18 @@ def on_this_host(source: str) -> list[str]:
 
 
 def check(files: Sequence[str], described: Mapping[str, Any], what: str, store: str) -> None:
-    """Compares files with those that were described when `store` was written from them.
+    """Checks that files are those from which `store` was written.
 
-    Where there are none nothing is compared: a store does not need them.
+    Without files nothing is checked, as reading a store does not need them.
+
+    Args:
+      files: the files now.
+      described: the result of `describe` when the store was written.
+      what: names the source, as the start of the message.
+      store: the path of the store.
 
     Raises:
-      DataError: they have changed since; begins with `what`.
+      DataError: the files have changed since.
     """
     if not files or _times(files) == described["times"]:
         return
@@ -60,20 +66,20 @@ def check(files: Sequence[str], described: Mapping[str, Any], what: str, store: 
 
 
 def _times(files: Sequence[str]) -> str:
-    """sha256 of the names, sizes and times of files."""
-    known = [(name, *formats.size_and_time(file)) for file, name in _named(files)]
-    return hashlib.sha256(repr(known).encode()).hexdigest()
+    """The sha256 of the names, sizes and modification times of files."""
+    entries = [(name, *formats.size_and_time(file)) for file, name in _with_relative_paths(files)]
+    return hashlib.sha256(repr(entries).encode()).hexdigest()
 
 
 def _contents(files: Sequence[str]) -> str:
-    """sha256 of what `sha256sum` prints about files, in the folder that holds them all."""
+    """The sha256 of the output of `sha256sum` in the folder that contains all files."""
     listing = hashlib.sha256()
-    for file, name in _named(files):
+    for file, name in _with_relative_paths(files):
         listing.update(os.fsencode(f"{formats.sha256(file)}  {name}\n"))
     return listing.hexdigest()
 
 
-def _named(files: Sequence[str]) -> list[tuple[str, str]]:
-    """Each file with what of its path stays when all are moved."""
+def _with_relative_paths(files: Sequence[str]) -> list[tuple[str, str]]:
+    """Each file with its path relative to their common folder."""
     folder = posixpath.commonpath([posixpath.dirname(file) for file in files])
     return [(file, posixpath.relpath(file, folder)) for file in files]

@@ -1,14 +1,14 @@
-"""A byte store written by several processes side by side, that goes on where it was stopped.
+"""Writes a byte store by several processes in parallel, and resumes interrupted writes.
 
-The caller's *items* are pieces of the input, the same every time they are asked for, and a pure
-function makes records of one. Process 0 reads the items in order; workers convert them and write
-what comes out as parts of the store. What an item became is noted when its parts are written:
+The input is a sequence of *items*, the same on every call, and a pure function converts an item to
+records. Process 0 reads the items in order; workers convert them and write the results as parts of
+the store. Each item is noted as done once its parts are written:
 
     STORE/unfinished/plan.json      what is being written
-    STORE/unfinished/00012.json     item 12 is done: its parts, and what the conversion said of it
+    STORE/unfinished/00012.json     item 12 is done: its parts, and facts about its conversion
 
-When every item is noted the manifest is written and the notes are deleted. A write that was killed
-leaves no manifest, so nothing takes it for a store, and the same write later skips what is noted.
+When every item is done the manifest is written and the notes are deleted. An interrupted write has
+no manifest, so it is never mistaken for a store, and a repeated write skips the items done.
 """
 
 import concurrent.futures
@@ -23,7 +23,7 @@ import tensorstore as ts
 from spectral_pod.data import byte_store
 from spectral_pod.data.byte_store import Record
 
-# Records by split, and JSON-able facts about the conversion.
+# Records by split, and JSON-serializable facts about the conversion.
 Converted = tuple[Mapping[str, Sequence[Record]], Any]
 
 
@@ -39,31 +39,31 @@ def write(
     provenance: Callable[[list[Any]], Mapping[str, Any]],
     num_workers: int,
 ) -> None:
-    """Writes a store, or what an earlier, stopped write of the same plan has left to do.
+    """Writes a store, or the rest of it if an earlier write with the same plan was interrupted.
 
     Args:
       path: a folder or a gs:// URL.
-      items: picklable; they and `convert` follow from the plan. At most `num_workers` + 1 are
-        held at a time.
-      convert: picklable; from an item to its records by split, and facts to keep.
-      plan: JSON-able; says everything that the records depend on. What another plan left
-        unfinished at `path` is deleted.
-      splits: of the store.
-      classes: the name of every class, by label.
-      documents: in each record.
-      provenance: from the facts of all items, in their order and as JSON gives them back, to that
-        of the manifest; may raise.
-      num_workers: processes that convert; they are spawned, so a script that calls this needs the
-        usual `if __name__ == "__main__"`.
+      items: picklable items, determined by the plan, as is `convert`. At most `num_workers` + 1 are
+        in memory at a time.
+      convert: a picklable function from an item to its records by split, and facts to keep.
+      plan: JSON-serializable; states everything that the records depend on. Remains of an
+        interrupted write with another plan are deleted.
+      splits: the names of the splits.
+      classes: the name of every class, in the order of labels.
+      documents: the number of documents per record.
+      provenance: a function from the facts of all items, in order and after a round trip through
+        JSON, to the manifest's provenance; may raise.
+      num_workers: number of converting processes. They are spawned, so a script that calls this
+        function needs the usual `if __name__ == "__main__"`.
 
     Raises:
       DataError: an item cannot be converted.
     """
     notes = byte_store.open_kvstore(f"{path}/unfinished")
-    mine = json.dumps(dict(plan), sort_keys=True).encode()
-    if notes.read("plan.json").result().value != mine:
+    encoded_plan = json.dumps(dict(plan), sort_keys=True).encode()
+    if notes.read("plan.json").result().value != encoded_plan:
         byte_store.clear(path)
-        notes.write("plan.json", mine).result()
+        notes.write("plan.json", encoded_plan).result()
     done = {key.decode() for key in notes.list().result()}
     options = {"num_classes": len(classes), "documents": documents}
     num_items = 0
@@ -77,7 +77,7 @@ def write(
 
     work = missing()
     first = list(itertools.islice(work, 2))
-    if len(first) < 2:  # not worth a process
+    if len(first) < 2:  # not worth starting a process
         for index, item in first:
             _write_item(path, index, item, convert, options)
     else:
@@ -103,7 +103,7 @@ def write(
 
 
 def _wait(pending: set[Any], *, at_most: int) -> None:
-    """Waits until so many are pending; raises the failures of the others."""
+    """Waits until at most `at_most` futures are pending; raises the failures of the others."""
     while len(pending) > at_most:
         ended, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
         pending -= ended
@@ -122,12 +122,12 @@ def _write_item(
     convert: Callable[[Any], Converted],
     options: Mapping[str, int],
 ) -> None:
-    """Runs in a worker."""
+    """Converts and writes one item, in a worker process."""
     records, facts = convert(item)
     parts = {
-        split: byte_store.write_part(path, split, index, held, **options)
-        for split, held in records.items()
-        if held
+        split: byte_store.write_part(path, split, index, split_records, **options)
+        for split, split_records in records.items()
+        if split_records
     }
     note = json.dumps({"parts": parts, "facts": facts}).encode()
     byte_store.open_kvstore(f"{path}/unfinished").write(_note(index), note).result()

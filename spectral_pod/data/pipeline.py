@@ -1,10 +1,10 @@
-"""From records to global arrays: every batch is a pure function of (seed, step).
+"""Batches from records, and global arrays from batches; a batch is a pure function of (seed, step).
 
 There is no iterator state to save: a run that starts at step s reads what an uninterrupted run
-reads at step s, on any number of processes, each of which reads its own rows only.
+reads at step s, with any number of processes, each of which reads only its own rows.
 
-Sources of batches: `Batches` of labelled records, here; `windows.Windows` of a stream of bytes;
-`drawn.Drawn`, examples that are made where they are needed.
+Sources of batches are `Batches` of labelled records, defined here, `windows.Windows` of a stream of
+bytes, and `drawn.Drawn`, examples that are generated on the fly.
 """
 
 import functools
@@ -21,34 +21,34 @@ from spectral_pod.data.byte_store import Split
 from spectral_pod.errors import DataError
 from spectral_pod.shapes import PAD
 
-# tokens int32 [B, L], or [B, k * L] of records of k documents; labels int32 and valid bool, [B] or
-# [B, L]. Only what is valid is scored.
+# tokens int32 [B, L], or [B, k * L] for records of k documents; labels int32 and valid bool, [B] or
+# [B, L]. Only valid entries count in the loss and the metrics.
 Batch = dict[str, Any]
 
 
 class Source(Protocol):
-    """Batches by number; two objects of the same arguments give the same ones."""
+    """Batches by number; sources constructed with equal arguments give equal batches."""
 
     batch_size: int
     seq_len: int
 
     @property
     def num_records(self) -> int:
-        """Records, windows or examples in an epoch; 0 where there is no end."""
+        """Records, windows or examples per epoch; 0 if the source is endless."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that cover all of them, the last one padded."""
+        """Batches per epoch, the last one padded."""
 
     def rows(self, step: int, rows: np.ndarray) -> Batch:
-        """Those rows (int [b]) of a step's batch, as numpy arrays with b rows; threads call it.
+        """The given rows (int [b]) of a step's batch, as numpy arrays; called from threads.
 
-        Where nothing is to be scored `valid` is False, the label is 0; tokens end with PAD.
+        Where `valid` is False the label is 0; tokens are padded with PAD.
         """
 
 
 class Batches:
-    """Batches of one split: shuffled without end, or in order and once."""
+    """Batches of the records of one split: shuffled and endless, or once in order."""
 
     def __init__(
         self,
@@ -61,9 +61,10 @@ class Batches:
         num_records: int = 0,
         shuffle_seed: int | None = None,
     ):
-        """`num_records` > 0 takes only the first so many; `shuffle_seed` None reads in order.
+        """Reads the first `num_records` records of `split`, or all of them if that is 0.
 
-        A row has the `documents` of a record side by side, each padded to `seq_len`.
+        A row concatenates the `documents` of a record, each padded to `seq_len`. Without a
+        `shuffle_seed` records are read once, in order. `truncate` cuts documents to `seq_len`.
 
         Raises:
           DataError: the split is empty, its records have another number of documents, or one is
@@ -91,31 +92,31 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that cover every record, the last one padded."""
+        """Batches that contain every record once, the last one padded."""
         return -(-self.num_records // self.batch_size)
 
     def records(self, step: int, rows: Any = slice(None)) -> np.ndarray:
-        """int64 [B]: the record in each row, or in those rows, of a step's batch; -1 is padding.
+        """The record in each of the given rows of a step's batch, int64 [B]; -1 is padding.
 
-        Shuffled batches run through a permutation that is keyed anew each epoch, so every record
-        comes once an epoch; batches in order end with padding.
+        Shuffling applies a new permutation to every epoch, so each record occurs once per epoch.
+        Batches in order end with padding.
         """
         position = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)[rows]
         if self._seed is None:
             return np.where(position < self.num_records, position, -1)
         epoch, index = np.divmod(position, self.num_records)
-        # A keyed bijection on the indices, not a table: constant memory for any number of records.
+        # A keyed bijection of indices rather than a table needs constant memory.
         shuffle = functools.partial(index_shuffle, max_index=self.num_records - 1, rounds=4)
         seeds = {e: self._epoch_seed(e) for e in set(epoch.tolist())}
         pairs = zip(index.tolist(), epoch.tolist())
         return np.asarray([shuffle(i, seed=seeds[e]) for i, e in pairs], np.int64)
 
     def rows(self, step: int, rows: np.ndarray) -> Batch:
-        """Those rows of a step's batch, as numpy arrays."""
+        """The given rows of a step's batch, as numpy arrays."""
         records = self.records(step, rows)
         labels, valid = np.zeros(len(rows), np.int32), records >= 0
         labels[valid] = self._split.labels[records[valid]]
-        # A line of `tokens` is a document; those of a record are side by side in its row.
+        # A line of `tokens` is one document; those of a record are adjacent in its row.
         tokens = np.empty((len(rows) * self._documents, self.seq_len), np.int32)
         which = np.arange(self._documents)
         documents = (records[valid, None] * self._documents + which).ravel()
@@ -139,12 +140,20 @@ def load(
     threads: int,
     prefetch: int,
 ) -> Iterator[Batch]:
-    """Global arrays for steps start..stop-1, read ahead by threads, rows split as in `sharding`."""
+    """Global arrays for steps start..stop-1, read ahead by threads.
+
+    Args:
+      source: where the batches come from; this process reads only the rows that it needs.
+      sharding: how rows are split over devices.
+      start, stop: the range of steps.
+      threads: number of reading threads.
+      prefetch: number of batches to read ahead.
+    """
     indices = sharding.addressable_devices_indices_map((source.batch_size,))
-    mine = sorted(
+    local_rows = sorted(
         {row for (s,) in indices.values() for row in range(*s.indices(source.batch_size))}
     )
-    rows = np.asarray(mine)
+    rows = np.asarray(local_rows)
 
     def read(step: int) -> Batch:
         return source.rows(int(step), rows)
@@ -160,7 +169,7 @@ def load(
 
 
 def _picker(values: np.ndarray, rows: np.ndarray) -> Callable[[Any], np.ndarray]:
-    """What a device's slice of the global batch is, given this process's rows of it."""
+    """A function from a device's index into the global batch to its rows of `values`."""
 
     def pick(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(1 << 62)

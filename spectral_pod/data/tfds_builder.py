@@ -1,11 +1,11 @@
-"""A byte store as a dataset of TensorFlow Datasets: every task that is stored can be one.
+"""Export of a byte store as a TensorFlow Datasets (TFDS) dataset, for any task with a store.
 
     python -m tools.records tfds STORE --name=NAME --data_dir=DIR
     tfds.load("NAME", split="train", data_dir="DIR")
 
-An example is `document` (or `document_0`, `document_1`) and `label`. ListOps has also a builder of
-its own, which needs no store (`tasks/listops_tfds.py`). Only these modules and `tfds_source` import
-TensorFlow.
+An example has the features `document` (or `document_0`, `document_1`) and `label`. ListOps also has
+a builder of its own, which needs no store (`tasks/listops_tfds.py`). Only these two modules and
+`tfds_source` import TensorFlow.
 """
 
 from collections.abc import Iterator
@@ -44,12 +44,12 @@ def write(store: ByteStore, *, name: str, data_dir: str, version: str = "1.0.0")
 
 
 def _examples(split: Split, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbers of records, which TFDS orders them by, and what they hold."""
+    """The numbers of records, by which TFDS orders them, and their features."""
     k = split.documents
     for start in range(0, len(split), _BATCH):
         stop = min(start + _BATCH, len(split))
         documents = [data.tobytes() for data in split.read(range(start * k, stop * k))]
         for i in range(stop - start):
-            held = documents[i * k : (i + 1) * k]
-            example = dict(zip(names, held, strict=True))
+            contents = documents[i * k : (i + 1) * k]
+            example = dict(zip(names, contents, strict=True))
             yield start + i, example | {"label": int(split.labels[start + i])}

@@ -1,11 +1,11 @@
-"""Examples of TensorFlow Datasets as rows: `tfds:NAME[/CONFIG][:VERSION]/SPLIT`.
+"""Reader of examples from TensorFlow Datasets (TFDS): `tfds:NAME[/CONFIG][:VERSION]/SPLIT`.
 
     for row in tfds_source.rows("tfds:cifar10/train[:90%]"):
         ...  # Row('tfds:cifar10/train[:90%][0]', {'id': b'...', 'image': uint8 array, 'label': 3})
 
-The split is in TFDS' own notation. Sets lie where TFDS puts them (TFDS_DATA_DIR, by default
-~/tensorflow_datasets) and are downloaded if they are not there. TensorFlow itself is imported only
-to prepare a set, and to read one that is not stored as array_record.
+The split is in TFDS's own notation. Datasets are in TFDS's folder (TFDS_DATA_DIR, by default
+~/tensorflow_datasets) and are downloaded if missing. TensorFlow itself is imported only to prepare
+a dataset, and to read one that is not stored as array_record.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ PREFIX = "tfds:"
 
 
 def rows(source: str) -> Iterator[Row]:
-    """The examples of a split, in its order; features are fields.
+    """The examples of a split in order, with features as fields.
 
-    A Text is bytes, a ClassLabel the number of its class, an Image uint8 [height, width, channels].
+    A Text is bytes, a ClassLabel the class index, an Image uint8 [height, width, channels].
 
     Raises:
-      DataError: there is no such set, and it cannot be downloaded, or no such split.
+      DataError: there is no such split, or no such dataset and it cannot be downloaded.
     """
     builder, split = _open(source)
     for i, example in enumerate(_examples(builder, split)):
@@ -33,20 +33,20 @@ def rows(source: str) -> Iterator[Row]:
 
 
 def class_names(source: str, feature: str) -> tuple[str, ...]:
-    """The names of a feature's classes, in their order; () if there is no such ClassLabel.
+    """The class names of a feature in order; () if the feature is not a ClassLabel.
 
     Raises:
-      DataError: as `rows`.
+      DataError: as in `rows`.
     """
     features = _open(source)[0].info.features
     return tuple(getattr(features[feature], "names", ())) if feature in features else ()
 
 
 def describe(source: str) -> dict[str, Any]:
-    """What identifies the examples: the full name of the set with its version, and their number.
+    """The identity of the examples: the dataset's full name with its version, and their number.
 
     Raises:
-      DataError: as `rows`.
+      DataError: as in `rows`.
     """
     builder, split = _open(source)
     count = builder.info.splits[split].num_examples
@@ -54,8 +54,8 @@ def describe(source: str) -> dict[str, Any]:
 
 
 def _open(source: str) -> tuple[Any, str]:
-    """The builder of a prepared set, and the split."""
-    import tensorflow_datasets as tfds  # slow to import, and most data come from elsewhere
+    """The builder of a prepared dataset, and the name of the split."""
+    import tensorflow_datasets as tfds  # slow to import, and most sources do not need it
 
     name, _, split = source.removeprefix(PREFIX).rpartition("/")
     if not name or not split:
@@ -64,7 +64,7 @@ def _open(source: str) -> tuple[Any, str]:
         builder = tfds.builder(name)
         if not builder.is_prepared():
             builder.download_and_prepare(file_format="array_record")
-    except Exception as error:  # of any kind: TFDS runs the code of the set
+    except Exception as error:  # of any type: TFDS runs the dataset's own code
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
             f"{source} is not prepared below {tfds.core.constants.DATA_DIR}, and preparing it "
@@ -91,7 +91,7 @@ def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _value(value: Any) -> Any:
-    """A feature's value as `Row` has it."""
+    """A feature's value, converted as `Row` describes."""
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     return encode(value) if isinstance(value, str) else value

@@ -1,10 +1,10 @@
-"""Windows of a stream of bytes, and the byte that follows each of theirs: language modelling.
+"""Windows of a byte stream with next-byte labels, for language modelling.
 
-The documents of a split lie end to end in the stream, each followed by EOS:
+The stream concatenates the documents of a split, each followed by EOS:
 
     position      0   1   2   3   4   5   6
     stream        a   b   c  EOS  d   e  EOS          documents "abc" and "de"
-    tokens            b   c  EOS  d                   the window of 4 at start 1
+    tokens            b   c  EOS  d                   the window of 4 that starts at 1
     labels            c  EOS  d   e
 """
 
@@ -15,12 +15,12 @@ from spectral_pod.data.pipeline import Batch
 from spectral_pod.errors import DataError
 from spectral_pod.shapes import EOS, PAD
 
-EOS_CLASS = 256  # byte b is class b
+EOS_CLASS = 256  # the class of byte b is b
 NUM_CLASSES = 257
 
 
 class Windows:
-    """Batches of windows of one split: at random starts without end, or in order and once."""
+    """Batches of windows of one split: endless with random starts, or once in order."""
 
     def __init__(
         self,
@@ -31,10 +31,11 @@ class Windows:
         num_documents: int = 0,
         shuffle_seed: int | None = None,
     ):
-        """`num_documents` > 0 takes only the first so many; `shuffle_seed` None reads in order.
+        """Reads the first `num_documents` documents of `split`, or all of them if that is 0.
 
-        In order, every token of the stream but the first is predicted exactly once, and the last
-        window is padded. Shuffled, a window starts anywhere it fits with equal probability.
+        Without a `shuffle_seed` windows are read in order: every token of the stream but the first
+        is predicted exactly once, and the last window is padded. With one, the start of every
+        window is uniformly distributed.
 
         Raises:
           DataError: the stream is empty, or, if shuffled, too short for one window.
@@ -42,7 +43,7 @@ class Windows:
         self._split, self.batch_size, self.seq_len = split, batch_size, seq_len
         self._seed = shuffle_seed
         self._ends = split.offsets[1 : 1 + (num_documents or len(split))]
-        self._eos = self._ends + np.arange(len(self._ends))  # its positions in the stream
+        self._eos = self._ends + np.arange(len(self._ends))  # positions of EOS in the stream
         self._stop = int(self._eos[-1]) + 1 if len(self._eos) else 0
         if self._stop < 2:
             raise DataError(f"split {split.name!r} holds no bytes to predict")
@@ -54,28 +55,28 @@ class Windows:
 
     @property
     def num_records(self) -> int:
-        """Windows, one after the other, that cover the stream."""
+        """The number of consecutive windows that cover the stream."""
         return -(-(self._stop - 1) // self.seq_len)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that hold as many windows, the last one padded."""
+        """Batches that contain as many windows, the last one padded."""
         return -(-self.num_records // self.batch_size)
 
     def starts(self, step: int, rows: np.ndarray) -> np.ndarray:
-        """int64 [b]: where in the stream the windows in those rows of a step's batch start."""
+        """Where the windows in the given rows of a step's batch start in the stream, int64 [b]."""
         if self._seed is None:
             return (step * self.batch_size + rows) * self.seq_len
-        # One generator a step draws the starts of all rows: whoever reads a row, it is the same.
+        # One generator per step draws the starts of all rows, so every process gets the same ones.
         rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(step,)))
         return rng.integers(self._stop - self.seq_len, size=self.batch_size)[rows]
 
     def rows(self, step: int, rows: np.ndarray) -> Batch:
-        """Those rows of a step's batch, as numpy arrays [b, L]: see `pipeline.Source`."""
+        """The given rows of a step's batch, as numpy arrays [b, L]: see `pipeline.Source`."""
         starts = np.minimum(self.starts(step, rows), self._stop)
         stops = np.minimum(starts + self.seq_len + 1, self._stop)
         before, after = np.searchsorted(self._eos, starts), np.searchsorted(self._eos, stops)
-        first, last = starts - before, stops - after  # the bytes: positions less document ends
+        first, last = starts - before, stops - after  # byte offsets: without the document ends
         shape = len(rows), self.seq_len
         tokens = np.full(shape, PAD, np.int32)
         labels, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)

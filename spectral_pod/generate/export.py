@@ -1,7 +1,7 @@
-"""A trained model as a folder to give away, and back, to the bit.
+"""Export of a trained model to a folder, and import from it, exact to the bit.
 
-DIR/model.safetensors   float32 parameters, by names such as layer_0.hyena.filter
-DIR/config.json         the configuration of the run and what else `Trained` holds; written last
+DIR/model.safetensors   float32 parameters, with names such as layer_0.hyena.filter
+DIR/config.json         the run's configuration and the rest of `Trained`; written last
 DIR/README.md           the model card
 """
 
@@ -42,11 +42,13 @@ def save(
     """Writes a trained model to a new or empty folder.
 
     Args:
-      result: the content of the run's result.json, if it has ended.
-      license: an identifier for the card, such as 'apache-2.0'; None leaves it out.
+      trained: the model.
+      directory: the folder, created if missing.
+      result: the content of the run's result.json, if the run has ended.
+      license: an identifier for the card, such as 'apache-2.0'; None omits it.
 
     Raises:
-      DataError: the folder holds something already.
+      DataError: the folder is not empty.
     """
     folder = pathlib.Path(directory)
     refuse_if_used(directory)
@@ -56,7 +58,7 @@ def save(
         for name, x in traverse_util.flatten_dict(trained.params, sep=".").items()
     }
     data = safetensors.numpy.save(params)
-    (folder / _PARAMETERS).write_bytes(data)  # `save_file` would let nobody else read it
+    (folder / _PARAMETERS).write_bytes(data)  # `save_file` would make it readable by its owner only
     (folder / _CARD).write_text(card(trained, result, license))
     facts = {
         "config": config_lib.to_dict(trained.config),
@@ -71,11 +73,11 @@ def save(
 
 
 def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") -> Trained:
-    """What `save` wrote; `mesh` and `dtype` as for `restore_for_inference`.
+    """Loads a model written by `save`; `mesh` and `dtype` are as in `restore_for_inference`.
 
     Raises:
       DataError: there is no exported model in the folder.
-      ConfigError: it is of another version, or does not fit the mesh.
+      ConfigError: its configuration is of another version, or does not fit the mesh.
       CheckpointError: its parameters are damaged, or another model's.
     """
     folder = pathlib.Path(directory)
@@ -99,8 +101,8 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
         decoding=True,
     )
     params = traverse_util.unflatten_dict(safetensors.numpy.load(data), sep=".")
-    wanted, shardings = abstract_params(module, mesh)
-    check_same_model(folder, described(params), described(wanted))
+    expected, shardings = abstract_params(module, mesh)
+    check_same_model(folder, described(params), described(expected))
     return Trained(
         config,
         mesh,
@@ -115,14 +117,14 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
 
 
 def refuse_if_used(directory: str) -> None:
-    """Raises a `DataError` if a folder holds something."""
+    """Raises a `DataError` if a path is anything but a new or empty folder."""
     folder = pathlib.Path(directory)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{directory} holds something already; give a new or an empty folder")
 
 
 def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None) -> str:
-    """The model card, in Markdown with the fields that the Hugging Face Hub reads."""
+    """The model card: Markdown, with the metadata that the Hugging Face Hub reads."""
     config = trained.config
     cls = models.MODELS[config.model.name].__name__  # as in spectral_pod.api
     num_params = sum(x.size for x in jax.tree.leaves(trained.params))

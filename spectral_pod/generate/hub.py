@@ -1,4 +1,4 @@
-"""Exported models on the Hugging Face Hub. `hub` is a `huggingface_hub.HfApi` throughout."""
+"""Upload of exported models to the Hugging Face Hub; `hub` is a `huggingface_hub.HfApi`."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ from spectral_pod.errors import ConfigError, DataError
 
 
 def check_access(hub: Any, repository: str) -> None:
-    """What can be known before there is anything to upload.
+    """Checks, before there is anything to upload, what can be checked by then.
 
     Raises:
       ConfigError: the name is not USER/REPO, or there is no login.
@@ -26,10 +26,10 @@ def check_access(hub: Any, repository: str) -> None:
 
 
 def upload(hub: Any, repository: str, folder: str) -> None:
-    """Uploads a folder to a repository, which is made, private, if there is none.
+    """Uploads a folder to a repository, which is created as private if it does not exist.
 
     Raises:
-      DataError: the upload failed; the folder is as it was.
+      DataError: the upload failed; the folder is unchanged.
     """
     try:
         hub.create_repo(repository, private=True, exist_ok=True)

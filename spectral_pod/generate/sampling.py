@@ -1,4 +1,4 @@
-"""Drawing the next token from logits."""
+"""Sampling of the next token from logits."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn.
+    """How a token is sampled.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: only the k likeliest tokens; 0 is all.
-      top_p: only the likeliest tokens that together have this probability (Holtzman et al. 2020);
-        the likeliest one always.
+      temperature: divides the logits; 0 selects the most likely token.
+      top_k: samples from the k most likely tokens only; 0 disables the limit.
+      top_p: samples from the smallest set of most likely tokens whose probability reaches top_p
+        (Holtzman et al. 2020).
     """
 
     temperature: float = 1.0
@@ -22,18 +22,24 @@ class Sampling(NamedTuple):
 
 
 def draw(logits_BC: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """int32 [B]: one token a row, each row by its own random key and no other."""
+    """Samples one token per row, int32 [B], with the row's own random key.
+
+    Args:
+      logits_BC: float logits.
+      keys_B: random keys; a row's sample depends on no other row's key.
+      sampling: temperature, top-k and top-p.
+    """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
     logits_BC = logits_BC / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
-        logits_BC = jnp.where(_kept(logits_BC, sampling), logits_BC, -jnp.inf)
+        logits_BC = jnp.where(_candidates(logits_BC, sampling), logits_BC, -jnp.inf)
     noise_BC = jax.vmap(lambda key: jax.random.gumbel(key, logits_BC.shape[1:]))(keys_B)
     return jnp.argmax(logits_BC + noise_BC, axis=-1).astype(jnp.int32)
 
 
-def _kept(logits_BC: jax.Array, sampling: Sampling) -> jax.Array:
-    """The tokens that may be drawn. Nothing is kept or dropped by its place among equals."""
+def _candidates(logits_BC: jax.Array, sampling: Sampling) -> jax.Array:
+    """The tokens that may be sampled, bool [B, C]; equally likely tokens are treated alike."""
     descending_BC = -jnp.sort(-logits_BC, axis=-1)
     kept_BC = jnp.ones(logits_BC.shape, bool)
     if sampling.top_k:

@@ -1,6 +1,5 @@
 """Attention as mixers: over all positions, over a window of them, and in linear time."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""Softmax attention over all positions, and over a window of them.
+"""Softmax attention, over all positions or over a local window.
 
-Runs on each device's own sequences and heads, with the same numbers where the mesh splits
-positions: keys and values are then gathered, or for a window exchanged at the borders. A query that
-no valid key is in sight of gets a finite result that means nothing.
+Each device attends within its own sequences and heads. Where the mesh splits positions, keys and
+values are all-gathered, or for a window exchanged with the neighbouring devices, with the same
+results. A query with no valid key gets a finite, meaningless result.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ _Op = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 def attend(
     q_BNHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`: of one dtype in and out, with the softmax in float32.
+    """`jax.nn.dot_product_attention` in the dtype of its inputs, with the softmax in float32.
 
-    `mask` says which keys a query sees and broadcasts to [B, H, N, S].
+    `mask` is True where a query may attend to a key and broadcasts to [B, H, N, S].
     """
-    # It promotes dtypes itself, to find that of its logits.
+    # JAX's function promotes dtypes internally, to find that of its logits.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q_BNHK, k_BSHK, v_BSHK, mask=mask)
 
@@ -31,12 +31,12 @@ def attend(
 def attention(
     q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BN: jax.Array, *, causal: bool
 ) -> jax.Array:
-    """`softmax(q k^T / sqrt(K)) v` over the valid positions, if `causal` those up to the query's.
+    """`softmax(q k^T / sqrt(K)) v` over the valid positions; if `causal`, not past the query's own.
 
     Args:
-      q_BNHK, k_BNHK, v_BNHK: of one dtype; the softmax is in float32.
-      mask_BN: whether a position is valid, as a key and a value.
-      causal: whether a query sees nothing later.
+      q_BNHK, k_BNHK, v_BNHK: arrays of one dtype; the softmax is computed in float32.
+      mask_BN: whether a position is valid as a key and value.
+      causal: whether queries attend to their own and earlier positions only.
 
     Returns:
       o_BNHK in the dtype of the inputs.
@@ -67,12 +67,12 @@ def local_attention(
     before: int,
     after: int,
 ) -> jax.Array:
-    """`attention` over the positions from `before` before the query's to `after` after it.
+    """`attention` over a window, from `before` positions before the query to `after` after it.
 
-    Blocks of queries meet their own block of keys and those beside it: O(N (before + after)).
+    Each block of queries attends to its own and the adjacent blocks of keys: O(N (before + after)).
 
     Raises:
-      ValueError: positions are split and a device has fewer than `before` or `after`.
+      ValueError: positions are split over devices and a shard has fewer than `before` or `after`.
     """
     shards, block = num_shards("position"), max(before, after, 1)
 
@@ -81,23 +81,23 @@ def local_attention(
         rest = -length % block
         q_BGTHK = _blocks(_pad(q, 0, rest), block)
 
-        def beside(x: jax.Array) -> jax.Array:
-            """What each block of queries may see: a block before it, its own, one after it."""
+        def window(x: jax.Array) -> jax.Array:
+            """The keys of each block of queries: the block before, its own, the block after."""
             if shards > 1:
                 x = jnp.concatenate([previous(x, before), x, following(x, after)], axis=1)
             else:
                 x = _pad(x, before, after)
             x = _blocks(_pad(x, block - before, rest + block - after), block)
             count = 3 if after else 2
-            stretches = [x[:, i : i + q_BGTHK.shape[1]] for i in range(count)]
-            return _merge(jnp.concatenate(stretches, axis=2))
+            blocks = [x[:, i : i + q_BGTHK.shape[1]] for i in range(count)]
+            return _merge(jnp.concatenate(blocks, axis=2))
 
-        # A key's place among those of its stretch, from the query's in its block.
-        place_S = jnp.arange(block * (3 if after else 2)) - block
-        distance_TS = place_S[None] - jnp.arange(block)[:, None]
+        # The offset of each key of the window from the first query of the block.
+        offset_S = jnp.arange(block * (3 if after else 2)) - block
+        distance_TS = offset_S[None] - jnp.arange(block)[:, None]
         near_TS = (distance_TS >= -before) & (distance_TS <= after)
-        seen = near_TS[None, None] & beside(mask_BN)[:, None, None]
-        o = attend(_merge(q_BGTHK), beside(k), beside(v), seen)
+        seen = near_TS[None, None] & window(mask_BN)[:, None, None]
+        o = attend(_merge(q_BGTHK), window(k), window(v), seen)
         return o.reshape(len(q), -1, *q.shape[2:])[:, :length]
 
     return _on_devices(op)(q_BNHK, k_BNHK, v_BNHK, mask_BN)
@@ -110,7 +110,7 @@ def _on_devices(op: _Op) -> _Op:
 
 
 def _pad(x: jax.Array, before: int, after: int) -> jax.Array:
-    """With zeros along positions."""
+    """Pads positions with zeros."""
     return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
 
 
@@ -119,5 +119,5 @@ def _blocks(x: jax.Array, size: int) -> jax.Array:
 
 
 def _merge(x: jax.Array) -> jax.Array:
-    """The blocks of all sequences as sequences."""
+    """Merges the axes of sequences and of blocks."""
     return x.reshape(-1, *x.shape[2:])

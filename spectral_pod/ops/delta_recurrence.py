@@ -1,4 +1,4 @@
-"""The delta rule by its definition, one token after another."""
+"""The delta rule as a sequential scan over tokens, its definition."""
 
 import functools
 import math
@@ -7,34 +7,34 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-STRETCH = 32  # tokens between stored states
+SEGMENT = 32  # tokens between stored states
 
-# Accelerators round float32 operands by default, and the errors would add up in the state.
+# Accelerators round float32 operands by default, and the errors would accumulate in the state.
 dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-class Tokens(NamedTuple):
-    """What the tokens of sequences bring; q, k: [B, N, H, K], v: [B, N, H, V], others [B, N, H]."""
+class DeltaInputs(NamedTuple):
+    """The inputs of the delta rule; q, k: [B, N, H, K], v: [B, N, H, V], the others [B, N, H]."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     beta: jax.Array  # write strengths, >= 0
-    log_gate: jax.Array | None = None  # log of the part of the memory that is kept, <= 0
+    log_gate: jax.Array | None = None  # log of the decay of the state, <= 0
 
 
 def delta_rule_recurrent(
-    tokens: Tokens, state_BHVK: jax.Array, clip: float | None = 10.0
+    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = 10.0
 ) -> tuple[jax.Array, jax.Array]:
-    """The definition (`delta_rule.py`) as a scan, in the dtype of its arguments.
+    """The delta rule as defined in `delta_rule.py`, by a scan, in the dtype of its arguments.
 
-    The backward pass holds one state per `STRETCH` tokens and recomputes those between.
+    The backward pass stores one state per `SEGMENT` tokens and recomputes the others.
 
     Returns:
       The reads o_BNHV and the final state_BHVK.
     """
 
-    def step(state_BHVK: jax.Array, token: Tokens) -> tuple[jax.Array, jax.Array]:
+    def step(state_BHVK: jax.Array, token: DeltaInputs) -> tuple[jax.Array, jax.Array]:
         q_BHK, k_BHK, v_BHV, rate_BH, log_gate_BH = token
         if log_gate_BH is not None:
             state_BHVK *= jnp.exp(log_gate_BH)[..., None, None]
@@ -42,30 +42,30 @@ def delta_rule_recurrent(
         if clip is not None:
             size2_BH = jnp.sum(error_BHV1**2, (-2, -1)) * jnp.sum(k_BHK**2, -1)
             rate_BH *= clip / jnp.sqrt(jnp.maximum(size2_BH, clip**2))
-        # As a product of matrices: XLA's backward pass of a broadcast product is 3x slower on CPU.
+        # A matrix product: XLA's backward pass of a broadcast product is 3x slower on CPUs.
         state_BHVK += dot(rate_BH[..., None, None] * error_BHV1, k_BHK[..., None, :])
         return state_BHVK, dot(state_BHVK, q_BHK[..., None])[..., 0]
 
-    def stretch(state_BHVK: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.scan(step, state_BHVK, tokens)
+    def run_segment(state_BHVK: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.scan(step, state_BHVK, inputs)
 
-    N = tokens.k.shape[1]
-    stretches = math.ceil(N / STRETCH)
-    length = math.ceil(N / stretches)
+    N = inputs.k.shape[1]
+    segments = math.ceil(N / SEGMENT)
+    length = math.ceil(N / segments)
 
-    def in_stretches(x_BNH: jax.Array) -> jax.Array:
-        x_NBH = jnp.moveaxis(pad_tokens(x_BNH, stretches * length), 1, 0)
-        return x_NBH.reshape(stretches, length, *x_NBH.shape[1:])
+    def split(x_BNH: jax.Array) -> jax.Array:
+        x_NBH = jnp.moveaxis(pad_tokens(x_BNH, segments * length), 1, 0)
+        return x_NBH.reshape(segments, length, *x_NBH.shape[1:])
 
     state_BHVK, o = jax.lax.scan(
-        jax.checkpoint(stretch, prevent_cse=False), state_BHVK, jax.tree.map(in_stretches, tokens)
+        jax.checkpoint(run_segment, prevent_cse=False), state_BHVK, jax.tree.map(split, inputs)
     )
-    o_NBHV = o.reshape(stretches * length, *o.shape[2:])[:N]
+    o_NBHV = o.reshape(segments * length, *o.shape[2:])[:N]
     return jnp.moveaxis(o_NBHV, 0, 1), state_BHVK
 
 
 def pad_tokens(x_BNH: jax.Array, length: int) -> jax.Array:
-    """Adds zero tokens at the end, which change no memory: beta and the log gate are zero, too."""
+    """Appends zero tokens, which leave the state unchanged: beta and the log gate are zero too."""
     return jnp.pad(
         x_BNH, [(0, length - n if axis == 1 else 0) for axis, n in enumerate(x_BNH.shape)]
     )

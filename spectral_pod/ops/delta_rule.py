@@ -1,14 +1,14 @@
-"""The delta rule, an associative memory that corrects what it recalls, with clipped writes.
+"""The delta rule with gates and clipped writes, an error-correcting associative memory: dispatch.
 
-A head holds a matrix S [V, K]. Every token keeps a part g of it, reads its error, writes, and then
-reads its output:
+A head holds a matrix S [V, K]. Every token decays it by a gate g, computes the prediction error for
+its key, writes the error, and reads with its query:
 
     S <- g S,    e = v - S k,    S <- S + beta min(1, clip / |e||k|) e k^T,    o = S q.
 
 Without gates g is 1; with them this is the gated delta rule (Yang et al. 2024, "Gated Delta
-Networks: Improving Mamba2 with Delta Rule"). `delta_recurrence.py` is this definition as a scan,
-`delta_chunks.py` the same function by matrix products, and `delta_sequence.py` those on sequences
-that are split over devices.
+Networks: Improving Mamba2 with Delta Rule"). `delta_recurrence.py` computes this definition by a
+scan, `delta_chunks.py` the same function by matrix products, and `delta_sequence.py` the latter for
+sequences split over devices. README.md has the derivation.
 """
 
 from typing import Literal
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.ops.delta_chunks import delta_rule_chunked
-from spectral_pod.ops.delta_recurrence import Tokens, delta_rule_recurrent
+from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent
 from spectral_pod.ops.delta_sequence import delta_rule_split
 from spectral_pod.parallel.sharding import num_shards, shard_op
 
@@ -34,32 +34,32 @@ def delta_rule(
     method: Literal["chunked", "recurrent"] = "chunked",
     clip: float | None = 10.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes every token into the memory and reads it back, in float32 whatever the input dtype.
+    """Applies the delta rule to whole sequences, in float32 whatever the input dtype.
 
-    Runs on each device's own sequences and heads, so that each decides for itself whether a clip
-    fired. Do not `vmap` over it: that would turn the branch into running both sides. Where the mesh
-    splits positions, "chunked" leaves them split, evenly, and "recurrent" gathers them.
+    Runs on each device's own sequences and heads, so that each device decides for itself whether a
+    write was clipped. Do not `vmap` over it: both sides of that branch would then run. Where the
+    mesh splits positions, "chunked" keeps them split, evenly, and "recurrent" gathers them.
 
     Args:
       q_BNHK: queries.
       k_BNHK: keys.
       v_BNHV: values.
       beta_BNH: write strengths, >= 0.
-      log_gate_BNH: log g, <= 0; nothing is forgotten if None.
-      state_BHVK: memory before the first token; zero if None.
-      mask_BN: tokens that count; the others leave the memory as it is and read 0. All count if
-        None.
-      method: "chunked" to train and prefill, "recurrent" for a few tokens at a time.
-      clip: largest |e||k| written in full; None writes unclipped. Clips hold up to |e||k| = 1e19.
+      log_gate_BNH: log g, <= 0; no decay if None.
+      state_BHVK: the state before the first token; zero if None.
+      mask_BN: valid tokens; the others leave the state unchanged and their output is 0. All are
+        valid if None.
+      method: "chunked" for training and prefill, "recurrent" for a few tokens at a time.
+      clip: the largest |e||k| written in full; None disables clipping. Exact up to |e||k| = 1e19.
 
     Returns:
-      The reads o_BNHV in the dtype of v, and the float32 state_BHVK after the last token.
+      The outputs o_BNHV in the dtype of v, and the float32 state_BHVK after the last token.
     """
     B, _, H, K = k_BNHK.shape
-    tokens = Tokens(q_BNHK, k_BNHK, v_BNHV, beta_BNH, log_gate_BNH)
+    inputs = DeltaInputs(q_BNHK, k_BNHK, v_BNHV, beta_BNH, log_gate_BNH)
     if mask_BN is not None:
-        tokens = jax.tree.map(
-            lambda x: jnp.where(jnp.expand_dims(mask_BN, range(2, x.ndim)), x, 0), tokens
+        inputs = jax.tree.map(
+            lambda x: jnp.where(jnp.expand_dims(mask_BN, range(2, x.ndim)), x, 0), inputs
         )
     if state_BHVK is None:
         state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K))
@@ -68,17 +68,17 @@ def delta_rule(
     chunked = delta_rule_split if split else delta_rule_chunked
     methods = {"chunked": chunked, "recurrent": delta_rule_recurrent}
 
-    def local(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        *tokens, state_BHVK = inputs
-        return methods[method](Tokens(*tokens), state_BHVK, clip)
+    def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        *inputs, state_BHVK = arrays
+        return methods[method](DeltaInputs(*inputs), state_BHVK, clip)
 
     axes = ("batch", "position" if split else None, "head", None)
     state_axes = ("batch", "head", None, None)
-    inputs = [x.astype(jnp.float32) for x in (*tokens, state_BHVK) if x is not None]
+    arrays = [x.astype(jnp.float32) for x in (*inputs, state_BHVK) if x is not None]
     run = shard_op(
         local,
-        in_axes=[*(axes[: x.ndim] for x in inputs[:-1]), state_axes],
+        in_axes=[*(axes[: x.ndim] for x in arrays[:-1]), state_axes],
         out_axes=[axes, state_axes],
     )
-    o_BNHV, state_BHVK = run(*inputs)
+    o_BNHV, state_BHVK = run(*arrays)
     return o_BNHV.astype(v_BNHV.dtype), state_BHVK

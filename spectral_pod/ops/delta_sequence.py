@@ -1,15 +1,15 @@
 """The delta rule with the positions of a sequence split over devices.
 
-Every function here runs on each device's own stretch of the tokens, under `shard_map`. Without
-clips the state after a stretch is affine in the state before it, S' = S M + b, and the cotangents
-are the other way round, dS = dS' M^T + c. A device finds its M [K, K] by writing zeros onto the
-identity, and its b by writing its tokens onto nothing. It gathers those of all devices, which are
-all that travels however long the sequence, and composes those before it to the state that its own
-stretch starts from.
+Every function here runs under `shard_map`, on each device's own shard of the positions. Without
+clipping, the state after a shard is affine in the state before it, S' = S M + b, and cotangents are
+affine in the other direction, dS = dS' M^T + c. A device obtains its M [K, K] by applying its
+shard, with zero values, to the identity, and its b by applying it to the zero state. All devices
+gather these pairs, the only communication whatever the length, and compose those of the preceding
+shards to get the state that their own shard starts from.
 
-If a clip fires anywhere that state is void. Then, and only then, every device waits for the exact
-state from the device before it. All devices of the mesh decide alike, so that none waits for a
-collective that others don't take part in.
+If a write is clipped anywhere, that state is invalid. Then, and only then, each device waits for
+the exact state from the device before it. All devices of the mesh take the same branch, so that
+none waits in a collective that others do not join.
 """
 
 import functools
@@ -21,82 +21,84 @@ import jax.numpy as jnp
 
 from spectral_pod.ops import delta_chunks
 from spectral_pod.ops.delta_chunks import Plan, Residuals
-from spectral_pod.ops.delta_recurrence import Tokens, dot
+from spectral_pod.ops.delta_recurrence import DeltaInputs, dot
 from spectral_pod.parallel.sharding import SEQUENCE
 
 _Pair = tuple[jax.Array, jax.Array]
 
 
 class _Saved(NamedTuple):
-    stretch: Residuals
+    residuals: Residuals
     transition_BHKK: jax.Array  # M
-    fired: jax.Array  # whether a clip fired anywhere
+    clipped: jax.Array  # whether a write was clipped on any device
 
 
-def delta_rule_split(tokens: Tokens, state_BHVK: jax.Array, clip: float | None = 10.0) -> _Pair:
-    """`delta_rule_chunked` over the whole sequence, of which each device holds a stretch.
+def delta_rule_split(
+    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = 10.0
+) -> _Pair:
+    """`delta_rule_chunked` on the whole sequence, of which each device holds a shard.
 
     Args:
-      tokens: of the device's stretch.
-      state_BHVK: before the whole sequence, the same on all devices along it.
-      clip: as there.
+      inputs: the device's shard.
+      state_BHVK: the state before the whole sequence, the same on all devices that share it.
+      clip: as in `delta_rule`.
 
     Returns:
-      The reads o_BNHV of the stretch and the state_BHVK after the whole sequence.
+      The outputs o_BNHV of the shard and the state_BHVK after the whole sequence.
     """
-    N = tokens.k.shape[1]
-    plan, tokens = delta_chunks.cut(tokens, clip)
-    o_BNHV, state_BHVK = _split(plan, tokens, state_BHVK)
+    N = inputs.k.shape[1]
+    plan, inputs = delta_chunks.cut(inputs, clip)
+    o_BNHV, state_BHVK = _split(plan, inputs, state_BHVK)
     return o_BNHV[:, :N], state_BHVK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _split(plan: Plan, tokens: Tokens, first_BHVK: jax.Array) -> _Pair:
-    return _forward(plan, tokens, first_BHVK)[0]
+def _split(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> _Pair:
+    return _forward(plan, inputs, first_BHVK)[0]
 
 
-def _forward(plan: Plan, tokens: Tokens, first_BHVK: jax.Array) -> tuple[_Pair, _Saved]:
-    transition_BHKK, written_BHVK = _summary(plan, tokens)
-    run = functools.partial(delta_chunks.forward, plan, tokens)
+def _forward(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> tuple[_Pair, _Saved]:
+    transition_BHKK, written_BHVK = _summary(plan, inputs)
+    run = functools.partial(delta_chunks.forward, plan, inputs)
 
     def exact() -> tuple[_Pair, Residuals]:
-        return run(_hand_over(lambda state: run(state)[0][1], first_BHVK))
+        return run(_pass_along(lambda state: run(state)[0][1], first_BHVK))
 
     assumed = run(_compose(first_BHVK, transition_BHKK, written_BHVK))
-    fired = _anywhere(assumed[1].fired)
-    (o_BNHV, state_BHVK), stretch = jax.lax.cond(fired, exact, lambda: assumed)
-    last_BHVK = _from_device(jax.lax.axis_size(SEQUENCE) - 1, state_BHVK)
-    return (o_BNHV, last_BHVK), _Saved(stretch, transition_BHKK, fired)
+    clipped = _any_device(assumed[1].clipped)
+    (o_BNHV, state_BHVK), residuals = jax.lax.cond(clipped, exact, lambda: assumed)
+    last_BHVK = _broadcast_from(jax.lax.axis_size(SEQUENCE) - 1, state_BHVK)
+    return (o_BNHV, last_BHVK), _Saved(residuals, transition_BHKK, clipped)
 
 
-def _backward(plan: Plan, saved: _Saved, cotangents: _Pair) -> tuple[Tokens, jax.Array]:
+def _backward(plan: Plan, saved: _Saved, cotangents: _Pair) -> tuple[DeltaInputs, jax.Array]:
     do_BNHV, dlast_BHVK = cotangents
 
-    def run(dstate_BHVK: jax.Array) -> tuple[Tokens, jax.Array]:
-        return delta_chunks.backward(plan, saved.stretch, (do_BNHV, dstate_BHVK))
+    def run(dstate_BHVK: jax.Array) -> tuple[DeltaInputs, jax.Array]:
+        return delta_chunks.backward(plan, saved.residuals, (do_BNHV, dstate_BHVK))
 
     def exact() -> jax.Array:
-        return _hand_over(lambda dstate: run(dstate)[1], dlast_BHVK, reverse=True)
+        return _pass_along(lambda dstate: run(dstate)[1], dlast_BHVK, reverse=True)
 
     def composed() -> jax.Array:
-        read_BHVK = run(jnp.zeros_like(saved.stretch.states[0]))[1]
+        read_BHVK = run(jnp.zeros_like(saved.residuals.states[0]))[1]
         return _compose(dlast_BHVK, saved.transition_BHKK.mT, read_BHVK, reverse=True)
 
-    dtokens, dstate_BHVK = run(jax.lax.cond(saved.fired, exact, composed))
-    return dtokens, _from_device(0, dstate_BHVK)
+    dinputs, dstate_BHVK = run(jax.lax.cond(saved.clipped, exact, composed))
+    return dinputs, _broadcast_from(0, dstate_BHVK)
 
 
 _split.defvjp(_forward, _backward)
 
 
-def _summary(plan: Plan, tokens: Tokens) -> _Pair:
-    """M_BHKK and b_BHVK of the stretch: [v, 0] written onto [0; I]."""
-    B, _, H, K = tokens.k.shape
-    V = tokens.v.shape[-1]
+def _summary(plan: Plan, inputs: DeltaInputs) -> _Pair:
+    """M_BHKK and b_BHVK of the shard, from one run with values [v, 0] and initial state [0; I]."""
+    B, _, H, K = inputs.k.shape
+    V = inputs.v.shape[-1]
     below_BHUK = jnp.broadcast_to(jnp.eye(V + K, K, -V), (B, H, V + K, K))
     everywhere = jax.sharding.get_abstract_mesh().axis_names
     below_BHUK = jax.lax.pcast(below_BHUK, everywhere, to="varying")
-    padded = tokens._replace(v=jnp.pad(tokens.v, [(0, 0)] * 3 + [(0, K)]))
+    padded = inputs._replace(v=jnp.pad(inputs.v, [(0, 0)] * 3 + [(0, K)]))
     (_, state_BHUK), _ = delta_chunks.forward(plan._replace(clip=None), padded, below_BHUK)
     return state_BHUK[..., V:, :], state_BHUK[..., :V, :]
 
@@ -104,8 +106,10 @@ def _summary(plan: Plan, tokens: Tokens) -> _Pair:
 def _compose(
     first: jax.Array, factor: jax.Array, offset: jax.Array, reverse: bool = False
 ) -> jax.Array:
-    """What this device starts from, if the one at the start has `first` and each makes
-    x factor + offset of its own x for the next."""
+    """This device's initial state, by an affine map x -> x factor + offset on each device.
+
+    The first device starts from `first`, the last one if `reverse`.
+    """
     factors, offsets = jax.lax.all_gather((factor, offset), SEQUENCE)
 
     def step(x: jax.Array, at: _Pair) -> _Pair:
@@ -115,34 +119,36 @@ def _compose(
     return starts[jax.lax.axis_index(SEQUENCE)]
 
 
-def _hand_over(
+def _pass_along(
     run: Callable[[jax.Array], jax.Array], first: jax.Array, reverse: bool = False
 ) -> jax.Array:
-    """What this device starts from, if the one at the start has `first` and each makes `run(x)`
-    of its own x for the next: one device after another."""
+    """This device's initial state, where each device in turn sends `run(x)` to the next.
+
+    The first device starts from `first`, the last one if `reverse`.
+    """
     size, index = jax.lax.axis_size(SEQUENCE), jax.lax.axis_index(SEQUENCE)
     order = size - 1 - index if reverse else index
     shift = -1 if reverse else 1
     ring = [(i, (i + shift) % size) for i in range(size)]
 
     def turn(x: jax.Array, turn: jax.Array) -> tuple[jax.Array, None]:
-        mine = jax.lax.cond(order == turn, run, lambda x: x, x)
-        received = jax.lax.ppermute(mine, SEQUENCE, ring)
+        sent = jax.lax.cond(order == turn, run, lambda x: x, x)
+        received = jax.lax.ppermute(sent, SEQUENCE, ring)
         return jnp.where(order == turn + 1, received, x), None
 
     return jax.lax.scan(turn, _varying(first), jnp.arange(size - 1))[0]
 
 
-def _anywhere(fired: jax.Array | None) -> jax.Array:
-    if fired is None:
+def _any_device(clipped: jax.Array | None) -> jax.Array:
+    if clipped is None:
         return jnp.zeros((), bool)
     axes = jax.sharding.get_abstract_mesh().axis_names
-    return jax.lax.psum(jnp.any(fired).astype(jnp.int32), axes) > 0
+    return jax.lax.psum(jnp.any(clipped).astype(jnp.int32), axes) > 0
 
 
-def _from_device(index: int, x: jax.Array) -> jax.Array:
-    mine = jax.lax.axis_index(SEQUENCE) == index
-    return jax.lax.psum(jnp.where(mine, x, 0), SEQUENCE)
+def _broadcast_from(index: int, x: jax.Array) -> jax.Array:
+    is_source = jax.lax.axis_index(SEQUENCE) == index
+    return jax.lax.psum(jnp.where(is_source, x, 0), SEQUENCE)
 
 
 def _varying(x: jax.Array) -> jax.Array:

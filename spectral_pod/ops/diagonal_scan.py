@@ -1,4 +1,4 @@
-"""Diagonal linear recurrences with constant coefficients, in parallel over positions."""
+"""Diagonal linear recurrences with constant coefficients, computed in parallel over positions."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ from spectral_pod.parallel.sharding import SEQUENCE, num_shards, shard_op
 
 
 def diagonal_scan(log_a_K: jax.Array, b_BNK: jax.Array, *, reverse: bool = False) -> jax.Array:
-    """`x_n = a x_{n-1} + b_n` from zero for every state, `a = exp(log a)`; x_{n+1} if `reverse`.
+    """`x_n = a x_{n-1} + b_n` from a zero state, a = exp(log_a); with x_{n+1} if `reverse`.
 
     An associative scan of the maps x -> a x + b (Blelloch 1990). Where the mesh splits positions,
-    the devices exchange their last states only.
+    the devices exchange only their final states.
 
     Args:
-      log_a_K: complex64, real parts <= 0; K states.
-      b_BNK: complex64.
+      log_a_K: complex64 with real parts <= 0, for K states.
+      b_BNK: complex64 inputs.
 
     Returns:
       x_BNK, complex64.
@@ -44,7 +44,7 @@ def _compose(
 
 
 def _before(log_a_K: jax.Array, own_BK: jax.Array, length: int, reverse: bool) -> jax.Array:
-    """The state that this device's stretch starts from, by the last ones of stretches alone."""
+    """This device's initial state, from the final states of all devices that share the sequence."""
     states_SBK = jax.lax.all_gather(own_BK, SEQUENCE)
     distance_S = jax.lax.axis_index(SEQUENCE) - jnp.arange(len(states_SBK))
     distance_S = -distance_S if reverse else distance_S

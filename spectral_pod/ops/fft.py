@@ -1,16 +1,16 @@
-"""Filtering along the sequence in the frequency domain: the door.
+"""Filtering along the sequence in the frequency domain: dispatch to one of several methods.
 
-For real x the real part of a full complex FFT filter `Re(IFFT(W . FFT(x)))` equals the real FFT
-filter with the Hermitian part of W, `(W[k] + conj W[-k]) / 2`: the same functions at half the
-parameters and half the work (`reference.spectral_filter_complex` is the independent form).
+For real x, the real part of a full complex FFT filter, `Re(IFFT(W . FFT(x)))`, equals the real FFT
+filter with the Hermitian part of W, `(W[k] + conj W[-k]) / 2`: the same functions with half the
+parameters and half the work.
 
-One function, several methods, the same numbers:
+All methods compute the same function:
 
 - "right_angle": complex FFTs without zero padding, in blocks that fit a CPU's cache;
 - "real": real FFTs of the padded sequences;
 - "matmul": matrix products on an accelerator's matrix unit;
-- "plain": the plain formula under the compiler's own partitioning. XLA gathers the batch for it on
-  every mesh; it is here to be measured against.
+- "plain": the formula itself, partitioned by XLA, which gathers the batch on every mesh; a baseline
+  for measurements.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ METHODS = ("right_angle", "real", "matmul", "plain")
 
 
 def choose(platform: str, length: int, fft_length: int) -> str:
-    """The fastest method for whole sequences: measured on CPUs, by compiled cost on TPUs."""
+    """The fastest method for whole sequences: by measurement on CPUs, by compiled cost on TPUs."""
     if platform == "tpu" and matmul_dft.factors(fft_length):
         return "matmul"
     if platform == "cpu" and 2 * length <= fft_length and fft_length % 2 == 0:
@@ -45,21 +45,21 @@ def spectral_filter(
 ) -> Positions:
     """`irfft(rfft(x, n) * W, n)[:N]` with n = `fft_length`, per channel, in float32.
 
-    With n >= 2N the ends of the sequence do not wrap into each other (a linear convolution with a
-    kernel of lags -n/2 < t < n/2); with n = N the convolution is circular.
+    With n >= 2N the sequence does not wrap around (a linear convolution with a kernel of lags
+    -n/2 < t < n/2); with n = N the convolution is circular.
 
     Args:
       x_BND: real, any float dtype; masked positions must already be zero. N <= n.
       w_FD: complex64 transfer function, F = n // 2 + 1.
       fft_length: n.
-      method: one of `METHODS`, or "auto" for that of `choose`.
+      method: one of `METHODS`, or "auto" to let `choose` decide.
 
     Returns:
       [B, N, D] in the dtype of `x_BND`.
 
     Raises:
-      ValueError: the sequence is longer than the filter, F does not fit n, or the method cannot
-        serve these sizes.
+      ValueError: the sequence is longer than n, F does not fit n, or the method does not support
+        these sizes.
     """
     length = x_BND.shape[1]
     if length > fft_length or w_FD.shape[0] != fft_length // 2 + 1:

@@ -12,8 +12,8 @@ _SCALE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 def gelu(x: jax.Array) -> jax.Array:
     """`x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2` in the dtype of x.
 
-    bfloat16 is rounded once, where every operation by itself would round, and the backward pass
-    computes again from x what JAX would keep.
+    bfloat16 is rounded once instead of after every operation, and the backward pass recomputes
+    intermediate values from x instead of storing them.
     """
     x32 = x.astype(jnp.float32)
     return (0.5 * x32 * (1 + _tanh(x32))).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""What a device needs of its neighbours where positions are split."""
+"""Halo exchange: positions from the neighbouring devices where positions are split."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,11 @@ from spectral_pod.parallel.sharding import SEQUENCE, num_shards
 
 
 def previous(x_BND: jax.Array, count: int) -> jax.Array:
-    """Inside `shard_op`: the last `count` positions of the device before, zero at the beginning.
+    """The last `count` positions of the previous device, zeros on the first; for `shard_op`.
+
+    Args:
+      x_BND: this device's shard, of any dtype and any number of trailing axes.
+      count: number of positions, >= 0.
 
     Raises:
       ValueError: a device has fewer than `count` positions.
@@ -22,7 +26,11 @@ def previous(x_BND: jax.Array, count: int) -> jax.Array:
 
 
 def following(x_BND: jax.Array, count: int) -> jax.Array:
-    """Inside `shard_op`: the first `count` positions of the device after, zero at the end.
+    """The first `count` positions of the next device, zeros on the last; for use in `shard_op`.
+
+    Args:
+      x_BND: this device's shard, of any dtype and any number of trailing axes.
+      count: number of positions, >= 0.
 
     Raises:
       ValueError: a device has fewer than `count` positions.

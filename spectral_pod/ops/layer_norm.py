@@ -1,14 +1,14 @@
-"""LayerNorm (Ba et al. 2016) with its gradient by hand.
+"""LayerNorm (Ba et al. 2016) with a hand-written gradient.
 
-Differentiated by JAX it keeps several float32 arrays of the size of its input for the backward
-pass, and XLA on CPUs writes out the broadcast statistics. Here a row's mean and reciprocal standard
-deviation are kept, besides the input, in whatever precision it came.
+Differentiated by JAX, it stores several float32 arrays of the size of its input for the backward
+pass, and XLA on CPUs materializes the broadcast statistics. Here only each row's mean and
+reciprocal standard deviation are stored besides the input, which keeps its own dtype.
 """
 
 import jax
 import jax.numpy as jnp
 
-EPSILON = 1e-6  # of the variance
+EPSILON = 1e-6  # added to the variance
 
 
 @jax.custom_vjp
@@ -40,11 +40,11 @@ def _forward(
 def _backward(
     residuals: tuple[jax.Array, ...], dy_BND: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """With n = (x - mean) / std and g = scale dy: dx = (g - mean(g) - n mean(g n)) / std."""
+    """dx = (g - mean(g) - n mean(g n)) / std, with n = (x - mean) / std and g = scale dy."""
     x_BND, mean_BN1, rate_BN1, scale_D = residuals
     n_BND = (x_BND.astype(jnp.float32) - mean_BN1) * rate_BN1
     product_BND = dy_BND * n_BND
-    # Means of products with the scale, which as sums would first be written out.
+    # The means are taken as products with the scale; as sums, their terms would be materialized.
     weights_D = scale_D / scale_D.size
     a_BN1, c_BN1 = (
         jnp.einsum("bnd,d->bn", z, weights_D, precision="highest")[..., None]

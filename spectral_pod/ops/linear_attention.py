@@ -1,9 +1,9 @@
-"""Attention in linear time (Katharopoulos et al. 2020, "Transformers are RNNs").
+"""Linear attention (Katharopoulos et al. 2020, "Transformers are RNNs").
 
     o_t = sum_s w_ts v_s / (sum_s w_ts + 1e-6),    w_ts = phi(q_t) . phi(k_s),    phi = elu + 1
 
-over the valid positions s, in causal form those up to t. The values get a column of ones, so that
-one state S = sum_s phi(k_s) [v_s, 1]^T carries numerators and denominator.
+over the valid positions s, and if causal only s <= t. The values are extended by a column of ones,
+so that one state S = sum_s phi(k_s) [v_s, 1]^T holds both the numerators and the denominator.
 """
 
 import jax
@@ -11,20 +11,25 @@ import jax.numpy as jnp
 
 from spectral_pod.parallel.sharding import SEQUENCE, num_shards, shard_op
 
-CHUNK = 64  # positions whose pairs are multiplied out; a sum stands for those before
-_EPSILON = 1e-6  # of the authors' code
+CHUNK = 64  # positions whose pairs are computed explicitly; earlier ones enter through the state
+_EPSILON = 1e-6  # as in the authors' code
 
 
 def linear_attention(
     q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHV: jax.Array, mask_BN: jax.Array, *, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The whole sequences at once, in float32 whatever the input dtype.
+    """Linear attention over whole sequences, in float32 whatever the input dtype.
 
-    Where the mesh splits positions, only states travel.
+    Where the mesh splits positions, only states are communicated.
+
+    Args:
+      q_BNHK, k_BNHK, v_BNHV: queries, keys and values, any float dtype.
+      mask_BN: whether a position is valid as a key and value.
+      causal: whether queries attend to their own and earlier positions only.
 
     Returns:
       o_BNHV in the dtype of v, and the float32 state S [B, H, K, V + 1] of all positions, from
-      which `linear_attention_step` goes on.
+      which `linear_attention_step` continues.
     """
     split = num_shards("position") > 1
 
@@ -51,14 +56,14 @@ def linear_attention(
 def linear_attention_step(
     q_BHK: jax.Array, k_BHK: jax.Array, v_BHV: jax.Array, state_BHKV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One valid position more: o_BHV in the dtype of v, and the state with it."""
+    """One more valid position: o_BHV in the dtype of v, and the updated state."""
     state_BHKV += _features(k_BHK)[..., None] * _with_ones(v_BHV)[..., None, :]
     o_BHV = jnp.einsum("bhk,bhkv->bhv", _features(q_BHK), state_BHKV)
     return _normalized(o_BHV).astype(v_BHV.dtype), state_BHKV
 
 
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array, before_BHKV: jax.Array) -> jax.Array:
-    """Numerators and denominator [B, N, H, V + 1], after a state of what came before."""
+    """Numerators and denominator [B, N, H, V + 1], given the state of all earlier positions."""
     length = q.shape[1]
 
     def chunks(x: jax.Array) -> jax.Array:
@@ -75,7 +80,7 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array, before_BHKV: jax.Array) ->
 
 
 def _before(own_BHKV: jax.Array) -> jax.Array:
-    """The sum of the states of the devices before this one."""
+    """The sum of the states of the devices that hold earlier positions."""
     states = jax.lax.all_gather(own_BHKV, SEQUENCE)
     earlier = jnp.arange(len(states)) < jax.lax.axis_index(SEQUENCE)
     return jnp.sum(jnp.where(earlier[:, None, None, None, None], states, 0.0), axis=0)

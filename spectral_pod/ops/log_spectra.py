@@ -1,4 +1,4 @@
-"""How far apart the power spectra of sequences are, in logarithms."""
+"""The log-spectral distance between sequences."""
 
 import jax
 import jax.numpy as jnp
@@ -6,24 +6,24 @@ import jax.numpy as jnp
 from spectral_pod.parallel.sharding import SEQUENCE, num_shards, shard_op
 from spectral_pod.shapes import PositionMask, Positions
 
-FLOOR = 1e-3  # of the power of white noise of unit variance; keeps the logarithm's slope finite
+FLOOR = 1e-3  # relative to white noise of unit variance; bounds the slope of the logarithm
 
 
 def log_spectral_distance(x_BND: Positions, y_BND: Positions, mask_BN: PositionMask) -> jax.Array:
     """The mean over frequencies and channels of `(log P(x) - log P(y))^2`.
 
-    P = |rfft|^2 / M + FLOOR along positions, M the number of valid ones; others count as zero, so
-    sequences that are padded more are compared at more frequencies of the same spectra.
+    P = |rfft|^2 / M + FLOOR along positions, with M the number of valid positions. The others count
+    as zero, so more padding samples the same spectra at more frequencies.
 
     Args:
       x_BND, y_BND: real, any float dtype.
-      mask_BN: where both are valid.
+      mask_BN: positions that are valid in both.
 
     Returns:
-      float32 [B].
+      The distances, float32 [B].
 
     Raises:
-      ValueError: positions are split over devices and a device's channels do not divide by them.
+      ValueError: positions are split and a device's channels are not a multiple of their shards.
     """
     shards, channels = num_shards("position"), x_BND.shape[2] // num_shards("channel")
     if channels % shards:

@@ -1,8 +1,8 @@
-"""Causal long convolution, y_n = sum_{t <= n} h_t u_{n - t} per channel, with a filter h of the
-layer's own or with one that is a sequence of the batch itself.
+"""Causal long convolution, y_n = sum_{t <= n} h_t u_{n - t} per channel: dispatch to a method.
 
-Channels come before positions here, [B, D, N] as in safari and FlashFFTConv: transforms run along
-rows, and a projection writes this order at no cost.
+The filter h is a layer's parameter or another sequence of the batch. Channels come before positions
+here, [B, D, N], as in safari and FlashFFTConv: transforms run along rows, and a projection can
+write this order at no cost.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_
 
 METHODS = ("right_angle", "real", "matmul")
 
-_LEAST_STRETCH = 256  # points: shorter transforms cost more in overhead than they save
+_MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they save
 
 
 def choose(platform: str) -> str:
-    """The fastest method: measured on CPUs, by compiled cost on TPUs."""
+    """The fastest method: by measurement on CPUs, by compiled cost on TPUs."""
     return {"tpu": "matmul", "cpu": "right_angle"}.get(platform, "real")
 
 
@@ -30,24 +30,25 @@ def resolve(method: str) -> str:
 
 
 def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.Array:
-    """Every channel's sequence convolved with its own filter, in float32.
+    """Convolves every channel's sequence with that channel's filter, in float32.
 
-    A sequence longer than twice the filter is cut into stretches that are transformed one by one
-    and overlap, so the cost grows with N log T.
+    A sequence longer than twice the filter is processed in overlapping blocks, so the cost grows
+    with N log T.
 
     Args:
       u_BDN: real, any float dtype; any N >= 1.
-      h_DT: float32 taps, the first of lag 0; any T >= 1. Those of lags beyond N have no effect.
-      method: one of `METHODS` (see `fft.py`), or "auto" for that of `choose`.
+      h_DT: float32 taps from lag 0 on; any T >= 1. Taps of lags >= N have no effect.
+      method: one of `METHODS` (see `fft.py`), or "auto" to let `choose` decide.
 
     Returns:
       [B, D, N] in the dtype of u.
 
     Raises:
-      ValueError: positions are split over devices and a device's channels do not divide by them.
+      ValueError: positions are split over devices and the sizes fit neither way of splitting the
+        work (see `sequence_fft.py`).
     """
     length, h_DT = u_BDN.shape[2], h_DT[:, : u_BDN.shape[2]]
-    num_points = stretch(length, h_DT.shape[1])
+    num_points = block_length(length, h_DT.shape[1])
     convolve = _method(method)
     shards = num_shards("position")
     channels = u_BDN.shape[1] // num_shards("channel")
@@ -70,20 +71,19 @@ def causal_product(
 ) -> jax.Array:
     """The convolution of two sequences, y_n = sum_{t <= n} q_t k_{n - t} per channel, in float32.
 
-    n and t count from `start_B`: if both sequences come later, so does their product, by as much
-    (a plain convolution would delay it by both delays). Every sequence of k is a filter of its own
-    here, of which there are B D.
+    Here n and t count from `start_B`: if both sequences are delayed by d, so is their product. A
+    plain convolution would delay it by 2 d. Every sequence of k acts as a filter, B D in all.
 
     Args:
       q_BDN, k_BDN: real, any float dtype; any N >= 1.
-      start_B: where each row begins; everything before must be zero.
+      start_B: first position of each sequence; all entries before it must be zero.
       method: as in `causal_conv`.
 
     Returns:
       [B, D, N] in the dtype of q.
 
     Raises:
-      ValueError: positions are split over devices and a device's channels do not divide by them.
+      ValueError: positions are split and a device's channels are not a multiple of their shards.
     """
     convolve = _method(method)
     shards, channels = num_shards("position"), q_BDN.shape[1] // num_shards("channel")
@@ -97,7 +97,7 @@ def causal_product(
         B, D, N = q_BDN.shape
         q_BDN = jax.vmap(lambda q_DN, start: jnp.roll(q_DN, -start, axis=1))(q_BDN, start_B)
         filters = k_BDN.reshape(B * D, N).astype(jnp.float32)
-        return convolve(q_BDN.reshape(1, B * D, N), filters, stretch(N, N)).reshape(B, D, N)
+        return convolve(q_BDN.reshape(1, B * D, N), filters, block_length(N, N)).reshape(B, D, N)
 
     def on_device(q_BDN: jax.Array, k_BDN: jax.Array, start_B: jax.Array) -> jax.Array:
         if shards == 1:
@@ -111,10 +111,13 @@ def causal_product(
 
 
 def circular_product(q_BDN: jax.Array, k_BDN: jax.Array) -> jax.Array:
-    """`irfft(rfft(q) rfft(k))` at N points, whose ends wrap: every position sees later ones.
+    """`irfft(rfft(q) rfft(k))` at N points, which wraps around: every position sees later ones.
 
-    What published spectral language models compute in place of `causal_product`; here to show that
-    it leaks. [B, D, N] in float32.
+    Published spectral language models compute this in place of `causal_product`; it is here to
+    demonstrate the leak.
+
+    Returns:
+      float32 [B, D, N].
     """
 
     def op(q_BDN: jax.Array, k_BDN: jax.Array) -> jax.Array:
@@ -125,9 +128,9 @@ def circular_product(q_BDN: jax.Array, k_BDN: jax.Array) -> jax.Array:
     return shard_op(op, (activation, activation), activation)(q_BDN, k_BDN)
 
 
-def stretch(length: int, num_taps: int) -> int:
-    """Points that are convolved at once: all, or where the filter is short as many as it has."""
-    at_least = max(num_taps, _LEAST_STRETCH)
+def block_length(length: int, num_taps: int) -> int:
+    """Points convolved at once: the whole sequence, or about as many as a short filter has."""
+    at_least = max(num_taps, _MIN_BLOCK)
     return next_fast_len(length if 2 * at_least >= length else at_least)
 
 
@@ -152,7 +155,7 @@ def _real(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:
 
 def _matmul(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:
     factors = matmul_dft.factors(2 * num_points)
-    if factors is None:  # a transform of fewer than four points
+    if factors is None:  # the transform has fewer than four points
         return _real(u_BDN, h_DT, num_points)
     s_DCZQ = matmul_dft.spectrum(h_DT, factors)
     return _overlap_save(
@@ -165,8 +168,8 @@ def _overlap_save(
 ) -> jax.Array:
     """The causal convolution by circular ones of 2M points, with M = `num_points` >= the taps.
 
-    Every stretch of M points is convolved together with the one before it, whose own results
-    would need the one before that and are dropped.
+    Every block of M points is convolved together with the block before it, whose own results
+    are incomplete and are dropped.
     """
     B, D, N = u_BDN.shape
     if num_points >= N:

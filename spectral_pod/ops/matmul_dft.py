@@ -1,20 +1,20 @@
-"""Filtering in the frequency domain by matrix products, for accelerators.
+"""Filtering in the frequency domain by matrix products, for the matrix units of accelerators.
 
 A DFT of L = P Q points, with j = Q a + b and k = c + P d, is
 
     X[c + P d] = sum_b e^{-2 pi i b d / Q} e^{-2 pi i b c / L} sum_a e^{-2 pi i a c / P} x[Q a + b]:
 
-products with small DFT matrices around one elementwise twist (Gentleman and Sande 1966). The second
-product may be split in the same way: three factors. The inverse undoes the steps from the last to
-the first, so bins are never put in order. Three savings: a < ceil(N Q / L), for the zeros after the
-signal are not multiplied; c <= P / 2, for x is real; and the inverse computes the first N points
+products with two small DFT matrices around an elementwise product with twiddle factors (Gentleman
+and Sande 1966). The second product may be factored again, for three factors. The inverse undoes the
+steps in reverse order, so the bins are never reordered. Three savings: only a < ceil(N Q / L), as
+the padding is zero; only c <= P / 2, as x is real; and the inverse computes the first N points
 only. Spectra are real arrays with an axis of (real, imaginary) parts, which XLA lays out better
 than complex numbers.
 
-Stated precision: float32 inputs are multiplied in full float32 (Precision.HIGHEST); bfloat16 inputs
-as bfloat16 operands with float32 sums, twists and filters.
+Precision: float32 inputs are multiplied in full float32 (Precision.HIGHEST); bfloat16 inputs as
+bfloat16 operands with float32 sums, twiddle factors and filters.
 
-Letters here: P, Q, R the factors of L; C = P // 2 + 1; Z = 2, the two parts.
+Letters here: P, Q, R are the factors of L; C = P // 2 + 1; Z = 2 for the two parts.
 """
 
 import functools
@@ -26,11 +26,11 @@ import numpy as np
 
 Factors = tuple[int, ...]
 
-_STAGE_COST = 256  # of a pass over memory, in multiply-adds a point
+_STAGE_COST = 256  # cost of one pass over memory, in multiply-adds per point
 
 
 def factors(num_points: int) -> Factors | None:
-    """The two or three factors of least cost, or None where no product beats an FFT."""
+    """The two or three factors of least cost, or None if no factorization beats an FFT."""
     best: tuple[int, Factors] | None = None
     for p, q in _pairs(num_points):
         splits: list[Factors] = [(q,), *_pairs(q)]
@@ -42,12 +42,12 @@ def factors(num_points: int) -> Factors | None:
 
 
 def spectrum(taps_DT: jax.Array, factors: Factors) -> jax.Array:
-    """The spectrum of real taps, as `filter_real` takes it."""
+    """The spectrum of real taps [D, T], T <= prod(factors), in the layout of `filter_real`."""
     return _dft(taps_DT.astype(jnp.float32)[None], factors)[0]
 
 
 def ordered_spectrum(w_FD: jax.Array, factors: Factors) -> jax.Array:
-    """The spectrum whose bins 0..L/2 are `w_FD`, as `filter_real` takes it."""
+    """The spectrum whose bins 0..L/2 are `w_FD`, in the layout of `filter_real`."""
     num_points = math.prod(factors)
     mirrored_FD = w_FD[1 : num_points - w_FD.shape[0] + 1][::-1].conj()
     w_DL = jnp.concatenate([w_FD, mirrored_FD]).T
@@ -63,12 +63,12 @@ def ordered_spectrum(w_FD: jax.Array, factors: Factors) -> jax.Array:
 def filter_real(x_BDN: jax.Array, s_DCZQ: jax.Array, factors: Factors) -> jax.Array:
     """The first N points of the circular convolution of L = prod(factors) >= N points.
 
-    The backward pass computes the spectra again: it keeps the two inputs and nothing else.
+    The backward pass stores the two inputs only and recomputes the spectra.
 
     Args:
       x_BDN: real, float32 or bfloat16.
       s_DCZQ: float32, from `spectrum` or `ordered_spectrum`.
-      factors: of L, from `factors`.
+      factors: the factors of L, from `factors`.
 
     Returns:
       [B, D, N] in the dtype of x.
@@ -101,7 +101,7 @@ filter_real.defvjp(_filter_forward, _filter_backward)
 
 
 def _dft(x_BDN: jax.Array, factors: Factors) -> jax.Array:
-    """The bins of a real signal with c <= P / 2, in the order of the products: [B, D, C, Z, Q]."""
+    """The bins of a real signal with c <= P / 2, in unsorted order: float32 [B, D, C, Z, Q]."""
     num_points = math.prod(factors)
     p, q = factors[0], num_points // factors[0]
     B, D, N = x_BDN.shape
@@ -109,7 +109,7 @@ def _dft(x_BDN: jax.Array, factors: Factors) -> jax.Array:
     x_BDPQ = jnp.pad(x_BDN, ((0, 0), (0, 0), (0, rows * q - N))).reshape(B, D, rows, q)
     matrix_PZC = np.stack([part[:rows, : p // 2 + 1] for part in _matrix(p)], 1)
     z_BDCZQ = _product("bdpq,pzc->bdczq", x_BDPQ, matrix_PZC)
-    z_BDCZQ = _twist(z_BDCZQ, (p // 2 + 1, q), num_points, parts=-2)
+    z_BDCZQ = _twiddle(z_BDCZQ, (p // 2 + 1, q), num_points, parts=-2)
     return _complex_dft(z_BDCZQ.astype(x_BDN.dtype), factors[1:])
 
 
@@ -119,7 +119,7 @@ def _inverse_dft(z_BDCZQ: jax.Array, length: int, factors: Factors) -> jax.Array
     p, q = factors[0], num_points // factors[0]
     dtype, rows = z_BDCZQ.dtype, math.ceil(length / q)
     z_BDCZQ = _complex_dft(z_BDCZQ, factors[1:], inverse=True)
-    z_BDCZQ = _twist(z_BDCZQ, (p // 2 + 1, q), num_points, parts=-2, inverse=True).astype(dtype)
+    z_BDCZQ = _twiddle(z_BDCZQ, (p // 2 + 1, q), num_points, parts=-2, inverse=True).astype(dtype)
     real, imag = (part[:rows, : p // 2 + 1] for part in _matrix(p))
     matrix_PZC = np.stack([real, imag], 1) * (_weights(p) / num_points)[None, None]
     y_BDPQ = _product("bdczq,pzc->bdpq", z_BDCZQ, matrix_PZC)
@@ -127,7 +127,7 @@ def _inverse_dft(z_BDCZQ: jax.Array, length: int, factors: Factors) -> jax.Array
 
 
 def _complex_dft(z_BDCZQ: jax.Array, factors: Factors, inverse: bool = False) -> jax.Array:
-    """The unscaled DFT of the last axis by one product or two, float32."""
+    """The unnormalized DFT of the last axis by one or two products, float32."""
     if len(factors) == 1:
         (q,) = factors
         return _product("bdczq,zqyk->bdcyk", z_BDCZQ, _complex_matrix(q, inverse))
@@ -137,11 +137,11 @@ def _complex_dft(z_BDCZQ: jax.Array, factors: Factors, inverse: bool = False) ->
     inner, outer = _complex_matrix(q, inverse), _complex_matrix(r, inverse)
     if inverse:
         z = _product("bdczsr,zryv->bdcysv", z, outer)
-        z = _twist(z, (q, r), q * r, parts=-3, inverse=True).astype(dtype)
+        z = _twiddle(z, (q, r), q * r, parts=-3, inverse=True).astype(dtype)
         z = _product("bdczsv,zsyu->bdcyuv", z, inner)
     else:
         z = _product("bdczuv,zuys->bdcysv", z, inner)
-        z = _twist(z, (q, r), q * r, parts=-3).astype(dtype)
+        z = _twiddle(z, (q, r), q * r, parts=-3).astype(dtype)
         z = _product("bdczsv,zvyr->bdcysr", z, outer)
     return z.reshape(shape)
 
@@ -156,13 +156,13 @@ def _product(equation: str, x: jax.Array, matrix: np.ndarray) -> jax.Array:
     )
 
 
-def _twist(
+def _twiddle(
     z: jax.Array, shape: tuple[int, int], num_points: int, *, parts: int, inverse: bool = False
 ) -> jax.Array:
-    """Times e^{-+ 2 pi i b c / L}, where the last axes of z are (c, b) and, at `parts`, Z."""
+    """Multiplies by e^{-+ 2 pi i b c / L}; the last axes of z are (c, b) and, at `parts`, Z."""
     angles = 2 * np.pi / num_points * np.outer(*(np.arange(n) for n in shape))
-    twist = np.stack([np.cos(angles), np.sin(angles) if inverse else -np.sin(angles)], parts)
-    return _times(z, jnp.asarray(twist, jnp.float32)[(None,) * (z.ndim - 3)], parts)
+    twiddle = np.stack([np.cos(angles), np.sin(angles) if inverse else -np.sin(angles)], parts)
+    return _times(z, jnp.asarray(twiddle, jnp.float32)[(None,) * (z.ndim - 3)], parts)
 
 
 def _times(x: jax.Array, y: jax.Array, parts: int = -2) -> jax.Array:
@@ -182,7 +182,7 @@ def _matrix(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _complex_matrix(size: int, inverse: bool) -> np.ndarray:
-    """[Z, j, Z, k]: the DFT matrix on (real, imaginary) parts."""
+    """The DFT matrix acting on (real, imaginary) parts, [Z, j, Z, k]."""
     real, imag = _matrix(size)
     if inverse:
         imag = -imag
@@ -190,7 +190,7 @@ def _complex_matrix(size: int, inverse: bool) -> np.ndarray:
 
 
 def _weights(p: int) -> np.ndarray:
-    """How many bins each c <= P / 2 stands for: itself, and P - c where that is another."""
+    """The number of bins that each c <= P / 2 stands for: c and its mirror image P - c."""
     c = np.arange(p // 2 + 1)
     return np.where((c == 0) | (2 * c == p), 1.0, 2.0).astype(np.float32)
 

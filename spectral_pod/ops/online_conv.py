@@ -1,29 +1,29 @@
 """Exact causal convolutions of sequences that arrive one position at a time, for decoding.
 
-Two forms, for all J layers of a model at once, in float32:
+There are two kinds, for all J layers of a model at once, in float32:
 
-    filter    y_t = sum_{s <= t} h_{t-s} x_s    h is known, x arrives (long convolutions)
-    product   y_t = sum_{s <= t} q_s k_{t-s}    both arrive (convolutional attention)
+    filter    y_t = sum_{s <= t} h_{t-s} x_s    h is fixed, x arrives (long convolutions)
+    product   y_t = sum_{s <= t} q_s k_{t-s}    q and k both arrive (convolutional attention)
 
-Positions are cut by a dyadic tiling (van der Hoeven 2002, "Relax, but don't be too lazy"; Oncescu
-et al. 2024, "Flash Inference"). When i positions have arrived, with U = i & -i the power of two in
-i, the last U inputs are convolved with h[0 : 2 U] by one circular FFT of 2 U points, whose upper
-half, free of wrapping, is what they add to the next U outputs. A pair (s, t) is counted by the one
-tile whose i is the multiple of the largest power of two in (s, t]. In the product form the roles
-of q and k are taken in turn, and pairs of inputs of the same tile are counted once. N positions
-cost O(N log^2 N).
+Both use a dyadic tiling (van der Hoeven 2002, "Relax, but don't be too lazy"; Oncescu et al. 2024,
+"Flash Inference"). When i positions have arrived, let U = i & -i be the largest power of two that
+divides i. The last U inputs are convolved with h[0 : 2 U] by one circular FFT of 2 U points, whose
+upper half does not wrap around and is the contribution of these inputs to the next U outputs. A
+pair (s, t) is counted in exactly one tile: the one whose i is divisible by the largest power of two
+in (s, t]. For products, q and k take turns as the filter, and pairs within a tile are counted once.
+N positions cost O(N log^2 N).
 
-Tiles below `BLOCK` are not worth an FFT: each step adds its input directly to the outputs of its
-own block of positions. So two things, kept apart, make up what a decoder carries:
+Tiles smaller than `BLOCK` are not worth an FFT: each step adds the contribution of its input
+directly to the outputs of the current block of positions. A decoder therefore keeps two things:
 
-    state   inputs and sums of all positions: large, touched once in `BLOCK` positions
-    block   inputs and sums of the current block: small, touched by every step
+    state   inputs and partial sums of all positions: large, accessed once per `BLOCK` positions
+    block   inputs and partial sums of the current block: small, accessed in every step
 
-`filter_step` and `product_step` are pure and for one layer, to be called (unrolled, scanned or
-vmapped over layers) inside a model's own jitted step, which never sees the large state.
-`filter_advance` and `product_advance` are driven from the host between blocks: one small program
-per tile size, with the state donated. A `lax.switch` over tile sizes inside the model's program
-would copy the state instead.
+`filter_step` and `product_step` are pure and handle one layer. They are called (unrolled, scanned
+or vmapped over layers) inside a model's own jitted step, which never takes the large state.
+`filter_advance` and `product_advance` are called from the host between blocks and run one small
+program per tile size, with the state donated. A `lax.switch` over tile sizes inside the model's
+program would copy the state instead.
 
     plan = plan_filter(h_JND, length)
     y_JBPD, state, block = filter_prefill(plan, prompt_JBPD)          # or filter_init(plan, B)
@@ -32,11 +32,10 @@ would copy the state instead.
         if (position + 1) % BLOCK == 0 and position + 1 < length:
             state, block = filter_advance(plan, state, block, position + 1)
 
-All sequences of a batch are at the same position, but may begin at different ones: before these
-all is zero. That delays the output of a filter as it does its input. In a product both factors are
-delayed, but the output shall be by once as much: each input then meets the other factor as counted
-from where its sequence begins. In shape suffixes J stands for layers and P for
-the positions of a prompt.
+All sequences of a batch are at the same position but may start at different ones, with zeros before
+the start. A late start delays the output of a filter just as it delays the input. A plain product
+would be delayed twice, as both factors are; so one factor is indexed from the start of its
+sequence. In shape suffixes J stands for layers and P for the positions of a prompt.
 """
 
 import functools
@@ -48,7 +47,7 @@ import jax.numpy as jnp
 
 from spectral_pod.parallel.sharding import Axes, shard_op
 
-BLOCK = 32  # positions summed directly; the smallest tile
+BLOCK = 32  # positions summed directly, and the smallest tile
 
 _SEQUENCES: Axes = ("layer", "batch", None, "channel")
 _STARTS: Axes = ("layer", "batch")
@@ -56,41 +55,42 @@ _SPECTRUM: Axes = ("layer", None, "channel", None)
 
 
 class FilterPlan(NamedTuple):
-    """A filter as the tiles want it, N a multiple of `BLOCK`."""
+    """Filters prepared for tiling; N is a multiple of `BLOCK`."""
 
     h_JND: jax.Array
-    h_JTD: jax.Array  # its first taps
+    h_JTD: jax.Array  # the first `BLOCK` taps
     spectra: tuple[jax.Array, ...]  # of h[0 : 2 U], [J, 1, D, U + 1], for U = BLOCK 2^i < N
 
 
 class FilterState(NamedTuple):
-    """A prompt's inputs stay zero: all that they will ever add is in the sums."""
+    """Inputs and partial sums; a prompt's inputs stay zero, as the sums contain their effects."""
 
     x_JBND: jax.Array
     sums_JBND: jax.Array
 
 
 class FilterBlock(NamedTuple):
-    """Of one layer without its J; inputs of a prompt stay zero."""
+    """The current block; a single layer's has no axis J. Inputs of a prompt stay zero."""
 
     x_JBTD: jax.Array
     sums_JBTD: jax.Array
 
 
 class ProductState(NamedTuple):
-    """The sums hold all pairs of positions before `prompt`, the length of the prompt."""
+    """Inputs and partial sums; the sums contain all pairs before `prompt`, the prompt's length."""
 
     q_JBND: jax.Array
     k_JBND: jax.Array
     sums_JBND: jax.Array
-    start_JB: jax.Array  # where the sequences begin
+    start_JB: jax.Array  # first position of each sequence
     prompt: jax.Array
 
 
 class ProductBlock(NamedTuple):
-    """Of one layer without its J; q and k of a prompt stay zero, but not in the head.
+    """The current block; a single layer's has no axis J. Entries q, k of a prompt stay zero.
 
-    The head is the first `BLOCK` positions of each sequence, as far as they have arrived.
+    The heads hold the first `BLOCK` positions of each sequence, a prompt's included, as far as they
+    have arrived.
     """
 
     q_JBTD: jax.Array
@@ -101,15 +101,15 @@ class ProductBlock(NamedTuple):
     start_JB: jax.Array
 
 
-# ---- One side known --------------------------------------------------------------------------
+# ---- Filters: one side is fixed ------------------------------------------------------------------
 
 
 def plan_filter(h_JND: jax.Array, length: int) -> FilterPlan:
-    """Prepares filters for up to `length` positions; their spectra take 2 to 4 times their memory.
+    """Prepares filters for up to `length` positions; the spectra take 2 to 4 times their memory.
 
     Args:
-      h_JND: one filter per layer and channel, of any length: zero from there on.
-      length: most positions that will be decoded, prompt included.
+      h_JND: one filter per layer and channel, of any length; taps beyond it count as zero.
+      length: maximum number of positions, prompt included.
     """
     h_JND = _fit(h_JND.astype(jnp.float32), _capacity(length))
 
@@ -123,9 +123,9 @@ def plan_filter(h_JND: jax.Array, length: int) -> FilterPlan:
 
 
 def filter_init(plan: FilterPlan, batch: int) -> tuple[FilterState, FilterBlock]:
-    """State and block of `batch` sequences before their first position."""
+    """The state and block of `batch` sequences before their first position."""
     J, N, D = plan.h_JND.shape
-    # Each its own buffer, or they could not be donated together.
+    # Separate buffers, or the state could not be donated.
     state = FilterState(jnp.zeros((J, batch, N, D)), jnp.zeros((J, batch, N, D)))
     return state, FilterBlock(*(_read(x_JBND, 0, BLOCK) for x_JBND in state))
 
@@ -133,13 +133,13 @@ def filter_init(plan: FilterPlan, batch: int) -> tuple[FilterState, FilterBlock]
 def filter_prefill(
     plan: FilterPlan, x_JBPD: jax.Array
 ) -> tuple[jax.Array, FilterState, FilterBlock]:
-    """Convolves a prompt by one FFT, and readies what follows it.
+    """Convolves a prompt by one FFT, and prepares decoding.
 
-    Layers that feed one another are given one by one: all leaves of a plan begin with J, so its
-    slices are plans of fewer layers, and the results concatenate.
+    Layers that depend on one another are prefilled one at a time: all leaves of a plan have a
+    leading axis J, so slices of a plan are plans of fewer layers, and the results concatenate.
 
     Args:
-      plan: of `plan_filter`.
+      plan: from `plan_filter`.
       x_JBPD: the prompts, P >= 1.
 
     Returns:
@@ -166,16 +166,16 @@ def filter_prefill(
 def filter_step(
     h_TD: jax.Array, block: FilterBlock, x_BD: jax.Array, position: int | jax.Array
 ) -> tuple[jax.Array, FilterBlock]:
-    """One position of one layer.
+    """Computes one position of one layer.
 
     Args:
-      h_TD: the layer's part of `plan.h_JTD`.
-      block: the layer's part of the block that `position` lies in.
+      h_TD: the layer's slice of `plan.h_JTD`.
+      block: the layer's slice of the block that contains `position`.
       x_BD: the input at `position`.
-      position: counted from the start of the prompt.
+      position: index counted from the start of the prompt.
 
     Returns:
-      The output y_BD in float32, and the block.
+      The output y_BD in float32, and the updated block.
     """
     x_BTD, sums_BTD = block
     phase = position % BLOCK
@@ -187,13 +187,13 @@ def filter_step(
 def filter_advance(
     plan: FilterPlan, state: FilterState, block: FilterBlock, position: int
 ) -> tuple[FilterState, FilterBlock]:
-    """Ends a block: adds to the outputs to come what it and the larger tile that it ends hold.
+    """Finishes a block: adds the contributions of the tile that ends with it to later outputs.
 
     Args:
-      plan: of `plan_filter`.
-      state: donated: not to be used again.
-      block: the one that ends.
-      position: how many positions have arrived, a multiple of `BLOCK`.
+      plan: from `plan_filter`.
+      state: the state, which is donated and must not be used again.
+      block: the block that ends.
+      position: the number of positions that have arrived, a multiple of `BLOCK`.
 
     Returns:
       The state, and the block that begins at `position`.
@@ -234,13 +234,13 @@ def _filter_tile(
     return state, FilterBlock(jnp.zeros_like(sums_JBTD), sums_JBTD)
 
 
-# ---- Both sides growing ----------------------------------------------------------------------
+# ---- Products: both sides arrive -----------------------------------------------------------------
 
 
 def product_init(
     layers: int, batch: int, length: int, width: int
 ) -> tuple[ProductState, ProductBlock]:
-    """State and block of sequences before the first of up to `length` positions."""
+    """The state and block before the first of up to `length` positions of [B, D] each."""
     shape = (layers, batch, _capacity(length), width)
     q_JBND, k_JBND, sums_JBND = (jnp.zeros(shape) for _ in range(3))
     start_JB = jnp.zeros((layers, batch), jnp.int32)
@@ -251,12 +251,12 @@ def product_init(
 def product_prefill(
     q_JBPD: jax.Array, k_JBPD: jax.Array, start_JB: jax.Array, length: int
 ) -> tuple[jax.Array, ProductState, ProductBlock]:
-    """Multiplies a prompt's q and k by one FFT, and readies what follows it.
+    """Convolves a prompt's q and k by one FFT, and prepares decoding.
 
     Args:
-      q_JBPD, k_JBPD: the prompts, P >= 1, zero before they begin.
-      start_JB: int32, where they do.
-      length: most positions that will be decoded, prompt included.
+      q_JBPD, k_JBPD: the prompts, P >= 1, zero before the start of each sequence.
+      start_JB: int32, first position of each sequence.
+      length: maximum number of positions, prompt included.
 
     Returns:
       y_JBPD, and the state and block after the prompt.
@@ -284,25 +284,25 @@ def product_prefill(
 def product_step(
     block: ProductBlock, q_BD: jax.Array, k_BD: jax.Array, position: int | jax.Array
 ) -> tuple[jax.Array, ProductBlock]:
-    """One position of one layer.
+    """Computes one position of one layer.
 
     Args:
-      block: the layer's part of the block that `position` lies in.
-      q_BD, k_BD: the entries at `position`.
-      position: counted from the start of the prompt.
+      block: the layer's slice of the block that contains `position`.
+      q_BD, k_BD: the inputs at `position`.
+      position: index counted from the start of the prompt.
 
     Returns:
-      The output y_BD in float32, and the block.
+      The output y_BD in float32, and the updated block.
     """
     q_BTD, k_BTD, q_head_BTD, k_head_BTD, sums_BTD, start_B = block
     phase = position % BLOCK
     q_BD, k_BD = q_BD.astype(jnp.float32), k_BD.astype(jnp.float32)
-    here_BT1 = (jnp.arange(BLOCK)[None] == (position - start_B)[:, None])[..., None]
-    # Of its own position's entries q meets k, once.
-    k_head_BTD = jnp.where(here_BT1, k_BD[:, None], k_head_BTD)
+    is_current_BT1 = (jnp.arange(BLOCK)[None] == (position - start_B)[:, None])[..., None]
+    # The pair of this position's own q and k is counted once, as k enters its head before q does.
+    k_head_BTD = jnp.where(is_current_BT1, k_BD[:, None], k_head_BTD)
     sums_BTD += _delay(k_head_BTD, phase) * q_BD[:, None]
     sums_BTD += _delay(q_head_BTD, phase) * k_BD[:, None]
-    q_head_BTD = jnp.where(here_BT1, q_BD[:, None], q_head_BTD)
+    q_head_BTD = jnp.where(is_current_BT1, q_BD[:, None], q_head_BTD)
     q_BTD, k_BTD = _put(q_BTD, q_BD, phase), _put(k_BTD, k_BD, phase)
     block = ProductBlock(q_BTD, k_BTD, q_head_BTD, k_head_BTD, sums_BTD, start_B)
     return _at(sums_BTD, phase), block
@@ -311,7 +311,7 @@ def product_step(
 def product_advance(
     state: ProductState, block: ProductBlock, position: int
 ) -> tuple[ProductState, ProductBlock]:
-    """Ends a block, as `filter_advance` does; five FFTs a tile where a known filter takes two."""
+    """Finishes a block, as `filter_advance` does, with five FFTs per tile instead of two."""
     size, reach = _tile(position, state.q_JBND.shape[2])
     entries = block.q_JBTD, block.k_JBTD
     return _product_tile(state, entries, position, size=size, reach=reach)
@@ -326,11 +326,11 @@ def _product_tile(
     size: int,
     reach: int,
 ) -> tuple[ProductState, ProductBlock]:
-    """The pairs of a tile that have a position past the prompt.
+    """Adds the pairs of a tile that involve a position after the prompt.
 
-    They are new q with any k, and new k with any q but the new ones of the same tile, which have
-    met it already. No pair is in two tiles: where the later of its positions is an input of one
-    and the earlier of another one, the later had not arrived yet when that was added.
+    These are new q with any k, and new k with any q except the new ones of the same tile, whose
+    pairs are already counted. No pair is counted in two tiles: if its later position is an input of
+    one tile and its earlier position of another, the later one had not arrived at that other tile.
     """
 
     def op(
@@ -343,10 +343,10 @@ def _product_tile(
         k_JBTD: jax.Array,
         position: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # Added, since the block that a prompt ends in holds the prompt's entries.
+        # Added rather than written: the block in which a prompt ends holds entries of the prompt.
         q_JBND = _add(q_JBND, q_JBTD, position - BLOCK)
         k_JBND = _add(k_JBND, k_JBTD, position - BLOCK)
-        fresh = jnp.maximum(position - size, prompt)  # the first new input of this tile
+        fresh = jnp.maximum(position - size, prompt)  # the first position that is new in this tile
         new = (jnp.arange(size) + position - size >= fresh)[None, None, :, None]
         q_new, k_new = (
             jnp.where(new, _read(x_JBND, position - size, size), 0) for x_JBND in (q_JBND, k_JBND)
@@ -381,18 +381,18 @@ def _product_block(state: ProductState, begin: int | jax.Array) -> ProductBlock:
 
 
 def _head(x_JBND: jax.Array, start_JB: jax.Array, count: int) -> jax.Array:
-    """The first `count` positions of sequences that begin at `start_JB`, zeros after the last."""
+    """The first `count` positions of sequences that start at `start_JB`, zero-padded at the end."""
     N = x_JBND.shape[2]
-    known = min(count, N)
+    available = min(count, N)
 
     def read(x_ND: jax.Array, start: jax.Array) -> jax.Array:
-        before = jnp.minimum(start, N - known)
-        return _read(_fit(_read(x_ND, before, known), known + count), start - before, count)
+        before = jnp.minimum(start, N - available)
+        return _read(_fit(_read(x_ND, before, available), available + count), start - before, count)
 
     return jax.vmap(jax.vmap(read))(x_JBND, start_JB)
 
 
-# ---- The tiling ------------------------------------------------------------------------------
+# ---- Tiling --------------------------------------------------------------------------------------
 
 
 def _capacity(length: int) -> int:
@@ -405,7 +405,7 @@ def _check_room(prompt: int, capacity: int) -> None:
 
 
 def _even_points(least: int) -> int:
-    """A power of two, for speed, and at least two, as `_inverse` wants it."""
+    """The next power of two, for speed, and at least 2, as `_inverse` needs an even number."""
     return max(2, 1 << (least - 1).bit_length())
 
 
@@ -414,14 +414,14 @@ def _tile_sizes(capacity: int) -> list[int]:
 
 
 def _tile(position: int, capacity: int) -> tuple[int, int]:
-    """How many inputs the tile at `position` takes, and how many outputs it reaches."""
+    """The numbers of inputs and of outputs of the tile at `position`."""
     if position % BLOCK or not 0 < position < capacity:
         raise ValueError(f"no block begins at {position}: blocks of {BLOCK} up to {capacity}")
     size = position & -position
     return size, min(size, capacity - position)
 
 
-# ---- Along the last axis but one, of positions -----------------------------------------------
+# ---- Access along positions, the last axis but one -----------------------------------------------
 
 
 def _spectrum(x_ND: jax.Array, points: int) -> jax.Array:
@@ -429,7 +429,7 @@ def _spectrum(x_ND: jax.Array, points: int) -> jax.Array:
 
 
 def _inverse(spectrum_DF: jax.Array, first: int, count: int) -> jax.Array:
-    """Entries first..first + count of the inverse of an even number of points."""
+    """Entries first..first + count of the inverse FFT, of an even number of points."""
     return jnp.fft.irfft(spectrum_DF)[..., first : first + count].mT
 
 
@@ -441,7 +441,7 @@ def _delay(h_TD: jax.Array, phase: int | jax.Array) -> jax.Array:
 
 
 def _fit(x_ND: jax.Array, length: int) -> jax.Array:
-    """Cut, or padded with zeros, to `length`."""
+    """Truncates or zero-pads to `length` positions."""
     missing = max(0, length - x_ND.shape[-2])
     return jnp.pad(x_ND, [(0, 0)] * (x_ND.ndim - 2) + [(0, missing), (0, 0)])[..., :length, :]
 

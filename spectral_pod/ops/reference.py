@@ -1,4 +1,4 @@
-"""Slow numpy float64 references of the operations: the independent truth the tests compare with."""
+"""Slow float64 references of the operations in numpy, which the tests compare with."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,14 +16,14 @@ def delta_rule(
     clip: float | None = 10.0,
     log_gate_BNH: ArrayLike | None = None,
 ) -> tuple[Float64, Float64]:
-    """The delta rule with clipped writes, one token after another.
+    """The delta rule with clipped writes, one token at a time.
 
-    Each token keeps the part S *= g of the memory, reads its error e = v - S k, writes
-    S += beta min(1, clip / |e||k|) e k^T, and then reads o = S q. A masked token leaves the memory
-    as it is and reads 0. `clip=None` writes unclipped; without `log_gate_BNH` every g is 1.
+    Each token decays the state, S *= g, computes the prediction error e = v - S k, writes
+    S += beta min(1, clip / |e||k|) e k^T, and then reads o = S q. A masked token leaves the state
+    unchanged and its output is 0. `clip=None` disables clipping; without `log_gate_BNH` g is 1.
 
     Returns:
-      The reads o_BNHV and the final state_BHVK.
+      The outputs o_BNHV and the final state_BHVK.
     """
     q, k, v, beta = (np.asarray(x, np.float64) for x in (q_BNHK, k_BNHK, v_BNHV, beta_BNH))
     B, N, H, K = k.shape
@@ -48,7 +48,7 @@ def delta_rule(
 
 
 def spectral_filter(x_BND: np.ndarray, w_FD: np.ndarray, fft_length: int) -> np.ndarray:
-    """The filter as a direct circular convolution of `fft_length` points, tap by tap.
+    """The frequency-domain filter as a direct circular convolution of `fft_length` points.
 
     The kernel is the inverse DFT of the Hermitian extension of W, summed term by term.
 
@@ -61,7 +61,7 @@ def spectral_filter(x_BND: np.ndarray, w_FD: np.ndarray, fft_length: int) -> np.
     """
     B, N, D = x_BND.shape
     bins = np.arange(w_FD.shape[0])
-    # DC and, at even lengths, the Nyquist bin stand alone; every other bin has a mirror image.
+    # DC and, for even lengths, the Nyquist bin occur once; every other bin has a mirror image.
     alone = (bins == 0) | (2 * bins == fft_length)
     kernel_TD = np.zeros((fft_length, D))
     for t in range(fft_length):
@@ -79,8 +79,8 @@ def causal_wavedec(
 ) -> tuple[Float64, ...]:
     """The causal undecimated wavelet transform, tap by tap.
 
-    a_{j+1}[t] = sum_n low[n] a_j[t - 2^j n] with zeros before the sequence, and d_j the like with
-    `high`, or a_j - a_{j+1} if that is None.
+    a_{j+1}[t] = sum_n low[n] a_j[t - 2^j n] with zeros before the sequence. d_j is a_j - a_{j+1},
+    or, if given, the same sum with `high`.
 
     Returns:
       (a_J, d_{J-1}, ..., d_0), float64 [B, N, D] each.
@@ -106,10 +106,10 @@ def causal_wavedec(
 
 
 def causal_convolution(x_ND: ArrayLike, h_ND: ArrayLike) -> Float64:
-    """y_t = sum_{s <= t} h_{t-s} x_s per channel, over the last axis but one, term by term.
+    """y_t = sum_{s <= t} h_{t-s} x_s per channel, along the last axis but one, term by term.
 
     Args:
-      x_ND, h_ND: [..., N, D], whose leading axes broadcast.
+      x_ND, h_ND: [..., N, D]; the leading axes broadcast.
 
     Returns:
       float64 [..., N, D].

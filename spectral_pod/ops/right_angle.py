@@ -4,19 +4,19 @@ With w_t = e^{i pi t / 2M}, the M-point product
 
     z = conj(w) IFFT(FFT(w x) FFT(w h))
 
-is multiplication modulo X^M = i: what a circular convolution would wrap around arrives multiplied
+is multiplication modulo X^M = i: the terms that a circular convolution wraps around are multiplied
 by i. For real x and h of up to M points, Re z is therefore the first M points of their linear
-convolution and Im z the M points after them, from complex FFTs of M points where the usual form
-needs real ones of 2M with half of the input zero. So
+convolution and Im z the M points after them, from complex FFTs of M points where the usual method
+needs real ones of 2M points, half of them zeros. Hence
 
-- a causal filter is Re z of its spectrum FFT(w h);
-- a sequence longer than the filter is split into stretches of M, and each adds its Im z to the
-  next one: overlap-add, again without a zero;
+- a causal filter is Re z with the filter's spectrum FFT(w h);
+- a sequence longer than the filter is split into blocks of M points, and the Im z of each is added
+  to the next: overlap-add, again without zero padding;
 - a two-sided kernel with lags -M < t < M is the causal filter h - i a, where a_{M+t} holds lag
-  t < 0: what a's past would wrap around is what a negative lag needs.
+  t < 0: the wrap-around of the imaginary part supplies the negative lags.
 
-On CPUs the work is cut into blocks of channels that stay in the cache from the first FFT to the
-last, and the backward pass computes the spectra again: it keeps the two inputs and nothing else.
+On CPUs the work is divided into groups of channels that stay in the cache from the first FFT to the
+last. The backward pass stores the two inputs only and recomputes the spectra.
 """
 
 import math
@@ -25,17 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_BLOCK_POINTS = 2**14  # of each sequence in a block of channels: 128 KiB as complex64
+_GROUP_POINTS = 2**14  # points per sequence in a group of channels: 128 KiB as complex64
 
 
 def spectrum(taps_DT: jax.Array, num_points: int) -> jax.Array:
     """FFT(w h), complex64 [D, M], of real or complex taps [D, T] with T <= M = `num_points`."""
-    w_T = jnp.asarray(_twist(num_points)[: taps_DT.shape[1]])
+    w_T = jnp.asarray(_twiddle(num_points)[: taps_DT.shape[1]])
     return jnp.fft.fft(taps_DT.astype(jnp.complex64) * w_T[None], num_points)
 
 
 def two_sided_spectrum(w_FD: jax.Array, num_points: int) -> jax.Array:
-    """The spectrum [D, M] of the kernel whose real DFT is `w_FD`, with an even 2 (F - 1) points."""
+    """The spectrum [D, M] of the kernel whose real DFT of 2 (F - 1) points is `w_FD`."""
     num_lags = w_FD.shape[0] - 1
     kernel_DT = jnp.fft.irfft(w_FD.T, 2 * num_lags)
     ahead_DT = jnp.pad(kernel_DT[:, num_lags:], ((0, 0), (num_points - num_lags, 0)))
@@ -45,24 +45,24 @@ def two_sided_spectrum(w_FD: jax.Array, num_points: int) -> jax.Array:
 
 @jax.custom_vjp
 def convolve(x_BDN: jax.Array, s_DM: jax.Array) -> jax.Array:
-    """The causal convolution of every channel with the filter of which `s_DM` is the spectrum.
+    """The causal convolution of every channel with the filter whose spectrum is `s_DM`.
 
     Args:
       x_BDN: real, any float dtype; computed in float32.
-      s_DM: complex64, from `spectrum`; from `two_sided_spectrum` only with N <= M.
+      s_DM: complex64, from `spectrum`, or, if N <= M, from `two_sided_spectrum`.
 
     Returns:
       [B, D, N] in the dtype of x.
     """
-    channels, blocks = _blocks(*s_DM.shape)
+    channels, groups = _channel_groups(*s_DM.shape)
 
     def one(i: jax.Array, y_BDN: jax.Array) -> jax.Array:
         x_BCN, s_CM = _get(x_BDN, i, channels), _get(s_DM, i, channels)
         y_BCN = _from_spectra(_spectra(x_BCN, s_CM.shape[1]) * s_CM[None, :, None], x_BCN.shape[2])
         return _put(y_BDN, y_BCN, i)
 
-    # Not in bfloat16, in which XLA on CPUs writes the whole array again for each block.
-    y_BDN = jax.lax.fori_loop(0, blocks, one, jnp.zeros_like(x_BDN, jnp.float32))
+    # In float32: with bfloat16, XLA on CPUs rewrites the whole array for each group of channels.
+    y_BDN = jax.lax.fori_loop(0, groups, one, jnp.zeros_like(x_BDN, jnp.float32))
     return y_BDN.astype(x_BDN.dtype)
 
 
@@ -77,7 +77,7 @@ def _convolve_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """With G = FFT(w dy): dx = Re(conj(w) IFFT(G conj(S))) and dS = sum_b conj(G) X / M."""
     x_BDN, s_DM = residuals
-    channels, blocks = _blocks(*s_DM.shape)
+    channels, groups = _channel_groups(*s_DM.shape)
 
     def one(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dx_BDN, ds_DM = carry
@@ -89,7 +89,7 @@ def _convolve_backward(
         return _put(dx_BDN, dx_BCN, i), _put(ds_DM, ds_CM, i)
 
     zeros = jnp.zeros_like(x_BDN, jnp.float32), jnp.zeros_like(s_DM)
-    dx_BDN, ds_DM = jax.lax.fori_loop(0, blocks, one, zeros)
+    dx_BDN, ds_DM = jax.lax.fori_loop(0, groups, one, zeros)
     return dx_BDN.astype(x_BDN.dtype), ds_DM
 
 
@@ -97,15 +97,15 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _spectra(x_BCN: jax.Array, num_points: int) -> jax.Array:
-    """FFT(w x) of the stretches of every sequence, complex [B, C, G, M]."""
-    x_BCGM = _stretches(x_BCN, num_points)
-    w_M = _twist(num_points)[None, None, None]
+    """FFT(w x) of the blocks of every sequence, complex [B, C, G, M]."""
+    x_BCGM = _split_blocks(x_BCN, num_points)
+    w_M = _twiddle(num_points)[None, None, None]
     return jnp.fft.fft(jax.lax.complex(x_BCGM * w_M.real, x_BCGM * w_M.imag))
 
 
 def _from_spectra(z_BCGM: jax.Array, length: int) -> jax.Array:
-    """Re(conj(w) IFFT(z)) of every stretch, plus the imaginary part of the stretch before."""
-    w_M = _twist(z_BCGM.shape[3])[None, None, None]
+    """Re(conj(w) IFFT(z)) of every block, plus the imaginary part of the block before."""
+    w_M = _twiddle(z_BCGM.shape[3])[None, None, None]
     z_BCGM = jnp.fft.ifft(z_BCGM)
     y_BCGM = z_BCGM.real * w_M.real + z_BCGM.imag * w_M.imag
     if z_BCGM.shape[2] > 1:
@@ -115,36 +115,36 @@ def _from_spectra(z_BCGM: jax.Array, length: int) -> jax.Array:
 
 
 def _cotangent_spectra(dy_BCN: jax.Array, num_points: int) -> jax.Array:
-    """FFT(w (dy + i dy')), dy' the cotangent of the stretch after: that of Im z."""
-    dy_BCGM = _stretches(dy_BCN, num_points)
+    """FFT(w (dy + i dy')), where dy' is the cotangent of the next block and so of Im z."""
+    dy_BCGM = _split_blocks(dy_BCN, num_points)
     if dy_BCGM.shape[2] == 1:
         return _spectra(dy_BCN, num_points)
     after_BCGM = jnp.pad(dy_BCGM[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
-    w_M = _twist(num_points)[None, None, None]
+    w_M = _twiddle(num_points)[None, None, None]
     return jnp.fft.fft(jax.lax.complex(dy_BCGM, after_BCGM) * w_M)
 
 
 def _from_cotangent_spectra(z_BCGM: jax.Array, length: int) -> jax.Array:
-    w_M = _twist(z_BCGM.shape[3])[None, None, None]
+    w_M = _twiddle(z_BCGM.shape[3])[None, None, None]
     z_BCGM = jnp.fft.ifft(z_BCGM)
     x_BCGM = z_BCGM.real * w_M.real + z_BCGM.imag * w_M.imag
     return x_BCGM.reshape(*x_BCGM.shape[:2], -1)[..., :length]
 
 
-def _stretches(x_BCN: jax.Array, num_points: int) -> jax.Array:
-    """[B, C, N] in float32, zeros added at the end, as [B, C, G, M]."""
+def _split_blocks(x_BCN: jax.Array, num_points: int) -> jax.Array:
+    """[B, C, N] as float32 [B, C, G, M], zero-padded at the end."""
     B, C, N = x_BCN.shape
     padded = jnp.pad(x_BCN.astype(jnp.float32), ((0, 0), (0, 0), (0, -N % num_points)))
     return padded.reshape(B, C, -1, num_points)
 
 
-def _twist(num_points: int) -> np.ndarray:
+def _twiddle(num_points: int) -> np.ndarray:
     return np.exp(0.5j * np.pi * np.arange(num_points) / num_points).astype(np.complex64)
 
 
-def _blocks(num_channels: int, num_points: int) -> tuple[int, int]:
-    """Channels of a block, a power of two that divides them all, and the number of blocks."""
-    most = 2 ** max(0, int(math.log2(_BLOCK_POINTS / num_points)))
+def _channel_groups(num_channels: int, num_points: int) -> tuple[int, int]:
+    """Channels of a group, a power of two that divides them all, and the number of groups."""
+    most = 2 ** max(0, int(math.log2(_GROUP_POINTS / num_points)))
     channels = math.gcd(num_channels, most)
     return channels, num_channels // channels
 
@@ -153,6 +153,6 @@ def _get(x: jax.Array, i: jax.Array, channels: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, i * channels, channels, x.ndim - 2)
 
 
-def _put(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
-    start = i * block.shape[-2]
-    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, x.ndim - 2)
+def _put(x: jax.Array, group: jax.Array, i: jax.Array) -> jax.Array:
+    start = i * group.shape[-2]
+    return jax.lax.dynamic_update_slice_in_dim(x, group.astype(x.dtype), start, x.ndim - 2)

@@ -1,16 +1,16 @@
-"""Filtering sequences whose positions are split over devices; both forms run inside `shard_op`.
+"""Frequency-domain filtering with positions split over devices; both methods use `shard_op`.
 
-`exchange`: every device gives away positions and gets channels (all-to-all), filters whole
-sequences of its channels, and gives them back. Two exchanges of the activations.
+`exchange`: an all-to-all exchanges positions for channels, each device filters whole sequences of
+its channels, and a second all-to-all restores the layout.
 
-`four_step`: where there are fewer channels than devices, the DFT itself is distributed. With P
-devices, j = p M + r, k = c + 2 P d and a zero second half (p < 2 P, but the signal ends at P M),
+`four_step`: for fewer channels than devices, the DFT itself is distributed. With P devices,
+j = p M + r, k = c + 2 P d, and a zero second half (p < 2 P, but the signal ends at P M),
 
     X[c + 2 P d] = sum_r u^(2 P r d) u^(r c) sum_p u^(M p c) x[p M + r],    u = e^(-2 pi i / 2 P M).
 
-The inner sum needs every p for some r (all-to-all), the outer one every r for some c (all-to-all),
-and the bins stay where they are for the filter, each device having two values of c. Pairs of real
-sequences travel as one complex sequence: three times the bytes of `exchange`.
+The inner sum needs every p for some r (all-to-all), the outer one every r for some c (all-to-all).
+The filter applies to the bins where they are, with two values of c on each device. Pairs of real
+sequences are combined into complex ones. It communicates three times the bytes of `exchange`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from spectral_pod.parallel.sharding import SEQUENCE, num_shards, shard_op, vary_
 
 
 def exchange(fn: Callable[[jax.Array], jax.Array], x_BDN: jax.Array) -> jax.Array:
-    """`fn` of whole sequences of this device's share of the channels, which must divide."""
+    """Applies `fn` to whole sequences of a device's share of the channels, which must divide."""
     whole = jax.lax.all_to_all(x_BDN, SEQUENCE, split_axis=1, concat_axis=2, tiled=True)
     return jax.lax.all_to_all(fn(whole), SEQUENCE, split_axis=2, concat_axis=1, tiled=True)
 
@@ -31,9 +31,16 @@ def exchange(fn: Callable[[jax.Array], jax.Array], x_BDN: jax.Array) -> jax.Arra
 def four_step(x_BDN: jax.Array, w_FD: jax.Array) -> jax.Array:
     """The linear convolution with the filter of transfer function `w_FD`, F = N + 1 bins.
 
+    Args:
+      x_BDN: real, any float dtype.
+      w_FD: complex64.
+
+    Returns:
+      [B, D, N] in the dtype of x.
+
     Raises:
-      ValueError: the filter is made for another N, or N is no multiple of the squared number of
-        devices that share a sequence.
+      ValueError: F is not N + 1, or N is not a multiple of the square of the number of devices
+        that share a sequence.
     """
     shards, (_, D, N) = num_shards("position"), x_BDN.shape
     if w_FD.shape[0] != N + 1 or N % shards**2:
@@ -55,16 +62,16 @@ def _four_step(x_BDM: jax.Array, w_CDM: jax.Array) -> jax.Array:
     shards = num_shards("position")
     x = jnp.pad(x_BDM.astype(jnp.float32), ((0, B % 2), (0, 0), (0, 0)))
     z_BDM = jax.lax.complex(x[0::2], x[1::2])
-    # Device i of P holds r = i M / P + (0 .. M / P - 1) between the exchanges.
+    # Between the exchanges, device i of P holds r = i M / P + (0 .. M / P - 1).
     pieces = z_BDM.reshape(*z_BDM.shape[:2], shards, M // shards)
     z_BDPR = jax.lax.all_to_all(pieces, SEQUENCE, split_axis=2, concat_axis=2, tiled=True)
-    dft_PC, twist_CR = _constants(shards, M)
-    z_BDCR = jnp.einsum("bdpr,pc->bdcr", z_BDPR, dft_PC, precision="highest") * twist_CR[None, None]
+    dft_PC, phase_CR = _constants(shards, M)
+    z_BDCR = jnp.einsum("bdpr,pc->bdcr", z_BDPR, dft_PC, precision="highest") * phase_CR[None, None]
     z_BDCM = jax.lax.all_to_all(z_BDCR, SEQUENCE, split_axis=2, concat_axis=3, tiled=True)
     w_DCM = vary_like(jnp.swapaxes(w_CDM, 0, 1), x_BDM)
     z_BDCM = jnp.fft.ifft(jnp.fft.fft(z_BDCM) * w_DCM[None])
     z_BDCR = jax.lax.all_to_all(z_BDCM, SEQUENCE, split_axis=3, concat_axis=2, tiled=True)
-    z_BDCR *= twist_CR.conj()[None, None] / (2 * shards)
+    z_BDCR *= phase_CR.conj()[None, None] / (2 * shards)
     z_BDPR = jnp.einsum("bdcr,pc->bdpr", z_BDCR, dft_PC.conj(), precision="highest")
     pieces = jax.lax.all_to_all(z_BDPR, SEQUENCE, split_axis=2, concat_axis=2, tiled=True)
     z_BDM = pieces.reshape(z_BDM.shape)
@@ -73,11 +80,11 @@ def _four_step(x_BDM: jax.Array, w_CDM: jax.Array) -> jax.Array:
 
 
 def _constants(shards: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """The DFT matrix [P, C] over the devices, and this device's twist [C, M / P]."""
+    """The DFT matrix [P, C] over devices, and this device's twiddle factors [C, M / P]."""
     p_P, c_C = np.arange(shards), np.arange(2 * shards)
     dft_PC = np.exp(-2j * np.pi * np.outer(p_P, c_C) / (2 * shards))
-    twist = np.exp(-2j * np.pi * np.outer(c_C, np.arange(length)) / (2 * shards * length))
-    here = jax.lax.axis_index(SEQUENCE) * (length // shards)
-    twist_CM = jnp.asarray(twist.astype(np.complex64))
-    twist_CR = jax.lax.dynamic_slice_in_dim(twist_CM, here, length // shards, 1)
-    return jnp.asarray(dft_PC.astype(np.complex64)), twist_CR
+    phase = np.exp(-2j * np.pi * np.outer(c_C, np.arange(length)) / (2 * shards * length))
+    start = jax.lax.axis_index(SEQUENCE) * (length // shards)
+    phase_CM = jnp.asarray(phase.astype(np.complex64))
+    phase_CR = jax.lax.dynamic_slice_in_dim(phase_CM, start, length // shards, 1)
+    return jnp.asarray(dft_PC.astype(np.complex64)), phase_CR

@@ -1,12 +1,12 @@
 """Wavelet transforms along positions, per channel, with the published orthogonal filters.
 
-`dwt`, `idwt`, `wavedec` and `waverec` are the decimated transform of PyWavelets, with its
-boundary modes, shapes and order of coefficients: for analysis, and for models that may see both
-sides. `causal_wavedec` is the undecimated ("a trous") transform for models that may not: its
-filters reach back only, and positions before the sequence count as zero.
+`dwt`, `idwt`, `wavedec` and `waverec` are PyWavelets' decimated transform, with its boundary modes,
+shapes and order of coefficients, for analysis and for bidirectional models. `causal_wavedec` is the
+undecimated ("a trous") transform for causal models: its filters see only the past, and positions
+before the sequence count as zero.
 
-Filters are written as shift-and-add. XLA would gather a sharded axis for a grouped convolution,
-and a shift costs little; as the taps are constants, the backward pass stores no activation.
+Filters are computed by shift-and-add. For a grouped convolution XLA would gather a sharded axis,
+whereas shifts are cheap; and as the taps are constants, the backward pass stores no activations.
 Coefficients come from PyWavelets: db1-db8, sym2-sym8, coif1-coif5 and its other orthogonal ones.
 """
 
@@ -35,7 +35,7 @@ Boundary = Literal[
     "antireflect",
 ]
 
-_AXES = ("batch", None, "channel")  # positions whole: a filter reads across all of them
+_AXES = ("batch", None, "channel")  # positions are not split: a filter reads across all of them
 
 
 def dwt(
@@ -43,19 +43,19 @@ def dwt(
 ) -> tuple[jax.Array, jax.Array]:
     """One level of the decimated transform, as `pywt.dwt(x, wavelet, mode, axis=1)`.
 
-    In float32, or float64 for a float64 input.
+    Computed in float32, or in float64 for a float64 input.
 
     Args:
       x_BND: real, any N >= 1.
-      wavelet: name of an orthogonal wavelet of PyWavelets with W taps, W even.
-      mode: how the sequence goes on beyond its ends.
+      wavelet: the name of an orthogonal wavelet of PyWavelets, with W taps, W even.
+      mode: how the sequence is extended beyond its ends.
 
     Returns:
       Approximation and detail, [B, (N + W - 1) // 2, D] each or, for "periodization",
       [B, ceil(N / 2), D], in the dtype of `x_BND`.
 
     Raises:
-      ValueError: the wavelet is unknown or not orthogonal, or one position is to be reflected.
+      ValueError: the wavelet is unknown or not orthogonal, or N is 1 and `mode` reflects.
     """
     bank = _bank(wavelet)
     op = functools.partial(_dwt, bank=bank, mode=mode)
@@ -68,17 +68,18 @@ def idwt(
     wavelet: str,
     mode: Boundary = "symmetric",
 ) -> jax.Array:
-    """The inverse of `dwt`, as `pywt.idwt`: one position longer if the sequence had an odd length.
+    """The inverse of `dwt`, as `pywt.idwt`; one position too long if the sequence's length was odd.
 
     Args:
       approximation_BND, detail_BND: N coefficients each.
-      wavelet, mode: those of `dwt`.
+      wavelet, mode: as in `dwt`.
 
     Returns:
       [B, 2 N - W + 2, D] or, for "periodization", [B, 2 N, D], in the dtype of `detail_BND`.
 
     Raises:
-      ValueError: fewer coefficients than any sequence has, or the wavelet as in `dwt`.
+      ValueError: there are fewer coefficients than `dwt` ever returns, or the wavelet is unknown
+        or not orthogonal.
     """
     bank = _bank(wavelet)
     coefficients = detail_BND.shape[1]
@@ -93,7 +94,7 @@ def idwt(
 def wavedec(
     x_BND: Positions, wavelet: str, levels: int, mode: Boundary = "symmetric"
 ) -> tuple[jax.Array, ...]:
-    """`levels` times `dwt` of the approximation: (a_levels, d_levels, ..., d_1), coarse to fine."""
+    """`dwt` applied `levels` times: (a_levels, d_levels, ..., d_1), from coarse to fine."""
     details: tuple[jax.Array, ...] = ()
     for _ in range(levels):
         x_BND, detail_BND = dwt(x_BND, wavelet, mode)
@@ -104,10 +105,10 @@ def wavedec(
 def waverec(
     coefficients: Sequence[jax.Array], wavelet: str, mode: Boundary = "symmetric"
 ) -> jax.Array:
-    """The inverse of `wavedec`, as `pywt.waverec`: one position longer if N was odd."""
+    """The inverse of `wavedec`, as `pywt.waverec`; one position too long if N was odd."""
     x_BND, *details = coefficients
     for detail_BND in details:
-        # A level whose input had an odd length comes back one position longer.
+        # The inverse of a level whose input had an odd length is one position too long.
         if x_BND.shape[1] == detail_BND.shape[1] + 1:
             x_BND = x_BND[:, :-1]
         x_BND = idwt(x_BND, detail_BND, wavelet, mode)
@@ -120,34 +121,34 @@ def causal_wavedec(
     levels: int,
     detail: Literal["difference", "high_pass"] = "difference",
 ) -> tuple[Positions, ...]:
-    """The causal undecimated transform: every output position sees itself and the past only.
+    """The causal undecimated transform: an output sees its own and earlier positions only.
 
     a_0 = x,    a_{j+1}[t] = sum_n h[n] a_j[t - 2^j n],    d_j = a_j - a_{j+1}   or
     d_j[t] = sum_n g[n] a_j[t - 2^j n],
 
     with zeros before the sequence. h is the scaling filter in its published order (`rec_lo` of
-    PyWavelets; its early taps are the large ones, so a_j lags least) divided by its sum, so that
-    sum(h) = 1 and a constant stays what it is; g[n] = (-1)^(n+1) h[W - 1 - n] is its quadrature
-    mirror. These are the filters of the MODWT (Percival and Walden 2000, chapter 5); the
-    difference is the a trous detail (Shensa 1992).
+    PyWavelets, whose early taps are the largest, so that a_j lags least), divided by its sum: then
+    sum(h) = 1 and constants are preserved. g[n] = (-1)^(n+1) h[W - 1 - n] is its quadrature mirror.
+    These are the filters of the MODWT (Percival and Walden 2000, chapter 5); the difference is the
+    a trous detail (Shensa 1992).
 
     Args:
-      x_BND: real; masked positions must already be zero.
-      wavelet: name of an orthogonal wavelet of PyWavelets with W taps.
+      x_BND: real, any float dtype; masked positions must already be zero.
+      wavelet: the name of an orthogonal wavelet of PyWavelets, with W taps.
       levels: J >= 1.
-      detail: "difference", with which the results sum back to x, or "high_pass", g.
+      detail: "difference", for which the outputs sum to x, or "high_pass", which uses g.
 
     Returns:
-      (a_J, d_{J-1}, ..., d_0), coarse to fine, each [B, N, D] in the dtype of `x_BND`, computed
-      in float32 or, for a float64 input, float64.
+      (a_J, d_{J-1}, ..., d_0), from coarse to fine, each [B, N, D] in the dtype of `x_BND`,
+      computed in float32 or, for a float64 input, in float64.
 
     Raises:
       ValueError: the wavelet is unknown or not orthogonal, or positions are split over devices and
-        one of these has fewer than the `causal_reach` of the transform, less one.
+        a shard has fewer than `reach(wavelet, levels)`.
     """
     bank = _bank(wavelet)
     low, high = (tuple(tap / sum(bank.low) for tap in taps) for taps in bank)
-    before = causal_reach(wavelet, levels) - 1 if num_shards("position") > 1 else 0
+    before = reach(wavelet, levels) if num_shards("position") > 1 else 0
 
     def op(x_BND: jax.Array) -> tuple[jax.Array, ...]:
         a_BND = _upcast(jnp.concatenate([previous(x_BND, before), x_BND], 1))
@@ -165,17 +166,19 @@ def causal_wavedec(
     return shard_op(op, (axes,), (axes,) * (levels + 1))(x_BND)
 
 
-def causal_reach(wavelet: str, levels: int) -> int:
-    """How many positions, its own included, an output of `causal_wavedec` can see.
+def reach(wavelet: str, levels: int) -> int:
+    """How many positions before its own an output of `causal_wavedec` depends on.
 
-    A model that goes on one position at a time transforms the last that many inputs and takes
-    the last output, which is exact.
+    To decode, transform the last `reach + 1` inputs and take the last output, which is exact.
+
+    Raises:
+      ValueError: the wavelet is unknown or not orthogonal.
     """
-    return (len(_bank(wavelet).low) - 1) * (2**levels - 1) + 1
+    return (len(_bank(wavelet).low) - 1) * (2**levels - 1)
 
 
 class _Bank(NamedTuple):
-    """Synthesis filters, in the published order; analysis applies the same ones back to front."""
+    """Synthesis filters in their published order; analysis applies them in reverse."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -196,11 +199,11 @@ def _upcast(x: jax.Array) -> jax.Array:
 def _causal_filter(x_BND: jax.Array, taps: tuple[float, ...], dilation: int) -> jax.Array:
     """y[t] = sum_n taps[n] x[t - dilation n], with zeros before the sequence.
 
-    The transpose is the same sum with the shifts the other way. Left to derive it, XLA writes
-    every shifted copy to memory and takes 12 times as long (CPU, 8 taps, 3 levels).
+    The transpose is the same sum with opposite shifts. It is written by hand because XLA's own
+    writes every shifted copy to memory and takes 12 times as long (CPU, 8 taps, 3 levels).
     """
-    reach = dilation * (len(taps) - 1)
-    padded_BND = jnp.pad(x_BND, ((0, 0), (reach, 0), (0, 0)))
+    padding = dilation * (len(taps) - 1)
+    padded_BND = jnp.pad(x_BND, ((0, 0), (padding, 0), (0, 0)))
     return _shift_and_add(padded_BND, taps[::-1], dilation)
 
 
@@ -213,8 +216,8 @@ def _causal_filter_forward(
 def _causal_filter_backward(
     taps: tuple[float, ...], dilation: int, _: None, dy_BND: jax.Array
 ) -> tuple[jax.Array]:
-    reach = dilation * (len(taps) - 1)
-    padded_BND = jnp.pad(dy_BND, ((0, 0), (0, reach), (0, 0)))
+    padding = dilation * (len(taps) - 1)
+    padded_BND = jnp.pad(dy_BND, ((0, 0), (0, padding), (0, 0)))
     return (_shift_and_add(padded_BND, taps, dilation),)
 
 
@@ -222,7 +225,7 @@ _causal_filter.defvjp(_causal_filter_forward, _causal_filter_backward)
 
 
 def _shift_and_add(x_BND: jax.Array, taps: Sequence[float], dilation: int = 1) -> jax.Array:
-    """y[m] = sum_i taps[i] x[m + dilation i], for the m where all of these exist."""
+    """y[m] = sum_i taps[i] x[m + dilation i], for those m for which all terms exist."""
     M = x_BND.shape[1] - dilation * (len(taps) - 1)
     return sum(  # type: ignore[return-value]
         tap * jax.lax.slice_in_dim(x_BND, dilation * i, dilation * i + M, axis=1)
@@ -231,7 +234,10 @@ def _shift_and_add(x_BND: jax.Array, taps: Sequence[float], dilation: int = 1) -
 
 
 def _dwt(x_BND: jax.Array, bank: _Bank, mode: Boundary) -> tuple[jax.Array, jax.Array]:
-    """c[o] = sum_i f[i] x[2 o + i - (W - 2)] (W / 2 - 1 if periodized), by the parity of i."""
+    """c[o] = sum_i f[i] x[2 o + i - (W - 2)], in two halves by the parity of i.
+
+    For "periodization" W - 2 is replaced by W / 2 - 1.
+    """
     N, W = x_BND.shape[1], len(bank.low)
     y_BND = _upcast(x_BND)
     if mode == "periodization":
@@ -250,10 +256,13 @@ def _dwt(x_BND: jax.Array, bank: _Bank, mode: Boundary) -> tuple[jax.Array, jax.
 
 
 def _idwt(a_BND: jax.Array, d_BND: jax.Array, bank: _Bank, mode: Boundary) -> jax.Array:
-    """x[t] = sum_o low[t - 2 o + W - 2] a[o] + the like of d (W / 2 - 1 if periodized)."""
+    """x[t] = sum_o low[t - 2 o + W - 2] a[o] + the same sum with `high` and d.
+
+    For "periodization" W - 2 is replaced by W / 2 - 1.
+    """
     B, N, D = d_BND.shape
-    reach = len(bank.low) // 4 if mode == "periodization" else 0
-    a, d = (_extend(_upcast(c_BND), reach, reach, "periodic") for c_BND in (a_BND, d_BND))
+    padding = len(bank.low) // 4 if mode == "periodization" else 0
+    a, d = (_extend(_upcast(c_BND), padding, padding, "periodic") for c_BND in (a_BND, d_BND))
     low, high = bank.low[::-1], bank.high[::-1]
     even_odd = [
         _shift_and_add(a, low[1 - parity :: 2]) + _shift_and_add(d, high[1 - parity :: 2])
@@ -261,13 +270,13 @@ def _idwt(a_BND: jax.Array, d_BND: jax.Array, bank: _Bank, mode: Boundary) -> ja
     ]
     x_BND = jnp.stack(even_odd, 2).reshape(B, -1, D)
     if mode == "periodization":
-        start = 2 * reach - len(bank.low) // 2 + 1
+        start = 2 * padding - len(bank.low) // 2 + 1
         x_BND = x_BND[:, start : start + 2 * N]
     return x_BND.astype(d_BND.dtype)
 
 
 def _extend(x_BND: jax.Array, before: int, after: int, mode: Boundary) -> jax.Array:
-    """The sequence with `before` and `after` more positions, by the rule of a boundary mode."""
+    """Extends the sequence by `before` and `after` positions, according to the boundary mode."""
     N = x_BND.shape[1]
     beyond = np.concatenate([np.arange(-before, 0), np.arange(N, N + after)])
     index, weight, first, last = _beyond(beyond, N, mode)
@@ -284,7 +293,7 @@ def _extend(x_BND: jax.Array, before: int, after: int, mode: Boundary) -> jax.Ar
 def _beyond(
     t: np.ndarray, N: int, mode: Boundary
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What x[t] is for t < 0 and t >= N: weight * x[index] + first * x[0] + last * x[N - 1]."""
+    """x[t] for t < 0 or t >= N as weight * x[index] + first * x[0] + last * x[N - 1]."""
     one, zero = np.ones_like(t), np.zeros_like(t)
     if mode == "zero":
         return zero, zero, zero, zero
@@ -292,22 +301,22 @@ def _beyond(
         return np.clip(t, 0, N - 1), one, zero, zero
     if mode == "periodic":
         return t % N, one, zero, zero
-    if mode in ("symmetric", "antisymmetric"):  # about the edges, -1/2 and N - 1/2
+    if mode in ("symmetric", "antisymmetric"):  # reflected about the edges, -1/2 and N - 1/2
         phase = t % (2 * N)
         sign = one if mode == "symmetric" else np.where(phase < N, 1, -1)
         return np.minimum(phase, 2 * N - 1 - phase), sign, zero, zero
-    if mode == "smooth":  # along the line through the last two positions
+    if mode == "smooth":  # extrapolated linearly from the first or last two positions
         left, steps = t < 0, np.where(t < 0, -t, t - (N - 1))
         first, last = np.where(left, 1 + steps, 0), np.where(left, 0, 1 + steps)
         return np.where(left, 1, N - 2), -steps, first, last
-    if mode in ("reflect", "antireflect"):  # about the end positions, 0 and N - 1
+    if mode in ("reflect", "antireflect"):  # reflected about the end positions, 0 and N - 1
         if N == 1:
             raise ValueError(f"mode {mode!r} cannot extend a sequence of one position")
         turns, phase = np.divmod(t, 2 * N - 2)
         index = np.minimum(phase, 2 * N - 2 - phase)
         if mode == "reflect":
             return index, one, zero, zero
-        # Every full turn climbs by 2 (x[N - 1] - x[0]); its second half runs down from the top.
+        # Every period adds 2 (x[N - 1] - x[0]); its second half runs back from the far end.
         falling = phase >= N
         return index, np.where(falling, -1, 1), -2 * turns, 2 * (turns + falling)
     raise ValueError(f"unknown boundary mode {mode!r}")

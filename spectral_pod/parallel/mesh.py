@@ -12,14 +12,17 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, laid out by JAX for the hardware's links.
+    """A mesh over all devices, arranged by JAX to match the hardware's interconnect.
 
-    Slices of TPUs lie along `data`, the axis that communicates least: the other axes never leave a
-    slice. `sizes` come from `config.validate_mesh`. The axes are automatic: the compiler places
-    what the table in `sharding.py` does not.
+    TPU slices lie along `data`, the axis that communicates least; the other axes stay within a
+    slice. All axes are automatic: XLA places whatever `sharding.py` does not.
+
+    Args:
+      sizes: the size of every axis of `AXES`, from `config.validate_mesh`.
+      devices: all devices of the run by default.
 
     Raises:
-      ConfigError: `data` cannot be split over the slices.
+      ConfigError: `data` is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes[axis] for axis in AXES)
@@ -43,5 +46,5 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:
-    """TPU slices that the devices are in; other devices count as one."""
+    """The number of TPU slices that the devices belong to; devices of other kinds count as one."""
     return len({getattr(d, "slice_index", None) or 0 for d in devices if d.platform == "tpu"}) or 1

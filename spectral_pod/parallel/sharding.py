@@ -1,7 +1,7 @@
-"""Where every array lives: THE table from logical axes to mesh axes, and how operations run on it.
+"""The table of logical axes and mesh axes, and how operations run on each device's shard.
 
-Modules and operations name logical axes only. XLA partitions matrix products well and FFTs,
-depthwise convolutions and data-dependent branches badly (it gathers the global batch), so those
+Modules and operations name logical axes only. XLA partitions matrix products well, but not FFTs,
+depthwise convolutions and data-dependent branches, for which it gathers the global batch. Those
 run under `jax.shard_map` through `shard_op`, on each device's own rows and channels.
 """
 
@@ -15,22 +15,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
 
-SEQUENCE = "sequence"  # the mesh axis that splits positions; ops that communicate name it
+SEQUENCE = "sequence"  # the mesh axis that splits positions, for operations that communicate
 
 # Logical axis -> mesh axes. Activations first, then parameters.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),  # sequences of a batch
     ("position", SEQUENCE),  # bytes or patches of a sequence
     ("channel", "tensor"),  # activation width inside a spectral operation
-    ("exchanged_channel", ("tensor", SEQUENCE)),  # the same where positions have been made whole
+    ("exchanged_channel", ("tensor", SEQUENCE)),  # the same after positions were exchanged
     ("head", "tensor"),  # memory heads, activations and parameters
     ("width", None),  # model width of activations between blocks
     ("layer", None),  # stacked parameters of scanned layers
-    ("embed", "fsdp"),  # model width of parameters: gathered just before use
+    ("embed", "fsdp"),  # model width of parameters, gathered just before use
     ("hidden", "tensor"),  # hidden width of a channel mixer
-    # Channels of a spectral filter; gathered over fsdp, the last, they are where they are used.
+    # Channels of a spectral filter; gathering over fsdp, the last axis, puts them in place.
     ("filter", ("tensor", SEQUENCE, "fsdp")),
-    ("few_filters", ("tensor", "fsdp")),  # the same where they are too few to go round
+    ("few_filters", ("tensor", "fsdp")),  # the same if there are too few channels for that
     ("frequency", None),  # frequency bins; their number is odd, so never split
     ("vocab", None),
     ("tap", None),  # positions of a short convolution kernel
@@ -40,11 +40,11 @@ _TABLE = dict(RULES)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions carry these logical axes.
+    """The partition spec of an array whose dimensions have these logical axes.
 
     Raises:
       KeyError: an axis is not in the table (Flax would silently leave it unsharded).
-      ValueError: two dimensions would share a mesh axis.
+      ValueError: two dimensions use the same mesh axis.
     """
     entries = [None if axis is None else _TABLE[axis] for axis in axes]
     used = [name for e in entries for name in ((e,) if isinstance(e, str) else e or ())]
@@ -54,7 +54,7 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to its place in the table; does nothing where no mesh is set."""
+    """Constrains an activation to its sharding in the table; does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
@@ -63,10 +63,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def shard_op(
     fn: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Axes | Sequence[Axes]
 ) -> Callable[..., Any]:
-    """`fn` on each device's own block of every argument, under the mesh that is set, if any.
+    """Wraps `fn` to run on each device's own shard of every argument, under the current mesh.
 
-    `in_axes` holds one tuple of logical axes per argument, `out_axes` one tuple (one result) or a
-    sequence of tuples. `fn` communicates, if it needs to, by naming mesh axes itself.
+    Without a mesh, or with a single device, it returns `fn` itself.
+
+    Args:
+      fn: a function of arrays, which may communicate by naming mesh axes.
+      in_axes: one tuple of logical axes per argument.
+      out_axes: one tuple for a single result, or a sequence of tuples.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -77,26 +81,26 @@ def shard_op(
 
 
 def num_shards(axis: str) -> int:
-    """Into how many parts the mesh that is set, if any, splits a logical axis."""
+    """The number of shards into which the current mesh splits a logical axis; 1 without a mesh."""
     sizes, names = jax.sharding.get_abstract_mesh().shape, _TABLE[axis]
     return math.prod(sizes.get(n, 1) for n in ((names,) if isinstance(names, str) else names or ()))
 
 
 def filter_axis(width: int) -> str:
-    """The logical axis of the channels of a filter that is this wide."""
+    """The logical axis of the channels of a filter that has `width` of them."""
     return "few_filters" if width % num_shards("filter") else "filter"
 
 
 def platform() -> str:
-    """'cpu', 'gpu' or 'tpu': of the mesh that is set, which need not be this machine's own."""
+    """The current mesh's platform: 'cpu', 'gpu' or 'tpu'; its devices may be on another machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x`, known inside `shard_op` to differ between the devices between which `like` does.
+    """Marks `x` inside `shard_op` as varying over the mesh axes over which `like` varies.
 
-    The cotangent of the result is then summed over those devices.
+    The cotangent of the result is then summed over those axes.
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in (like, x)]
     axes = varying[0] - varying[1]
@@ -104,12 +108,12 @@ def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def tree_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
-    """The `NamedSharding` of every leaf of a boxed (`nn.with_logical_partitioning`) tree."""
+    """The `NamedSharding` of every leaf of a tree of boxed parameters (`layers/parameter.py`)."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_boxed), mesh, RULES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data and fsdp axes; everything else whole."""
+    """Splits the rows of a batch over the data and fsdp axes; other dimensions stay whole."""
     return NamedSharding(mesh, spec("batch"))
 
 

@@ -1,8 +1,8 @@
-"""Traces for XProf, of planned steps and on demand: `touch WORKDIR/PROFILE`.
+"""Traces for XProf, of planned steps or on request: `touch WORKDIR/PROFILE`.
 
-TensorBoard's profile page (PyPI: xprof) finds a trace at
-WORKDIR/plugins/profile/NAME/HOST-PROCESS.xplane.pb. The files of all processes lie in one folder,
-its name agreed upon without a word: the planned steps, or the time of the request.
+TensorBoard's profile page (PyPI: xprof) expects a trace at
+WORKDIR/plugins/profile/NAME/HOST-PROCESS.xplane.pb. All processes write to the same folder without
+communication, as NAME is derived from the planned steps or from the time of the request.
 """
 
 import contextlib
@@ -22,35 +22,35 @@ from etils import epath
 
 from spectral_pod import storage
 
-REQUEST = "PROFILE"  # a file in the workdir; its time tells one request from the next
-_POLL_SECONDS, _POLL_SECONDS_REMOTE = 3.0, 30.0  # a pod's hosts all ask the same object
+REQUEST = "PROFILE"  # a file in the workdir; requests differ by its modification time
+_POLL_SECONDS, _POLL_SECONDS_REMOTE = 3.0, 30.0  # all hosts of a pod poll the same object
 _REQUESTED_STEPS = 5
-_KEPT_POLLS = 4  # that a request lies there, for every process to see it
+_KEPT_POLLS = 4  # polls before a request is deleted, so that every process sees it
 
 
 class Profiler:
-    """Traces this process's host and devices. Threads look for requests and store traces.
+    """Traces this process's host and devices; threads poll for requests and store traces.
 
-    A trace that cannot be taken or stored is a warning: it never ends the run.
+    A trace that cannot be taken or stored is logged as a warning and never ends the run.
     """
 
     def __init__(self, workdir: str, steps: Sequence[int], process_index: int):
-        """`steps`: the first and the last of a planned trace, or none."""
+        """`steps` are the first and last step of a planned trace, or empty."""
         self._workdir = epath.Path(workdir)
         self._planned = tuple(steps)
         self._process_index = process_index
-        self._until: int | None = None  # the last step of the trace that is open
-        self._name = ""  # of the trace that is open
-        self._folder: Any = None  # where it is written, until it is stored
+        self._until: int | None = None  # the last step of the current trace
+        self._name = ""  # of the current trace
+        self._folder: Any = None  # where the current trace is written until it is stored
         self._storing: Future[None] | None = None
         self._storer = ThreadPoolExecutor(1, "profile")
-        self._requested = self._taken = 0  # times of requests, as polled and as taken by a step
+        self._requested = self._taken = 0  # times of the last request seen and the last one served
         self._closed = threading.Event()
         threading.Thread(target=self._poll, name="profile requests", daemon=True).start()
 
     def step(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        """Opens or ends a trace as due before a step; within the context is the step's mark."""
-        # A step late, as the loop reads its metrics: only then are the devices done with the last.
+        """Starts or ends a trace if due before a step; the context annotates the step."""
+        # One step late, as the loop reads metrics: only then have the devices finished the last.
         if self._until is not None and step > self._until + 1:
             self._stop()
         if self._until is None and (self._storing is None or self._storing.done()):
@@ -60,7 +60,7 @@ class Profiler:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def close(self) -> None:
-        """Ends an open trace, and waits for the last one to be stored."""
+        """Ends the current trace, and waits until it is stored."""
         if self._until is not None:
             self._stop()
         self._closed.set()
@@ -78,7 +78,7 @@ class Profiler:
     def _start(self, name: str, until: int) -> None:
         options = jax.profiler.ProfileOptions()
         options.session_id = name
-        options.python_tracer_level = 0  # it would slow down what is measured
+        options.python_tracer_level = 0  # would slow down what is measured
         folder = tempfile.TemporaryDirectory(prefix="spectral_pod-")
         try:
             jax.profiler.start_trace(folder.name, profiler_options=options)
@@ -107,7 +107,7 @@ class Profiler:
             logging.info("trace: %s", target)
 
     def _poll(self) -> None:
-        """Notes requests; process 0 removes each when every process has had time to see it."""
+        """Records requests; process 0 deletes each once every process has had time to see it."""
         file, noted = self._workdir / REQUEST, 0.0
         remote = storage.is_remote(os.fspath(self._workdir))
         pause = _POLL_SECONDS_REMOTE if remote else _POLL_SECONDS
@@ -119,4 +119,4 @@ class Profiler:
                 elif self._process_index == 0 and time.monotonic() - noted > _KEPT_POLLS * pause:
                     file.unlink()
             except storage.failures():
-                continue  # there is none, or storage is silent: the next look may do better
+                continue  # there is no request, or storage does not answer: try again later

@@ -1,4 +1,4 @@
-"""The starts of a run: what all its processes must share, and a record of when it ran on what."""
+"""What must agree between the processes of a run, and a record of the run's starts."""
 
 import hashlib
 import importlib.metadata
@@ -18,19 +18,19 @@ from spectral_pod import storage
 from spectral_pod.parallel import runtime
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
-_LOCAL = ("data.dir", "data.copies_dir")  # folders of a host, which may have other names there
+_LOCAL = ("data.dir", "data.copies_dir")  # folders of a host, whose names may differ between hosts
 
 
 def facts(config: ConfigDict) -> dict[str, str]:
-    """What decides the program and the data of a process, by name; equal in all of a run."""
+    """Everything that determines a process's program and data; equal in all processes of a run."""
     fields = config_lib.flat(config.to_dict())
-    told = {f"config.{name}": repr(x) for name, x in fields.items() if name not in _LOCAL}
-    told |= {f"package {name}": _version(name) for name in _PACKAGES}
-    return told | {"code of spectral_pod": _code_version(), "Python": platform.python_version()}
+    values = {f"config.{name}": repr(x) for name, x in fields.items() if name not in _LOCAL}
+    values |= {f"package {name}": _version(name) for name in _PACKAGES}
+    return values | {"code of spectral_pod": _code_version(), "Python": platform.python_version()}
 
 
 def record_start(workdir: str, mesh: Mesh, step: int) -> list[str]:
-    """Adds a line to `starts.jsonl`; returns what to tell of another place than the last one's."""
+    """Appends to `starts.jsonl`; returns messages on what has changed since the last start."""
     if not runtime.is_leader():
         return []
     file = epath.Path(workdir) / "starts.jsonl"
@@ -56,7 +56,7 @@ def record_start(workdir: str, mesh: Mesh, step: int) -> list[str]:
 
 
 def _code_version() -> str:
-    """sha256 over the package's files, by their names."""
+    """The sha256 of the package's source files and their names, shortened."""
     root = pathlib.Path(spectral_pod.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What a run takes of its machine: TensorBoard's page "system"."""
+"""Usage of the machine by a run, for the "system" section in TensorBoard."""
 
 import os
 import shutil
@@ -10,17 +10,18 @@ from spectral_pod import storage
 
 _GB = 1e9  # bytes
 _PROCESS = psutil.Process()
-_PROCESS.cpu_percent()  # the time since this call is what the next one measures
+_PROCESS.cpu_percent()  # starts the interval that the next call measures
 
 
 def usage(workdir: str, data_dir: str) -> dict[str, float]:
-    """What this process and its host use now, by the names of scalars.
+    """The current usage of this process and its host, by the names of scalars.
 
-    Of the local devices the fullest counts. `cpu_percent` is since the last call; 100 is one core
-    at work. Devices that keep no statistics (CPUs) are left out, and folders on gs:// or not there.
+    Of the local devices, the one with the most memory in use counts. `cpu_percent` covers the time
+    since the last call, with 100 for one busy core. Devices without statistics (CPUs) are omitted,
+    as are remote or missing folders.
 
     Args:
-      workdir, data_dir: paths or gs:// URLs; free space is that of their disks.
+      workdir, data_dir: paths or gs:// URLs, for the free space of their disks.
     """
     values = {
         "system/host_memory_gb": _PROCESS.memory_info().rss / _GB,
@@ -32,8 +33,8 @@ def usage(workdir: str, data_dir: str) -> dict[str, float]:
         ("system/device_memory_gb", "bytes_in_use"),
         ("system/device_memory_peak_gb", "peak_bytes_in_use"),
     ):
-        if held := [stats[key] for stats in devices if key in stats]:
-            values[name] = max(held) / _GB
+        if used := [stats[key] for stats in devices if key in stats]:
+            values[name] = max(used) / _GB
     for name, folder in (
         ("system/disk_free_gb", workdir),
         ("system/data_disk_free_gb", data_dir),

@@ -1,12 +1,11 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard event files, and Weights & Biases if asked for.
+"""Writers of metrics: `metrics.jsonl`, TensorBoard event files, and optionally Weights & Biases.
 
-TensorFlow takes seconds to import, and CLU's writers need it. So the event files are written on a
-thread of their own, which imports CLU while the first step compiles; without TensorFlow the same
-thread writes the same files through TensorBoard's own writer. Weights & Biases is written there
-too.
+TensorFlow, which CLU's writers need, takes seconds to import. So event files are written by a
+thread of their own, which imports CLU while the first step compiles; without TensorFlow it writes
+the same files through TensorBoard's own writer. The same thread writes to Weights & Biases.
 
-Objects in storage cannot be appended to, and TensorFlow's own way to gs:// is another than the rest
-of a run takes. There all files are written to a temporary folder, which is copied.
+Objects in storage cannot be appended to, and TensorFlow accesses gs:// through a library of its own
+(see `storage.py`). For a gs:// workdir, files are therefore written locally and then copied.
 """
 
 import html
@@ -27,11 +26,11 @@ from etils import epath
 from spectral_pod import storage
 from spectral_pod.errors import UserError
 
-_COPY_SECONDS = 30.0  # between copies to storage, as far as nobody asks for one
+_COPY_SECONDS = 30.0  # between copies to storage, if none is requested
 
 
 class MetricWriter:
-    """Scalars and texts of one run, written by the leading process only."""
+    """Scalars and texts of one run; only the leader process writes."""
 
     def __init__(
         self,
@@ -42,11 +41,14 @@ class MetricWriter:
         wandb_project: str = "",
         run_config: Mapping[str, Any] | None = None,
     ):
-        """Continues the records in `workdir` after `resume_step`; what came later is rewritten.
+        """Continues the records in `workdir` after `resume_step`, dropping later ones.
 
         Args:
-          wandb_project: of Weights & Biases, where the same is written; "" is none.
-          run_config: what Weights & Biases shows as the run's configuration.
+          workdir: the run's folder or gs:// URL.
+          is_leader: whether this process writes; the others do nothing.
+          resume_step: the step from which the run continues.
+          wandb_project: a project of Weights & Biases to write to as well; "" for none.
+          run_config: the run's configuration, for Weights & Biases.
 
         Raises:
           UserError: `wandb_project` is given and the package wandb is not installed.
@@ -55,7 +57,7 @@ class MetricWriter:
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._pending: list[Future[Any]] = []
         self._writers: Future[list[Any]] | None = None
-        self.last_line: dict[str, float] = {}  # of a window of steps, which this run continues
+        self.last_line: dict[str, float] = {}  # of the training metrics that this run continues
         if not is_leader:
             return
         if wandb_project and importlib.util.find_spec("wandb") is None:
@@ -66,7 +68,7 @@ class MetricWriter:
         kept = _kept_lines(epath.Path(workdir) / "metrics.jsonl", resume_step)
         self._kept = frozenset(map(_point, kept))
         windows = (line for line in map(json.loads, reversed(kept)) if "train/loss" in line)
-        self.last_line = next(windows, {})  # evaluations have lines of their own
+        self.last_line = next(windows, {})  # lines of evaluations are skipped
         remote = storage.is_remote(workdir)
         if remote:
             self._temporary = tempfile.TemporaryDirectory(prefix="spectral_pod-")
@@ -77,7 +79,7 @@ class MetricWriter:
         storage.write_whole(epath.Path(self._jsonl), "".join(kept))
 
         def open_writers() -> list[Any]:
-            opened = [_Copied(folder, epath.Path(workdir)) if remote else _open_events(workdir)]
+            opened = [_Uploader(folder, epath.Path(workdir)) if remote else _open_events(workdir)]
             if wandb_project:
                 opened.append(_WandbWriter(workdir, wandb_project, run_config or {}))
             return opened
@@ -85,33 +87,33 @@ class MetricWriter:
         self._writers = self._thread.submit(open_writers)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line to `metrics.jsonl`, with the time, and the values elsewhere."""
+        """Appends a line with the values and the time to `metrics.jsonl`; writes event files."""
         if self._writers is None:
             return
         now = {"wall_time": round(time.time(), 3)}  # seconds since 1970
         point = {"step": step} | {k: float(v) for k, v in values.items()}
         line = json.dumps(point | now) + "\n"
-        if _point(line) not in self._kept:  # a finished run started again evaluates again
+        if _point(line) not in self._kept:  # a finished run that is restarted evaluates again
             with open(self._jsonl, "a") as file:
                 file.write(line)
         self._submit(lambda writer: writer.write_scalars(step, dict(values)))
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
-        """Markdown texts for TensorBoard's text page."""
+        """Writes Markdown texts, for TensorBoard's text page."""
         self._submit(lambda writer: writer.write_texts(step, dict(values)))
 
     def flush(self) -> None:
-        """Waits for everything so far to be stored: a resumed run writes only what comes later.
+        """Waits until everything so far is stored, so that a resumed run need not repeat it.
 
         Raises:
-          UserError: a file could not be written; so do the other methods.
+          UserError: a file could not be written; the other methods raise this, too.
         """
         self._submit(lambda writer: writer.flush())
         wait(self._pending)
         self._raise_failures()
 
     def close(self) -> None:
-        """Waits for everything to be stored."""
+        """Waits until everything is stored, and closes the files."""
         self._submit(lambda writer: writer.close())
         self._thread.shutdown(wait=True)
         self._raise_failures()
@@ -140,7 +142,7 @@ class MetricWriter:
 
 
 def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
-    """The complete lines up to `resume_step`: a killed run may have left later or torn ones."""
+    """The complete lines up to `resume_step`; a killed run may leave later or partial lines."""
     if not file.exists():
         return []
     kept = []
@@ -155,14 +157,14 @@ def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
 
 
 def _point(line: str) -> str:
-    """A line less its time, by which two of the same point differ."""
+    """A line without its time, for comparison with lines of the same step."""
     point = json.loads(line)
     point.pop("wall_time", None)
     return json.dumps(point)
 
 
 def _open_events(workdir: str) -> Any:
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and it says so at start-up
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message at start-up
     try:
         from clu import metric_writers
 
@@ -172,14 +174,14 @@ def _open_events(workdir: str) -> Any:
         return _TensorBoardWriter(workdir)
 
 
-class _Copied:
-    """The calls of a CLU writer on a local folder, whose files are copied to object storage."""
+class _Uploader:
+    """A CLU-like writer to a local folder whose files are copied to object storage."""
 
     def __init__(self, folder: pathlib.Path, target: epath.Path):
         self._folder = folder
         self._target = target
         self._events = _open_events(str(folder))
-        self._sizes: dict[str, int] = {}  # of what was copied; files only grow
+        self._sizes: dict[str, int] = {}  # of the files copied so far, which only grow
         self._copied = time.monotonic()
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -208,7 +210,7 @@ class _Copied:
 
 
 class _TensorBoardWriter:
-    """The calls of a CLU writer that are used here, without TensorFlow."""
+    """A CLU-like writer, as far as needed here, without TensorFlow."""
 
     def __init__(self, workdir: str):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -240,10 +242,10 @@ class _TensorBoardWriter:
 
 
 class _WandbWriter:
-    """The calls of a CLU writer, to one run of Weights & Biases.
+    """A CLU-like writer to one run of Weights & Biases.
 
-    Its id lies in the workdir, so that a restart continues the same run. The API key stays where
-    wandb looks for it, the environment or ~/.netrc; WANDB_MODE=offline keeps all on disk.
+    The run's id is kept in the workdir, so that a restart continues the same run. wandb itself
+    finds the API key in the environment or ~/.netrc; WANDB_MODE=offline keeps everything on disk.
     """
 
     def __init__(self, workdir: str, project: str, config: Mapping[str, Any]):
@@ -263,7 +265,7 @@ class _WandbWriter:
                 config=dict(config),
                 mode=mode,
                 resume="allow",
-                # Neither what a terminal shows nor the state of a repository is anyone's business.
+                # Terminal output and the state of the repository are private.
                 settings=wandb.Settings(console="off", disable_git=True, save_code=False),
             )
 
@@ -274,14 +276,14 @@ class _WandbWriter:
                 f"config.train.wandb_project is {project!r} and Weights & Biases refuses: {error}; "
                 "run `wandb login`, set WANDB_MODE=offline, or set the field to ''"
             ) from error
-        except wandb.errors.CommError as error:  # no reason to lose hours of an accelerator
+        except wandb.errors.CommError as error:  # not worth ending a run for
             logging.warning(
                 "Weights & Biases cannot be reached, and is written to %s/wandb until the next "
                 "start; `wandb sync` uploads it: %s", folder or ".", error
             )  # fmt: skip
-            wandb.teardown()  # which holds on to the run's id
+            wandb.teardown()  # or the service would keep the run's id
             self._run = start("offline")
-        # Of wandb's own steps none can be written again, as a resumed run does.
+        # wandb's own step counter only increases, but a resumed run logs some steps again.
         self._run.define_metric("*", step_metric="step")
         self._html = wandb.Html
 
@@ -293,7 +295,7 @@ class _WandbWriter:
         self._run.log({"step": step, **pages})
 
     def flush(self) -> None:
-        pass  # a process of wandb's own writes and sends
+        pass  # wandb sends from a process of its own
 
     def close(self) -> None:
         self._run.finish()

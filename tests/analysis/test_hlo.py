@@ -1,4 +1,4 @@
-"""The reader of compiled programs: on small texts whose answers are known, and on real programs."""
+"""The HLO parser: on small texts with known results, and on real compiled programs."""
 
 import re
 
@@ -15,7 +15,7 @@ MESH = {"data": 4, "fsdp": 2}
 
 
 def program(body, others="", partitions=8):
-    """The text of a module whose entry is `body`, lines without indentation."""
+    """The text of a module whose entry computation is `body`, given without indentation."""
     lines = "\n".join(f"  {line}" for line in body.strip().splitlines())
     entry = f"ENTRY %main () -> f32[] {{\n{lines}\n}}\n"
     return f"HloModule m, num_partitions={partitions}\n{others}\n{entry}"
@@ -26,7 +26,7 @@ def only(text, **options):
     return found
 
 
-# ---- who communicates
+# ---- groups of devices
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def only(text, **options):
         ("replica_groups=mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", ("data",), 4),
     ],
 )
-def test_every_spelling_of_groups(groups, axes, members):
+def test_every_notation_of_groups(groups, axes, members):
     text = program(f"%x = f32[4]{{0}} all-reduce(%y), channel_id=1, {groups}, to_apply=%add")
     found = only(text, mesh_shape=MESH)
     assert (found.axes, found.group_size) == (axes, members)
@@ -99,7 +99,7 @@ def test_the_program_of_one_slice_reaches_others_by_sends():
     assert (ici.kind, ici.bytes, ici.axes, ici.link) == ("reduce-scatter", 256, ("data",), "ICI")
 
 
-# ---- how much and how often
+# ---- sizes and counts
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_bytes_are_those_of_the_whole_array(line, size, sent):
 
 
 def loop(name, turns, body, start=0, known=False):
-    """Computations of a loop and the lines that call it."""
+    """The computations of a loop, and the lines that call it."""
     config = f"body=%{name}_body"
     if known:
         config += f', backend_config={{"known_trip_count":{{"n":"{turns}"}}}}'
@@ -181,7 +181,7 @@ def test_of_a_conditional_the_costliest_branch_counts():
 
 
 def test_the_steps_of_an_asynchronous_collective_are_one():
-    # As a TPU's compiler writes it: start, steps fused with other work, done.
+    # As the TPU compiler prints it: a start, steps fused with other work, and the end.
     gather = (
         '%g = f32[8]{0} all-gather(%p), replica_groups={{0,1}}, frontend_attributes={chain_id="9"}'
     )
@@ -242,7 +242,7 @@ def test_merging_and_splitting_is_no_growth():
 
 
 def test_the_stage_between_slices_is_no_growth_where_that_within_them_is_none():
-    """libtpu on two slices of 32 and of 64 chips: a chip of the larger carries half a gradient."""
+    """libtpu on two slices of 32 and of 64 chips: on the larger, a chip sends half a gradient."""
     small = [moved("all-reduce", 1600, source="a"), moved("all-gather", 800)]
     within = [moved("all-reduce", 1600, source="a"), moved("all-reduce", 800)]
 
@@ -256,7 +256,7 @@ def test_the_stage_between_slices_is_no_growth_where_that_within_them_is_none():
     assert hlo.grown(small, [moved("all-reduce", 3200, source="a"), between(1600)]) != []
 
 
-# ---- names
+# ---- descriptions
 
 
 def test_names_say_what_travels():

@@ -27,7 +27,7 @@ def test_equals_float64(rows, num_in, num_out, dtype, tolerance):
 
 
 def test_bfloat16_operands_stay_bfloat16_in_the_backward_pass():
-    """A transpose that is not written out would be a float32 product, off the matrix unit."""
+    """A fused transpose would be computed as a float32 product, not on the matrix unit."""
     x, w, b = (jnp.ones(shape, jnp.bfloat16) for shape in ((64, 32), (32, 48), 48))
 
     def step(x, w, b):

@@ -1,4 +1,4 @@
-"""Windows and linear attention against all pairs, at lengths that fit no block."""
+"""Local and linear attention against explicit pairwise sums, at lengths that no block divides."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def draw(length):
 
 
 def pairs(weights, v, mask, near):
-    """`sum_s w_ts v_s / sum_s w_ts` over valid s with `near(t - s)`, zero where there is none."""
+    """`sum_s w_ts v_s / sum_s w_ts` over valid s with `near(t - s)`; zero if there are none."""
     n = np.arange(weights.shape[-1])
     seen = mask[:, None, None] & near(n[:, None] - n)
     weights = np.where(seen, weights, 0)

@@ -1,4 +1,4 @@
-"""Both forms of the delta rule against a float64 loop, and their gradients against float64."""
+"""All forms of the delta rule and their gradients against a float64 loop."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ from spectral_pod.ops.delta_chunks import (
     delta_rule_chunked,
     forward,
 )
-from spectral_pod.ops.delta_recurrence import Tokens, delta_rule_recurrent
+from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent
 from spectral_pod.ops.delta_rule import delta_rule
 
 METHODS = ["chunked", "recurrent"]
@@ -32,10 +32,10 @@ OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
 def problem(seed, N, H=2, clips="never", gates="none", beta=(0.0, 1.0), unit_keys=True):
-    """q, k, v, beta, log gates or None, and a state, in float32.
+    """q, k, v, beta, log gates or None, and an initial state, in float32.
 
-    The clip of 10 fires as often as `clips` says. Mixed gates are mostly near 1, some are strong:
-    e^-5; strong ones are all at least e^-4.
+    `clips` says how often the clip of 10 takes effect. Mixed gates are mostly near 1, with some as
+    strong as e^-5; strong gates are at least e^-4.
     """
     rng = np.random.default_rng(seed)
     q, k = rng.normal(size=(2, B, N, H, K))
@@ -67,10 +67,11 @@ def truth(q, k, v, beta, log_gate, state=None, mask=None, clip=10.0):
 
 
 def loss(fn, weights, inputs):
-    """A scalar in which every read and every entry of the final state counts differently."""
+    """A scalar to which every output and every entry of the final state contributes differently."""
     *tokens, state = inputs
     return sum(
-        jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, fn(Tokens(*tokens), state), strict=True)
+        jnp.sum(w * jnp.sin(x))
+        for w, x in zip(weights, fn(DeltaInputs(*tokens), state), strict=True)
     )
 
 
@@ -95,7 +96,7 @@ def random_weights(seed, inputs):
 
 
 def error(actual, expected):
-    """The largest difference relative to the largest expected entry; NaN where either is NaN."""
+    """The largest difference relative to the largest expected entry; NaN if either is NaN."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected)
     assert actual.shape == expected.shape
     return np.abs(actual - expected).max() / np.abs(expected).max()
@@ -119,9 +120,9 @@ def test_another_chunk_length_gives_the_same():
     chunked = jax.jit(functools.partial(delta_rule_chunked, chunk=16))
     for clips in CLIPS:
         *tokens, state = inputs = problem(0, 150, clips=clips, gates="mixed")
-        assert_close(chunked(Tokens(*tokens), state), truth(*inputs), OUTPUT_TOLERANCE)
+        assert_close(chunked(DeltaInputs(*tokens), state), truth(*inputs), OUTPUT_TOLERANCE)
     with pytest.raises(ValueError, match="must have 8"):
-        jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), Tokens(*tokens), state)
+        jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), DeltaInputs(*tokens), state)
 
 
 def test_starts_from_an_empty_memory():
@@ -184,7 +185,7 @@ def test_repeated_keys(different_keys, beta):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_clip_keeps_long_keys_finite(method):
-    """Without clips all of the first segment overflows to NaN, which must not get out."""
+    """Without clips the whole first segment overflows to NaN, which must not affect the results."""
     inputs = problem(1, 300, beta=(0.5, 1.0))
     inputs[1][:, :16] *= 3e5
     assert np.isnan(run(*inputs, method=method, clip=None)[0]).any()
@@ -195,7 +196,7 @@ def test_the_clip_keeps_long_keys_finite(method):
 
 
 def test_both_forms_agree_on_raw_keys():
-    """Raw Gaussian keys make the clipped recurrence chaotic: no float64 truth holds for long."""
+    """Raw Gaussian keys make the clipped recurrence chaotic: float64 results soon diverge."""
     inputs = problem(6, 300, beta=(0.5, 1.0), unit_keys=False)
     assert not np.isfinite(run(*inputs, clip=None)[0]).all()
     assert_close(run(*inputs), run(*inputs, method="recurrent"), OUTPUT_TOLERANCE)
@@ -211,18 +212,18 @@ def test_the_clip_matters(clips, method):
     assert difference == 0 if clips == "never" else difference > 0.1
 
 
-def test_the_certificate_fires_exactly_when_a_clip_does():
+def test_the_chunked_form_detects_clips_exactly():
     certified = jax.jit(lambda tokens, state: forward(*cut(tokens, clip=10.0), state))
-    fired = []
+    detected = []
     for seed in range(40):
         *tokens, state = problem(seed, 64, gates="mixed" if seed % 2 else "none")
         tokens[2][0, seed, 0] *= 9.99 / np.linalg.norm(tokens[2][0, seed, 0])  # an error near 10
         _, clipped = truth(*tokens, state)
         _, unclipped = truth(*tokens, state, clip=None)
-        _, residuals = certified(Tokens(*tokens), state)
-        fired.append(bool(residuals.fired.any()))
-        assert fired[-1] == np.any(clipped != unclipped), seed
-    assert 5 < sum(fired) < 35
+        _, residuals = certified(DeltaInputs(*tokens), state)
+        detected.append(bool(residuals.clipped.any()))
+        assert detected[-1] == np.any(clipped != unclipped), seed
+    assert 5 < sum(detected) < 35
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""The parallel scan against the recurrence that defines it."""
+"""The parallel scan against the sequential recurrence that defines it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Every method of the spectral filter against independent float64 forms."""
+"""Every method of the spectral filter against independent float64 references."""
 
 import functools
 
@@ -15,7 +15,7 @@ SIZES = [(1, 2), (63, 128), (9, 9), (37, 74), (100, 200)]
 
 
 def _serves(method, length, fft_length):
-    """Whether a method is for these sizes; the others are refused."""
+    """Whether a method supports these sizes; otherwise it raises."""
     if method == "right_angle":
         return 2 * length <= fft_length
     return method != "matmul" or matmul_dft.factors(fft_length) is not None
@@ -77,7 +77,7 @@ def test_any_factors_give_the_same(factors):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_the_door_chooses_what_can_serve(platform):
+def test_dispatch_chooses_a_method_that_supports_the_sizes(platform):
     for length, fft_length in SIZES:
         assert _serves(choose(platform, length, fft_length), length, fft_length)
     assert choose("cpu", 512, 1024) == "right_angle"

@@ -9,7 +9,7 @@ from spectral_pod.ops.gelu import gelu
 
 
 def _truth(x):
-    """The function and its derivative, float64."""
+    """The function and its derivative in float64."""
     scale = np.sqrt(2 / np.pi)
     tanh = np.tanh(scale * (x + 0.044715 * x**3))
     slope = scale * (1 + 3 * 0.044715 * x**2)
@@ -23,7 +23,7 @@ def test_equals_float64_with_its_gradient(dtype, tolerance):
     (dx,) = pullback(jnp.ones_like(x))
     for got, want in zip((y, dx), _truth(np.asarray(x.astype(jnp.float32), np.float64))):
         assert got.dtype == dtype
-        # One rounding of the result; XLA gives tanh near one to 4e-7, and the terms are up to six.
+        # The result is rounded once. XLA's tanh near 1 is accurate to 4e-7, and terms are up to 6.
         error = np.abs(np.asarray(got.astype(jnp.float32)) - want)
         assert (error <= tolerance * np.abs(want) + 1e-5).all()
 

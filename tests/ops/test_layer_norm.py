@@ -1,4 +1,4 @@
-"""LayerNorm and its gradient by hand against Flax's and JAX's."""
+"""LayerNorm and its hand-written gradient against Flax's and JAX's."""
 
 import flax.linen as nn
 import jax
@@ -32,7 +32,7 @@ def test_equals_flax_with_its_gradients(shape, dtype):
     _close(y, y_flax, 1e-6)
     (dx, *dparams), (dx_flax, *dparams_flax) = pullback(dy), pullback_flax(dy)
     assert dx.dtype == dtype
-    # Two features are +-1 whatever x is: its gradient is a difference of equal numbers.
+    # With two features the output is +-1 whatever x is, and dx a difference of equal numbers.
     if shape[-1] > 2:
         _close(dx, dx_flax, 1e-6 if dtype == jnp.float32 else 2**-7)
     for got, want in zip(dparams, dparams_flax):

@@ -1,4 +1,4 @@
-"""Causal convolution, every method, against numpy's direct convolution in float64."""
+"""Every method of causal convolution against numpy's direct convolution in float64."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spectral_pod.ops import reference
-from spectral_pod.ops.long_conv import METHODS, causal_conv, stretch
+from spectral_pod.ops.long_conv import METHODS, block_length, causal_conv
 
 SIZES = [(1, 1), (7, 7), (333, 1000), (509, 509), (1000, 30), (1000, 300)]
 
@@ -68,7 +68,7 @@ def test_long_sequences(length, num_taps, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_comes_from_the_future(method):
-    """What a transform lets through is its rounding, next to nothing beside the past."""
+    """Future inputs leak only by rounding in the transform, far below the effect of the past."""
     u, h = (jnp.float32(x) for x in inputs(331, 100))
     jacobian = jax.jit(jax.jacrev(lambda x: causal_conv(x[None, None], h[:1], method)[0, 0]))(
         u[0, 0]
@@ -78,10 +78,10 @@ def test_nothing_comes_from_the_future(method):
 
 
 def test_short_filters_cost_short_transforms():
-    assert stretch(100_000, 3) == 256
-    assert stretch(100_000, 1000) == 1000
-    assert stretch(1500, 1000) == 1500
-    assert stretch(1013, 1013) == 1024  # a prime
+    assert block_length(100_000, 3) == 256
+    assert block_length(100_000, 1000) == 1000
+    assert block_length(1500, 1000) == 1500
+    assert block_length(1013, 1013) == 1024  # a prime
 
 
 def test_the_backward_pass_keeps_only_its_inputs():

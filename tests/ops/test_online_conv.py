@@ -1,4 +1,4 @@
-"""Convolutions that grow one position at a time against the whole ones in float64."""
+"""Online convolutions, one position at a time, against whole convolutions in float64."""
 
 import functools
 import operator
@@ -24,7 +24,7 @@ from spectral_pod.ops.online_conv import (
 )
 
 J, B, D = 2, 2, 3
-# (positions, of which the prompt): all sides of block and tile boundaries, and some at random.
+# (positions, prompt length): on both sides of block and tile boundaries, and some at random.
 CASES = [
     *[(1, 0), (2, 1), (31, 0), (32, 31), (33, 1), (33, 32), (64, 40), (65, 0), (97, 64), (300, 0)],
     *(
@@ -47,7 +47,7 @@ def product_layers(block, q_JBD, k_JBD, position):
 
 
 def filter_online(h_JND, x_JBND, prompt):
-    """Every output, those of the prompt by the prefill and the others one by one."""
+    """All outputs: those of the prompt by the prefill, the others one by one."""
     N = x_JBND.shape[2]
     plan = plan_filter(h_JND, N)
     if prompt:
@@ -109,7 +109,7 @@ def test_growing_product_equals_the_whole_convolution(N, prompt):
 @pytest.mark.parametrize("starts", [(0, 7), (50, 31), (99, 64)])
 @pytest.mark.parametrize(("N", "prompt"), [(129, 100), (300, 128)])
 def test_products_of_sequences_that_begin_later(N, prompt, starts):
-    """A later beginning delays the output by as much, whatever its place in blocks and tiles."""
+    """A late start delays the output by the same amount, wherever it is in blocks and tiles."""
     begun = np.arange(N) >= np.reshape(starts, (B, 1))
     q_JBND, k_JBND = jnp.where(begun[None, None, ..., None], random(2, J, B, N, D), 0)
     actual = product_online(q_JBND, k_JBND, prompt, starts)
@@ -152,7 +152,7 @@ def test_bfloat16_inputs_are_summed_in_float32():
 
 
 def tile_program(form, N, size, position):
-    """The jitted tile of one layer and channel, and its arguments."""
+    """The jitted program of a tile for one layer and channel, and its arguments."""
     if form == "filter":
         plan = plan_filter(jnp.zeros((1, N, 1)), N)
         state, block = filter_init(plan, 1)
@@ -177,7 +177,7 @@ def test_work_grows_as_n_log_squared_n(form, ffts):
 
     for N in (256, 1024, 4096):
         total = sum(flops(N, size, size == t) for t, (size, _) in tiles(N).items())
-        # A tile of U has FFTs of 2 U points at 2.5 n log2 n, and there are N / 2 U of them.
+        # A tile of U has FFTs of 2 U points at 2.5 n log2 n each, and there are N / 2 U tiles.
         sizes = BLOCK * 2 ** np.arange(np.log2(N // BLOCK))
         expected = sum(N / (2 * U) * ffts * 2.5 * 2 * U * np.log2(2 * U) for U in sizes)
         assert total == pytest.approx(expected, rel=0.01)
@@ -194,7 +194,7 @@ def test_tiles_reach_up_to_the_end_and_no_further():
 
 @pytest.mark.parametrize("form", ["filter", "product"])
 def test_a_tile_updates_the_state_in_place(form):
-    """What it needs besides must not grow with the sequence."""
+    """The temporary memory of a tile must not grow with the sequence."""
     temporary = {}
     for N in (512, 4096):
         program, arguments = tile_program(form, N, BLOCK, 3 * BLOCK)

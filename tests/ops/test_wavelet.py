@@ -12,10 +12,10 @@ import pywt
 from spectral_pod.ops import reference
 from spectral_pod.ops.wavelet import (
     Boundary,
-    causal_reach,
     causal_wavedec,
     dwt,
     idwt,
+    reach,
     wavedec,
     waverec,
 )
@@ -42,7 +42,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def assert_transform_equals_pywavelets(N, wavelet, mode, dtype):
-    """Both directions on arbitrary coefficients, so that not even the ends can hide an error."""
+    """Tests both directions on arbitrary coefficients, so that errors at the ends are seen, too."""
     x_BND = random(2, N, 3)
     with jax.enable_x64(dtype == np.float64):
         a_BND, d_BND = jax.jit(lambda x: dwt(x, wavelet, mode))(jnp.asarray(x_BND, dtype))
@@ -117,9 +117,9 @@ def test_causal_transform_equals_the_float64_loop(wavelet, N, detail):
 
 @pytest.mark.parametrize("detail", DETAILS)
 def test_causal_transform_equals_the_stationary_one_away_from_the_start(detail):
-    """`pywt.swt` is circular, centred and has gain sqrt(2) a level: roll it and scale it.
+    """`pywt.swt` is circular, centred and has a gain of sqrt(2) per level: roll and scale it.
 
-    It applies the analysis filters, ours back to front, so it gets the bank the other way round.
+    It applies the analysis filters, which are ours reversed, so it gets the reversed filter bank.
     """
     levels, N = 3, 128
     bank = pywt.Wavelet("db4")
@@ -135,7 +135,7 @@ def test_causal_transform_equals_the_stationary_one_away_from_the_start(detail):
         expected_BND = previous_BND - smooth_BND
         if detail == "high_pass":
             expected_BND = np.roll(high_BND / gain, roll, axis=1)
-        interior = slice(causal_reach("db4", level + 1) - 1, None)
+        interior = slice(reach("db4", level + 1), None)
         d_BND = details[levels - 1 - level]
         assert_close(d_BND[:, interior], expected_BND[:, interior], 2e-6)
         previous_BND = smooth_BND
@@ -146,18 +146,18 @@ def test_differences_sum_back_to_the_input_and_a_constant_stays():
     x_BND = jnp.float32(random(2, 37, 3))
     assert_close(sum(causal_wavedec(x_BND, "db4", 3)), x_BND, 1e-6)
     a_BND, *details = causal_wavedec(jnp.ones((1, 80, 1)), "db4", 3)
-    settled = slice(causal_reach("db4", 3) - 1, None)
+    settled = slice(reach("db4", 3), None)
     assert_close(a_BND[:, settled], np.ones((1, 31, 1)), 1e-6)
     assert max(float(jnp.abs(d_BND[:, settled]).max()) for d_BND in details) < 1e-6
 
 
 def test_an_output_sees_its_reach_and_no_more():
-    """So the last outputs follow from a window of the last inputs, as in decoding."""
+    """The last outputs therefore follow from a window of the last inputs, as in decoding."""
     x_BND = jnp.float32(random(2, 90, 3))
-    reach = causal_reach("db4", 3)
+    num_inputs = reach("db4", 3) + 1
     whole = causal_wavedec(x_BND, "db4", 3)
-    window = causal_wavedec(x_BND[:, -reach:], "db4", 3)
-    short = causal_wavedec(x_BND[:, 1 - reach :], "db4", 3)
+    window = causal_wavedec(x_BND[:, -num_inputs:], "db4", 3)
+    short = causal_wavedec(x_BND[:, 1 - num_inputs :], "db4", 3)
     for y_BND, window_BND in zip(whole, window):
         assert_close(window_BND[:, -1], y_BND[:, -1], 1e-6)
     assert np.abs(short[0][:, -1] - whole[0][:, -1]).max() > 1e-9

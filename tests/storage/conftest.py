@@ -1,7 +1,7 @@
-"""A storage server on loopback for each session, and a bucket of its own for each test.
+"""A storage server on loopback for each session, and a bucket for each test.
 
-The tests run the code in child processes: storage libraries read their environment when they are
-imported, which in this process has long happened.
+The tests run the code in child processes, as storage libraries read their environment when they
+are imported, which has already happened in the test process.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _await(url, process):
-    """Returns once `url` answers."""
+def _wait_for(url, process):
+    """Waits until `url` answers."""
     for _ in range(500):
         assert process.poll() is None, f"{process.args} ended with {process.returncode}"
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
@@ -36,8 +36,8 @@ def _await(url, process):
 
 
 @contextlib.contextmanager
-def _ended(process):
-    """Ends a process, by its id, with this block."""
+def _terminated(process):
+    """Terminates a process when the block ends."""
     try:
         yield process
     finally:
@@ -46,19 +46,19 @@ def _ended(process):
 
 
 class Storage:
-    """A server, or a proxy before one: where it is, and how a process is made to use it."""
+    """A storage server, or a proxy in front of it, and how to make a process use it."""
 
     def __init__(self, url):
         self.url = url
 
     def used_by(self, command):
-        """A command whose process takes this server for Google's."""
+        """A command whose process uses this server instead of Google's."""
         variables = {
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "STORAGE_EMULATOR_HOST": self.url,
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-            "NO_GCE_CHECK": "true",  # no search for a metadata server
+            "NO_GCE_CHECK": "true",  # do not look for a metadata server
         }
         return ["env", *(f"{name}={value}" for name, value in variables.items()), *command]
 
@@ -76,7 +76,7 @@ class Storage:
 
 
 class Bucket:
-    """A bucket of a server that is spoken to directly, whatever the proxies do."""
+    """A bucket, accessed directly on the server even if a test uses a proxy."""
 
     def __init__(self, storage, name):
         self.storage, self.name, self.url = storage, name, f"gs://{name}"
@@ -97,7 +97,7 @@ class Bucket:
         self.storage.call(path, data, "POST")
 
     def download(self, prefix, folder):
-        """Copies the objects below `prefix` into a folder, which is returned."""
+        """Copies the objects below `prefix` into a folder and returns the folder."""
         for name in self.names(prefix + "/"):
             file = folder / name.removeprefix(prefix + "/")
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,14 @@ class Bucket:
 
 
 class Proxy(Storage):
-    """`fault_proxy.py` in a process of its own."""
+    """A `fault_proxy.py` process."""
 
     def set(self, **faults):
-        """Replaces the faults of the requests from now on; none without arguments."""
+        """Replaces the faults that are injected from now on; none without arguments."""
         self.call("/_faults", json.dumps(faults).encode(), "PUT")
 
     def counts(self):
-        """{'requests': n} and how often each fault was injected since the last `set`."""
+        """{'requests': n}, and the number of times each fault was injected since the last `set`."""
         return json.loads(self.call("/_faults"))
 
 
@@ -136,9 +136,9 @@ def server(tmp_path_factory):
     ]  # fmt: skip
     with (
         open(log, "w") as file,
-        _ended(subprocess.Popen(command, stdout=file, stderr=file)) as process,
+        _terminated(subprocess.Popen(command, stdout=file, stderr=file)) as process,
     ):
-        _await(f"{url}/_internal/healthcheck", process)
+        _wait_for(f"{url}/_internal/healthcheck", process)
         yield Storage(url)
 
 
@@ -152,6 +152,8 @@ def proxy(server):
     url = f"http://127.0.0.1:{(port := _free_port())}"
     program = pathlib.Path(__file__).with_name("fault_proxy.py")
     command = [sys.executable, str(program), str(port), server.url]
-    with _ended(subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})) as process:
-        _await(f"{url}/_faults", process)
+    with _terminated(
+        subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    ) as process:
+        _wait_for(f"{url}/_faults", process)
         yield Proxy(url)

@@ -1,20 +1,21 @@
-"""A proxy on loopback that fails like storage does: python fault_proxy.py PORT SERVER_URL
+"""A proxy on loopback that injects storage faults: python fault_proxy.py PORT SERVER_URL
 
-PUT /_faults replaces the faults by a JSON object; GET /_faults answers how often each happened.
+PUT /_faults sets the faults, a JSON object; GET /_faults returns how often each was injected.
 
-    seed           of the random numbers, one draw a request; 0
-    unavailable    probability of a 503 in place of an answer
-    throttle       of a 429
-    reset          of a connection that breaks, before the server has heard of it or after
-    truncate       of an answer that ends half-way
-    latency_s      seconds that every request waits
+    seed           of the random generator, with one draw per request; default 0
+    unavailable    probability of answering 503
+    throttle       probability of answering 429
+    reset          probability of breaking the connection, before or after the server is contacted
+    truncate       probability of cutting the answer in half
+    latency_s      delay of every request, in seconds
     outage_s       seconds from now on in which every connection breaks
-    silence_s      as `outage_s`, but the connections stay, and nothing ever comes through them
-    deny           a status that every request gets: 401, 403
-    only           a regular expression; the faults spare what 'METHOD /path?query' does not match
+    silence_s      like `outage_s`, but connections stay open and nothing is ever sent
+    deny           status with which every request is answered: 401, 403
+    only           regular expression; faults affect only requests that match 'METHOD /path?query'
     preconditions  true: writes and deletions respect ifGenerationMatch, which the server ignores
 
-The first of seconds and probabilities that applies is taken. Nothing is cached, nothing is retried.
+At most one fault is injected per request; those given in seconds come first. The proxy neither
+caches nor retries.
 """
 
 import collections
@@ -38,18 +39,18 @@ _PER_HOP = ("connection", "keep-alive", "transfer-encoding", "content-length", "
 
 
 class Faults:
-    """What goes wrong from now on, and what has."""
+    """The current faults, and counts of those injected."""
 
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, settings):
+        self.settings = settings
         self.since = time.monotonic()
         self.counts = collections.Counter()
-        self._random = random.Random(told.get("seed", 0))
-        self._only = re.compile(told.get("only", ""))
+        self._random = random.Random(settings.get("seed", 0))
+        self._only = re.compile(settings.get("only", ""))
         self._lock = threading.Lock()
 
     def draw(self, line):
-        """The name of what happens to a request, or None."""
+        """The fault to inject into a request, or None."""
         with self._lock:
             self.counts["requests"] += 1
             if not self._only.search(line):
@@ -61,13 +62,13 @@ class Faults:
 
     def _choose(self):
         for name in ("outage", "silence"):
-            if time.monotonic() - self.since < self.told.get(f"{name}_s", 0):
+            if time.monotonic() - self.since < self.settings.get(f"{name}_s", 0):
                 return name
-        if "deny" in self.told:
+        if "deny" in self.settings:
             return "deny"
         drawn = self._random.random()
         for name in ("unavailable", "throttle", "reset", "truncate"):
-            drawn -= self.told.get(name, 0)
+            drawn -= self.settings.get(name, 0)
             if drawn < 0:
                 return name
         return None
@@ -82,18 +83,18 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server_address = ""  # host:port of the real server
     faults = Faults({})
-    complete: ClassVar = {}  # the last answer to a resumable upload, by its id
-    writing = threading.Lock()  # a precondition and its write are one
+    complete: ClassVar = {}  # the last answer to each resumable upload, by upload id
+    writing = threading.Lock()  # makes a precondition and its write atomic
 
     def do_GET(self):
         body = self._body()
         if self.path == "/_faults":
             return self._control(body)
         faults = Handler.faults
-        time.sleep(faults.told.get("latency_s", 0))
+        time.sleep(faults.settings.get("latency_s", 0))
         fault = faults.draw(f"{self.command} {self.path}")
         if fault in ("unavailable", "throttle", "deny"):
-            status = {"unavailable": 503, "throttle": 429}.get(fault) or faults.told["deny"]
+            status = {"unavailable": 503, "throttle": 429}.get(fault) or faults.settings["deny"]
             message = json.dumps({"error": {"code": status, "message": f"injected: {fault}"}})
             return self._answer(status, [("Content-Type", "application/json")], message.encode())
         if fault == "silence":
@@ -101,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._break()
         if fault == "outage" or (fault == "reset" and faults.coin()):
             return self._break()
-        if faults.told.get("preconditions"):
+        if faults.settings.get("preconditions"):
             with Handler.writing:
                 if not self._precondition_holds():
                     return self._answer(412, [], b"")
@@ -132,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(length)
 
     def _forward(self, body, method=None, path=None):
-        """(status, headers, body) of the server."""
+        """The (status, headers, body) of the server's answer."""
         headers = {k: v for k, v in self.headers.items() if k.lower() not in _PER_HOP}
         connection = http.client.HTTPConnection(self.server_address, timeout=60)
         with contextlib.closing(connection):
@@ -141,18 +142,18 @@ class Handler(BaseHTTPRequestHandler):
             data = answer.read()
         if self.command == "HEAD":
             return answer.status, [("Content-Length", answer.getheader("Content-Length"))], data
-        # Storage remembers that an upload is complete, where this server forgets it.
+        # Google's storage remembers that an upload is complete; this server does not.
         upload = parse_qs(urlsplit(self.path).query).get("upload_id", [""])[0]
         if upload and answer.status == 404 and upload in Handler.complete:
             return Handler.complete[upload]
         kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _PER_HOP]
-        # A resumable upload goes on where the server says: through here, too.
-        mine = f"http://{self.headers['Host']}"
-        theirs = f"http://{self.server_address}"
-        told = answer.status, [(k, v.replace(theirs, mine)) for k, v in kept], data
+        # A resumable upload continues at the URL that the server gives: it must be the proxy's.
+        proxy_url = f"http://{self.headers['Host']}"
+        server_url = f"http://{self.server_address}"
+        result = answer.status, [(k, v.replace(server_url, proxy_url)) for k, v in kept], data
         if upload and answer.status == 200:
-            Handler.complete[upload] = told
-        return told
+            Handler.complete[upload] = result
+        return result
 
     def _precondition_holds(self):
         url = urlsplit(self.path)
@@ -163,8 +164,8 @@ class Handler(BaseHTTPRequestHandler):
         if "name" in query:
             path += f"/{quote(query['name'][0], safe='')}"
         status, _, data = self._forward(b"", "GET", path)
-        there = int(json.loads(data)["generation"]) if status == 200 else 0
-        return there == int(query["ifGenerationMatch"][0])
+        generation = int(json.loads(data)["generation"]) if status == 200 else 0
+        return generation == int(query["ifGenerationMatch"][0])
 
     def _answer(self, status, headers, data, whole=True):
         self.send_response(status)
@@ -178,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
             self._break()
 
     def _break(self):
-        """Resets the connection: what waits to be sent is dropped."""
+        """Resets the connection, which discards unsent data."""
         self.close_connection = True
         linger = struct.pack("ii", 1, 0)
         with contextlib.suppress(OSError):
@@ -194,7 +195,7 @@ class Proxy(ThreadingHTTPServer):
     request_queue_size = 256
 
     def handle_error(self, *_):
-        """Clients that give up, or are killed, are what this is for."""
+        """Ignores errors of clients that give up or are killed, which is expected here."""
 
 
 if __name__ == "__main__":

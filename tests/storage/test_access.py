@@ -1,4 +1,4 @@
-"""What is wrong with a gs:// URL is said at start-up, in one line, with what to do."""
+"""Problems with a gs:// URL are reported at start-up, in one line that says what to do."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def check(url, intent, seconds=60):
 
 
 def message(command):
-    """The one line that a failing command prints."""
+    """The single line that a failing command prints."""
     done = trainer.run(command, code=1)
     (line,) = done.stderr.strip().splitlines()
     return line
@@ -46,7 +46,7 @@ def test_a_bucket_that_can_be_used_is_left_as_it_was(server, bucket, intent):
     assert bucket.names() == ["run/config.json"]
 
 
-def test_a_bucket_that_is_not_there(server):
+def test_a_missing_bucket(server):
     said = message(server.used_by(check("gs://no-such-bucket/run", "write")))
     assert re.match(r"UserError: gs://no-such-bucket/run: there is no bucket 'no-such", said)
     assert "gcloud storage buckets create gs://no-such-bucket" in said
@@ -69,7 +69,7 @@ def test_a_bucket_that_may_not_be_used(proxy, bucket, intent, faults, parts):
 
 
 def alone(home, command, **variables):
-    """A command that finds no credentials, and needs no network to find none."""
+    """A command that finds no credentials and does not use the network to look for them."""
     variables |= {"HOME": home, "NO_GCE_CHECK": "true"}
     unset = [word for name in NO_VARIABLES for word in ("-u", name)]
     return ["env", *unset, *(f"{name}={value}" for name, value in variables.items()), *command]
@@ -98,7 +98,7 @@ def test_credentials_of_a_user_without_a_project(tmp_path):
     assert "set GOOGLE_CLOUD_PROJECT" in message(command)
 
 
-def test_storage_that_comes_back_in_time_and_not(proxy, bucket):
+def test_outages_shorter_and_longer_than_the_start_timeout(proxy, bucket):
     proxy.set(outage_s=1)
     trainer.run(proxy.used_by(check(f"{bucket.url}/run", "write")))
     assert proxy.counts()["outage"] >= 1

@@ -1,4 +1,4 @@
-"""tools.bucket against a server: what it makes, and uploads that go on where they stopped."""
+"""tools.bucket against a storage server: created buckets, and uploads that are resumed."""
 
 import http.server
 import json
@@ -37,8 +37,8 @@ def test_upload(server, bucket, store):
     manifest = store / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"a"', '"c"'))  # of the same size
     bucket.write("sets/one/train/00000/labels/zarr.json", b"torn")
-    assert "2 files, " in (told := trainer.run(command).stdout)
-    assert f"{num_files - 2} were there" in told
+    assert "2 files, " in (output := trainer.run(command).stdout)
+    assert f"{num_files - 2} were there" in output
     assert bucket.read("sets/one/manifest.json") == manifest.read_bytes()
 
 
@@ -52,7 +52,7 @@ def test_create(server):
 
 
 def test_what_is_asked_of_storage():
-    """The server of the other tests keeps neither location nor rules: this one tells."""
+    """The requests themselves, as the server of the other tests ignores locations and rules."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

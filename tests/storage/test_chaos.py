@@ -1,8 +1,8 @@
-"""Thirty random faults, and the run ends with the parameters of one that nothing disturbed.
+"""A run with thirty random faults ends with the same parameters as an undisturbed run.
 
     launch/test.sh -n 0 -s -m slow tests/storage/test_chaos.py        (about 15 minutes)
 
-CHAOS_SEED repeats what another seed has found; CHAOS_FAULTS is how many faults of the thirty.
+CHAOS_SEED selects the random sequence of faults; CHAOS_FAULTS sets their number, 30 by default.
 """
 
 import collections
@@ -33,25 +33,25 @@ OPTIONS = (
 LATE = {"LATE_DATA": f"{LATE_EVERY}:1.5"}
 AS_USERS_HAVE_IT = {"PYTHONPATH": str(trainer.ROOT)}  # with TensorFlow
 NUM_FAULTS = int(os.environ.get("CHAOS_FAULTS", "30"))
-SURVIVES, BUDGET = 15.0, 30.0  # seconds: after the death of a peer, after SIGTERM
+SURVIVES, BUDGET = 15.0, 30.0  # seconds until all have exited: after a peer's death, after SIGTERM
 RESTART = {75, 76, 77, 128 + signal.SIGABRT, 128 + signal.SIGKILL, 128 + signal.SIGTERM}
 
 
 class Chaos:
-    """Faults to a cluster whose run goes on, each with what came of it."""
+    """Injects faults into a cluster whose run continues, and records the effect of each."""
 
     def __init__(self, cluster, rng, proxy=None):
         self.cluster, self.rng, self.proxy = cluster, rng, proxy
         self.report = []
 
     def do(self, kind, step):
-        """Injects a fault once the run has come to `step`, and waits until it runs again."""
+        """Injects a fault once the run has reached `step`, and waits until training continues."""
         c = self.cluster
         c.wait_until(lambda: min(step, STEPS - 2) <= c.step(), 240)
         getattr(self, kind)()
 
-    def _told(self, kind, lived, limit, started, running):
-        """Waits until the run has started more often than `running` times."""
+    def _record(self, kind, lived, limit, started, running):
+        """Records a fault once the run has started more often than `running` times."""
         c = self.cluster
         at = c.step()
         assert max(lived) <= limit, f"{kind}: lived for {lived} s\n" + "\n\n".join(c.tails())
@@ -67,14 +67,14 @@ class Chaos:
         return all(supervisor.poll() is not None for supervisor in self.cluster.supervisors)
 
     def _die(self, kind, victim, signum, limit, before=lambda: None, all_go=True):
-        """`signum` to one of the trainers, after which all of them go."""
+        """Sends `signum` to one of the trainers; all of them must then exit."""
         before()
         pids = self.cluster.wait_until(self._all_trainers)
         started, running = time.monotonic(), self._running()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pids[victim], signum)
         lived = seconds_until_gone(pids if all_go else [pids[victim]], limit + 10)
-        self._told(kind, lived, limit, started, running)
+        self._record(kind, lived, limit, started, running)
 
     def _all_trainers(self):
         pids = self.cluster.trainers()
@@ -98,7 +98,7 @@ class Chaos:
         self._die("kill in a save", self._any(), signal.SIGKILL, SURVIVES, self._until_save)
 
     def stop_one(self):
-        """A process that hangs: the others leave; woken, it leaves too."""
+        """A process hangs: the others exit, and once it is resumed, it exits too."""
         pids, victim = self.cluster.wait_until(self._all_trainers), self._any()
         started, running = time.monotonic(), self._running()
         os.kill(pids[victim], signal.SIGSTOP)
@@ -106,13 +106,13 @@ class Chaos:
         lived = seconds_until_gone(others, SURVIVES + 10)
         os.kill(pids[victim], signal.SIGCONT)
         seconds_until_gone([pids[victim]], SURVIVES)
-        self._told("SIGSTOP", lived, SURVIVES, started, running)
+        self._record("SIGSTOP", lived, SURVIVES, started, running)
 
     # ---- SIGTERM in every phase
 
     def term_at_start(self):
-        """In the first seconds of a start, which a stop of everything comes before. Who waits for
-        the process to join goes on doing so.
+        """In the first seconds of a start, which follows a stop of all processes. Processes that
+        wait for this one to join continue to wait.
         """
         c = self.cluster
         for supervisor in c.supervisors:
@@ -123,7 +123,7 @@ class Chaos:
         self._die("SIGTERM: start", self._any(), signal.SIGTERM, BUDGET, all_go=False)
 
     def term_in_compile(self):
-        """Between the start's last line and the first step; another death comes before."""
+        """Between the last line of the start and the first step, after the death of a process."""
         before = self._running()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.cluster.wait_until(self._all_trainers)[0], signal.SIGKILL)
@@ -144,7 +144,7 @@ class Chaos:
     def term_in_save(self):
         self._die("SIGTERM: save", self._any(), signal.SIGTERM, BUDGET, self._until_save)
 
-    # ---- what need not end it
+    # ---- faults that need not end a process
 
     def slow_host(self):
         pids = self.cluster.wait_until(self._all_trainers)
@@ -163,7 +163,7 @@ class Chaos:
         print(f"  storage outage  step {self.cluster.step():3}  nobody left")
 
     def other_config(self):
-        """A host with another configuration: nothing runs, and it is named."""
+        """A host with another configuration: training does not start, and the host is named."""
         c = self.cluster
         for supervisor in c.supervisors:
             supervisor.terminate()
@@ -181,7 +181,7 @@ class Chaos:
         c.start()
 
     def other_hosts(self):
-        """The same workdir on another number of processes and devices."""
+        """The same workdir is continued by another number of processes and devices."""
         c = self.cluster
         for supervisor in c.supervisors:
             supervisor.terminate()
@@ -196,11 +196,11 @@ class Chaos:
         self.report.append(("other hosts", c.num_processes, c.step(), 0.0, back))
         print(f"  other hosts     {c.num_processes} x {c.num_devices}, again in {back:.1f} s")
 
-    # ---- moments
+    # ---- waiting for phases of a run
 
     def _until_late_data(self):
-        """The batch of step k * LATE_EVERY comes late; the line of the step before the last is
-        what one sees then."""
+        """The batch of step k * LATE_EVERY is late; by then the line of the step before the last
+        has been printed."""
         at = LATE_EVERY - 2
         c = self.cluster
         with contextlib.suppress(AssertionError):
@@ -209,13 +209,13 @@ class Chaos:
 
     def _until_eval(self):
         c = self.cluster
-        told = len(re.findall("validation: ", c.text()))
+        evaluations = len(re.findall("validation: ", c.text()))
         with contextlib.suppress(AssertionError):
             c.wait_until(
                 lambda: c.step() % EVAL_EVERY == 0 and c.step() and not self._is_over(), 30
             )
         time.sleep(self.rng.uniform(0, 0.3))
-        assert len(re.findall("validation: ", c.text())) - told <= 1
+        assert len(re.findall("validation: ", c.text())) - evaluations <= 1
 
     def _until_save(self):
         c = self.cluster
@@ -232,14 +232,14 @@ ON_STORAGE = ("outage", "other_hosts", "kill_worker", "other_hosts", "kill_leade
 
 
 def drawn(rng, kinds, count):
-    """Every kind once, and more of them at random; in random order."""
+    """Every kind at least once and further random ones, in random order."""
     chosen = [*kinds[:count], *rng.choices(kinds, k=max(0, count - len(kinds)))]
     rng.shuffle(chosen)
     return chosen
 
 
-def harm(cluster, rng, kinds, proxy=None):
-    """A run with these faults, evenly over its steps; what came of each."""
+def run_with_faults(cluster, rng, kinds, proxy=None):
+    """Runs with these faults, evenly spaced over the steps; returns the effect of each."""
     chaos = Chaos(cluster, rng, proxy)
     cluster.start()
     for i, kind in enumerate(kinds):
@@ -263,23 +263,23 @@ def test_thirty_faults(tmp_path, proxy, bucket):
     kinds = drawn(rng, ON_DISK, NUM_FAULTS - num_on_storage)
     folder = tmp_path / "disk"
     with Cluster(folder, folder / "run", *options, num_devices=2, env=AS_USERS_HAVE_IT | LATE) as c:
-        report += harm(c, rng, kinds)
+        report += run_with_faults(c, rng, kinds)
     trainer.assert_same_run(folder / "run", tmp_path / "still/run")
 
     print("other numbers of processes and devices, in storage:")
     kinds = drawn(rng, ON_STORAGE, num_on_storage)
     proxy.set(preconditions=True)
     variables = dict(v.split("=", 1) for v in proxy.used_by([])[1:])
-    options = (*OPTIONS, "checkpoint.every_steps=30")  # a save there takes seconds
+    options = (*OPTIONS, "checkpoint.every_steps=30")  # saves to storage take seconds
     with Cluster(
         tmp_path / "storage", f"{bucket.url}/run", *options, env=AS_USERS_HAVE_IT | variables
     ) as c:
-        report += harm(c, rng, kinds, proxy)
+        report += run_with_faults(c, rng, kinds, proxy)
     reference = parameters(tmp_path / "still/run")
     for name, value in parameters(bucket.download("run", tmp_path / "downloaded")).items():
         difference = np.linalg.norm(value - reference[name])
         assert difference <= 1e-5 * np.linalg.norm(reference[name]), name
-    tell(report)
+    print_report(report)
     shutil.rmtree(tmp_path)
 
 
@@ -287,8 +287,8 @@ def parameters(workdir):
     return tiny_run.parameters(workdir, cluster_lib.get_config(), STEPS)
 
 
-def tell(report):
-    """A table of what came of the faults, by kind."""
+def print_report(report):
+    """Prints a table of the effects of faults, by kind."""
     by_kind = collections.defaultdict(list)
     for kind, *figures in report:
         by_kind[kind].append(figures)

@@ -1,4 +1,4 @@
-"""Runs that read their data from gs:// end as runs that read it from disk, with copies or without.
+"""Runs that read data from gs://, with or without local copies, end like runs that read from disk.
 
 Run as a script, this file is a process that copies a store: test_data.py STORE COPIES.
 """
@@ -24,7 +24,7 @@ SPLITS = ("test", "train", "validation")
 
 
 def copy_all(path, directory):
-    """Waits until every part is copied, and reads all records."""
+    """Waits until every part is copied, then reads all records."""
     from spectral_pod.data.byte_store import ByteStore
     from spectral_pod.data.local_copies import LocalCopies
 
@@ -42,7 +42,7 @@ def reference():
 
 
 def assert_same_run(workdir):
-    """As the one on disk, but for the places that its configuration names."""
+    """Equal to the run on disk, except for the paths in its configuration."""
     for key in ("params_digest", "eval"):
         assert trainer.result(workdir)[key] == trainer.result(reference())[key]
     assert trainer.curves(workdir) == trainer.curves(reference())
@@ -50,7 +50,7 @@ def assert_same_run(workdir):
 
 @pytest.fixture
 def store(bucket):
-    """The URL of a copy of the store that the run on disk has written and read."""
+    """The URL of a copy of the store that the run on disk wrote and read."""
     reference()
     data = trainer.get_config().data
     folder = trainer.home() / "data"
@@ -63,7 +63,7 @@ def store(bucket):
 
 @pytest.fixture
 def run(tmp_path, bucket, store):
-    """Trains from the bucket; returns the workdir, or of a run that fails the last line."""
+    """Trains from the bucket; returns the workdir, or the last line of output if the run fails."""
 
     def run(storage, copies, code=0):
         workdir = tmp_path / "run"
@@ -81,7 +81,7 @@ def copier(store, tmp_path):
 
 
 def delete_bytes(bucket, part="*"):
-    """Deletes the shards of the bytes of parts, SPLIT/PART or all."""
+    """Deletes the shards of the `bytes` arrays of a part, SPLIT/PART, or of all parts."""
     names = [name for name in bucket.names("data/") if "/bytes/c/" in name]
     for name in names:
         if pathlib.PurePath(name).match(f"{part}/bytes/c/*"):
@@ -100,7 +100,7 @@ def test_data_in_storage(server, run, tmp_path):
 
 
 def test_data_in_local_copies(server, bucket, store, run, tmp_path):
-    """All that is left in storage is what a run reads at its start."""
+    """Storage keeps only what a run reads at its start."""
     trainer.run(server.used_by(copier(store, tmp_path)))
     assert copies_in(tmp_path) == sorted(SPLITS)
     delete_bytes(bucket)
@@ -123,7 +123,7 @@ def test_a_part_that_was_deleted_is_named(server, bucket, store, run, copies):
 
 @pytest.mark.parametrize("ends", ["by itself", "killed"])
 def test_a_copy_under_way_is_abandoned(proxy, bucket, store, tmp_path, ends):
-    """Storage falls silent in the middle of the second part."""
+    """Storage becomes silent in the middle of the second part."""
     proxy.set(silence_s=60, only=r"^GET .*validation(/|%2F)00000(/|%2F)bytes(/|%2F)c")
     log = tmp_path / "log"
     script = copier(store, tmp_path)
@@ -145,7 +145,7 @@ def test_a_copy_under_way_is_abandoned(proxy, bucket, store, tmp_path, ends):
     assert copies_in(tmp_path) == sorted(SPLITS)
 
 
-# Ends two seconds after it has started to copy.
+# Exits two seconds after it has started to copy.
 ENDS = """
 import sys, time
 from spectral_pod.data.byte_store import ByteStore

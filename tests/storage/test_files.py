@@ -1,4 +1,4 @@
-"""Files that several libraries write and read, on disk and on gs://."""
+"""Files that several libraries read and write, on disk and on gs://."""
 
 import sys
 
@@ -8,7 +8,7 @@ from etils import epath
 from spectral_pod import storage
 from tests import trainer
 
-# What tensorstore writes after a folder was listed is seen in it; gcsfs would remember the listing.
+# A file that tensorstore writes after a listing must be visible; gcsfs would cache the listing.
 PEERS = """
 import sys
 from spectral_pod import storage

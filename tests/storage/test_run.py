@@ -1,4 +1,4 @@
-"""Runs whose workdir is a gs:// URL end as runs on disk do, whatever storage does to them."""
+"""Runs with a gs:// workdir end like runs on disk, despite faults of storage."""
 
 import functools
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from tests import trainer
 
-# Three checkpoints and two validations of a single layer.
+# Three checkpoints and two validations of a model with a single layer.
 OPTIONS = (
     "train.total_steps=12",
     "train.eval_every_steps=8",
@@ -48,8 +48,8 @@ def wait_until(child, log, condition):
         time.sleep(0.01)
 
 
-# Requests that a save makes one after the other: of data, of a metadata file, of the last file that
-# completes the step, and of the seal. Storage falls silent there, so the kill finds them under way.
+# The requests of a save, in order: data, a metadata file, the file that commits the step, the seal.
+# Storage becomes silent at one of them, so that the kill interrupts that request.
 MOMENTS = {
     "data": "^POST .*checkpoints(/|%2F)8(/|%2F)default.*ocdbt",
     "metadata": "^POST .*checkpoints(/|%2F)8(/|%2F)_CHECKPOINT_METADATA",
@@ -59,7 +59,7 @@ MOMENTS = {
 
 
 def assert_outlives_a_kill(proxy, bucket, folder, moment):
-    """Killed in the save of step 8, a run is continued from step 4."""
+    """A run that is killed in the save of step 8 continues from step 4."""
     log = folder / "log"
     proxy.set(silence_s=60, only=MOMENTS[moment])
     child = start(proxy, bucket, log)
@@ -89,7 +89,7 @@ def test_killed_elsewhere_in_a_save(proxy, bucket, tmp_path, moment):
 
 @pytest.mark.slow
 def test_two_processes_share_a_bucket(proxy, bucket, tmp_path):
-    """What two have written, one goes on with."""
+    """A workdir written by two processes is continued by one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -113,7 +113,7 @@ def test_two_processes_share_a_bucket(proxy, bucket, tmp_path):
     before = trainer.result(bucket.download("run", tmp_path / "before"))
     names = bucket.names("run/checkpoints/12/")
     assert any("ocdbt.process_1" in name for name in names)
-    # Compiled without the flags, which takes longer than what the cache begins with.
+    # Compiled without the flags, which takes longer than loading the initial cache.
     assert any("jit_train_step" in name for name in bucket.names("run/compilation_cache/"))
     assert "starting at step 12\n" in run(proxy, bucket).stdout
     after = trainer.result(bucket.download("run", tmp_path / "after"))
@@ -123,7 +123,7 @@ def test_two_processes_share_a_bucket(proxy, bucket, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_tenth_of_all_requests_fails(proxy, bucket, tmp_path, seed):
-    """With the data in storage, too: they are written there first."""
+    """The data are in storage, too, and are written there first."""
     parts = {"unavailable": 0.04, "throttle": 0.02, "reset": 0.02, "truncate": 0.02}
     proxy.set(seed=seed, preconditions=True, **parts)
     run(proxy, bucket, f"--config.data.dir={bucket.url}/data")
@@ -135,7 +135,7 @@ def test_a_tenth_of_all_requests_fails(proxy, bucket, tmp_path, seed):
 
 
 def ends_with(proxy, bucket, log, **faults):
-    """The exit code of a run for which these faults begin after its first save."""
+    """The exit code of a run whose storage has these faults after the first save."""
     child = start(proxy, bucket, log)
     try:
         wait_until(child, log, lambda: "run/seals/4.json" in bucket.names("run/seals/"))

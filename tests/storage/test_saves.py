@@ -9,7 +9,7 @@ from tests import trainer
 
 
 def save_and_restore(directory, proxy):
-    """Saves, restores and repairs, with and without faults; prints what it took."""
+    """Saves, restores and repairs, with and without faults; prints how long it took."""
     import urllib.request
 
     import jax
@@ -70,9 +70,9 @@ def test_saves_and_restores(proxy, bucket):
     assert "run/seals/4.json" in bucket.names()
 
 
-def test_orbax_is_as_patient_as_the_rest():
+def test_orbax_retries_as_the_other_libraries_do():
     from spectral_pod import storage
-    from spectral_pod.train import checkpoint  # noqa: F401, it sets what is looked at
+    from spectral_pod.train import checkpoint  # noqa: F401, it sets the values checked here
 
     wanted = storage.context()["gcs_request_retries"]
     for use_ocdbt in (False, True):
