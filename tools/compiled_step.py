@@ -28,6 +28,7 @@ from spectral_pod.analysis import flops, hardware
 from spectral_pod.analysis.hardware import Topology
 from spectral_pod.data import tasks
 from spectral_pod.layers.mixers import can_be_causal
+from spectral_pod.objectives import BY_NAME
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import TrainState, abstract_state
@@ -76,6 +77,7 @@ def set_up(config: ConfigDict, topology: Topology) -> Setup:
     options = config.data.options.to_dict()
     tasks.check_options(config.data.task, options)
     task = tasks.TASKS[config.data.task]
+    objective = BY_NAME[task.OBJECTIVE]
     num_classes, vocab_size = task.num_classes(**options), task.vocab_size(**options)
     row_len, tx = config_lib.row_len(config), make_optimizer(config)
     model = models.build(
@@ -83,12 +85,12 @@ def set_up(config: ConfigDict, topology: Topology) -> Setup:
     )
     abstract = abstract_state(model, tx, mesh, row_len)
     batch, eval_batch = (
-        abstract_batch(rows, row_len, mesh, by_position=task.OBJECTIVE != "class")
+        abstract_batch(rows, row_len, mesh, by_position=objective.by_position)
         for rows in (config.train.global_batch_size, config.train.eval_batch_size)
     )
     steps: dict[str, tuple[Any, ...]] = {
-        "train": (jit_train_step(model, tx, config, mesh, abstract), abstract, batch),
-        "eval": (jit_eval_step(model, mesh, abstract), abstract.params, eval_batch),
+        "train": (jit_train_step(model, tx, objective, config, mesh, abstract), abstract, batch),
+        "eval": (jit_eval_step(model, objective, mesh, abstract), abstract.params, eval_batch),
     }
     with jax.set_mesh(mesh):
         lowered = {

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from clu.metrics import Collection
 from jax.sharding import Mesh
 
+from spectral_pod.objectives import Objective
 from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
 from spectral_pod.shapes import PAD
-from spectral_pod.train.loss import cross_entropy
-from spectral_pod.train.metrics import Averages, Evaluation, Predictions, norms
+from spectral_pod.train.metrics import norms
 from spectral_pod.train.optim import GuardState, schedules
 from spectral_pod.train.state import TrainState
 
@@ -27,51 +28,26 @@ def train_step(
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
+    objective: type[Objective],
     config: ml_collections.ConfigDict,
-) -> tuple[TrainState, tuple[Averages, dict[str, jax.Array]]]:
+) -> tuple[TrainState, tuple[Collection, dict[str, jax.Array]]]:
     """One optimizer step on the global batch.
 
-    Returns the next state, the step's averages, and scalars by name: norms of the gradients and
-    of the updated parameters by group, learning rates, and with a guard the bad steps in a row.
+    Returns the next state, the step's `training_metrics`, and scalars by name: norms of the
+    gradients and of the updated parameters by group, learning rates, and with a guard the number of
+    bad steps in a row.
     """
-    num_micro = config.train.grad_accumulation
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     total_valid = jnp.maximum(jnp.sum(batch["valid"].astype(jnp.float32)), 1.0)
-
-    def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
-        tokens_BL, labels = micro["tokens"], micro["labels"]
-        logits, sown = model.apply(
-            {"params": params},
-            tokens_BL,
-            tokens_BL != PAD,
-            train=True,
-            rngs={"dropout": key},
-            mutable=["losses"],
-        )
-        loss = cross_entropy(logits, labels, config.train.label_smoothing)
-        correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
-        # Normalised by the whole batch, so that micro-batches just add up.
-        total = jnp.sum(jnp.where(micro["valid"], loss, 0.0)) / total_valid
-        outputs = {"loss": loss, "correct": correct, "mask": micro["valid"]}
-        if sown:
-            outputs["auxiliary"] = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
-            total += jnp.sum(outputs["auxiliary"]) / len(batch["tokens"])
-        return total, outputs
-
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-    if num_micro == 1:
-        grads, outputs = grad_fn(state.params, batch, key)
-    else:
-
-        def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Batch]:
-            micro, index = micro_and_index
-            more, outputs = grad_fn(state.params, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, grads, more), outputs
-
-        micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, outputs = jax.lax.scan(accumulate, zeros, micros)
-        outputs = jax.tree.map(_whole_batch, outputs)
+    loss_fn = partial(
+        _loss,
+        model=model,
+        objective=objective,
+        smoothing=config.train.label_smoothing,
+        num_rows=len(batch["tokens"]),
+        total_valid=total_valid,
+    )
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    grads, outputs = _gradients(loss_fn, state.params, batch, key, config.train.grad_accumulation)
 
     loss = jnp.sum(jnp.where(batch["valid"], outputs["loss"], 0.0)) / total_valid
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
@@ -90,7 +66,60 @@ def train_step(
     if "auxiliary" in outputs:
         scalars["auxiliary_loss"] = jnp.mean(outputs.pop("auxiliary"))
     state = TrainState(state.step + 1, params, opt_state)
-    return state, (Averages.single_from_model_output(**outputs), scalars)
+    averages = Collection.create(**objective.training_metrics).single_from_model_output(**outputs)
+    return state, (averages, scalars)
+
+
+def _loss(
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    objective: type[Objective],
+    smoothing: float,
+    num_rows: int,
+    total_valid: jax.Array,
+) -> tuple[jax.Array, Batch]:
+    """A micro-batch's part of the batch's mean loss, and what metrics are computed from.
+
+    Args:
+      num_rows, total_valid: rows and valid labels of the whole batch, by which the loss is
+        normalised, so that those of micro-batches add up.
+    """
+    tokens_BL = batch["tokens"]
+    logits, sown = model.apply(
+        {"params": params},
+        tokens_BL,
+        tokens_BL != PAD,
+        train=True,
+        rngs={"dropout": key},
+        mutable=["losses"],
+    )
+    outputs = objective.outputs(logits, batch["labels"], batch["valid"], smoothing)
+    total = jnp.sum(jnp.where(batch["valid"], outputs["loss"], 0.0)) / total_valid
+    if sown:
+        outputs["auxiliary"] = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
+        total += jnp.sum(outputs["auxiliary"]) / num_rows
+    return total, outputs
+
+
+def _gradients(
+    loss_fn: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, num_micro: int
+) -> tuple[Any, Batch]:
+    """The gradients of the whole batch, accumulated over micro-batches, and the outputs."""
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if num_micro == 1:
+        return grad_fn(params, batch, key)
+
+    def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Batch]:
+        micro, index = micro_and_index
+        more, outputs = grad_fn(params, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, grads, more), outputs
+
+    micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
+    grads, outputs = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), micros)
+    return grads, jax.tree.map(_whole_batch, outputs)
 
 
 def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
@@ -107,23 +136,21 @@ def _whole_batch(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Evaluation | Predictions:
-    """Sums over what is valid in one evaluation batch: labelled rows, or labelled positions."""
+def eval_step(
+    params: Any, batch: Batch, *, model: nn.Module, objective: type[Objective]
+) -> Collection:
+    """The `evaluation_metrics` of one batch."""
     tokens_BL, labels = batch["tokens"], batch["labels"]
     logits = model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
-    collection = Evaluation if labels.ndim == 1 else Predictions
-    return collection.single_from_model_output(
-        loss=cross_entropy(logits, labels, 0.0),
-        correct=(jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32),
-        logits=logits,
-        labels=labels,
-        mask=batch["valid"],
+    return Collection.create(**objective.evaluation_metrics).single_from_model_output(
+        **objective.outputs(logits, labels, batch["valid"]), logits=logits, labels=labels
     )
 
 
 def jit_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
+    objective: type[Objective],
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     abstract: TrainState,
@@ -131,7 +158,7 @@ def jit_train_step(
     """`train_step` jitted for the mesh; donates the state."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
-        partial(train_step, model=model, tx=tx, config=config),
+        partial(train_step, model=model, tx=tx, objective=objective, config=config),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -139,12 +166,12 @@ def jit_train_step(
 
 
 def jit_eval_step(
-    model: nn.Module, mesh: Mesh, abstract: TrainState
-) -> Callable[[Any, Batch], Evaluation | Predictions]:
-    """`eval_step` compiled for the mesh; its sums are on every device."""
+    model: nn.Module, objective: type[Objective], mesh: Mesh, abstract: TrainState
+) -> Callable[[Any, Batch], Collection]:
+    """`eval_step` jitted for the mesh; its metrics are on every device."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     return jax.jit(
-        partial(eval_step, model=model),
+        partial(eval_step, model=model, objective=objective),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )

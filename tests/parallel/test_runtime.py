@@ -24,7 +24,7 @@ def joined(monkeypatch):
             runtime.jax.distributed, "initialize", lambda *a, **k: asked.append((a, k))
         )
         monkeypatch.setattr(runtime, "_client", lambda: Unheard())
-        monkeypatch.setattr(runtime, "_when_set", lambda *_: None)
+        monkeypatch.setattr(runtime, "_watch_key", lambda *_: None)
         monkeypatch.setattr(cloud_tpu_init, "running_in_cloud_tpu_vm", tpu)
         for name in (*SLURM, *NUMBERED, *ADDRESS, "JAX_COORDINATOR_BIND_ADDRESS"):
             monkeypatch.delenv(name, raising=False)
