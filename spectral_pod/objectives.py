@@ -7,7 +7,7 @@ TensorBoard, in the printed lines and in `result.json`, arrays in `result.json`.
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import flax
 import jax
@@ -19,42 +19,37 @@ from spectral_pod.ops.cross_entropy import cross_entropy
 
 
 @flax.struct.dataclass
-class Count(metrics.Metric):
-    """The number of valid labels."""
+class _Sum(metrics.Metric):
+    total: jax.Array  # int32
 
-    total: jax.Array  # int32 []
-
-    @classmethod
-    def from_model_output(cls, mask: jax.Array, **_: Any) -> "Count":
-        return cls(jnp.sum(mask.astype(jnp.int32)))
-
-    def merge(self, other: "Count") -> "Count":
-        return Count(self.total + other.total)
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.total + other.total)
 
     def compute(self) -> jax.Array:
         return self.total
 
 
 @flax.struct.dataclass
-class Confusion(metrics.Metric):
-    """Counts of [true class, predicted class] over valid rows."""
+class Count(_Sum):
+    """The number of valid labels."""
 
-    count_CC: jax.Array  # float32
+    @classmethod
+    def from_model_output(cls, mask: jax.Array, **_: Any) -> Self:
+        return cls(jnp.sum(mask.astype(jnp.int32)))
+
+
+@flax.struct.dataclass
+class Confusion(_Sum):
+    """Counts of [true class, predicted class] over valid rows."""
 
     @classmethod
     def from_model_output(
         cls, labels: jax.Array, logits: jax.Array, mask: jax.Array, **_: Any
-    ) -> "Confusion":
+    ) -> Self:
         num_classes = logits.shape[-1]
         true_BC = jax.nn.one_hot(labels, num_classes) * mask[:, None].astype(jnp.float32)
         predicted_BC = jax.nn.one_hot(jnp.argmax(logits, axis=-1), num_classes)
-        return cls(jnp.einsum("bt,bp->tp", true_BC, predicted_BC))
-
-    def merge(self, other: "Confusion") -> "Confusion":
-        return Confusion(self.count_CC + other.count_CC)
-
-    def compute(self) -> jax.Array:
-        return self.count_CC.astype(jnp.int32)
+        return cls(jnp.einsum("bt,bp->tp", true_BC, predicted_BC).astype(jnp.int32))
 
 
 class Objective:
@@ -121,10 +116,8 @@ class Objective:
     @classmethod
     def line(cls, values: Mapping[str, Any]) -> str:
         """`computed` metrics for the printed lines."""
-        parts = [
-            cls.formats.get(name, f"{name} {{:.4f}}").format(x)
-            for name, x in cls.scalars(values).items()
-        ]
+        scalars = cls.scalars(values).items()
+        parts = (cls.formats.get(name, name + " {:.4f}").format(x) for name, x in scalars)
         return "  ".join(filter(None, parts))
 
     @classmethod

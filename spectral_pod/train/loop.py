@@ -1,20 +1,24 @@
 """A run from its configuration to its result, in order."""
 
+import json
 import time
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
-from spectral_pod import models
+from spectral_pod import models, storage
 from spectral_pod.data import tasks
 from spectral_pod.errors import DataError, Preempted
 from spectral_pod.layers.mixers import can_be_causal
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import make_mesh
+from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train import starts
-from spectral_pod.train.sources import open_sources
+from spectral_pod.train.sources import Sources, open_sources
+from spectral_pod.train.state import params_digest
 from spectral_pod.train.trainer import Trainer
 
 
@@ -35,7 +39,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     runtime.check_platform()
     mesh = make_mesh(config_lib.validate_mesh(config, jax.device_count(), models=models.MODELS))
     device = jax.devices()[0].device_kind
-    runtime.print_once(f"mesh {dict(mesh.shape)} of {mesh.size} {device} device(s)")
+    print_once(f"mesh {dict(mesh.shape)} of {mesh.size} {device} device(s)")
 
     # ---- data
     sources = open_sources(config)
@@ -51,18 +55,68 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
     if eval_only:
         if not is_restored:
             raise DataError(f"{workdir} holds no sound checkpoint to evaluate; train first")
-        return trainer.evaluate_only()
+        return _evaluate_only(trainer)
     if not is_restored:
         trainer.initialize()
     trainer.report_start()
 
-    # ---- steps, result
+    # ---- steps, evaluation, result
     with trainer.running():
         trainer.compile()
         try:
             trainer.train()
-            result = trainer.finish(started)
+            evaluation = trainer.evaluate(config.train.eval_split)
         except Preempted:
             trainer.save_and_exit()
+        result = _report(trainer, evaluation, started)
     runtime.barrier("the end")  # what the leader still writes may take longer than disconnecting
     return result
+
+
+def _evaluate_only(trainer: Trainer) -> dict[str, Any]:
+    """Evaluates the restored state; writes nothing."""
+    split, objective = trainer.config.train.eval_split, trainer.sources.objective
+    with jax.set_mesh(trainer.mesh):
+        evaluation = trainer.evaluate_only(split)
+    print_once(f"step {trainer.step} {objective.eval_line(split, evaluation)}")
+    for text in objective.details(evaluation, trainer.sources.classes):
+        print_once(text)
+    return {"step": trainer.step, "eval": evaluation}
+
+
+def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dict[str, Any]:
+    """Writes `result.json` and prints the closing report.
+
+    Args:
+      started: when the run was, in seconds since 1970.
+    """
+    split, sources = trainer.config.train.eval_split, trainer.sources
+    objective, progress = sources.objective, trainer.progress
+    progress.report_eval(split, trainer.step, evaluation)
+    trainer.checkpointer.wait_until_finished()
+    # For the lead: sources.task.report(evaluation, sources.provenance) replaces this call.
+    task_facts, task_lines = _task_report(sources, evaluation)
+    result = {
+        "step": trainer.step,
+        "eval": {"split": split} | evaluation | objective.scalars(evaluation),
+        "params_digest": params_digest(trainer.state.params),
+        "bytes_per_second": progress.bytes_per_second(),
+        "wall_seconds": time.time() - started,
+        "num_params": trainer.num_params,
+        "operations": trainer.operations,
+    } | task_facts
+    for text in (*objective.details(evaluation, sources.classes), *task_lines):
+        print_once(text)
+    file = epath.Path(trainer.workdir) / "result.json"
+    if runtime.is_leader():
+        storage.write_whole(file, json.dumps(result, indent=1))
+    print_once(f"{split} {objective.line(evaluation)}; see {file}")
+    print_once(f"curves: .venv/bin/tensorboard --logdir={trainer.workdir}")
+    return result
+
+
+def _task_report(sources: Sources, evaluation: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    ladder = sources.provenance.get("ladder")
+    if not ladder:
+        return {}, []
+    return {"ladder": ladder}, [tasks.listops.ladder_rung(evaluation["accuracy"], ladder)]

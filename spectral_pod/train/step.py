@@ -37,17 +37,42 @@ def train_step(
     gradients and of the updated parameters by group, learning rates, and with a guard the number of
     bad steps in a row.
     """
-    total_valid = jnp.maximum(jnp.sum(batch["valid"].astype(jnp.float32)), 1.0)
-    loss_fn = partial(
-        _loss,
-        model=model,
-        objective=objective,
-        smoothing=config.train.label_smoothing,
-        num_rows=len(batch["tokens"]),
-        total_valid=total_valid,
-    )
+    num_micro = config.train.grad_accumulation
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    grads, outputs = _gradients(loss_fn, state.params, batch, key, config.train.grad_accumulation)
+    total_valid = jnp.maximum(jnp.sum(batch["valid"].astype(jnp.float32)), 1.0)
+
+    def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
+        tokens_BL, valid = micro["tokens"], micro["valid"]
+        logits, sown = model.apply(
+            {"params": params},
+            tokens_BL,
+            tokens_BL != PAD,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["losses"],
+        )
+        outputs = objective.outputs(logits, micro["labels"], valid, config.train.label_smoothing)
+        # Normalised by the whole batch, so that those of micro-batches add up.
+        total = jnp.sum(jnp.where(valid, outputs["loss"], 0.0)) / total_valid
+        if sown:
+            outputs["auxiliary"] = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
+            total += jnp.sum(outputs["auxiliary"]) / len(batch["tokens"])
+        return total, outputs
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if num_micro == 1:
+        grads, outputs = grad_fn(state.params, batch, key)
+    else:
+
+        def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Batch]:
+            micro, index = micro_and_index
+            more, outputs = grad_fn(state.params, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, grads, more), outputs
+
+        micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, outputs = jax.lax.scan(accumulate, zeros, micros)
+        outputs = jax.tree.map(_whole_batch, outputs)
 
     loss = jnp.sum(jnp.where(batch["valid"], outputs["loss"], 0.0)) / total_valid
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
@@ -68,58 +93,6 @@ def train_step(
     state = TrainState(state.step + 1, params, opt_state)
     averages = Collection.create(**objective.training_metrics).single_from_model_output(**outputs)
     return state, (averages, scalars)
-
-
-def _loss(
-    params: Any,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    model: nn.Module,
-    objective: type[Objective],
-    smoothing: float,
-    num_rows: int,
-    total_valid: jax.Array,
-) -> tuple[jax.Array, Batch]:
-    """A micro-batch's part of the batch's mean loss, and what metrics are computed from.
-
-    Args:
-      num_rows, total_valid: rows and valid labels of the whole batch, by which the loss is
-        normalised, so that those of micro-batches add up.
-    """
-    tokens_BL = batch["tokens"]
-    logits, sown = model.apply(
-        {"params": params},
-        tokens_BL,
-        tokens_BL != PAD,
-        train=True,
-        rngs={"dropout": key},
-        mutable=["losses"],
-    )
-    outputs = objective.outputs(logits, batch["labels"], batch["valid"], smoothing)
-    total = jnp.sum(jnp.where(batch["valid"], outputs["loss"], 0.0)) / total_valid
-    if sown:
-        outputs["auxiliary"] = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
-        total += jnp.sum(outputs["auxiliary"]) / num_rows
-    return total, outputs
-
-
-def _gradients(
-    loss_fn: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, num_micro: int
-) -> tuple[Any, Batch]:
-    """The gradients of the whole batch, accumulated over micro-batches, and the outputs."""
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-    if num_micro == 1:
-        return grad_fn(params, batch, key)
-
-    def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Batch]:
-        micro, index = micro_and_index
-        more, outputs = grad_fn(params, micro, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, grads, more), outputs
-
-    micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
-    grads, outputs = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), micros)
-    return grads, jax.tree.map(_whole_batch, outputs)
 
 
 def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:

@@ -1,30 +1,26 @@
-"""A run in progress: what it has, how far it is, and what it does."""
+"""The trainer: the state of a training run, and its verbs as methods."""
 
 import collections
 import contextlib
 import hashlib
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from absl import logging
 from clu import parameter_overview
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
-from spectral_pod import models, storage
-from spectral_pod.data import pipeline, tasks
+from spectral_pod import models
+from spectral_pod.data import pipeline
 from spectral_pod.errors import NonFiniteError, Preempted
 from spectral_pod.generate.restore import Trained
 from spectral_pod.generate.text import continuations
 from spectral_pod.layers.block import unstack
 from spectral_pod.parallel import runtime
-from spectral_pod.parallel.runtime import print_once
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
@@ -33,7 +29,7 @@ from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.profile import Profiler
 from spectral_pod.train.progress import BadStepError, Progress
 from spectral_pod.train.sources import Sources
-from spectral_pod.train.state import abstract_state, init_state, params_digest
+from spectral_pod.train.state import abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
 from spectral_pod.train.watchdog import Watchdog
 from spectral_pod.train.writers import MetricWriter
@@ -43,16 +39,11 @@ class Trainer:
     """Trains one model in one workdir. All processes call the same methods in the same order.
 
     Attributes:
-      state: the `TrainState`, once it was restored or initialized.
-      step: the number of the last step; that of the state, except while a step is read late.
-      batches: those of the steps to come.
-      writer, profiler, watchdog, progress: present within `running`.
+      state: the `TrainState`, after `restore` or `initialize`.
+      step: optimizer steps taken.
+      batches: those of the next steps, after `compile`.
+      interrupt, writer, profiler, watchdog, progress: within `running`.
     """
-
-    writer: MetricWriter
-    profiler: Profiler
-    watchdog: Watchdog
-    progress: Progress
 
     def __init__(
         self,
@@ -63,14 +54,16 @@ class Trainer:
         train_source: pipeline.Source,
         eval_sources: Mapping[str, Mapping[str, pipeline.Source]],
     ):
-        """Opens the checkpoints.
+        """Opens the checkpoints of `workdir`.
 
         Args:
-          eval_sources: of each split the sets that it consists of, by name.
+          train_source: batches of the training split.
+          eval_sources: by split, and within a split by the name of the set.
         """
         self.config, self.workdir, self.mesh, self.sources = config, workdir, mesh, sources
         self.train_source, self.eval_sources = train_source, eval_sources
         self.total_steps = config.train.total_steps
+        self._loading = {"threads": config.data.threads, "prefetch": config.data.prefetch}
         self.model, self.optimizer = self._build(), make_optimizer(config)
         self.abstract = abstract_state(self.model, self.optimizer, mesh, config_lib.row_len(config))
         self.num_params = sum(x.size for x in jax.tree.leaves(self.abstract.params))
@@ -86,23 +79,21 @@ class Trainer:
             best_metric="score",
         )
         self.eval_step = jit_eval_step(self.model, sources.objective, mesh, self.abstract)
-        self.interrupt = runtime.Interrupt()
         self.state: Any = None
         self.step = 0
-        self.batches: Iterator[Any] = iter(())
-        self._num_rollbacks: dict[int, int] = collections.Counter()  # by the step gone back to
+        self._num_rollbacks: dict[int, int] = collections.Counter()  # by the step restored
 
     # ---- before the first step
 
     def restore(self) -> bool:
-        """Takes the state of the newest sound checkpoint; returns whether there is one."""
+        """Restores the newest sound checkpoint; returns whether there is one."""
         self.state = self.checkpointer.restore(self.abstract)
         if self.state is not None:
             self.step = int(self.state.step)
         return self.state is not None
 
     def initialize(self) -> None:
-        """Takes the state of step 0."""
+        """Initializes the state of step 0."""
         config = self.config
         row_len = config_lib.row_len(config)
         self.state = init_state(self.model, self.optimizer, self.mesh, row_len, config.seed)
@@ -110,23 +101,23 @@ class Trainer:
             self.checkpointer.save(0, self.state, None)  # so that there is a step to go back to
 
     def report_start(self) -> None:
-        """Prints what is trained, from which step, and what changed since the last start."""
+        """Prints the model, the first step, and what changed since the last start of this run."""
         logging.info("Parameters:\n%s", self.overview)
         operations = ", ".join(f"{name} by {how}" for name, how in self.operations.items())
-        print_once(
+        runtime.print_once(
             f"{self.config.model.name}: {self.num_params:,} parameters, starting at step "
             f"{self.step}\noperations: {operations}"
         )
         for change in starts.record_start(self.workdir, self.mesh, self.step):
-            print_once(change)
+            runtime.print_once(change)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Holds open what steps need: the mesh, signals, the checkpoints, the metrics."""
+        """The context of all steps: sets the mesh, handles signals, opens and closes writers."""
         config, workdir = self.config, self.workdir
         with (
             jax.set_mesh(self.mesh),
-            self.interrupt,
+            runtime.Interrupt() as self.interrupt,
             self.checkpointer,
             contextlib.closing(
                 MetricWriter(
@@ -145,7 +136,7 @@ class Trainer:
                 factor=config.train.stall_factor,
                 seconds=config.train.stall_seconds,
                 report=self.report_stall,
-            ) as self.watchdog,  # after the writer, to which it may report at once
+            ) as self.watchdog,  # after the writer, as it may report a stall at once
             runtime.exit_on_peer_loss(),
         ):
             if self.step == 0:
@@ -173,15 +164,15 @@ class Trainer:
     # ---- steps
 
     def train(self) -> None:
-        """Takes all steps to the last, validating and saving between them.
+        """Runs the remaining steps, with validation and checkpoints when they are due.
 
         Raises:
-          Preempted: SIGTERM came, also to another process.
+          Preempted: SIGTERM came, to this or to another process.
           NonFiniteError: a loss, a gradient or a parameter is not finite.
         """
         evals, saves = self.config.train.eval_every_steps, self.config.checkpoint.every_steps
         if self.step and self._is_due(evals) and not self.checkpointer.metrics(self.step):
-            # SIGTERM came before its validation.
+            # The run was preempted before this step was validated.
             self.checkpointer.add_metrics(self.step, self.validate())
         self.progress.restart(self.step)
         while self.step < self.total_steps:
@@ -198,7 +189,7 @@ class Trainer:
                 self.save(scores)
 
     def train_step(self) -> None:
-        """Dispatches the next step, and reads the metrics of the one before."""
+        """Dispatches the next step, and reads the metrics of the step before."""
         with self.progress.time("data"):
             batch = next(self.batches)
         self.checkpointer.check()  # a save that failed in the background ends the run now
@@ -209,7 +200,7 @@ class Trainer:
         runtime.preemption.has_unsaved_steps = True
 
     def validate(self) -> dict[str, float]:
-        """Evaluates and reports the validation split; returns what a checkpoint records of it."""
+        """Evaluates and reports the validation split; returns the scores for the checkpoint."""
         validation = self.evaluate("validation")
         self.progress.report_eval("validation", self.step, validation)
         if self.sources.objective.is_language_model and self.config.train.sample_bytes:
@@ -218,9 +209,18 @@ class Trainer:
         return self.sources.objective.scores(validation)
 
     def evaluate(self, split: str) -> dict[str, Any]:
-        """The metrics of the current parameters on a split."""
+        """As `evaluate_only`, within `running`: is timed, and checks for a shutdown."""
         with self.progress.time("eval"):
-            return self._evaluate(split, self.check_for_shutdown)
+            return self.evaluate_only(split, self.check_for_shutdown)
+
+    def evaluate_only(
+        self, split: str, before_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """The metrics of the current parameters on a split; see `evaluate.evaluate`."""
+        sources, params = self.eval_sources[split], self.state.params
+        return evaluate(
+            self.eval_step, params, sources, self.mesh, before_batch=before_batch, **self._loading
+        )
 
     def sample(self) -> str:
         """A continuation of `train.sample_prompt` by the current parameters, in Markdown."""
@@ -242,16 +242,16 @@ class Trainer:
         return "```\n" + text.decode(errors="replace") + "\n```"
 
     def save(self, scores: Mapping[str, float] | None) -> None:
-        """Starts to save the state, after the metrics up to it are stored."""
+        """Starts to save the state, once the metrics up to this step are stored."""
         self.writer.flush()
         with self.progress.time("checkpoint"):
             self.checkpointer.save(self.step, self.state, scores)
 
     def roll_back(self, bad: BadStepError) -> None:
-        """Continues after a bad step, whose batch is left out, with the newest checkpoint's state.
+        """Restores the newest checkpoint and continues after the bad step, whose batch is skipped.
 
         Raises:
-          NonFiniteError: this checkpoint was gone back to as often as the configuration allows.
+          NonFiniteError: `train.max_bad_steps` rollbacks to this checkpoint were made before.
         """
         state: Any = self.checkpointer.restore(self.abstract)
         newest, limit = int(state.step), self.config.train.max_bad_steps
@@ -263,28 +263,28 @@ class Trainer:
             )
         self.progress.restart(bad.step)
         self.writer.scalars(bad.step, {"rollback_to": newest})
-        print_once(f"{bad}; continuing behind it with the state of step {newest}")
+        runtime.print_once(f"{bad}; continuing behind it with the state of step {newest}")
         self.state = state.replace(step=state.step + np.int32(bad.step - newest))
         self.step = bad.step
         self.batches = self._batches_from(self.step)
 
-    # ---- whoever ends the run
+    # ---- shutdown
 
     def check_for_shutdown(self) -> None:
-        """Called between any two steps or batches: raises if the run is to end here."""
+        """Raises if the run is to end here; called between any two steps or batches."""
         self.watchdog.beat()
         self.interrupt.check()
         if runtime.preemption.reached():
             raise Preempted
 
-    def save_and_exit(self) -> None:
-        """Saves the state when the run is preempted.
+    def save_and_exit(self) -> NoReturn:
+        """Saves the state of a preempted run.
 
         Raises:
-          Preempted: always; says which step is saved.
+          Preempted: always; names the step that is saved.
         """
         saved = "the newest checkpoint"
-        with contextlib.suppress(BadStepError):  # then the state is not sound
+        with contextlib.suppress(BadStepError):  # then this state is not to be saved
             self.progress.flush_pending()
             self.checkpointer.save(self.step, self.state, None)
             saved = f"step {self.step}"
@@ -295,51 +295,9 @@ class Trainer:
         ) from None
 
     def report_stall(self, stacks: Mapping[str, str]) -> None:
-        """Writes the threads' stacks of a run in which nothing moves; the process exits next."""
+        """Writes the stacks of all threads; the process exits after it."""
         self.writer.texts(self.step, stacks)
         self.writer.flush()
-
-    # ---- results
-
-    def finish(self, started: float) -> dict[str, Any]:
-        """Evaluates the final state, writes `result.json` and prints the closing report.
-
-        Args:
-          started: when the run was, in seconds since 1970.
-        """
-        split, objective = self.config.train.eval_split, self.sources.objective
-        evaluation = self.evaluate(split)
-        self.progress.report_eval(split, self.step, evaluation)
-        self.checkpointer.wait_until_finished()
-        # For the lead: sources.task.report(evaluation, sources.provenance)
-        task_facts, task_lines = _task_report(self.sources, evaluation)
-        result = {
-            "step": self.step,
-            "eval": {"split": split} | evaluation | objective.scalars(evaluation),
-            "params_digest": params_digest(self.state.params),
-            "bytes_per_second": self.progress.bytes_per_second(),
-            "wall_seconds": time.time() - started,
-            "num_params": self.num_params,
-            "operations": self.operations,
-        } | task_facts
-        for text in (*objective.details(evaluation, self.sources.classes), *task_lines):
-            print_once(text)
-        file = epath.Path(self.workdir) / "result.json"
-        if runtime.is_leader():
-            storage.write_whole(file, json.dumps(result, indent=1))
-        print_once(f"{split} {objective.line(evaluation)}; see {file}")
-        print_once(f"curves: .venv/bin/tensorboard --logdir={self.workdir}")
-        return result
-
-    def evaluate_only(self) -> dict[str, Any]:
-        """Evaluates and reports the state as it is; writes nothing."""
-        split, objective = self.config.train.eval_split, self.sources.objective
-        with jax.set_mesh(self.mesh):
-            evaluation = self._evaluate(split, lambda: None)
-        print_once(f"step {self.step} {objective.eval_line(split, evaluation)}")
-        for text in objective.details(evaluation, self.sources.classes):
-            print_once(text)
-        return {"step": self.step, "eval": evaluation}
 
     def _build(self, *, decoding: bool = False) -> Any:
         return models.build(
@@ -351,33 +309,8 @@ class Trainer:
         )
 
     def _batches_from(self, step: int) -> Iterator[Any]:
-        return pipeline.load(
-            self.train_source,
-            batch_sharding(self.mesh),
-            step,
-            self.total_steps,
-            threads=self.config.data.threads,
-            prefetch=self.config.data.prefetch,
-        )
-
-    def _evaluate(self, split: str, before_batch: Callable[[], None]) -> dict[str, Any]:
-        return evaluate(
-            self.eval_step,
-            self.state.params,
-            self.eval_sources[split],
-            self.mesh,
-            threads=self.config.data.threads,
-            prefetch=self.config.data.prefetch,
-            before_batch=before_batch,
-        )
+        sharding = batch_sharding(self.mesh)
+        return pipeline.load(self.train_source, sharding, step, self.total_steps, **self._loading)
 
     def _is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.total_steps
-
-
-def _task_report(sources: Sources, evaluation: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Until `task.report` is there: what ListOps adds to the result, and its lines."""
-    ladder = sources.provenance.get("ladder")
-    if not ladder:
-        return {}, []
-    return {"ladder": ladder}, [tasks.listops.ladder_rung(evaluation["accuracy"], ladder)]
