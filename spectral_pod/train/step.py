@@ -52,7 +52,7 @@ def train_step(
             mutable=["losses"],
         )
         outputs = objective.outputs(logits, micro["labels"], valid, config.train.label_smoothing)
-        # Normalised by the whole batch, so that those of micro-batches add up.
+        # Normalised by the whole batch, so that the losses of micro-batches add up.
         total = jnp.sum(jnp.where(valid, outputs["loss"], 0.0)) / total_valid
         if sown:
             outputs["auxiliary"] = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
@@ -105,7 +105,7 @@ def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
 
 
 def _whole_batch(x: jax.Array) -> jax.Array:
-    """Undoes `_micro_batches`: rows where they were."""
+    """[A, B/A, ...] to [B, ...]: undoes `_micro_batches`."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
