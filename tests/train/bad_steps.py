@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     cross_entropy = objectives.cross_entropy
 
     def poisoned(logits, labels, smoothing):
-        # Only losses of training are smoothed, and only here: the step that runs is in the state.
+        # `poisoned.step` is set while a training step is traced; evaluations stay as they are.
         loss = cross_entropy(logits, labels, smoothing)
         return loss if poisoned.step is None else jnp.where(poisoned.step, jnp.nan, loss)
 

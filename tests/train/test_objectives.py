@@ -1,4 +1,4 @@
-"""What an objective measures, and where it is reported."""
+"""The metrics of the objectives, and where they are reported."""
 
 import re
 
@@ -12,7 +12,7 @@ from tests import trainer
 
 
 class Echo:
-    """A model whose logits are one-hot in the tokens' values, by position or of the first."""
+    """A model that predicts each token itself, or the first token of a row."""
 
     def __init__(self, by_position):
         self.by_position = by_position
@@ -64,7 +64,7 @@ def test_next_byte():
 
 
 def test_a_metric_is_one_line(tmp_path):
-    """That of `toy_metric.py` is in the curves, the result, and the printed lines."""
+    """The metric of `toy_metric.py` is in the curves, the result, and the printed lines."""
     done = trainer.run(trainer.command(tmp_path, config="tests/train/toy_metric.py"))
     result = trainer.result(tmp_path)["eval"]
     assert result["squared_loss"] >= result["loss"] ** 2

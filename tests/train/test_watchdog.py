@@ -1,4 +1,4 @@
-"""Stalls are reported from the moment that they are watched for."""
+"""The watchdog may report a stall as soon as it is started."""
 
 import pytest
 
