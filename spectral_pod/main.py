@@ -1,6 +1,6 @@
 """Trains or evaluates: python -m spectral_pod.main --config=configs/quickstart.py --workdir=DIR
 
-A config is Python code that runs as you; the exit codes are in `errors.py`. This file is
+A config file is Python code and is executed; the exit codes are in `errors.py`. This file is
 intentionally kept short: the run itself is in `train/loop.py`.
 """
 
@@ -18,16 +18,16 @@ from spectral_pod.parallel import runtime
 from spectral_pod.train import loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: a folder or a gs:// URL.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or gs:// URL of the run.")
 _EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the newest sound checkpoint.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
 _BIND = flags.DEFINE_string("coordinator_bind_address", None, "ip:port that process 0 listens on.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-# Disks that are full or may not be written, and files where folders should be.
-_CURABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+# Full or read-only disks, missing permissions, and files in the place of folders.
+_USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def main(argv: list[str]) -> None:
@@ -39,41 +39,42 @@ def main(argv: list[str]) -> None:
     workdir: Any = _WORKDIR.value
     storage.check_access(workdir, write=not _EVAL_ONLY.value)
     if config.train.compilation_cache:
-        loop.enable_compilation_cache(workdir)
-    logging.get_absl_handler().addFilter(_own_news)
+        runtime.enable_compilation_cache(workdir)
+    logging.get_absl_handler().addFilter(_drop_library_info)
     logging.info("Config:\n%s", config)
     loop.run(config, workdir, eval_only=_EVAL_ONLY.value)
 
 
-def _own_news(record: Any) -> bool:
-    """Drops what libraries log for their own developers; their warnings stay, in a line each."""
+def _drop_library_info(record: Any) -> bool:
+    """Drops what libraries log at level info; their warnings stay, without tracebacks."""
     ours = record.pathname.startswith(os.path.dirname(os.path.abspath(__file__)))
     if not ours:
-        record.exc_info = None  # what ends the run is told once, at its end
+        record.exc_info = None  # the error that ends the run is printed at its end
     return ours or record.levelno > 20
 
 
-def _is_curable(error: Exception) -> bool:
+def _is_user_error(error: Exception) -> bool:
+    """Whether an error of storage, which no code here wrapped, is for the user to solve."""
     if not isinstance(error, storage.failures()):
         return False
     remote = storage.is_remote(_WORKDIR.value or "")
-    return not isinstance(error, OSError) or error.errno in _CURABLE or remote
+    return not isinstance(error, OSError) or error.errno in _USER_ERRNOS or remote
 
 
 def run() -> None:
-    """Runs `main`; what ends the run is one message and an exit code, both told to all processes.
+    """Runs `main`; an error ends all processes with one message and its exit code.
 
-    A bug's traceback is printed whole.
+    Of a bug the whole traceback is printed.
     """
     try:
-        with runtime.leaving_the_dead():
+        with runtime.exit_on_peer_loss():
             app.run(main, flags_parser=command_line.parser(_CONFIG))
     except KeyboardInterrupt:
         runtime.end(130, "Interrupted; the same command continues from the newest checkpoint")
     except UserError as error:
         runtime.end(error.exit_code, f"{type(error).__name__}: {error}")
     except Exception as error:
-        if _is_curable(error):
+        if _is_user_error(error):
             message = f"{type(error).__name__}: {error}; the workdir is {_WORKDIR.value}"
             runtime.end(UserError.exit_code, message)
         runtime.end(1, traceback.format_exc())

@@ -10,12 +10,23 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "spectral_pod"
 
 # Module prefix -> what of this package it may import. The longest prefix that matches counts.
-_TRAINABLE = ("shapes", "errors", "storage", "config", "ops", "layers", "models", "parallel")
+_TRAINABLE = (
+    "shapes",
+    "errors",
+    "storage",
+    "config",
+    "objectives",
+    "ops",
+    "layers",
+    "models",
+    "parallel",
+)
 MAY_IMPORT = {
     "shapes": (),
     "errors": (),
     "storage": ("errors",),
     "config": ("errors", "storage"),
+    "objectives": ("ops",),
     "ops": ("shapes", "ops", "parallel.sharding"),
     "layers": ("shapes", "ops", "layers", "parallel.sharding"),
     "models": ("shapes", "config", "ops", "layers", "models", "parallel.sharding"),
@@ -27,18 +38,19 @@ MAY_IMPORT = {
     "generate.export": (*_TRAINABLE, "train.checkpoint", "generate"),
     "generate.hub": ("errors",),
     "analysis": ("shapes", "errors", "config", "models", "analysis"),
-    "train": ("shapes", "errors", "storage", "ops", "layers", "models", "parallel", "train"),
-    "train.evaluate": ("data.pipeline", "parallel.sharding"),
-    "train.sources": ("errors", "storage", "config", "data", "parallel.runtime"),
+    "train": ("shapes", "errors", "storage", "objectives", "ops", "parallel", "train"),
+    "train.evaluate": ("data.pipeline", "objectives", "parallel.sharding"),
+    "train.sources": ("errors", "storage", "config", "data", "objectives", "parallel.runtime"),
     "train.starts": ("config", "storage", "parallel.runtime"),
-    "train.progress": ("errors", "config", "analysis", "parallel.runtime", "train"),
-    "train.loop": (*_TRAINABLE, "data", "generate", "analysis", "train"),
+    "train.progress": ("errors", "config", "analysis", "objectives", "parallel.runtime", "train"),
+    "train.loop": (*_TRAINABLE, "data", "train"),
+    "train.trainer": (*_TRAINABLE, "data", "generate", "train"),
     "command_line": ("errors",),
     "": ("api",),
     "api": (*_TRAINABLE, "data.tasks", "generate"),
     "main": ("command_line", "config", "errors", "storage", "parallel.runtime", "train.loop"),
 }
-PURE = ("ops", "layers", "models", "train.step", "train.state", "train.optim", "train.loss")
+PURE = ("ops", "layers", "models", "objectives", "train.step", "train.state", "train.optim")
 NOT_IN_PURE = ("absl", "etils", "tensorstore", "orbax", "tensorflow", "grain", "os", "pathlib")
 
 

@@ -27,6 +27,7 @@ from spectral_pod.analysis import flops, hardware
 from spectral_pod.analysis.hardware import Topology
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
+from spectral_pod.objectives import BY_NAME
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import TrainState, abstract_state
@@ -81,15 +82,20 @@ def set_up(config: Config, topology: Topology) -> Setup:
     model = models.build(
         config, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
     )
+    objective = BY_NAME[task.OBJECTIVE]
     optimizer = make_optimizer(config, model, mesh)
     abstract = abstract_state(model, optimizer.tx, mesh)
     batch, eval_batch = (
-        abstract_batch(rows, row_len, mesh, by_position=task.OBJECTIVE != "class")
+        abstract_batch(rows, row_len, mesh, by_position=objective.by_position)
         for rows in (config.train.global_batch_size, config.train.eval_batch_size)
     )
     steps: dict[str, tuple[Any, ...]] = {
-        "train": (jit_train_step(model, optimizer, config, mesh, abstract), abstract, batch),
-        "eval": (jit_eval_step(model, mesh, abstract), abstract.params, eval_batch),
+        "train": (
+            jit_train_step(model, optimizer, objective, config, mesh, abstract),
+            abstract,
+            batch,
+        ),
+        "eval": (jit_eval_step(model, objective, mesh, abstract), abstract.params, eval_batch),
     }
     with jax.set_mesh(mesh):
         lowered = {

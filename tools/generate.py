@@ -29,8 +29,8 @@ from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations, decoded
+from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import AXES, make_mesh
-from spectral_pod.train import loop
 from tools import entry
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run: a folder or a gs:// URL.")
@@ -57,7 +57,7 @@ def main() -> None:
         _WORKDIR.value or "", step=_STEP.value, mesh=mesh_of(_MESH.value), dtype=_DTYPE.value
     )
     if trained.config.train.compilation_cache:
-        loop.enable_compilation_cache(_WORKDIR.value or "")
+        runtime.enable_compilation_cache(_WORKDIR.value or "")
     started, num_bytes = time.perf_counter(), 0
     with jax.set_mesh(trained.mesh):
         rows: Any = continuations(

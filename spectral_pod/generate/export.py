@@ -131,11 +131,11 @@ def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None
     fields = ["library_name: spectral_pod", "tags: [byte-level, spectral, jax]"]
     if license:
         fields.insert(0, f"license: {license}")
-    if trained.objective == "next":
+    if trained.objective.is_language_model:
         fields.append("pipeline_tag: text-generation")
         predicts = "the byte that follows, or the end of a document"
         use = 'print(model.generate("To be", max_length=200))'
-    elif trained.objective == "class":
+    elif not trained.objective.by_position:
         predicts = f"one of {trained.num_classes} classes"
         predicts += f": {', '.join(trained.classes)}" if trained.classes else ""
         use = 'print(model.classes[model.classify(b"some bytes").argmax()])'

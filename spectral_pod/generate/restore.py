@@ -23,6 +23,7 @@ from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import Model, abstract_params
+from spectral_pod.objectives import BY_NAME, Objective
 from spectral_pod.parallel.mesh import AXES, make_mesh
 from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.checkpoint import SealedSteps
@@ -57,9 +58,9 @@ class Trained(NamedTuple):
     classes: list[str]
 
     @property
-    def objective(self) -> str:
-        """'class', 'next' or 'positions', see `data/tasks`."""
-        return str(TASKS[self.config.data.task].OBJECTIVE)
+    def objective(self) -> type[Objective]:
+        """That of its task."""
+        return BY_NAME[TASKS[self.config.data.task].OBJECTIVE]
 
 
 def restore_for_inference(

@@ -1,4 +1,4 @@
-"""From the bytes that a model writes, piece by piece, to text: where it stops, and what to show."""
+"""Text from the bytes that a model generates piece by piece: stop strings, and valid UTF-8."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ class UntilStop:
     def __init__(self, stop: bytes):
         """`stop`: empty never stops."""
         self._stop = stop
-        self._held = b""  # what may be the beginning of a stop string
+        self._held = b""  # possibly the beginning of a stop string
         self.stopped = False
 
     def add(self, piece: bytes) -> bytes:
-        """What is now known to be before a stop string."""
+        """Returns the bytes that are now known to be before a stop string."""
         if self.stopped:
             return b""
         known = self._held + piece
@@ -39,7 +39,7 @@ class UntilStop:
         return known[: len(known) - held]
 
     def end(self) -> bytes:
-        """What was held back, now that nothing follows."""
+        """Returns the bytes that were held back, as nothing follows."""
         held, self._held = self._held, b""
         return held
 
@@ -53,16 +53,16 @@ def continuations(
     sampling: Sampling = PLAIN,
     stop: bytes = b"",
 ) -> Iterator[list[bytes]]:
-    """`decode.generate` of a trained model, on its mesh, which is set, up to a stop string.
+    """Continues prompts by `decode.generate`, up to a stop string; the model's mesh must be set.
 
-    Joined, the pieces of a prompt are its whole continuation. The seed, the prompt's place and its
-    bytes decide it; other prompts, the mesh and the stop string do not, but that it ends there.
+    The pieces of a prompt, joined, are its whole continuation. It depends on the seed, the prompt
+    and its index, and not on other prompts or the mesh.
 
     Raises:
       ValueError: a prompt is empty.
       ConfigError: the model does not predict bytes.
     """
-    if trained.objective != "next":
+    if not trained.objective.is_language_model:
         raise ConfigError(
             f"a {trained.config.model.name} trained on {trained.config.data.task!r} does not "
             "predict the byte that follows; text can only come from a language model"
@@ -86,7 +86,7 @@ def continuations(
 
 
 def decoded(pieces: Iterator[bytes]) -> Iterator[str]:
-    """Valid text as it arrives: characters whole, and U+FFFD for bytes that are no UTF-8."""
+    """Valid text from pieces: whole characters, and U+FFFD for bytes that are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for piece in pieces:
         yield decoder.decode(piece)

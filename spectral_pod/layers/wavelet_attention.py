@@ -17,7 +17,7 @@ from spectral_pod.layers.mixer import Mixer, option, shared
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops import long_conv
 from spectral_pod.ops.online_conv import ProductBlock, product_step
-from spectral_pod.ops.wavelet import causal_reach, causal_wavedec
+from spectral_pod.ops.wavelet import causal_wavedec, reach
 from spectral_pod.parallel.sharding import constrain
 
 
@@ -83,7 +83,7 @@ class WaveletAttention(Mixer):
 
     @classmethod
     def halo(cls, config: Architecture) -> int:
-        return causal_reach(config.option("wavelet.name"), config.option("wavelet.levels")) - 1
+        return reach(config.option("wavelet.name"), config.option("wavelet.levels"))
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
@@ -110,9 +110,9 @@ class WaveletAttention(Mixer):
             return jnp.zeros((batch, count, self.width))
 
         inputs = ProductInputs(zeros(0), zeros(0), jnp.zeros(batch, jnp.int32))
-        reach = causal_reach(self.wavelet, self.levels)
+        before = reach(self.wavelet, self.levels)
         count_B1 = jnp.zeros((batch, 1), jnp.int32)
-        return WaveletState(inputs, zeros(2 * reach - 2), zeros(reach - 1), count_B1)
+        return WaveletState(inputs, zeros(2 * before), zeros(before), count_B1)
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, WaveletState]:
         """Prompts and the state after them.
@@ -128,11 +128,11 @@ class WaveletAttention(Mixer):
         q_BPD, k_BPD, v_BPD = self._projected(x_BPD, mask_BP)
         start_B, count_BP = _counted(mask_BP)
         c_BPD = self._product(q_BPD, k_BPD, start_B)
-        reach = causal_reach(self.wavelet, self.levels)
+        before = reach(self.wavelet, self.levels)
         state = WaveletState(
             ProductInputs(q_BPD, k_BPD, start_B),
-            _last(c_BPD, 2 * reach - 2),
-            _last(v_BPD, reach - 1),
+            _last(c_BPD, 2 * before),
+            _last(v_BPD, before),
             count_BP[:, -1:],
         )
         return self._mixed(*self._decomposed(c_BPD, v_BPD), count_BP), state
@@ -220,7 +220,7 @@ def _last(x_BND: jax.Array, count: int) -> jax.Array:
 def _responses(wavelet: str, levels: int) -> np.ndarray:
     """The bands of `causal_wavedec` as filters, [S, T]: their outputs for an impulse at 0."""
     low = np.asarray(pywt.Wavelet(wavelet).rec_lo)
-    num_taps = causal_reach(wavelet, levels)
+    num_taps = reach(wavelet, levels) + 1
     a_T = np.eye(1, num_taps)[0]
     details: list[np.ndarray] = []
     for level in range(levels):

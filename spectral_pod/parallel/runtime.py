@@ -1,9 +1,8 @@
-"""The processes of a run: joining them, meeting at named points, and leaving together.
+"""The processes of a run: joining, named barriers, preemption, and exiting together.
 
-Joining and the detection of dead processes are JAX's: its coordination service runs in process 0,
-every process sends it heartbeats, and one whose heartbeats stop is dead to all others. What is
-added here is what a process tells the others before it leaves, so that all end with the same code
-and say whose fault it was; the codes are in `errors.py`.
+JAX's coordination service in process 0 joins the processes and detects dead ones by missing
+heartbeats. This file adds the message that a process broadcasts before it exits, so that all
+processes exit with the same code and name the one at fault. The codes are in `errors.py`.
 """
 
 import atexit
@@ -21,21 +20,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-from jax._src import cloud_tpu_init, distributed  # JAX has no public door to its key-value store
+from jax._src import cloud_tpu_init, distributed  # the key-value store has no public API
 from jax.experimental import multihost_utils
 
 from spectral_pod.errors import ConfigError, LostPeerError, Preempted
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")  # TPUs and GPUs
-_HEARTBEAT_SECONDS = 10  # of silence, after which a process is dead to the others
-_JOIN_SECONDS = 300  # until all processes are there
-_NEWS_SECONDS = 1.0  # that news take to reach all: so long process 0 serves them before it leaves
-_CLOSE_SECONDS = 15.0  # for what was begun to be finished
+_HEARTBEAT_SECONDS = 10  # without heartbeats, after which a process counts as dead
+_JOIN_SECONDS = 300  # time limit for all processes to join
+_BROADCAST_SECONDS = 1.0  # for a broadcast to reach all; process 0 serves it before it exits
+_CLOSE_SECONDS = 15.0  # for a process that is closing, to seal a checkpoint for example
 _KEYS = "spectral_pod"
 _PREEMPTION_KEY = "RECEIVED_PREEMPTION_NOTICE"  # of JAX's preemption service
 
-# How the loss of a peer reads in what collectives, barriers and the coordination service raise,
-# and in no error of storage.
+# Texts by which errors of collectives, barriers and the coordination service show the loss of a
+# peer. None of them occurs in an error of storage.
 _PEER_IS_GONE = (
     "Gloo", "NCCL", "CoordinationService", "coordination service", "tasks are unhealthy",
     "Barrier timed out", "another task died",
@@ -48,26 +47,27 @@ def initialize(
     process_id: int | None = None,
     bind_address: str | None = None,
 ) -> None:
-    """Joins the processes of a run; called before anything else is asked of JAX.
+    """Joins the processes of a run; to be called before any other use of JAX.
 
-    Who they are is told by the arguments, or by the environment variables JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES, JAX_PROCESS_ID and JAX_COORDINATOR_BIND_ADDRESS; else JAX asks SLURM, or the
-    metadata of Cloud TPU and GKE; where there is none of these it is a run of one process.
+    The processes are described by the arguments, or by the environment variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID and JAX_COORDINATOR_BIND_ADDRESS;
+    otherwise JAX asks SLURM, or the metadata of Cloud TPU and GKE. Without any of these the run
+    has one process.
 
     Args:
       coordinator_address: host:port on which process 0 serves the others.
-      bind_address: ip:port that it listens on, the coordinator's own unless given.
+      bind_address: ip:port that it listens on; the default is the coordinator's address.
 
     Raises:
-      ConfigError: the arguments contradict each other, or the platform cannot tell.
-      LostPeerError: not all processes were there in time.
+      ConfigError: the arguments contradict each other, or the platform does not describe the run.
+      LostPeerError: not all processes joined in time.
     """
     address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = num_processes if num_processes is not None else _env_int("JAX_NUM_PROCESSES")
     index = process_id if process_id is not None else _env_int("JAX_PROCESS_ID")
     if not (os.environ.get("JAX_PLATFORMS") or any(map(glob.glob, _ACCELERATORS))):
-        # libtpu, installed to compile for TPUs elsewhere, would look for one here, complain at
-        # length, and bring down JAX's profiler.
+        # libtpu, if installed to compile for absent TPUs, would search for one here, log many
+        # errors, and break JAX's profiler.
         jax.config.update("jax_platforms", "cpu")
     if coordinator_address is None and num_processes == 1:
         return
@@ -103,17 +103,17 @@ def initialize(
         raise LostPeerError(
             f"process {index} could not join {count} processes at {address}: {error}"
         ) from error
-    atexit.register(_part)
+    atexit.register(_disconnect)
     _client().key_value_set(f"{_KEYS}/host/{this_process()}", socket.gethostname())
-    _when_set(_PREEMPTION_KEY, lambda _: preemption.note())
-    when_told("ended", _leave_with)
+    _watch_key(_PREEMPTION_KEY, lambda _: preemption.on_signal())
+    on_broadcast("ended", _exit_with_peer)
 
 
 def check_platform() -> None:
-    """Makes sure that what JAX found is what JAX_PLATFORMS puts first.
+    """Checks that JAX runs on the platform that JAX_PLATFORMS names first.
 
     Raises:
-      ConfigError: it is not; JAX itself goes on with the next one without a word.
+      ConfigError: it does not; JAX itself falls back to the next one silently.
     """
     wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     if wanted and {"cuda": "gpu", "rocm": "gpu"}.get(wanted, wanted) != jax.default_backend():
@@ -123,37 +123,45 @@ def check_platform() -> None:
         )
 
 
-def _part() -> None:
-    """Disconnects, and ends the threads that listen: one within JAX would abort Python's exit."""
+def enable_compilation_cache(workdir: str) -> None:
+    """Keeps compiled programs in the workdir, so that a restart does not compile again."""
+    jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compilation_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # XLA's own caches would make the path a part of every key: a moved workdir compiled anew.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def _disconnect() -> None:
+    """Disconnects, and ends the listening threads: one inside JAX would abort Python's exit."""
     if _client() is not None:
-        jax.distributed.shutdown()  # waits for the others; wakes the listeners
+        jax.distributed.shutdown()  # waits for the other processes; wakes the listeners
         for listener in _listeners:
-            listener.join(_NEWS_SECONDS)
+            listener.join(_BROADCAST_SECONDS)
 
 
 def this_process() -> int:
-    """The number of this process in the run. Asks no device, which may be what hangs."""
+    """The index of this process in the run. Uses no device, as devices may hang."""
     return distributed.global_state.process_id
 
 
 def num_processes() -> int:
-    """How many processes have joined."""
+    """The number of processes that joined."""
     return distributed.global_state.num_processes
 
 
 def is_leader() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this is the leader process, which writes what a run writes once."""
     return jax.process_index() == 0
 
 
-def say(line: str) -> None:
-    """One line to the user, from the leader only."""
+def print_once(line: str) -> None:
+    """Prints a line, on the leader process only."""
     if is_leader():
         print(line, flush=True)
 
 
 def barrier(name: str, timeout_s: float = 3600) -> None:
-    """Waits for every process to arrive at `name`.
+    """Waits until all processes have reached the barrier `name`.
 
     Raises:
       LostPeerError: some did not within `timeout_s` seconds; names them.
@@ -175,11 +183,11 @@ def barrier(name: str, timeout_s: float = 3600) -> None:
 
 
 def compare(name: str, facts: Mapping[str, str], timeout_s: float = 600) -> None:
-    """Checks that every process has the same facts; hosts that differ would hang or train nonsense.
+    """Checks that all processes have the same facts; otherwise they would hang or train nonsense.
 
     Raises:
-      ConfigError: on all processes; names who differs from the most of them, and in what.
-      LostPeerError: some process did not tell its facts in time.
+      ConfigError: on all processes; names those that differ from the majority, and the facts.
+      LostPeerError: a process did not send its facts in time.
     """
     if num_processes() == 1:
         return
@@ -187,8 +195,8 @@ def compare(name: str, facts: Mapping[str, str], timeout_s: float = 600) -> None
     client.key_value_set(f"{here}/{this_process()}", json.dumps(dict(facts)))
     barrier(f"facts of {name}", timeout_s)
     if this_process() == 0:
-        told = {process: json.loads(text) for process, text in _by_process(here).items()}
-        client.key_value_set(f"{_KEYS}/verdict/{name}", json.dumps(differences(told, _named)))
+        sent = {process: json.loads(text) for process, text in _by_process(here).items()}
+        client.key_value_set(f"{_KEYS}/verdict/{name}", json.dumps(differences(sent, _named)))
     wait_ms = int(timeout_s * 1000)
     different = json.loads(client.blocking_key_value_get(f"{_KEYS}/verdict/{name}", wait_ms))
     if different:
@@ -201,13 +209,13 @@ def compare(name: str, facts: Mapping[str, str], timeout_s: float = 600) -> None
 def differences(
     facts: Mapping[int, Mapping[str, str]], named: Callable[[Iterable[int]], str]
 ) -> list[str]:
-    """A line for each fact that is not the same everywhere: who has another than most, and what."""
+    """A line for each value of a fact that differs from the majority's, with who has it."""
     lines = []
     for field in sorted({field for mine in facts.values() for field in mine}):
         holders = collections.defaultdict(list)
         for index in sorted(facts):
             holders[facts[index].get(field, "nothing")].append(index)
-        # Of equally many the side of process 0 is the rule: it was met first.
+        # In a tie the value of process 0 wins, as it comes first.
         common = max(holders, key=lambda value: len(holders[value]))
         lines += [
             f"  {named(odd)}: {field} is {value}, not {common}"
@@ -218,90 +226,89 @@ def differences(
 
 
 def share(name: str, value: str) -> None:
-    """Leaves `value` of this process where the leader's `shared` finds it; waits for nobody."""
+    """Stores `value` of this process for `shared`, without waiting for other processes."""
     if num_processes() > 1:
         key = f"{_KEYS}/shared/{name}/{this_process()}"
         _client().key_value_set(key, value, allow_overwrite=True)
 
 
 def shared(name: str) -> dict[int, str]:
-    """What each process `share`d last under this name, of those that have."""
+    """The last value that each process `share`d under this name, of those that did."""
     return _by_process(f"{_KEYS}/shared/{name}")
 
 
-def tell(news: str, value: str) -> None:
-    """Tells all processes; of several that tell the same news the first is heard."""
+def broadcast(topic: str, message: str) -> None:
+    """Sends a message to all processes; of several on one topic only the first counts."""
     if _client() is not None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # told already, or nobody is left
-            _client().key_value_set(f"{_KEYS}/{news}", value)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # sent before, or no peer is left
+            _client().key_value_set(f"{_KEYS}/{topic}", message)
 
 
-def when_told(news: str, act: Callable[[str], None]) -> None:
-    """Calls `act`, on a thread, with what any process, this one too, `tell`s."""
+def on_broadcast(topic: str, callback: Callable[[str], None]) -> None:
+    """Calls `callback`, on a thread, with the message of any process on this topic."""
     if _client() is not None:
-        _when_set(f"{_KEYS}/{news}", act)
+        _watch_key(f"{_KEYS}/{topic}", callback)
 
 
 class Preemption:
     """SIGTERM to any process, as clouds and schedulers send it, ends the run with its state saved.
 
-    The processes agree on the point where they stop: at the same call of `reached`. Whatever they
-    are held up by meanwhile, `seconds` after the signal they leave; so they do at once as long as
-    there is nothing that the newest checkpoint lacks. The signal is heard on a thread, as the main
-    one may spend minutes in a compilation or waiting for data.
+    The processes agree to stop at the same call of `reached`. They exit `seconds` after the signal
+    in any case, and at once if there are no unsaved steps. A thread receives the signal, as the
+    main thread may spend minutes in a compilation or waiting for data.
     """
 
     def __init__(self) -> None:
         self.seconds = 25.0  # of the 30 that a machine has left when it is reclaimed
-        self.something_to_save = False
-        self.heard = threading.Event()
+        self.has_unsaved_steps = False
+        self.received = threading.Event()
         self._calls = 0
 
     def listen(self) -> None:
-        """Hears signals from now on. Once processes are joined JAX's preemption service does."""
+        """Handles SIGTERM from now on; once processes have joined, JAX does."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to before any handler
 
-        def hear() -> None:
+        def wait_for_signal() -> None:
             while signal.SIGTERM not in os.read(reader, 1):
                 pass
-            self.note()
+            self.on_signal()
 
-        threading.Thread(target=hear, name="preemption", daemon=True).start()
+        threading.Thread(target=wait_for_signal, name="preemption", daemon=True).start()
 
-    def note(self) -> None:
-        """A signal came, here or to another process."""
-        if not self.something_to_save:
-            self._leave("there is nothing new to save")
-        self.heard.set()
+    def on_signal(self) -> None:
+        """To be called when SIGTERM came, to this or to another process."""
+        if not self.has_unsaved_steps:
+            self._exit("there is nothing new to save")
+        self.received.set()
         late = f"no step ended within {self.seconds:g} s: what was saved before is kept"
-        timer = threading.Timer(self.seconds, self._leave, (late,))
+        timer = threading.Timer(self.seconds, self._exit, (late,))
         timer.daemon = True
         timer.start()
 
     def reached(self) -> bool:
-        """Whether to save and leave here. All processes ask equally often, at the same points."""
+        """Whether to save and exit here. All processes call this equally often, at equal points."""
         self._calls += 1
         if _client() is None:
-            return self.heard.is_set()
+            return self.received.is_set()
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
-    def _leave(self, why: str) -> NoReturn:
-        leave(Preempted.exit_code, f"Preempted: SIGTERM came; {why}")
+    def _exit(self, why: str) -> NoReturn:
+        exit_now(Preempted.exit_code, f"Preempted: SIGTERM came; {why}")
 
 
 class Interrupt:
-    """Ctrl-C within this context waits for `check`; a second one doesn't.
+    """Defers Ctrl-C within this context to the next `check`; a second Ctrl-C is immediate.
 
-    Raised wherever it happens to arrive, KeyboardInterrupt is lost when that is one of JAX's
-    garbage-collection callbacks.
+    Python raises KeyboardInterrupt wherever the signal arrives, and it is lost if that is one of
+    JAX's garbage-collection callbacks.
     """
 
     def __enter__(self) -> "Interrupt":
-        self._noted = False
-        self._previous = signal.signal(signal.SIGINT, self._note)
+        self._received = False
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -309,75 +316,77 @@ class Interrupt:
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if there was one."""
-        if self._noted:
+        if self._received:
             raise KeyboardInterrupt
 
-    def _note(self, *_: object) -> None:
+    def _on_signal(self, *_: object) -> None:
         self.check()
-        self._noted = True
+        self._received = True
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether an error is what the loss of another process looks like."""
+    """Whether an error shows the loss of another process."""
     return num_processes() > 1 and any(sign in str(error) for sign in _PEER_IS_GONE)
 
 
 @contextlib.contextmanager
-def leaving_the_dead() -> Iterator[None]:
-    """Leaves at once when another process is lost: what closes outside of this context, such as a
-    save that all take part in, would wait for it. Other errors have the time to close."""
+def exit_on_peer_loss() -> Iterator[None]:
+    """Exits at once when another process is lost. Contexts around this one are not closed, as a
+    collective save, for example, would wait for the lost process. Other errors close them."""
     try:
         yield
     except BaseException as error:
-        new = not _closing.is_set()  # contexts of this kind lie in each other
+        new = not _closing.is_set()  # these contexts are nested
         _closing.set()
         if is_peer_loss(error):
             end(LostPeerError.exit_code, f"LostPeerError: {error}")
         by_jax = any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__))
         if new and by_jax and num_processes() > 1:
-            # Where no text tells: if a peer is dead, JAX ends this process by the next heartbeats.
-            time.sleep(_HEARTBEAT_SECONDS + _NEWS_SECONDS)
+            # The text does not show it, but a peer may be dead: then JAX ends this process as soon
+            # as heartbeats are missing.
+            time.sleep(_HEARTBEAT_SECONDS + _BROADCAST_SECONDS)
         raise
 
 
 def end(code: int, message: str) -> NoReturn:
-    """Ends this process for a reason that all of them share: tells the others, then leaves.
+    """Ends the run: broadcasts the reason to all processes, then exits.
 
-    Not through JAX's exit handlers: those wait for processes that may be dead.
+    Skips JAX's exit handlers, which wait for processes that may be dead.
     """
     if _client() is None:
         print(message, file=sys.stderr, flush=True)
         sys.exit(code)
     if code == LostPeerError.exit_code:
-        time.sleep(_NEWS_SECONDS)  # if the peer had something to say, `_leave_with` ends this
-        if preemption.heard.is_set():
-            code = Preempted.exit_code  # it left before, by the same signal
-    elif code != Preempted.exit_code:  # which all agreed upon
-        news = {"process": this_process(), "code": code, "message": message}
-        tell("ended", json.dumps(news))
-    leave(code, message)
+        time.sleep(_BROADCAST_SECONDS)  # if the peer sent its reason, `_exit_with_peer` ends this
+        if preemption.received.is_set():
+            code = Preempted.exit_code  # the peer exited first, by the same signal
+    elif code != Preempted.exit_code:  # to which all processes agreed
+        reason = {"process": this_process(), "code": code, "message": message}
+        broadcast("ended", json.dumps(reason))
+    exit_now(code, message)
 
 
-def leave(code: int, message: str) -> NoReturn:
-    """Ends this process now, whatever its threads are doing."""
+def exit_now(code: int, message: str) -> NoReturn:
+    """Ends this process, whatever its threads are doing."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if _client() is not None and distributed.global_state.service is not None:
-        time.sleep(_NEWS_SECONDS)  # the others hear the news from here
+        time.sleep(_BROADCAST_SECONDS)  # this process serves the broadcast
     os._exit(code)
 
 
-def _leave_with(news: str) -> None:
-    """Another process ended for a reason of all."""
-    told = json.loads(news)
-    if told["process"] != this_process():
-        if _closing.is_set():  # this one ends, too, and may be sealing a checkpoint
+def _exit_with_peer(message: str) -> None:
+    """Exits as the process did that ended the run."""
+    reason = json.loads(message)
+    if reason["process"] != this_process():
+        if _closing.is_set():  # this process ends too, and may be sealing a checkpoint
             time.sleep(_CLOSE_SECONDS)
-        leave(told["code"], f"{_named([told['process']])} ended the run: {told['message']}")
+        why = f"{_named([reason['process']])} ended the run: {reason['message']}"
+        exit_now(reason["code"], why)
 
 
-def _when_set(key: str, act: Callable[[str], None]) -> None:
-    """Calls `act`, on a thread, with the value of `key` once it has one."""
+def _watch_key(key: str, callback: Callable[[str], None]) -> None:
+    """Calls `callback`, on a thread, with the value of `key` once it has one."""
 
     client = _client()
 
@@ -388,15 +397,15 @@ def _when_set(key: str, act: Callable[[str], None]) -> None:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
-                return  # the coordinator is gone: JAX ends this process
-            return act(value)
+                return  # the coordinator is lost: JAX ends this process
+            return callback(value)
 
-    _listeners.append(threading.Thread(target=wait, name=f"news of {key}", daemon=True))
+    _listeners.append(threading.Thread(target=wait, name=f"watch {key}", daemon=True))
     _listeners[-1].start()
 
 
 def _is_managed() -> bool:
-    """Whether a platform that JAX can ask started this process."""
+    """Whether a platform started this process that describes the run to JAX."""
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in os.environ for name in slurm):
         return int(os.environ["SLURM_NTASKS"]) > 1
@@ -412,17 +421,17 @@ def _env_int(name: str) -> int | None:
 
 
 def _client() -> Any:
-    """JAX's door to the coordination service; None in a run of one process that joined none."""
+    """JAX's client of the coordination service; None in a run of a single process."""
     return distributed.global_state.client
 
 
 def _by_process(keys: str) -> dict[int, str]:
-    """The values below `keys`, where each process has one."""
+    """The values below `keys`, by the process that set each."""
     return {int(k.rsplit("/", 1)[1]): value for k, value in _client().key_value_dir_get(keys)}
 
 
 def _named(processes: Iterable[int]) -> str:
-    """'process 1 (host a), process 2 (host b)'; of many the first few."""
+    """'process 1 (host a), process 2 (host b)'; the first few of many."""
     hosts = _by_process(f"{_KEYS}/host")
     names = [f"process {i} (host {hosts.get(i, 'unknown')})" for i in sorted(processes)]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from spectral_pod.data.pipeline import Source, load
+from spectral_pod.objectives import computed
 from spectral_pod.parallel.sharding import batch_sharding
 
 
@@ -22,10 +22,10 @@ def evaluate(
     prefetch: int,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Loss and accuracy over all sets together, and how many records or labelled positions these
-    have. Of records also the confusion table.
+    """The metrics of `eval_step` over all sets together, as Python numbers and nested lists.
 
-    Of several sets, "sets" holds the same of each, by name. What `before_batch` raises ends it.
+    Of several sets, "sets" holds the metrics of each, by name. An exception that `before_batch`
+    raises ends the evaluation.
     """
     totals = {}
     for name, batches in sets.items():
@@ -43,27 +43,7 @@ def evaluate(
             part = eval_step(params, batch)
             total = part if total is None else total.merge(part)
         totals[name] = jax.device_get(total)
-    total = functools.reduce(lambda total, part: total.merge(part), totals.values())
-    values = _values(total.compute())
+    values = computed(functools.reduce(lambda total, part: total.merge(part), totals.values()))
     if len(totals) > 1:
-        values["sets"] = {name: _values(total.compute()) for name, total in totals.items()}
+        values["sets"] = {name: computed(total) for name, total in totals.items()}
     return values
-
-
-def _values(result: Mapping[str, Any]) -> dict[str, Any]:
-    values = {"loss": float(result["loss"]), "accuracy": float(result["accuracy"])}
-    if "positions" in result:
-        return values | {"positions": int(result["positions"])}
-    confusion = np.asarray(result["confusion"]).astype(int)
-    return values | {"records": int(confusion.sum()), "confusion": confusion.tolist()}
-
-
-def confusion_table(confusion: list[list[int]], classes: list[str]) -> str:
-    """A table of true (rows) against predicted (columns) classes, with the recall of each row."""
-    width = max(6, max(len(name) for name in classes) + 1)
-    lines = [" " * width + "".join(f"{name[:6]:>7}" for name in classes) + "  recall"]
-    for name, row in zip(classes, confusion):
-        recall = row[classes.index(name)] / max(sum(row), 1)
-        cells = "".join(f"{count:>7}" if count else f"{'.':>7}" for count in row)
-        lines.append(f"{name:<{width}}{cells}  {recall:6.1%}")
-    return "\n".join(lines)

@@ -141,6 +141,21 @@ def _decay_and_rate_by_group(
     return optax.GradientTransformation(init, update)
 
 
+def norms(tree: Any, group_of: Any) -> dict[str, jax.Array]:
+    """The Euclidean norms of parameters or gradients, by top-level module, dynamics apart.
+
+    Args:
+      group_of: the optimizer group of every parameter.
+    """
+    squares: dict[str, jax.Array] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), kind in zip(leaves, jax.tree.leaves(group_of), strict=True):
+        total = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        group = str(path[0].key) + (".dynamics" if kind == "dynamics" else "")
+        squares[group] = squares[group] + total if group in squares else total
+    return {group: jnp.sqrt(total) for group, total in squares.items()}
+
+
 # ---- Bad steps ------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""How a run is going: told to the user, written to the metrics, and checked."""
+"""The progress of a run: printed, written to the metrics, and checked."""
 
 import collections
 import contextlib
@@ -16,19 +16,19 @@ from ml_collections import ConfigDict
 from spectral_pod.analysis import flops
 from spectral_pod.config import row_len
 from spectral_pod.errors import NonFiniteError
+from spectral_pod.objectives import computed
 from spectral_pod.parallel import runtime
-from spectral_pod.parallel.runtime import say
-from spectral_pod.train.metrics import derived, summary
+from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train.sources import Sources
 from spectral_pod.train.state import TrainState
 from spectral_pod.train.system import usage
 from spectral_pod.train.writers import MetricWriter
 
-_HOSTS = 64  # whose times are written one by one; of more only the slowest
+_HOSTS = 64  # up to which the times of all hosts are written; of more, only the slowest
 
 
 class BadStepError(Exception):
-    """A step that `train.on_bad_step` has rolled back: its update was not taken."""
+    """A bad step, which `train.on_bad_step` asks to roll back."""
 
     def __init__(self, step: int, why: str):
         super().__init__(f"step {step}: {why}")
@@ -36,7 +36,7 @@ class BadStepError(Exception):
 
 
 class Progress:
-    """Reads each step's metrics one step late, checks and writes them, and tells how far we are."""
+    """Reads each step's metrics one step late, checks and writes them, and prints the progress."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Progress:
         self._spent: dict[str, float] = collections.defaultdict(float)
         self._goodput = Goodput(writer.last_line, psutil.Process().create_time())
         self._host_seconds: list[float] = []  # of each step of the window, before its dispatch
-        self._since_step = 0.0
+        self._since_step = 0.0  # time of the last step's end; 0: not to be counted from
         self._window_start, self._window_first = time.time(), first_step
         self._first_step, self._num_timed, self._seconds_timed = first_step, 0, 0.0
         self._bytes_a_step = config.train.global_batch_size * row_len(config)
@@ -69,7 +69,7 @@ class Progress:
 
     @contextlib.contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Counts the time spent in `phase` towards the split of the current window."""
+        """Counts the time spent in this context as that of `phase`."""
         start = time.time()
         yield
         self._spent[phase] += time.time() - start
@@ -77,43 +77,46 @@ class Progress:
 
     @contextlib.contextmanager
     def time_step(self) -> Iterator[None]:
-        """As `time("step")`; what came since the step before is this host's own time, during which
-        it may have kept the others waiting."""
+        """As `time("step")`; the time since the step before counts as this host's own, in which
+        the other hosts may have waited for it."""
         if self._since_step:
             self._host_seconds.append(time.time() - self._since_step)
         with self.time("step"):
             yield
         self._since_step = time.time()
 
-    def no_host_time(self) -> None:
-        """What came since the last step was the run's, not this host's: an evaluation, a save."""
+    def reset_host_timer(self) -> None:
+        """The time since the last step is not this host's own: all hosts evaluate or save."""
         self._since_step = 0.0
 
     def add(self, step: int, metrics: Any) -> None:
-        """Hands over a step's metrics, still being computed, and reads those of the step before."""
+        """Takes a step's metrics, which are still being computed, and reads those of the step
+        before."""
         before, self._pending = self._pending, (step, metrics)
         if before is not None:
             self._read(*before)
 
-    def settle(self) -> None:
-        """Reads what is pending."""
+    def flush_pending(self) -> None:
+        """Reads the metrics of the last step, if that is still to be done."""
         if self._pending is not None:
             before, self._pending = self._pending, None
             with self.time("step"):
                 self._read(*before)
 
     def bytes_per_second(self) -> float:
-        """Bytes trained on per second of data wait and step, compilation left out."""
+        """Bytes trained on per second, of the time of steps and of waiting for data."""
         return self._num_timed * self._bytes_a_step / max(self._seconds_timed, 1e-9)
 
-    def report_eval(self, split: str, step: int, result: Mapping[str, Any]) -> None:
-        values = derived(self._objective, result)
-        scalars = {f"{split}/{name}": x for name, x in values.items()}
-        say(f"step {step} {eval_line(split, self._objective, result)}")
-        for held, part in result.get("sets", {}).items():
-            values = derived(self._objective, part)
-            scalars |= {f"{split}/{held}/{name}": x for name, x in values.items()}
-            say(f"step {step} {eval_line(f'{split}, {held}', self._objective, part)}")
+    def report_eval(self, split: str, step: int, evaluation: Mapping[str, Any]) -> None:
+        """Prints and writes an evaluation, and that of each of its sets."""
+        objective = self._objective
+        scalars: dict[str, float] = {}
+        sets = evaluation.get("sets", {})
+        for name, values in {"": evaluation, **sets}.items():
+            line = objective.eval_line(f"{split}, {name}" if name else split, values)
+            print_once(f"step {step} {line}")
+            tag = f"{split}/{name}" if name else split
+            scalars |= {f"{tag}/{metric}": x for metric, x in objective.scalars(values).items()}
         self._writer.scalars(step, scalars)
 
     def _read(self, step: int, metrics: Any) -> None:
@@ -123,7 +126,7 @@ class Progress:
         else:
             _check_finite(step, averages, scalars)
             self._averages = averages if self._averages is None else self._averages.merge(averages)
-        first = step == self._first_step + 1  # the user sees at once that it runs
+        first = step == self._first_step + 1  # shows at once that the run works
         # A window ends at every checkpoint too: a run that resumes there writes the same windows.
         every = (self._config.train.log_every_steps, self._config.checkpoint.every_steps)
         ends = step == 1 or any(step % n == 0 for n in every)
@@ -142,26 +145,26 @@ class Progress:
         if self._config.train.on_bad_step == "rollback":
             raise BadStepError(step, what)
         self._writer.scalars(step, {"bad_steps": in_a_row})
-        say(f"step {step}: {what}; its update is skipped")
+        print_once(f"step {step}: {what}; its update is skipped")
 
     def restart(self, step: int) -> None:
-        """Counts anew from `step`, with what comes then; what is pending was in vain."""
+        """Starts a new window after `step`; drops the metrics that are pending."""
         self._pending, self._averages = None, None
         self._spent = collections.defaultdict(float)
         self._window_start, self._window_first = time.time(), step
-        self.no_host_time()
+        self.reset_host_timer()
 
     def _report(self, step: int, scalars: dict[str, Any], ends: bool) -> None:
         if self._averages is None:  # every step of the window was bad
             return
         now = time.time()
         elapsed, num_steps = now - self._window_start, step - self._window_first
-        means = derived(self._objective, {k: float(v) for k, v in self._averages.compute().items()})
+        means = computed(self._averages)
         busy = max(self._spent["data"] + self._spent["step"], 1e-9)
         self._num_timed += num_steps
         self._seconds_timed += busy
         rate = self._bytes_a_step * num_steps / busy
-        values = {f"train/{name}": value for name, value in means.items()}
+        values = {f"train/{name}": x for name, x in self._objective.scalars(means).items()}
         values |= {name: float(value) for name, value in scalars.items()}
         values |= {"speed/steps_per_second": num_steps / busy, "speed/bytes_per_second": rate}
         values |= {f"time/{phase}": spent / elapsed for phase, spent in self._spent.items()}
@@ -172,24 +175,24 @@ class Progress:
         if ends:
             values |= (
                 self._goodput.scalars()
-                | self._hosts()
+                | self._host_times()
                 | usage(self._workdir, self._config.data.dir)
             )
             self._writer.scalars(step, values)
             self._averages = None
         left = (self._config.train.total_steps - step) * elapsed / num_steps
-        say(
-            f"step {step}/{self._config.train.total_steps}  {summary(self._objective, means)}  "
+        print_once(
+            f"step {step}/{self._config.train.total_steps}  {self._objective.line(means)}  "
             f"{rate / 1e3:.1f} kB/s  ETA {int(left // 60)}:{int(left % 60):02d}"
         )
         self._spent = collections.defaultdict(float)
         self._window_start, self._window_first = now, step
 
-    def _hosts(self) -> dict[str, float]:
-        """Each host's own seconds a step, median and 99th percentile; of the others as told last.
+    def _host_times(self) -> dict[str, float]:
+        """Each host's own seconds a step, median and 99th percentile; other hosts' latest values.
 
-        A collective makes all hosts equally slow; who is to blame shows in the time before it.
-        Nothing is said before all have told: the slowest host is the last to do so.
+        Collectives make all hosts equally slow; the one that delays them shows in the time before.
+        Empty until all hosts have shared their times, as the slowest is the last to do so.
         """
         if not self._host_seconds:
             return {}
@@ -200,7 +203,7 @@ class Progress:
         runtime.share("host_seconds", json.dumps(mine))
         if not runtime.is_leader():
             return {}
-        hosts = {i: json.loads(told) for i, told in runtime.shared("host_seconds").items()}
+        hosts = {i: json.loads(text) for i, text in runtime.shared("host_seconds").items()}
         if len(hosts) < runtime.num_processes():
             return {}
         slowest = max(hosts, key=lambda i: hosts[i][0])
@@ -211,10 +214,10 @@ class Progress:
 
 
 class Goodput:
-    """Which part of all time since the first start of a run went into steps that count.
+    """The fraction of all time since the first start of a run that was spent in useful steps.
 
-    Continues from what the last line of the metrics that still counts says: what came after it and
-    before this start, steps done twice and the time between, is `restart`.
+    Continues from the last line of the metrics before the step of this start. The time between
+    that line and this start, with steps that are repeated, counts as `restart`.
     """
 
     def __init__(self, last_line: Mapping[str, float], started: float):
@@ -232,18 +235,11 @@ class Goodput:
         self._seconds[cause] += seconds
 
     def scalars(self) -> dict[str, float]:
-        """`goodput/fraction`, and the seconds by cause; what no cause has is `other`."""
+        """`goodput/fraction`, and the seconds by cause; the remaining ones are `other`."""
         total = self._before + time.time() - self._started
         values = {f"goodput/{cause}_seconds": x for cause, x in self._seconds.items()}
         values["goodput/other_seconds"] = max(0.0, total - sum(self._seconds.values()))
         return values | {"goodput/fraction": self._seconds["step"] / max(total, 1e-9)}
-
-
-def eval_line(split: str, objective: str, result: Mapping[str, Any]) -> str:
-    """An evaluation's result in a line."""
-    counted = "records" if "records" in result else "positions"
-    on = f"on {result[counted]:,} {counted}"
-    return f"{split}: {summary(objective, derived(objective, result))}  {on}"
 
 
 def _check_finite(step: int, averages: Any, scalars: Mapping[str, Any]) -> None:

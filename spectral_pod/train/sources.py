@@ -17,6 +17,7 @@ from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.data.mixture import Mixture
 from spectral_pod.data.windows import Windows
 from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.objectives import BY_NAME, Objective
 from spectral_pod.parallel import runtime
 
 
@@ -26,7 +27,7 @@ class Sources(NamedTuple):
     Attributes:
       stores: by name; none where examples are drawn.
       weights: of the stores, in training.
-      objective: 'class', 'next' or 'positions', see `data/tasks`.
+      objective: of the task.
       num_classes: of the logits.
       vocab_size: rows of the embedding.
       classes: their names; empty where labels are symbols.
@@ -37,7 +38,7 @@ class Sources(NamedTuple):
     config: ConfigDict
     stores: dict[str, byte_store.ByteStore]
     weights: list[float]
-    objective: str
+    objective: type[Objective]
     num_classes: int
     vocab_size: int
     classes: list[str]
@@ -70,7 +71,7 @@ class Sources(NamedTuple):
                 repeat=shuffle,
             )
         for store in self.stores.values():
-            if self.objective == "next":
+            if self.objective.is_language_model:
                 yield Windows(
                     store.split(split),
                     batch_size=batch_size,
@@ -111,12 +112,13 @@ def open_sources(config: ConfigDict) -> Sources:
         stores = {name: _open_own_store(config)}
         digest = stores[name].digest
     first = next(iter(stores.values()), None)
-    labelled = first is not None and task.OBJECTIVE == "class"
+    objective = BY_NAME[task.OBJECTIVE]
+    labelled = first is not None and not objective.by_position
     return Sources(
         config,
         stores,
         weights,
-        task.OBJECTIVE,
+        objective,
         # A store knows which classes there really are.
         len(first.classes) if first and labelled else task.num_classes(**options),
         task.vocab_size(**options),
@@ -171,7 +173,7 @@ def _open_own_store(config: ConfigDict) -> byte_store.ByteStore:
     storage.check_access(path, write=False)
     if runtime.is_leader() and not byte_store.exists(path):
         storage.check_access(path, write=True)
-        runtime.say(f"writing the {config.data.task} data to {path}")
+        runtime.print_once(f"writing the {config.data.task} data to {path}")
         tasks.TASKS[config.data.task].build(path, **options)
     runtime.barrier("data store")
     if not byte_store.exists(path):

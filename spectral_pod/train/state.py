@@ -1,12 +1,15 @@
 """The training state: what a checkpoint holds, and how it comes to be, sharded from the start."""
 
+import hashlib
 from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from spectral_pod.models.model import Model, abstract_params, init_params
@@ -65,3 +68,13 @@ def _like_parameters(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) ->
         return next((found for found in suffixes if found is not None), replicated(mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def params_digest(params: Any) -> str:
+    """sha256 over the bytes of all parameters, in the order of their names; of all processes."""
+    digest = hashlib.sha256()
+    leaves = {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(params)}
+    for name in sorted(leaves):
+        whole = multihost_utils.process_allgather(leaves[name], tiled=True)
+        digest.update(np.ascontiguousarray(whole).tobytes())
+    return digest.hexdigest()

@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from clu.metrics import Collection
 from jax.sharding import Mesh
 
+from spectral_pod.objectives import Objective
 from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
 from spectral_pod.shapes import PAD
-from spectral_pod.train.loss import cross_entropy
-from spectral_pod.train.metrics import Averages, Evaluation, Predictions, norms
-from spectral_pod.train.optim import GuardState, Optimizer
+from spectral_pod.train.optim import GuardState, Optimizer, norms
 from spectral_pod.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -29,19 +29,21 @@ def train_step(
     *,
     model: nn.Module,
     optimizer: Optimizer,
+    objective: type[Objective],
     config: "Config",
-) -> tuple[TrainState, tuple[Averages, dict[str, jax.Array]]]:
+) -> tuple[TrainState, tuple[Collection, dict[str, jax.Array]]]:
     """One optimizer step on the global batch.
 
-    Returns the next state, the step's averages, and scalars by name: norms of the gradients and
-    of the updated parameters by group, learning rates, and with a guard the bad steps in a row.
+    Returns the next state, the step's `training_metrics`, and scalars by name: norms of the
+    gradients and of the updated parameters by group, learning rates, and with a guard the number of
+    bad steps in a row.
     """
     num_micro = config.train.grad_accumulation
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     total_valid = jnp.maximum(jnp.sum(batch["valid"].astype(jnp.float32)), 1.0)
 
     def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
-        tokens_BL, labels = micro["tokens"], micro["labels"]
+        tokens_BL, valid = micro["tokens"], micro["valid"]
         logits, sown = model.apply(
             {"params": params},
             tokens_BL,
@@ -50,11 +52,9 @@ def train_step(
             rngs={"dropout": key},
             mutable=["losses"],
         )
-        loss = cross_entropy(logits, labels, config.train.label_smoothing)
-        correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
-        # Normalised by the whole batch, so that micro-batches just add up.
-        total = jnp.sum(jnp.where(micro["valid"], loss, 0.0)) / total_valid
-        outputs = {"loss": loss, "correct": correct, "mask": micro["valid"]}
+        outputs = objective.outputs(logits, micro["labels"], valid, config.train.label_smoothing)
+        # Normalised by the whole batch, so that the losses of micro-batches add up.
+        total = jnp.sum(jnp.where(valid, outputs["loss"], 0.0)) / total_valid
         if sown:
             outputs["auxiliary"] = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
             total += jnp.sum(outputs["auxiliary"]) / len(batch["tokens"])
@@ -96,7 +96,8 @@ def train_step(
     if "auxiliary" in outputs:
         scalars["auxiliary_loss"] = jnp.mean(outputs.pop("auxiliary"))
     state = TrainState(state.step + 1, params, opt_state)
-    return state, (Averages.single_from_model_output(**outputs), scalars)
+    averages = Collection.create(**objective.training_metrics).single_from_model_output(**outputs)
+    return state, (averages, scalars)
 
 
 def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
@@ -109,27 +110,25 @@ def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
 
 
 def _whole_batch(x: jax.Array) -> jax.Array:
-    """Undoes `_micro_batches`: rows where they were."""
+    """[A, B/A, ...] to [B, ...]: undoes `_micro_batches`."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Evaluation | Predictions:
-    """Sums over what is valid in one evaluation batch: labelled rows, or labelled positions."""
+def eval_step(
+    params: Any, batch: Batch, *, model: nn.Module, objective: type[Objective]
+) -> Collection:
+    """The `evaluation_metrics` of one batch."""
     tokens_BL, labels = batch["tokens"], batch["labels"]
     logits = model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
-    collection = Evaluation if labels.ndim == 1 else Predictions
-    return collection.single_from_model_output(
-        loss=cross_entropy(logits, labels, 0.0),
-        correct=(jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32),
-        logits=logits,
-        labels=labels,
-        mask=batch["valid"],
+    return Collection.create(**objective.evaluation_metrics).single_from_model_output(
+        **objective.outputs(logits, labels, batch["valid"]), logits=logits, labels=labels
     )
 
 
 def jit_train_step(
     model: nn.Module,
     optimizer: Optimizer,
+    objective: type[Objective],
     config: "Config",
     mesh: Mesh,
     abstract: TrainState,
@@ -137,7 +136,7 @@ def jit_train_step(
     """`train_step` jitted for the mesh; donates the state."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
-        partial(train_step, model=model, optimizer=optimizer, config=config),
+        partial(train_step, model=model, optimizer=optimizer, objective=objective, config=config),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -145,12 +144,12 @@ def jit_train_step(
 
 
 def jit_eval_step(
-    model: nn.Module, mesh: Mesh, abstract: TrainState
-) -> Callable[[Any, Batch], Evaluation | Predictions]:
-    """`eval_step` compiled for the mesh; its sums are on every device."""
+    model: nn.Module, objective: type[Objective], mesh: Mesh, abstract: TrainState
+) -> Callable[[Any, Batch], Collection]:
+    """`eval_step` jitted for the mesh; its metrics are on every device."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     return jax.jit(
-        partial(eval_step, model=model),
+        partial(eval_step, model=model, objective=objective),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )

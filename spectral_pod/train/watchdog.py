@@ -1,4 +1,4 @@
-"""Ends a run in which nothing moves, after every process has written what its threads are doing."""
+"""Ends a run that makes no progress, after every process has written its threads' stacks."""
 
 import collections
 import faulthandler
@@ -13,16 +13,16 @@ from etils import epath
 from spectral_pod import errors, storage
 from spectral_pod.parallel import runtime
 
-_START_SECONDS = 3600.0  # that the first step may take: it compiles
-_WRITE_SECONDS = 20.0  # that writing the stacks may take: storage may be what hangs
+_START_SECONDS = 3600.0  # limit for the first step, which includes compilation
+_WRITE_SECONDS = 20.0  # limit for writing the stacks, as storage may hang
 
 
 class Watchdog:
     """Expects a `beat` at least every max(`seconds`, `factor` x the median interval).
 
-    A hang is everybody's: the process that sees it first tells the others, and all write their
-    stacks to WORKDIR/stalls and leave with `errors.STALLED`. The leader gives them to `report`,
-    by name, too.
+    A hang concerns all processes: the first that detects it broadcasts it, and all write their
+    stacks to WORKDIR/stalls and exit with `errors.STALLED`. The leader also passes all stacks to
+    `report`, by name, which may be called as soon as this context is entered.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._factor:
-            runtime.when_told("stalled", self._end)
+            runtime.on_broadcast("stalled", self._end)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -51,15 +51,15 @@ class Watchdog:
         self._closed.set()
 
     def beat(self) -> None:
-        """The run has moved."""
+        """To be called whenever the run has made progress."""
         now = time.monotonic()
-        if self._beats:  # the first interval is the compilation's
+        if self._beats:  # the first interval includes compilation
             self._intervals.append(now - self._last)
         self._beats += 1
         self._last = now
 
     def limit(self) -> float:
-        """Seconds of silence that are too many now."""
+        """Seconds without a beat after which the run counts as stalled."""
         if not self._intervals:
             return max(_START_SECONDS, self._seconds)
         return max(self._seconds, self._factor * statistics.median(list(self._intervals)))
@@ -69,7 +69,7 @@ class Watchdog:
             silent = time.monotonic() - self._last
             if silent > self.limit():
                 why = f"nothing has moved for {silent:.0f} s on process {runtime.this_process()}"
-                runtime.tell("stalled", why)
+                runtime.broadcast("stalled", why)
                 self._end(why)
 
     def _end(self, why: str) -> None:
@@ -78,7 +78,7 @@ class Watchdog:
         writing = threading.Thread(target=self._write, args=(_stacks(),), daemon=True)
         writing.start()
         writing.join(_WRITE_SECONDS)
-        runtime.leave(
+        runtime.exit_now(
             errors.STALLED,
             f"Stalled: {why}. What every thread was doing is in {self._stalls}; the newest "
             "checkpoint is kept, the same command continues from it",
@@ -91,12 +91,13 @@ class Watchdog:
         storage.write_whole(self._stalls / f"{now}-process-{runtime.this_process()}.txt", stacks)
         if runtime.this_process() != 0:
             return
-        told = {0: stacks}
+        collected = {0: stacks}
         deadline = time.monotonic() + _WRITE_SECONDS / 2
-        while len(told) < runtime.num_processes() and time.monotonic() < deadline:
+        while len(collected) < runtime.num_processes() and time.monotonic() < deadline:
             time.sleep(0.2)
-            told |= runtime.shared("stacks")
-        self._report({f"stall/process_{i}": f"```\n{told[i]}\n```" for i in sorted(told)})
+            collected |= runtime.shared("stacks")
+        texts = {f"stall/process_{i}": f"```\n{collected[i]}\n```" for i in sorted(collected)}
+        self._report(texts)
 
 
 def _stacks() -> str:

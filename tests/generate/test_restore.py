@@ -13,6 +13,7 @@ from spectral_pod.errors import CheckpointError, ConfigError, DataError
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.text import UntilStop, continuations, decoded
 from spectral_pod.layers.block import unstack
+from spectral_pod.objectives import Classification, NextByte
 from spectral_pod.shapes import PAD
 from tests.tiny_run import DIGEST, tiny_config, write_run
 
@@ -50,7 +51,7 @@ def test_parameters_are_those_of_the_run(run):
     assert contents(workdir) == before
     jax.tree.map(np.testing.assert_array_equal, trained.params, unstack(params))
     assert (trained.step, trained.num_classes, trained.vocab_size) == (2, 257, 260)
-    assert (trained.objective, trained.data_digest) == ("next", DIGEST)
+    assert (trained.objective, trained.data_digest) == (NextByte, DIGEST)
     assert trained.config.to_dict() == json.loads(json.dumps(tiny_config().to_dict()))
     assert restore_for_inference(str(workdir), step=1).step == 1
 
@@ -148,7 +149,7 @@ def test_parameters_of_another_model(copied):
 
 def test_a_classifier_writes_no_text(classifier):
     trained = restore_for_inference(str(classifier[0]))
-    assert (trained.num_classes, trained.objective) == (4, "class")
+    assert (trained.num_classes, trained.objective) == (4, Classification)
     with pytest.raises(ConfigError, match=r"spectral_model trained on 'content_type'"):
         next(continuations(trained, [b"x"], num_bytes=1))
 

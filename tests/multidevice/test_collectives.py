@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from spectral_pod.analysis import hlo
+from spectral_pod.objectives import Classification
 from spectral_pod.ops import fft
 from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
 from tests.multidevice import fake_devices
@@ -84,9 +85,12 @@ def compile_step(sizes, rows_a_chip, overrides, evaluation=False, plain_fft=Fals
     shard_op = (lambda fn, *_: fn) if plain_fft else fft.shard_op
     with jax.set_mesh(s.mesh), mock.patch.object(fft, "shard_op", shard_op):
         if evaluation:
-            step = jit_eval_step(s.model, s.mesh, s.abstract).lower(s.abstract.params, batch)
+            step = jit_eval_step(s.model, Classification, s.mesh, s.abstract)
+            step = step.lower(s.abstract.params, batch)
         else:
-            step = jit_train_step(s.model, s.optimizer, s.config, s.mesh, s.abstract)
+            step = jit_train_step(
+                s.model, s.optimizer, Classification, s.config, s.mesh, s.abstract
+            )
             step = step.lower(s.abstract, batch)
         return hlo.collectives(step.compile().as_text())
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spectral_pod.objectives import Classification, NextByte
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
 from spectral_pod.train.state import init_state
@@ -74,7 +75,8 @@ def make_batch(seed, by_position=False):
 def make_step(sizes, **overrides):
     """(a new state, the jitted step on numpy batches) on a mesh."""
     s = fake_devices.setup(sizes, **overrides)
-    step = jit_train_step(s.model, s.optimizer, s.config, s.mesh, s.abstract)
+    objective = NextByte if s.model.causal else Classification
+    step = jit_train_step(s.model, s.optimizer, objective, s.config, s.mesh, s.abstract)
 
     def on_mesh(state, batch):
         with jax.set_mesh(s.mesh):

@@ -1,4 +1,4 @@
-"""Who joins whom, and what differs between processes: decided without any of them."""
+"""Joining, and comparing the facts of processes, without starting any."""
 
 import pytest
 from jax._src import cloud_tpu_init
@@ -16,7 +16,7 @@ ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What `initialize` asks of JAX, in an environment of `variables`; None: it joins nobody."""
+    """The arguments that `initialize` passes to JAX in an environment; None if it joins nobody."""
 
     def ask(variables, *arguments, tpu=False, **options):
         asked = []
@@ -24,7 +24,7 @@ def joined(monkeypatch):
             runtime.jax.distributed, "initialize", lambda *a, **k: asked.append((a, k))
         )
         monkeypatch.setattr(runtime, "_client", lambda: Unheard())
-        monkeypatch.setattr(runtime, "_when_set", lambda *_: None)
+        monkeypatch.setattr(runtime, "_watch_key", lambda *_: None)
         monkeypatch.setattr(cloud_tpu_init, "running_in_cloud_tpu_vm", tpu)
         for name in (*SLURM, *NUMBERED, *ADDRESS, "JAX_COORDINATOR_BIND_ADDRESS"):
             monkeypatch.delenv(name, raising=False)
@@ -114,7 +114,7 @@ def test_another_platform_than_was_asked_for_is_an_error(monkeypatch):
         ("'NoneType' object has no attribute 'shape'", False),
     ],
 )
-def test_a_lost_peer_is_told_from_other_errors(monkeypatch, text, lost):
+def test_a_lost_peer_is_not_confused_with_other_errors(monkeypatch, text, lost):
     monkeypatch.setattr(runtime, "num_processes", lambda: 2)
     assert runtime.is_peer_loss(ValueError(text)) == lost
     assert runtime.is_peer_loss(CheckpointError(f"cannot write step 3: {text}")) == lost

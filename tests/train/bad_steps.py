@@ -7,12 +7,13 @@ from tests import trainer
 
 
 def get_config() -> ConfigDict:
+    from spectral_pod import objectives
     from spectral_pod.train import step
 
-    cross_entropy = step.cross_entropy
+    cross_entropy = objectives.cross_entropy
 
     def poisoned(logits, labels, smoothing):
-        # Only losses of training are smoothed, and only here: the step that runs is in the state.
+        # `poisoned.step` is set while a training step is traced; evaluations stay as they are.
         loss = cross_entropy(logits, labels, smoothing)
         return loss if poisoned.step is None else jnp.where(poisoned.step, jnp.nan, loss)
 
@@ -27,7 +28,7 @@ def get_config() -> ConfigDict:
         finally:
             poisoned.step = None
 
-    step.cross_entropy, step.train_step = poisoned, poisoned_step
+    objectives.cross_entropy, step.train_step = poisoned, poisoned_step
     c = trainer.get_config()
     c.train.grad_accumulation = 1
     c.train.log_every_steps = 1

@@ -1,4 +1,4 @@
-"""Checkpoints under damage, kills, full disks and other meshes; the bytes are the truth throughout.
+"""Checkpoints under damage, kills, full disks and other meshes; each test compares bytes.
 
 Run as a script, this file is one of its own children: `CHILDREN` lists them.
 """
@@ -38,7 +38,7 @@ class State(flax.struct.PyTreeNode):
 
 
 def make_state(step, kilobytes=1):
-    """A state whose every byte follows from the step."""
+    """A state whose bytes are determined by the step."""
     rng = np.random.default_rng(step)
     params = {
         "dense": {"kernel": rng.normal(size=(16 * kilobytes, 16)).astype(np.float32)},
@@ -83,7 +83,7 @@ def write(directory, *steps):
 
 
 def restored_step(directory):
-    """Restores, checks that the content is that of the step it says, and returns the step."""
+    """Restores, checks that the content belongs to the restored step, and returns the step."""
     with open_checkpointer(directory) as checkpointer:
         state = checkpointer.restore(abstract(make_state(0)))
     if state is None:
@@ -106,7 +106,7 @@ def directory(tmp_path):
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
-    """A pickle is code that runs when it is read."""
+    """Reading a pickle would execute code."""
     write(tmp_path / "checkpoints", 1)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert is_pickle(pickle.dumps(make_state(1).step))
@@ -243,11 +243,13 @@ def test_keeps_the_newest_and_the_best(directory):
 
 
 def test_old_steps_outlive_a_kill_before_the_seal(directory, monkeypatch):
-    """With one step kept, the old one may go only after the new one is sealed."""
+    """With one step kept, the old one may be deleted only after the new one is sealed."""
     with open_checkpointer(directory, keep_latest=1) as checkpointer:
         checkpointer.save(1, make_state(1), None)
         checkpointer.wait_until_finished()
-        monkeypatch.setattr(checkpoint, "_digests", lambda _: sys.exit())  # as good as dead
+        monkeypatch.setattr(
+            checkpoint, "_digests", lambda _: sys.exit()
+        )  # as if the process were killed
         checkpointer.save(2, make_state(2), None)
         with pytest.raises(CheckpointError):
             checkpointer.wait_until_finished()
@@ -389,7 +391,7 @@ def process_child(directory, port, index):
         restored = checkpointer.restore(wanted)
         for shard in restored["x"].addressable_shards:
             np.testing.assert_array_equal(shard.data, np.arange(8)[shard.index])
-        if index == "0":  # a failure of one is an error of both, not a hang
+        if index == "0":  # if one fails, both raise an error; neither hangs
             checkpoint._digests = lambda _: [][0]
         checkpointer.save(2, states[2], None)
         with pytest.raises(CheckpointError, match="step 2" if index == "0" else "process"):

@@ -1,4 +1,4 @@
-"""Where the time of a run went, over any number of starts."""
+"""Goodput over several starts of a run."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 from spectral_pod.train.progress import Goodput
 
 
-def test_goodput_is_the_part_of_all_time_that_steps_took(monkeypatch):
+def test_goodput_is_the_fraction_of_time_spent_in_steps(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
     first = Goodput({}, started=900.0)
@@ -17,7 +17,7 @@ def test_goodput_is_the_part_of_all_time_that_steps_took(monkeypatch):
     assert line["goodput/fraction"] == pytest.approx(0.5)
     assert line["goodput/other_seconds"] == pytest.approx(20.0)
 
-    # The line of step 10 is the last that counts; 40 s later another process goes on from there.
+    # The line of step 10 is the last one kept; 40 s later another process continues from it.
     now = 1140.0
     second = Goodput(line, started=1040.0)
     second.add("step", 70.0)

@@ -1,4 +1,4 @@
-"""Traces: which steps they hold, and what asks for one."""
+"""Traces: which steps they hold, and how they are requested."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ def _quick_polls(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """Takes steps under a profiler, then closes it; returns {name of a trace: its steps}."""
+    """Runs steps under a profiler, then closes it; returns {name of a trace: its steps}."""
 
     def run(steps, planned=(), before=lambda step, profiler: None):
         work = jax.jit(lambda x: jnp.sin(x @ x).sum())
@@ -76,9 +76,9 @@ def test_each_request_is_taken_once(run, tmp_path):
             before = len(traces(tmp_path))
             request.touch()
             os.utime(request, (1e9 + step, 1e9 + step))
-            until(lambda: not request.exists())  # process 0 has taken it away
+            until(lambda: not request.exists())  # process 0 has deleted it
             assert len(traces(tmp_path)) == before
-        if step == 10:  # the first is being stored meanwhile
+        if step == 10:  # while the first is being stored
             until(lambda: len(traces(tmp_path)) == 1)
 
     found = run(range(1, 30), before=ask)

@@ -1,4 +1,4 @@
-"""A run ends with the same parameters, to the bit, and the same curves, whatever interrupts it."""
+"""An interrupted run ends with bit-identical parameters and the same curves."""
 
 import random
 import shutil
@@ -16,7 +16,7 @@ def unsealed(workdir):
 
 
 def phase(workdir, log):
-    """What a run is doing, as far as one can see from outside."""
+    """The phase of a run, as far as its files and output show it."""
     lines = log.read_text().splitlines()
     steps = [line.split()[1] for line in lines if line.startswith("step ")]
     if unsealed(workdir):
@@ -35,7 +35,7 @@ def wait_until(child, log, condition):
 
 
 def kill(child, workdir, log, moment, rng):
-    """Kills a run at a random moment of a kind; says what it was doing."""
+    """Kills a run at a random moment of the given kind; returns the phase it was in."""
     if moment == "any":
         time.sleep(rng.uniform(0, 4))
     elif moment == "compile":
@@ -92,7 +92,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills(tmp_path):
-    """Without compiled programs from elsewhere, so that some kills fall into compilation."""
+    """Without a compilation cache from another run, so that some kills fall into compilation."""
     moments = ["any", "compile", "step", "save", "any", "step", "save", "compile", "save", "step"]
     phases = run_with_kills(tmp_path / "run", moments, "train.total_steps=160")
     assert sum(phase.startswith("writing") for phase in phases) >= 3

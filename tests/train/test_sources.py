@@ -1,4 +1,4 @@
-"""Finished stores as the data of a run: alone, mixed, and evaluated one by one."""
+"""Existing stores as the data of a run: single, mixed, and evaluated separately."""
 
 import numpy as np
 import pytest

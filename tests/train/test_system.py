@@ -1,4 +1,4 @@
-"""What a run takes of its machine."""
+"""The resource usage of a run."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from spectral_pod.train import system
 
 
 class Device:
-    """What jax.Device says of its memory."""
+    """The memory statistics of a jax.Device."""
 
     def __init__(self, **stats):
         self.memory_stats = lambda: stats or None

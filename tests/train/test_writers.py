@@ -1,4 +1,4 @@
-"""Metrics on disk: the lines of a resumed run, and event files with and without TensorFlow; and in
+"""Metrics on disk: the lines of a resumed run, event files with and without TensorFlow; and
 Weights & Biases."""
 
 import contextlib
@@ -21,7 +21,7 @@ from tests import trainer
 
 @pytest.fixture
 def no_events(monkeypatch):
-    """Event files cost an import of TensorFlow; where only lines matter there are none."""
+    """Without event files, which need an import of TensorFlow, where only lines matter."""
     monkeypatch.setattr(writers, "_open_events", lambda workdir: Events())
 
 
@@ -55,7 +55,7 @@ def lines(workdir):
 
 
 def points(lines):
-    """The lines less the time at which each was written."""
+    """The lines without their times."""
     return [{k: v for k, v in json.loads(line).items() if k != "wall_time"} for line in lines]
 
 
@@ -89,14 +89,14 @@ def test_lines_continue_after_the_resumed_step(tmp_path_factory):
         before = [line for line in expected[:complete] if json.loads(line)["step"] <= resume]
         after = [line for line in expected if json.loads(line)["step"] > resume]
         now = lines(workdir)
-        assert now[: len(before)] == before  # their times included
+        assert now[: len(before)] == before  # including the times
         assert points(now) == points(before + after)
 
     killed_and_resumed()
 
 
 @pytest.mark.usefixtures("no_events")
-def test_the_last_window_is_told(tmp_path):
+def test_the_last_window_is_kept(tmp_path):
     write(tmp_path, 0, range(1, 10))
     for resume, last in ((0, None), (4, 4), (6, 6), (9, 9)):  # 6 and 9 are evaluated, too
         writer = writers.MetricWriter(str(tmp_path), is_leader=False, resume_step=resume)
@@ -136,7 +136,7 @@ def test_a_failure_to_write_events_surfaces(tmp_path, monkeypatch):
         write(tmp_path, 0, range(1, 10))
 
 
-# The part of the package wandb that is used, whose runs note what they are told.
+# A stand-in for the part of the package wandb that is used; its runs record all calls.
 WANDB = """
 class errors:
     class UsageError(Exception): pass
@@ -163,9 +163,9 @@ class Run:
         self.finished = True
         used.remove(self.settings["id"])
 
-runs, failures = [], {}  # failures: of the modes in which the service refuses
+runs, failures = [], {}  # failures: errors of the service, by mode
 
-used = []  # the ids that wandb's service holds on to
+used = []  # run ids that wandb's service has in use
 
 def teardown():
     used.clear()
@@ -263,7 +263,7 @@ def test_weights_and_biases_is_asked_for(tmp_path, monkeypatch):
         write(tmp_path, 0, [1], wandb_project="p")
 
 
-# `python -m spectral_pod.main`, told of every import of TensorFlow.
+# `python -m spectral_pod.main`, which prints every import of TensorFlow.
 WATCH = """
 import sys, threading, traceback
 
@@ -315,7 +315,7 @@ def test_a_run_without_tensorflow():
 def test_clu_continues_its_own_files(tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(by_clu()[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "40")  # to have the last steps taken again
+    shutil.rmtree(workdir / "checkpoints" / "40")  # so that the last steps are repeated
     (workdir / "seals" / "40.json").unlink()
     trainer.run(trainer.command(workdir), tensorflow=True)
     trainer.assert_same_run(workdir, trainer.uninterrupted())

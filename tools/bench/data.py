@@ -34,6 +34,7 @@ from spectral_pod import models
 from spectral_pod.data import byte_store, pipeline
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.data.local_copies import LocalCopies
+from spectral_pod.objectives import Classification
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
@@ -151,7 +152,7 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
     abstract = abstract_state(model, optimizer.tx, mesh)
     state: Any = init_state(model, optimizer.tx, mesh, seed=0)
     with jax.set_mesh(mesh):
-        jitted: Any = jit_train_step(model, optimizer, config, mesh, abstract)
+        jitted: Any = jit_train_step(model, optimizer, Classification, config, mesh, abstract)
         step = jitted.lower(abstract, abstract_batch(batch_size, seq_len, mesh)).compile()
     path, num_records = f"{storage.bucket}/windows", 64 * batch_size
     rows = (Record(_digits(i, seq_len), i % 2) for i in range(num_records))

@@ -15,6 +15,7 @@ import optax
 
 from spectral_pod import config as config_lib
 from spectral_pod import models
+from spectral_pod.objectives import Classification
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train.optim import make_optimizer
@@ -96,7 +97,7 @@ def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline:
     abstract = abstract_state(model, optimizer.tx, mesh)
     state = init_state(model, optimizer.tx, mesh, seed=0)
     with jax.set_mesh(mesh):
-        jitted: Any = jit_train_step(model, optimizer, config, mesh, abstract)
+        jitted: Any = jit_train_step(model, optimizer, Classification, config, mesh, abstract)
         program = jitted.lower(abstract, abstract_batch(batch, length, mesh)).compile()
     tokens, labels = _data(batch, length)
     data = {"tokens": tokens, "labels": labels, "valid": np.ones(batch, bool)}

@@ -1,4 +1,4 @@
-"""Losses in float32."""
+"""Cross-entropy in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def cross_entropy(
     A fraction `smoothing` of a target's weight is spread over all classes.
     """
     log_p = jax.nn.log_softmax(logits)
-    # A comparison, not a gather: its gradient is no scatter, and classes may be split.
+    # A comparison rather than a gather: the gradient needs no scatter, and classes may be sharded.
     classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
     is_label = classes == jnp.expand_dims(labels, -1)
     loss = -jnp.sum(jnp.where(is_label, log_p, 0.0), axis=-1)
