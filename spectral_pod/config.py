@@ -236,7 +236,7 @@ def validate(
         )
     model = models[config.model.name]
     objective, causal, patch = (
-        tasks[config.data.task].OBJECTIVE,
+        tasks[config.data.task].objective.name,
         model.causal,
         model.bytes_per_position,
     )

@@ -11,19 +11,24 @@ class Objective:
     """
 
     by_position: ClassVar[bool]
+    name: ClassVar[str]  # interim: what train code compares until it asks the class
 
 
 class Classification(Objective):
     """One label a record."""
 
+    name = "class"
     by_position = False
 
 
 class LabelledPositions(Objective):
     """Labels at some of the positions of an example."""
 
+    name = "positions"
     by_position = True
 
 
 class NextByte(LabelledPositions):
     """The byte that follows, everywhere in a stream of documents."""
+
+    name = "next"

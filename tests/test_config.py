@@ -10,10 +10,15 @@ from spectral_pod.config import claim_workdir, default, validate, validate_mesh
 from spectral_pod.errors import ConfigError
 from spectral_pod.layers.mixers import can_be_causal
 from spectral_pod.models import MODELS
+from spectral_pod.objectives import Classification, NextByte
 
 TASKS = {
-    name: types.SimpleNamespace(OBJECTIVE=objective)
-    for name, objective in (("listops", "class"), ("content_type", "class"), ("lm", "next"))
+    name: types.SimpleNamespace(objective=objective)
+    for name, objective in (
+        ("listops", Classification),
+        ("content_type", Classification),
+        ("lm", NextByte),
+    )
 }
 
 

@@ -177,10 +177,10 @@ def main(argv: list[str]) -> None:
     runtime.initialize(None, 1, 0)
     config = _CONFIG.value
     config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
-    objective = tasks.TASKS[config.data.task].OBJECTIVE
-    if objective != "class":
+    objective = tasks.TASKS[config.data.task].objective
+    if objective.by_position:
         raise ConfigError(
-            f"config.data.task is {config.data.task!r}, with the objective {objective!r}; "
+            f"config.data.task is {config.data.task!r}, with the objective {objective.name!r}; "
             "baselines are of tasks that classify records"
         )
     with contextlib.redirect_stdout(sys.stderr):

@@ -73,17 +73,15 @@ def set_up(config: ConfigDict, topology: Topology) -> Setup:
     config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
     devices = hardware.devices(topology)
     mesh = make_mesh(config_lib.validate_mesh(config, len(devices), models=models.MODELS), devices)
-    options = config.data.options.to_dict()
-    tasks.check_options(config.data.task, options)
-    task = tasks.TASKS[config.data.task]
-    num_classes, vocab_size = task.num_classes(**options), task.vocab_size(**options)
+    task = tasks.make(config.data.task, config.data.options)
+    num_classes, vocab_size = task.num_classes, task.vocab_size
     row_len, tx = config_lib.row_len(config), make_optimizer(config)
     model = models.build(
         config, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
     )
     abstract = abstract_state(model, tx, mesh, row_len)
     batch, eval_batch = (
-        abstract_batch(rows, row_len, mesh, by_position=task.OBJECTIVE != "class")
+        abstract_batch(rows, row_len, mesh, by_position=task.objective.by_position)
         for rows in (config.train.global_batch_size, config.train.eval_batch_size)
     )
     steps: dict[str, tuple[Any, ...]] = {

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
 from spectral_pod import models, storage
-from spectral_pod.data.tasks import TASKS
+from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
 from spectral_pod.layers.mixers import can_be_causal
@@ -59,7 +59,7 @@ class Trained(NamedTuple):
     @property
     def objective(self) -> str:
         """'class', 'next' or 'positions', see `data/tasks`."""
-        return str(TASKS[self.config.data.task].OBJECTIVE)
+        return tasks.TASKS[self.config.data.task].objective.name
 
 
 def restore_for_inference(
@@ -90,7 +90,7 @@ def restore_for_inference(
     step = saved.choose(step)
     # Of classes a task knows only the most there can be; how many there were is in the data.
     num_classes = saved.shapes(step)["params/head/bias"][0]
-    vocab_size = TASKS[config.data.task].vocab_size(**config.data.options.to_dict())
+    vocab_size = tasks.make(config.data.task, config.data.options).vocab_size
     mesh = mesh or one_device()
     build = functools.partial(
         models.build,
@@ -154,7 +154,7 @@ def _fill(fields: dict[str, Any], defaults: Mapping[str, Any], prefix: str = "co
 
 def check(config: ConfigDict) -> None:
     """Raises a `ConfigError` for what can be checked without devices or data."""
-    config_lib.validate(config, tasks=TASKS, models=models.MODELS, mixers=can_be_causal())
+    config_lib.validate(config, tasks=tasks.TASKS, models=models.MODELS, mixers=can_be_causal())
 
 
 def one_device() -> Mesh:

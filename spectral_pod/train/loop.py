@@ -172,7 +172,7 @@ def run(config: ConfigDict, workdir: str, *, eval_only: bool = False) -> dict[st
             if sampler is not None:
                 with progress.time("sample"):
                     writer.texts(step, {"sample": sampler(state.params)})
-            return scores_of(sources.objective, validation)
+            return scores_of(sources.objective.name, validation)
 
         def batches_from(step: int) -> Iterator[Any]:
             return pipeline.load(
@@ -269,7 +269,7 @@ def _compile(
 ) -> Callable[[TrainState, Any], Any]:
     """The compiled training step, once all processes are known to have the same one."""
     rows, row_len = config.train.global_batch_size, config_lib.row_len(config)
-    by_position = sources.objective != "class"
+    by_position = sources.objective.name != "class"
     lowered = jitted.lower(abstract, abstract_batch(rows, row_len, mesh, by_position=by_position))
     program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     runtime.compare("program and data", {"program": program, "data": sources.digest})
@@ -278,7 +278,7 @@ def _compile(
 
 def _sampler(config: ConfigDict, mesh: Mesh, sources: Sources) -> Callable[[Any], str] | None:
     """From parameters to a Markdown text that a language model writes; None for other models."""
-    if sources.objective != "next" or not config.train.sample_bytes:
+    if sources.objective.name != "next" or not config.train.sample_bytes:
         return None
     model = models.build(
         config,
@@ -323,7 +323,7 @@ def _evaluate_only(
             threads=config.data.threads,
             prefetch=config.data.prefetch,
         )
-    say(f"step {int(state.step)} {eval_line(split, sources.objective, result)}")
+    say(f"step {int(state.step)} {eval_line(split, sources.objective.name, result)}")
     if "confusion" in result:
         say(confusion_table(result["confusion"], sources.classes))
     return {"step": int(state.step), "eval": result}
@@ -340,7 +340,7 @@ def _finish(
     started: float,
 ) -> dict[str, Any]:
     """Writes `result.json` and prints the closing report."""
-    split, objective = config.train.eval_split, sources.objective
+    split, objective = config.train.eval_split, sources.objective.name
     result = {
         "step": int(state.step),
         "eval": {"split": split} | evaluation | derived(objective, evaluation),
@@ -350,10 +350,10 @@ def _finish(
     } | dict(run_facts)
     if "confusion" in evaluation:
         say(confusion_table(evaluation["confusion"], sources.classes))
-    ladder = sources.provenance.get("ladder")
-    if ladder:
-        result["ladder"] = ladder
-        say(tasks.listops.ladder_rung(evaluation["accuracy"], ladder))
+    added, lines = sources.task.report(evaluation, sources.provenance)
+    result |= added
+    for line in lines:
+        say(line)
     file = epath.Path(workdir) / "result.json"
     if runtime.is_leader():
         storage.write_whole(file, json.dumps(result, indent=1))

@@ -49,7 +49,7 @@ class Progress:
         first_step: int,
     ):
         self._config, self._workdir, self._writer = config, workdir, writer
-        self._objective = sources.objective
+        self._objective = sources.objective.name
         self._pending: tuple[int, Any] | None = None
         self._averages: Any = None
         self._spent: dict[str, float] = collections.defaultdict(float)
