@@ -47,7 +47,7 @@ class Sources(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """Classes of the logits: a store knows which there really are."""
+        """Classes of the logits: those of the stores, or else as many as the task can have."""
         return len(self.classes) or self.task.num_classes
 
     @property

@@ -123,7 +123,7 @@ def test_stores_of_older_versions_are_found(tmp_path, then, now):
     directory, task = str(tmp_path), tasks.make("listops", now)
     assert task.find_store(directory, now) == task.store_path(directory)
     old = old_path(directory, task, then)
-    splits = {"train": [byte_store.Record(b"7", 7)]}
+    splits = {"train": [byte_store.Record(b"0", 0)]}
     byte_store.write(old, splits, classes=["0"], provenance={})
     assert task.find_store(directory, now) == old
     assert tasks.make("listops", {"seed": 1}).find_store(directory, {"seed": 1}) != old

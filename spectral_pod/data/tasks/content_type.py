@@ -41,7 +41,7 @@ MIN_KINDS = 8
 _MIN_FILLED = 0.4  # a kind that fills less than this part of a split is left out
 _MIN_FILE_BYTES = 256
 _MAX_SHARE = 8  # no file gives more than one part in this many of a split
-_SPARE = 1.25  # files are read for this many times the windows needed: some turn out to be equal
+_SPARE = 1.25  # read files for this many times the windows needed: some turn out to be equal
 _SAMPLED_FROM, _BLOCKS, _BLOCK_BYTES = 1 << 20, 64, 4096  # see `_identity`
 
 _COMPILER = """

@@ -21,7 +21,7 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -110,22 +110,10 @@ class LanguageModelling(StoredTask):
         origin.check(files, described, f"config.data.options.source = {self.source!r}", store.path)
 
     def read(
-        self,
-        split: byte_store.Split,
-        data: ConfigDict,
-        *,
-        batch_size: int,
-        num_records: int,
-        shuffle_seed: int | None,
+        self, split: byte_store.Split, data: ConfigDict, *, num_records: int = 0, **arguments: Any
     ) -> windows.Windows:
         """Batches of windows of the stream of documents: see `StoredTask.read`."""
-        return windows.Windows(
-            split,
-            batch_size=batch_size,
-            seq_len=data.seq_len,
-            num_documents=num_records,
-            shuffle_seed=shuffle_seed,
-        )
+        return windows.Windows(split, seq_len=data.seq_len, num_documents=num_records, **arguments)
 
 
 def _records(documents: Iterable[Document]) -> Iterator[byte_store.Record]:

@@ -1,4 +1,4 @@
-"""What a task is: a dataclass of options that knows which examples it has and where they are.
+"""What a task is: a frozen dataclass of its options, with the methods that make its examples.
 
     @dataclasses.dataclass(frozen=True)
     class Shout(StoredTask):
@@ -33,17 +33,19 @@ from spectral_pod.data.byte_store import ByteStore, Split
 from spectral_pod.data.drawn import Drawn
 from spectral_pod.errors import ConfigError
 
+Stores = Mapping[str, ByteStore]  # by the names under which they are evaluated
+
 _SECTION = "config.data.options"
 _NUM_SAMPLES = 8  # examples in the digest of a drawn task
 
 
 def execution(default: Any) -> Any:
-    """A field that says how data are made and not which: a number of workers, for example."""
+    """A field for how data are made, such as a number of workers; it does not identify the data."""
     return dataclasses.field(default=default, metadata={"identifies": False})
 
 
 def renamed(option: str, default: Any) -> Any:
-    """A field whose option has a name that the class uses for something else."""
+    """A field whose option has another name, one that the class uses for something else."""
     return dataclasses.field(default=default, metadata={"option": option})
 
 
@@ -68,7 +70,7 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def num_classes(self) -> int:
-        """The most classes that there can be; a store knows how many there are."""
+        """The largest number of classes that is possible; a store records how many it has."""
 
     @property
     def vocab_size(self) -> int:
@@ -77,7 +79,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def batches(
-        self, config: ConfigDict, split: str, stores: Mapping[str, ByteStore], *, training: bool
+        self, config: ConfigDict, split: str, stores: Stores, *, training: bool
     ) -> dict[str, pipeline.Source]:
         """Batches of a split, of each store by its name, or of the task by its own.
 
@@ -162,50 +164,39 @@ class StoredTask(Task):
         """
 
     def batches(
-        self, config: ConfigDict, split: str, stores: Mapping[str, ByteStore], *, training: bool
+        self, config: ConfigDict, split: str, stores: Stores, *, training: bool
     ) -> dict[str, pipeline.Source]:
         """See `Task.batches`."""
-        data, train = config.data, config.train
+        train = config.train
+        arguments = {
+            "batch_size": train.global_batch_size if training else train.eval_batch_size,
+            "num_records": config.data.train_records if split == "train" else 0,
+            "shuffle_seed": config.seed if training else None,
+        }
         return {
-            name: self.read(
-                store.split(split),
-                data,
-                batch_size=train.global_batch_size if training else train.eval_batch_size,
-                num_records=data.train_records if split == "train" else 0,
-                shuffle_seed=config.seed if training else None,
-            )
+            name: self.read(store.split(split), config.data, **arguments)
             for name, store in stores.items()
         }
 
-    def read(
-        self,
-        split: Split,
-        data: ConfigDict,
-        *,
-        batch_size: int,
-        num_records: int,
-        shuffle_seed: int | None,
-    ) -> pipeline.Source:
-        """Batches of one split; `data` is `config.data`, the rest as in `pipeline.Batches`."""
+    def read(self, split: Split, data: ConfigDict, **arguments: Any) -> pipeline.Source:
+        """Batches of a split of a store; `data` is `config.data`, the rest is for the source."""
         return pipeline.Batches(
             split,
-            batch_size=batch_size,
             seq_len=data.seq_len,
             documents=data.documents,
             truncate=data.truncate,
-            num_records=num_records,
-            shuffle_seed=shuffle_seed,
+            **arguments,
         )
 
     def store_path(self, directory: str) -> str:
-        """Where the store of this task is written: `DIRECTORY/TASK-<hash of its identity>`."""
+        """The path of a new store of this task: `DIRECTORY/TASK-<hash of its identity>`."""
         return self._path(directory, self.identity())
 
     def find_store(self, directory: str, given: Mapping[str, Any]) -> str:
-        """Where the store of this task is, or `store_path` where there is none.
+        """The path of this task's store, or `store_path` if there is none yet.
 
-        Older versions hashed the options as they were given, defaults only where they were spelt
-        out; a store at such a path is used.
+        Older versions hashed the options as they were given, so a default counted only if it was
+        written out; a store at such a path is used.
 
         Args:
           directory: a folder or a gs:// URL.
@@ -244,7 +235,7 @@ class DrawnTask(Task):
         """Tokens and labels int32 [n] of one example; label -1 where a position is not scored."""
 
     def batches(
-        self, config: ConfigDict, split: str, stores: Mapping[str, ByteStore], *, training: bool
+        self, config: ConfigDict, split: str, stores: Stores, *, training: bool
     ) -> dict[str, pipeline.Source]:
         """See `Task.batches`."""
         data, train = config.data, config.train
@@ -263,9 +254,9 @@ class DrawnTask(Task):
     def digest(self, given: Mapping[str, Any]) -> str:
         """sha256 of the version, of the options as given, and of a few examples.
 
-        The examples show where another version of NumPy draws other numbers from a seed. The
-        options are hashed as the configuration states them, which is what workdirs have recorded:
-        the same task with its defaults spelt out has another digest.
+        The examples reveal a version of NumPy that draws other numbers from a seed. The options are
+        hashed as the configuration states them, because workdirs have recorded that: the same task
+        with its defaults written out has another digest.
         """
         digest = hashlib.sha256(_meaning(self, given))
         for i in range(_NUM_SAMPLES):
