@@ -157,7 +157,7 @@ def test_the_library_by_modules(build):
     assert "train" in split_of_module.values()
     tests = [file.read_bytes() for file in root.glob("test/test_json/test_*.py")]
     assert not any(data in splits_of for data in tests)
-    lm.check(store)  # never stale
+    LanguageModelling().check(store)  # never stale
 
 
 # ---- a source that is not there, or not the same any more

@@ -144,7 +144,7 @@ class Task(abc.ABC):
 class StoredTask(Task):
     """A task that writes its records once, to a byte store. By default a record has a class."""
 
-    objective = objectives.Classification
+    objective: ClassVar[type[objectives.Objective]] = objectives.Classification
 
     @abc.abstractmethod
     def build(self, path: str) -> None:
@@ -218,7 +218,7 @@ class StoredTask(Task):
 class DrawnTask(Task):
     """A task whose examples are drawn where they are needed; by default it predicts bytes."""
 
-    objective = objectives.LabelledPositions
+    objective: ClassVar[type[objectives.Objective]] = objectives.LabelledPositions
 
     @property
     def num_classes(self) -> int:
