@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
     objective = tasks.TASKS[config.data.task].objective
     if objective.by_position:
         raise ConfigError(
-            f"config.data.task is {config.data.task!r}, with the objective {objective.name!r}; "
+            f"config.data.task is {config.data.task!r}, whose objective is {objective.__name__}; "
             "baselines are of tasks that classify records"
         )
     with contextlib.redirect_stdout(sys.stderr):
