@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
 from spectral_pod import models
-from spectral_pod.data.tasks import TASKS
+from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.generate import export
 from spectral_pod.generate.restore import Trained, fitted, one_device, restore_for_inference
@@ -95,7 +95,7 @@ class Model:
         config.data.task = config.data.task or self.default_task
         validate(config)
         mesh = mesh or one_device()
-        vocab_size = TASKS[config.data.task].vocab_size(**config.data.options.to_dict())
+        vocab_size = tasks.make(config.data.task, config.data.options).vocab_size
         build = functools.partial(
             models.build,
             fitted(config, mesh, config.model.dtype),
@@ -211,9 +211,8 @@ class _LanguageModel(Model):
     default_task = "lm"
 
     def __init__(self, config: ConfigDict, *, mesh: Mesh | None = None):
-        task = TASKS[config.data.task or self.default_task]
-        classes = task.num_classes(**config.data.options.to_dict())
-        super().__init__(config, num_classes=classes, mesh=mesh)
+        task = tasks.make(config.data.task or self.default_task, config.data.options)
+        super().__init__(config, num_classes=task.num_classes, mesh=mesh)
 
     def generate(
         self,

@@ -1,34 +1,88 @@
 """The command line of everything that takes `--config=FILE.py`."""
 
 import re
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
+from spectral_pod import fields
+from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, UserError
 
 
 def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
     """Parses a command line and loads its config file, for `app.run`.
 
-    What is wrong there becomes a `ConfigError` of one message.
+    Any option of the task can be set as `--config.data.options.NAME=VALUE`, whether or not the
+    config file mentions it. Whatever is wrong becomes a `ConfigError` of one message.
     """
 
     def parse(argv: list[str]) -> list[str]:
+        whole = sys.argv
         try:
+            argv = argv[:1] + flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+            argv, texts = _take_options(argv, config.name)
+            sys.argv = argv  # config_flags looks there for the fields to set
             rest = flags.FLAGS(argv)
             _ = config.value.seed  # config_flags doesn't report a missing file before its first use
+            if texts:
+                _set_options(config.value.data, texts)
         except UserError:
             raise
         except Exception as error:
-            raise ConfigError(_told(error, argv)) from error
+            raise ConfigError(_format_error(error, argv)) from error
+        finally:
+            sys.argv = whole
         return rest
 
     return parse
 
 
-def _told(error: BaseException, argv: list[str]) -> str:
+def _take_options(argv: list[str], flag: str) -> tuple[list[str], dict[str, str | None]]:
+    """The other arguments, and the text of every option of the task; None where it has none."""
+    pattern = re.compile(rf"--?(no)?{flag}\.data\.options\.(\w+)(?:=(.*))?", re.DOTALL)
+    others: list[str] = []
+    texts: dict[str, str | None] = {}
+    remaining = argv[::-1]
+    while remaining:
+        argument = remaining.pop()
+        match = pattern.fullmatch(argument)
+        if not match:
+            others.append(argument)
+            continue
+        negated, name, text = match.groups()
+        if negated:  # as absl spells it
+            text = "False"
+        elif text is None and remaining and not remaining[-1].startswith("--"):
+            text = remaining.pop()
+        texts[name] = text
+    return others, texts
+
+
+def _set_options(data: Any, texts: Mapping[str, str | None]) -> None:
+    """Sets options of the task in `config.data`.
+
+    Raises:
+      ConfigError: there is no such task or option, or a text stands for no value that it can have.
+    """
+    fields.one_of("config.data.task", data.task, tasks.TASKS)
+    annotations = tasks.TASKS[data.task].annotations()
+    options = data.options.to_dict()
+    for name, text in texts.items():
+        annotation, field = annotations.get(name, Any), f"config.data.options.{name}"
+        if text is None and annotation not in (bool, Any):
+            raise ConfigError(f"--{field} has no value; write --{field}=VALUE")
+        options[name] = fields.parse(annotation, "True" if text is None else text, field)
+    tasks.make(data.task, options)  # an unknown option is an error here
+    data.options = ConfigDict(options)
+
+
+def _format_error(error: BaseException, argv: list[str]) -> str:
+    """One message that names the argument, or the line of the config file, that is wrong."""
     while "Traceback" in str(error) and error.__context__:  # a quote of what the config file raised
         error = error.__context__
     if isinstance(error, flags.Error):

@@ -1,4 +1,4 @@
-"""Fields of configurations, stated once in a dataclass; annotations say what a value may be.
+"""Fields of configurations: stated once, in a dataclass whose annotations say what values may be.
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -94,7 +94,7 @@ def parse(annotation: Any, text: str, field: str) -> Any:
     Raises:
       ConfigError: it stands for no value of this type, or for one that the field may not have.
     """
-    if _is("", annotation if get_origin(annotation) is not Annotated else get_args(annotation)[0]):
+    if _is("", annotation) and not (text.startswith("(") and _is((), annotation)):
         value: Any = text
     elif get_origin(annotation) is Literal and text in get_args(annotation):
         value = text

@@ -176,10 +176,6 @@ class NextByte(LabelledPositions):
         }
 
 
-# For the lead: goes when tasks name their objective by class.
-BY_NAME = {"class": Classification, "positions": LabelledPositions, "next": NextByte}
-
-
 def computed(collection: metrics.Collection) -> dict[str, Any]:
     """The metrics of a collection as Python numbers and nested lists."""
     return {name: np.asarray(x).tolist() for name, x in collection.compute().items()}

@@ -5,7 +5,7 @@ from typing import Any
 
 from spectral_pod import fields, models
 from spectral_pod.config import Config, annotations, default, flat, store_and_weight, to_dict
-from spectral_pod.data.tasks import TASKS
+from spectral_pod.data.tasks import TASKS, DrawnTask
 from spectral_pod.errors import ConfigError
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.block import mixers_of
@@ -77,7 +77,7 @@ def _check_training(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data, model, task = config.data, MODELS[config.model.name], TASKS[config.data.task]
-    if model.causal != (task.OBJECTIVE != "class"):  # TEMPORARY
+    if model.causal != task.objective.by_position:
         fitting = sorted(name for name, other in MODELS.items() if other.causal != model.causal)
         raise ConfigError(
             f"config.model.name is {config.model.name!r}, which predicts "
@@ -91,7 +91,7 @@ def _check_data(config: Config) -> None:
         raise ConfigError(
             f"config.data.stores has {entry!r}; an entry is a path, or a path and a weight above 0"
         )
-    if data.stores and hasattr(task, "draw"):  # TEMPORARY
+    if data.stores and issubclass(task, DrawnTask):
         raise ConfigError(
             f"config.data.stores is set, and examples of {data.task!r} are never stored"
         )

@@ -45,15 +45,14 @@ def test_a_config_is_sound(name, form):
     config = load(name).get_config(*([form] if form else []))
     validate(config)
     validate_mesh(config, 1)
-    task, options = tasks.TASKS[config.data.task], config.data.options.to_dict()
-    tasks.check_options(config.data.task, options)
-    if tasks.is_drawn(config.data.task):
-        assert task.max_length(**options) <= config.data.seq_len
+    task = tasks.make(config.data.task, config.data.options)
+    if isinstance(task, tasks.DrawnTask):
+        assert task.max_length <= config.data.seq_len
     model = models.build(
         config,
         seq_len=config.data.seq_len,
-        num_classes=task.num_classes(**options),
-        vocab_size=task.vocab_size(**options),
+        num_classes=task.num_classes,
+        vocab_size=task.vocab_size,
     )
     tokens = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)

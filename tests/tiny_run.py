@@ -7,7 +7,7 @@ import numpy as np
 from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.config import default
-from spectral_pod.data.tasks import TASKS
+from spectral_pod.data import tasks
 from spectral_pod.generate.restore import one_device
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.optim import make_optimizer
@@ -32,13 +32,13 @@ def tiny_config(**overrides):
 def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
     """Writes a workdir; returns the parameters of its last step, stacked as they are trained."""
     config, mesh = config or tiny_config(), mesh or one_device()
-    task, options = TASKS[config.data.task], config.data.options.to_dict()
+    task = tasks.make(config.data.task, config.data.options)
     config_lib.claim_workdir(str(workdir), config, DIGEST)
     model = models.build(
         config,
         seq_len=config.data.seq_len,
-        num_classes=num_classes or task.num_classes(**options),
-        vocab_size=task.vocab_size(**options),
+        num_classes=num_classes or task.num_classes,
+        vocab_size=task.vocab_size,
     )
     state = init_state(model, make_optimizer(config, model, mesh).tx, mesh, config.seed)
     with (

@@ -176,10 +176,10 @@ def main(argv: list[str]) -> None:
     runtime.initialize(None, 1, 0)
     config = _CONFIG.value
     validate(config)
-    objective = tasks.TASKS[config.data.task].OBJECTIVE
-    if objective != "class":
+    objective = tasks.TASKS[config.data.task].objective
+    if objective.by_position:
         raise ConfigError(
-            f"config.data.task is {config.data.task!r}, with the objective {objective!r}; "
+            f"config.data.task is {config.data.task!r}, whose objective is {objective.__name__}; "
             "baselines are of tasks that classify records"
         )
     with contextlib.redirect_stdout(sys.stderr):

@@ -27,7 +27,6 @@ from spectral_pod.analysis import flops, hardware
 from spectral_pod.analysis.hardware import Topology
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
-from spectral_pod.objectives import BY_NAME
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import TrainState, abstract_state
@@ -74,15 +73,13 @@ def set_up(config: Config, topology: Topology) -> Setup:
     validate(config)
     devices = hardware.devices(topology)
     mesh = make_mesh(validate_mesh(config, len(devices)), devices)
-    options = config.data.options.to_dict()
-    tasks.check_options(config.data.task, options)
-    task = tasks.TASKS[config.data.task]
-    num_classes, vocab_size = task.num_classes(**options), task.vocab_size(**options)
+    task = tasks.make(config.data.task, config.data.options)
+    num_classes, vocab_size = task.num_classes, task.vocab_size
     row_len = config_lib.row_len(config)
     model = models.build(
         config, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
     )
-    objective = BY_NAME[task.OBJECTIVE]
+    objective = task.objective
     optimizer = make_optimizer(config, model, mesh)
     abstract = abstract_state(model, optimizer.tx, mesh)
     batch, eval_batch = (

@@ -29,7 +29,8 @@ def main() -> None:
 
 def row(size: int, label: int) -> np.ndarray:
     """uint8 [height, width]: the first images of a label, side by side."""
-    images = pathfinder.generate(2**31, size=size, seed=_SEED.value, num_workers=1)
+    task = pathfinder.Pathfinder.from_options({"size": size, "seed": _SEED.value, "num_workers": 1})
+    images = task.generate(2**31)
     chosen = (example.image for example in images if example.label == label)
     cells = []
     for image in itertools.islice(chosen, _COLUMNS.value):

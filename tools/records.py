@@ -19,18 +19,15 @@ dataset of TensorFlow Datasets.
 """
 
 import argparse
-import ast
-import inspect
 import json
 import os
 import sys
 import time
-from typing import Any
 
-from spectral_pod import storage
+from spectral_pod import fields, storage
 from spectral_pod.data import byte_store, duplicates, tasks
 from spectral_pod.data.progress import Progress
-from spectral_pod.errors import ConfigError, DataError, UserError
+from spectral_pod.errors import DataError, UserError
 
 _SHOWN_BYTES = 200  # of a document
 
@@ -53,17 +50,17 @@ def main(argv: list[str]) -> int:
 
 def write(arguments: argparse.Namespace) -> None:
     out = _path(arguments.out)
-    task = tasks.TASKS[arguments.task]
+    task = _stored_tasks()[arguments.task]
     options = {
-        name: _value(getattr(arguments, f"option_{name}"), default)
-        for name, default in _options(task).items()
-        if getattr(arguments, f"option_{name}") is not None
+        name: fields.parse(annotation, text, name)
+        for name, annotation in task.annotations().items()
+        if (text := getattr(arguments, f"option_{name}")) is not None
     }
     storage.check_access(out, write=True)
     if byte_store.exists(out):
         raise DataError(f"{out} holds a finished store; give another --out, or delete it first")
     started = time.monotonic()
-    task.build(out, **options)
+    task.from_options(options).build(out)
     _say(f"{out} in {time.monotonic() - started:.1f} s")
     describe(argparse.Namespace(store=out, duplicates=False))
 
@@ -132,14 +129,14 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="write|describe|verify|head|tfds")
     writes = commands.add_parser("write", help="writes a task's records", allow_abbrev=False)
-    stored = sorted(name for name in tasks.TASKS if not tasks.is_drawn(name))
+    stored = sorted(_stored_tasks())
     writes.add_argument("--task", choices=stored, required=True)
     writes.add_argument("--out", required=True, help="a folder or a gs:// URL")
     # The options follow from the task, which is read ahead.
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("--task", choices=stored, default=stored[0])
     task = ahead.parse_known_args(argv)[0].task if argv[:1] == ["write"] else stored[0]
-    for name, default in _options(tasks.TASKS[task]).items():
+    for name, default in _stored_tasks()[task]().options.items():
         writes.add_argument(f"--{name}", dest=f"option_{name}", help=f"default {default!r}")
     writes.set_defaults(run=write)
     for name, function, about in (
@@ -162,24 +159,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _options(task: Any) -> dict[str, Any]:
-    """The keyword arguments of a task's `build`, with their defaults."""
-    parameters = inspect.signature(task.build).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def _value(text: str, default: Any) -> Any:
-    """The text itself, or where the default is no text or a tuple is given, a Python literal.
-
-    Raises:
-      ConfigError: it is none.
-    """
-    if isinstance(default, str) and not text.startswith("("):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
-        raise ConfigError(f"{text!r} is no value like {default!r}") from error
+def _stored_tasks() -> dict[str, type[tasks.StoredTask]]:
+    return {name: task for name, task in tasks.TASKS.items() if issubclass(task, tasks.StoredTask)}
 
 
 def _path(path: str) -> str:

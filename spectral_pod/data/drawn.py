@@ -3,8 +3,7 @@
 Example i of a split follows from (seed, split, i) alone, so any process can draw any row.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,41 +15,40 @@ SPLITS = ("train", "validation", "test")
 
 
 class Drawn:
-    """Batches of the examples of a task with a `draw`: without end, or in order and once."""
+    """Batches of the examples of a drawn task: without end, or in order and once."""
 
     def __init__(
         self,
-        task: Any,
+        draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]],
         split: str,
         *,
+        max_length: int,
         batch_size: int,
         seq_len: int,
         seed: int,
-        options: Mapping[str, Any],
         num_records: int,
         repeat: bool = False,
     ):
         """Examples 0 to `num_records` - 1 of a split, once or, with `repeat`, again and again.
 
-        With `repeat`, `num_records` 0 means that no example comes twice. `task` is a module as
-        described in `tasks`, `options` are the keyword arguments of its `draw`.
+        With `repeat`, `num_records` 0 means that no example comes twice. `draw` and `max_length`
+        are those of a `tasks.DrawnTask`.
 
         Raises:
-          ConfigError: there is no such split, the options are impossible, or examples may be
-            longer than `seq_len`.
+          ConfigError: there is no such split, it would be empty, or examples may be longer than
+            `seq_len`.
         """
         if split not in SPLITS:
             raise ConfigError(f"drawn tasks have splits {list(SPLITS)}, not {split!r}")
         if not (num_records or repeat):
             raise ConfigError(f"split {split!r} would hold no examples")
-        longest = task.max_length(**options)
-        if longest > seq_len:
+        if max_length > seq_len:
             raise ConfigError(
                 f"config.data.seq_len is {seq_len}; with these config.data.options examples have "
-                f"up to {longest} tokens: raise it, or ask for shorter ones"
+                f"up to {max_length} tokens: raise it, or ask for shorter ones"
             )
-        self._task, self._options = task, dict(options)
-        self._seed, self._split, self._repeat = seed, SPLITS.index(split), repeat
+        self._draw, self._seed, self._split = draw, seed, SPLITS.index(split)
+        self._repeat = repeat
         self.batch_size, self.seq_len, self.num_records = batch_size, seq_len, num_records
 
     @property
@@ -79,4 +77,4 @@ class Drawn:
     def draw(self, record: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels int32 [n] of one example; -1 is the label of what is not scored."""
         key = np.random.SeedSequence(self._seed, spawn_key=(self._split, record))
-        return self._task.draw(np.random.default_rng(key), **self._options)
+        return self._draw(np.random.default_rng(key))

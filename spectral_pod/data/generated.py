@@ -12,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
 from spectral_pod.data.progress import Progress
-from spectral_pod.errors import ConfigError
 
 Example = TypeVar("Example")
 
@@ -30,8 +29,8 @@ def distinct(
 
     Args:
       draw: from the number of a chunk to its `chunk` examples; picklable.
-      content: the bytes by which examples are told apart.
-      what: to be named in the progress report.
+      content: the bytes in which two examples differ.
+      what: the name in the progress report.
       num_workers: processes that draw, by default one a core; they change nothing else. They are
         spawned, so a script that calls this needs the usual `if __name__ == "__main__"`.
     """
@@ -52,26 +51,15 @@ def distinct(
 
 
 def splits(
-    generate: Callable[[int], Iterator[Example]],
-    *,
-    train: int,
-    validation: int,
-    test: int,
-    what: str,
+    generate: Callable[[int], Iterator[Example]], *, train: int, validation: int, test: int
 ) -> dict[str, Iterable[Example]]:
     """The examples of `generate(how many)` by split, to be consumed in the order of the dict.
 
     They are cut from one stream, test first, so the test split of a seed is the same beside any
     number of training examples.
-
-    Raises:
-      ConfigError: a split would be empty.
     """
+    stream = generate(test + validation + train)
     sizes = {"test": test, "validation": validation, "train": train}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{what} needs at least 1 example in {name}, not {size}")
-    stream = generate(sum(sizes.values()))
     return {name: itertools.islice(stream, size) for name, size in sizes.items()}
 
 

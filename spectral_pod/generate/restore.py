@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 from spectral_pod import config as config_lib
 from spectral_pod import models, storage
 from spectral_pod.config import Config
-from spectral_pod.data.tasks import TASKS
+from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import Model, abstract_params
-from spectral_pod.objectives import BY_NAME, Objective
+from spectral_pod.objectives import Objective
 from spectral_pod.parallel.mesh import AXES, make_mesh
 from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.checkpoint import SealedSteps
@@ -60,7 +60,7 @@ class Trained(NamedTuple):
     @property
     def objective(self) -> type[Objective]:
         """That of its task."""
-        return BY_NAME[TASKS[self.config.data.task].OBJECTIVE]
+        return tasks.TASKS[self.config.data.task].objective
 
 
 def restore_for_inference(
@@ -95,7 +95,7 @@ def restore_for_inference(
     step = saved.choose(step)
     # Of classes a task knows only the most there can be; how many there were is in the data.
     num_classes = saved.shapes(step)["params/head/bias"][0]
-    vocab_size = TASKS[config.data.task].vocab_size(**config.data.options.to_dict())
+    vocab_size = tasks.make(config.data.task, config.data.options).vocab_size
     mesh = mesh or one_device()
     build = functools.partial(
         models.build,

@@ -10,13 +10,12 @@ from etils import epath
 from spectral_pod import config as config_lib
 from spectral_pod import storage
 from spectral_pod.config import Config
-from spectral_pod.data import tasks
 from spectral_pod.errors import DataError, Preempted
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train import starts
-from spectral_pod.train.sources import Sources, open_sources
+from spectral_pod.train.sources import open_sources
 from spectral_pod.train.state import params_digest
 from spectral_pod.train.trainer import Trainer
 from spectral_pod.validation import validate, validate_mesh
@@ -94,8 +93,7 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
     objective, progress = sources.objective, trainer.progress
     progress.report_eval(split, trainer.step, evaluation)
     trainer.checkpointer.wait_until_finished()
-    # For the lead: sources.task.report(evaluation, sources.provenance) replaces this call.
-    task_facts, task_lines = _task_report(sources, evaluation)
+    task_facts, task_lines = sources.task.report(evaluation, sources.provenance)
     result = {
         "step": trainer.step,
         "eval": {"split": split} | evaluation | objective.scalars(evaluation),
@@ -113,10 +111,3 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
     print_once(f"{split} {objective.line(evaluation)}; see {file}")
     print_once(f"curves: .venv/bin/tensorboard --logdir={trainer.workdir}")
     return result
-
-
-def _task_report(sources: Sources, evaluation: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    ladder = sources.provenance.get("ladder")
-    if not ladder:
-        return {}, []
-    return {"ladder": ladder}, [tasks.listops.ladder_rung(evaluation["accuracy"], ladder)]

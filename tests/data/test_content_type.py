@@ -15,6 +15,7 @@ import pytest
 
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import content_type
+from spectral_pod.data.tasks.content_type import ContentType
 from spectral_pod.errors import DataError
 
 FILES = 48
@@ -58,7 +59,7 @@ def tree(tmp_path):
 
 
 def build(root, path, **changes):
-    content_type.build(str(path), roots=(str(root),), **(SIZES | changes))
+    ContentType(roots=(str(root),), **(SIZES | changes)).build(str(path))
     store = ByteStore(str(path))
     return store, {s: read(store, s) for s in content_type.SPLITS}
 
@@ -160,8 +161,8 @@ def test_same_records_in_another_process_and_place(tree, tmp_path):
 
     program = (
         "import sys; [sys.intern(c) for c in '?/']\n"  # as some imports do
-        "from spectral_pod.data.tasks import content_type\n"
-        f"content_type.build({str(tmp_path / 'again')!r}, roots=({str(moved)!r},), **{SIZES})"
+        "from spectral_pod.data.tasks.content_type import ContentType\n"
+        f"ContentType(roots=({str(moved)!r},), **{SIZES}).build({str(tmp_path / 'again')!r})"
     )
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], env=env, check=True)
@@ -185,7 +186,7 @@ def test_too_few_kinds_names_what_was_found(tree, tmp_path):
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("installation"))
-    content_type.build(path, windows_per_class=400)
+    ContentType(windows_per_class=400).build(path)
     store = ByteStore(path)
     return store, {split: read(store, split) for split in content_type.SPLITS}
 

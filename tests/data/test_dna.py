@@ -78,7 +78,7 @@ def write_fasta(path, sequences):
 
 
 def build(source, path, **options):
-    dna.build(str(path), source=str(source), **(SIZES | {"window": 40} | options))
+    dna.Dna(source=str(source), **(SIZES | {"window": 40} | options)).build(str(path))
     store = ByteStore(str(path))
     return store, {split: read(store, split) for split in dna.SPLITS}
 
@@ -146,12 +146,13 @@ def test_letters(tmp_path):
 def test_a_changed_file(tmp_path):
     source = write_fasta(tmp_path / "genome.fa", genome(np.random.default_rng(1), 4000))
     store, _ = build(source, tmp_path / "store")
-    dna.check(store, source=str(source))
+    task = dna.Dna(source=str(source))
+    task.check(store)
     write_fasta(source, genome(np.random.default_rng(2), 4000))
     with pytest.raises(DataError, match=r"genome\.fa' has changed"):
-        dna.check(store, source=str(source))
+        task.check(store)
     source.unlink()
-    dna.check(store, source=str(source))
+    task.check(store)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,9 @@ def test_errors_name_what_is_wrong(tmp_path, text, options, error, message):
 
 def test_a_source_is_needed(tmp_path):
     with pytest.raises(ConfigError, match=r"options\.source is empty; name a FASTA file"):
-        dna.build(str(tmp_path / "store"))
+        dna.Dna().build(str(tmp_path / "store"))
     with pytest.raises(DataError, match=r"missing\.fa cannot be opened"):
-        dna.build(str(tmp_path / "store"), source=str(tmp_path / "missing.fa"))
+        dna.Dna(source=str(tmp_path / "missing.fa")).build(str(tmp_path / "store"))
 
 
 @pytest.mark.skipif(not LAMBDA.exists(), reason=f"there is no {LAMBDA}")

@@ -1,7 +1,5 @@
 """An example is a function of (seed, split, index), whoever draws it, whenever."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -14,21 +12,18 @@ from spectral_pod.parallel.mesh import AXES, make_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
 
-DRAWN = [name for name in tasks.TASKS if tasks.is_drawn(name)]
+DRAWN = [name for name, task in tasks.TASKS.items() if issubclass(task, tasks.DrawnTask)]
 
 
-def draw_numbers(rng, longest=7):
-    """Up to `longest` large random numbers; every second is scored."""
-    tokens = rng.integers(1 << 30, size=1 + rng.integers(longest), dtype=np.int32)
+def draw_numbers(rng):
+    """Up to 7 large random numbers; every second is scored."""
+    tokens = rng.integers(1 << 30, size=1 + rng.integers(7), dtype=np.int32)
     return tokens, np.where(np.arange(len(tokens)) % 2, -1, tokens)
 
 
-NUMBERS = types.SimpleNamespace(draw=draw_numbers, max_length=lambda longest=7: longest)
-
-
-def make(split="train", task=NUMBERS, **changes):
-    arguments = {"batch_size": 4, "seq_len": 8, "seed": 0, "options": {}, "num_records": 10}
-    return Drawn(task, split, **(arguments | changes))
+def make(split="train", draw=draw_numbers, **changes):
+    arguments = {"max_length": 7, "batch_size": 4, "seq_len": 8, "seed": 0, "num_records": 10}
+    return Drawn(draw, split, **(arguments | changes))
 
 
 def examples(source, steps):
@@ -81,14 +76,12 @@ def test_splits_and_seeds_are_streams_of_their_own():
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 @pytest.mark.parametrize("task", DRAWN)
 def test_processes_draw_their_own_rows_of_the_same_batch(task, num_processes):
+    task = tasks.make(task, {})
     options = {"seed": 3, "batch_size": 8, "seq_len": 256, "num_records": 0, "repeat": True}
-    module = tasks.TASKS[task]
+    options |= {"draw": task.draw, "max_length": task.max_length}
     for step in (5, 0, 2):
-        expected = make(task=module, **options).rows(step, np.arange(8))
-        parts = [
-            make(task=module, **options).rows(step, rows)
-            for rows in np.split(np.arange(8), num_processes)
-        ]
+        expected = make(**options).rows(step, np.arange(8))
+        parts = [make(**options).rows(step, rows) for rows in np.split(np.arange(8), num_processes)]
         for name, values in expected.items():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
         assert expected["valid"].any(axis=1).all()
@@ -104,7 +97,7 @@ def test_loading_to_global_arrays():
 
 def test_impossible_requests_name_the_field():
     with pytest.raises(ConfigError, match=r"config\.data\.seq_len is 8; .* up to 9 tokens"):
-        make(options={"longest": 9})
+        make(max_length=9)
     with pytest.raises(ConfigError, match=r"splits .*'test'\], not 'tset'"):
         make("tset")
     with pytest.raises(ConfigError, match="'test' would hold no examples"):

@@ -11,6 +11,7 @@ from scipy import stats
 
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import listops
+from spectral_pod.data.tasks.listops import ListOps
 from spectral_pod.errors import ConfigError
 
 OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]
@@ -135,7 +136,7 @@ def p_values(ours, theirs):
 
 @pytest.fixture(scope="module")
 def examples():
-    return list(listops.generate(1000, seed=1, num_workers=1))
+    return list(ListOps(seed=1, num_workers=1).generate(1000))
 
 
 @pytest.fixture(scope="module")
@@ -211,17 +212,17 @@ def test_encodings_by_hand():
 
 def test_examples_are_distinct(monkeypatch):
     monkeypatch.setattr(listops, "MIN_LENGTH", 0)  # single digits, so drawn again and again
-    symbols = [e.symbols for e in listops.generate(300, num_workers=1)]
+    symbols = [e.symbols for e in ListOps(num_workers=1).generate(300)]
     assert len(symbols) == len(set(symbols)) == 300
 
 
 def test_workers_do_not_change_the_examples(examples):
-    assert list(listops.generate(700, seed=1, num_workers=2)) == examples[:700]
-    assert list(listops.generate(50, seed=2, num_workers=1)) != examples[:50]
+    assert list(ListOps(seed=1, num_workers=2).generate(700)) == examples[:700]
+    assert list(ListOps(seed=2, num_workers=1).generate(50)) != examples[:50]
 
 
 def test_ladder_has_the_published_rungs(examples):
-    sample = [*examples, *listops.generate(2000, seed=5, num_workers=1)]
+    sample = [*examples, *ListOps(seed=5, num_workers=1).generate(2000)]
     for share, published in zip(listops.ladder(sample).values(), PUBLISHED_RUNGS, strict=True):
         # The published figures are shares of 2,000 examples too.
         deviation = (published * (1 - published) * (1 / len(sample) + 1 / 2000)) ** 0.5
@@ -239,10 +240,10 @@ def test_ladder_rung():
 @pytest.mark.parametrize("encoding", listops.ENCODINGS)
 def test_build(tmp_path, encoding):
     path = str(tmp_path / "store")
-    listops.build(path, seed=3, encoding=encoding, train=30, validation=10, test=20)
+    ListOps(seed=3, encoding=encoding, train=30, validation=10, test=20).build(path)
     store = ByteStore(path)
     assert store.classes == list("0123456789")
-    drawn = listops.generate(60, seed=3, num_workers=1)
+    drawn = ListOps(seed=3, num_workers=1).generate(60)
     for name, size in (("test", 20), ("validation", 10), ("train", 30)):
         split, expected = store.split(name), list(itertools.islice(drawn, size))
         symbols = [listops.decode(d.tobytes(), encoding) for d in split.read(range(len(split)))]
@@ -254,11 +255,22 @@ def test_build(tmp_path, encoding):
     assert store.manifest["provenance"]["generator"]["seed"] == 3
 
 
-def test_impossible_requests_name_the_field(tmp_path):
-    with pytest.raises(ConfigError, match="encoding is 'utf8'"):
-        listops.build(str(tmp_path), encoding="utf8")
-    with pytest.raises(ConfigError, match="1 example in validation"):
-        listops.build(str(tmp_path), validation=0)
+def test_impossible_requests_name_the_field():
+    with pytest.raises(ConfigError, match=r"config.data.options.encoding is 'utf8'"):
+        ListOps(encoding="utf8")
+    with pytest.raises(ConfigError, match=r"config.data.options.validation is 0"):
+        ListOps(validation=0)
+    for function in (listops.encode, listops.decode):
+        with pytest.raises(ConfigError, match="encoding is 'utf8'"):
+            function(b"7", "utf8")
+
+
+def test_the_report_of_a_run():
+    ladder = {"0": 0.363, "1": 0.59}
+    added, lines = ListOps().report({"accuracy": 0.412}, {"ladder": ladder})
+    assert added == {"ladder": ladder}
+    assert lines == [listops.ladder_rung(0.412, ladder)]
+    assert ListOps().report({"accuracy": 0.412}, {}) == ({}, [])  # of several stores
 
 
 def test_tfds_holds_the_same_examples(tmp_path):
@@ -268,9 +280,6 @@ def test_tfds_holds_the_same_examples(tmp_path):
 
     config = next(c for c in listops_tfds.Listops.BUILDER_CONFIGS if c.name == "tiny")
     splits = tfds.load("listops/tiny", data_dir=str(tmp_path))
-    expected = listops.splits(
-        seed=config.seed, train=config.train, validation=config.validation, test=config.test
-    )
-    for name, examples in expected.items():
+    for name, examples in config.task.splits().items():
         found = {(e["Source"], int(e["Target"])) for e in splits[name].as_numpy_iterator()}
         assert found == {(listops.encode(e.symbols, "raw"), e.answer) for e in examples}

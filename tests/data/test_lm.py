@@ -9,6 +9,7 @@ import pytest
 from spectral_pod.data import tasks
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import lm
+from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.data.windows import Windows
 from spectral_pod.errors import DataError
 
@@ -22,7 +23,7 @@ def build(tmp_path):
 
     def build_once(source, **options):
         path = str(tmp_path / f"store_{next(count)}")
-        lm.build(path, source=str(source), **options)
+        LanguageModelling(source=str(source), **options).build(path)
         store = ByteStore(path)
         splits = {name: store.split(name) for name in store.manifest["splits"]}
         return store, {
@@ -156,7 +157,7 @@ def test_the_library_by_modules(build):
     assert "train" in split_of_module.values()
     tests = [file.read_bytes() for file in root.glob("test/test_json/test_*.py")]
     assert not any(data in splits_of for data in tests)
-    lm.check(store)  # never stale
+    LanguageModelling().check(store)  # never stale
 
 
 # ---- a source that is not there, or not the same any more
@@ -184,7 +185,7 @@ def test_a_store_is_stale_once_its_source_has_changed(build, tmp_path, where):
     store, _ = build(source)
 
     def check():
-        tasks.check_store("lm", store, {"source": str(source)})
+        LanguageModelling(source=str(source)).check(store)
 
     check()
     file = tmp_path / ("source/b" if where == "source" else where)
@@ -209,8 +210,8 @@ def test_a_store_outlives_its_source(build, tmp_path):
     source = write(tmp_path, {"input": b"0123456789"}) / "input"
     store, _ = build(source)
     source.unlink()
-    tasks.check_store("lm", store, {"source": str(source)})
+    LanguageModelling(source=str(source)).check(store)
 
 
 def test_tasks_without_files_of_the_user_are_never_stale():
-    tasks.check_store("listops", None, {})
+    tasks.make("listops", {}).check(None)

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spectral_pod.data.tasks import copy, mqar, overwrite, recall
-from spectral_pod.shapes import PAD, SEP
+from spectral_pod.data import tasks
+from spectral_pod.data.tasks import mqar
+from spectral_pod.shapes import BOS, EOS, PAD, SEP
 
 NUM_EXAMPLES = 300
 
 
 def drawn(task, n=NUM_EXAMPLES, seed=0, **options):
-    rng = np.random.default_rng(seed)
-    return [task.draw(rng, **options) for _ in range(n)]
+    rng, task = np.random.default_rng(seed), tasks.make(task, options)
+    return [task.draw(rng) for _ in range(n)]
 
 
 # ---- copy
@@ -22,7 +23,7 @@ def drawn(task, n=NUM_EXAMPLES, seed=0, **options):
 
 def test_copy_says_its_bytes_again():
     lengths = set()
-    for tokens, labels in drawn(copy, length=9, min_length=2, alphabet=3):
+    for tokens, labels in drawn("copy", length=9, min_length=2, alphabet=3):
         (middle,) = np.flatnonzero(tokens == SEP)
         said = tokens[:middle]
         assert list(tokens[middle + 1 :]) == list(said[:-1])
@@ -53,7 +54,7 @@ def read_text(tokens, labels):
 @pytest.mark.parametrize("num_pairs", [1, 5, 26])
 def test_recall_answers_what_was_given(num_pairs):
     num_questions, names = min(4, num_pairs), set()
-    for tokens, labels in drawn(recall, num_pairs=num_pairs, num_questions=num_questions):
+    for tokens, labels in drawn("recall", num_pairs=num_pairs, num_questions=num_questions):
         assignments, answers, places = read_text(tokens, labels)
         given = dict(assignments)
         assert len(assignments) == len(given) == len(set(given.values())) == num_pairs
@@ -68,7 +69,7 @@ def test_recall_answers_what_was_given(num_pairs):
 def test_overwrite_answers_the_newest():
     shares, latest = [], []
     options = {"num_pairs": 6, "num_overwrites": 5, "num_questions": 3}
-    for tokens, labels in drawn(overwrite, **options):
+    for tokens, labels in drawn("overwrite", **options):
         assignments, answers, places = read_text(tokens, labels)
         names = [name for name, _ in assignments]
         assert (len(names), len(set(names)), len(answers)) == (11, 6, 3)
@@ -90,7 +91,7 @@ def test_overwritten_names_are_asked_at_any_place():
     """A question's place does not tell whether its name was overwritten."""
     first = []
     options = {"num_pairs": 10, "num_overwrites": 1, "num_questions": 4}
-    for tokens, labels in drawn(overwrite, 400, **options):
+    for tokens, labels in drawn("overwrite", 400, **options):
         assignments, answers, _ = read_text(tokens, labels)
         names = [name for name, _ in assignments]
         first.append([names.count(name) > 1 for name in answers].index(True))
@@ -121,14 +122,14 @@ def official(n, seed, vocab_size, length, num_pairs, power_a=0.01, fill=True):
 
 def ours(n, seed, vocab_size, length, num_pairs, **options):
     examples = drawn(
-        mqar, n, seed, vocab_size=vocab_size, settings=((length, num_pairs),), **options
+        "mqar", n, seed, vocab_size=vocab_size, settings=((length, num_pairs),), **options
     )
     tokens, labels = (np.stack(arrays) for arrays in zip(*examples))
     return symbols_of(tokens), labels
 
 
 def symbols_of(tokens):
-    assert not set(tokens.flat) & set(range(PAD, SEP + 1))
+    assert not set(tokens.flat) & {PAD, BOS, EOS, SEP}
     return np.where(tokens > SEP, tokens - 4, tokens)
 
 
@@ -193,7 +194,7 @@ def test_mqar_answers_are_the_values_of_the_keys(length, num_pairs, fill):
 
 def test_settings_are_drawn_equally_often():
     settings = ((16, 2), (32, 2), (32, 4))
-    seen = [(len(t), int((y >= 0).sum())) for t, y in drawn(mqar, 600, settings=settings)]
+    seen = [(len(t), int((y >= 0).sum())) for t, y in drawn("mqar", 600, settings=settings)]
     counts = [seen.count(setting) for setting in settings]
     assert sum(counts) == 600
     assert stats.chisquare(counts).pvalue > 1e-3
@@ -204,6 +205,7 @@ def test_symbols_leave_the_special_tokens_alone():
     tokens = mqar.tokens_of(symbols)
     assert list(tokens[:256]) == list(range(256))
     assert list(tokens[256:]) == list(range(260, 8196))
-    assert mqar.vocab_size() == 8196
-    assert mqar.num_classes() == 8192
-    assert [mqar.vocab_size(vocab_size=n) for n in (64, 256, 257)] == [260, 260, 261]
+    task = tasks.make("mqar", {})
+    assert (task.vocab_size, task.num_classes) == (8196, 8192)
+    sizes = [mqar.Mqar(((16, 2),), num_symbols=n).vocab_size for n in (64, 256, 257)]
+    assert sizes == [260, 260, 261]

@@ -13,6 +13,7 @@ from sklearn.model_selection import cross_val_score
 
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import pathfinder
+from spectral_pod.data.tasks.pathfinder import Pathfinder
 from spectral_pod.errors import ConfigError
 
 LANCZOS = Image.Resampling.LANCZOS
@@ -20,12 +21,12 @@ LANCZOS = Image.Resampling.LANCZOS
 
 @pytest.fixture(scope="module")
 def examples():
-    return list(pathfinder.generate(700, seed=1, num_workers=1))
+    return list(Pathfinder(seed=1, num_workers=1).generate(700))
 
 
 @pytest.fixture(scope="module")
 def path_x():
-    return list(pathfinder.generate(8, seed=1, size=128, num_workers=1))
+    return list(Pathfinder(seed=1, size=128, num_workers=1).generate(8))
 
 
 # --- the published procedure, slowly: whole images, Pillow's lines, scipy's dilation
@@ -365,7 +366,7 @@ def same_from_reference():
 
 def test_distribution_is_that_of_the_published_procedure(same_from_reference):
     """Two-sample tests with short contours, of which the slow procedure draws enough."""
-    ours = list(pathfinder.generate(700, seed=3, contour_length=6, num_workers=1))
+    ours = list(Pathfinder(seed=3, contour_length=6, num_workers=1).generate(700))
     for name, measure in {
         "ink": lambda e: float(e.image.sum()),
         "brightest target": lambda e: float(np.median(e.image[e.image > 60])),
@@ -395,11 +396,11 @@ def test_neither_histogram_nor_ink_tells_the_class(examples):
 
 
 def test_workers_do_not_change_the_images(examples):
-    again = pathfinder.generate(25, seed=1, num_workers=2)
+    again = Pathfinder(seed=1, num_workers=2).generate(25)
     for one, other in zip(examples, again):
         np.testing.assert_array_equal(one.image, other.image)
         assert one.label == other.label
-    (other,) = pathfinder.generate(1, seed=2, num_workers=1)
+    (other,) = Pathfinder(seed=2, num_workers=1).generate(1)
     assert (other.image != examples[0].image).any()
 
 
@@ -408,7 +409,7 @@ def test_images_are_distinct(examples, monkeypatch):
     chunk = pathfinder._chunk(32, 14, 1, 0)
     # A generator that draws every chunk twice.
     monkeypatch.setattr(pathfinder, "_chunk", lambda size, length, seed, i: chunk[i // 2 :][:1])
-    drawn = list(pathfinder.generate(5, num_workers=1))
+    drawn = list(Pathfinder(num_workers=1).generate(5))
     assert [e.image.tobytes() for e in drawn] == [e.image.tobytes() for e in chunk[:5]]
 
 
@@ -416,11 +417,12 @@ def test_images_are_distinct(examples, monkeypatch):
 def test_build(tmp_path, size):
     path = str(tmp_path / "store")
     options = {"seed": 3, "size": size, "contour_length": 3}
-    pathfinder.build(path, **options, train=6, validation=2, test=4, num_workers=1)
+    task = Pathfinder(**options, train=6, validation=2, test=4, num_workers=1)
+    task.build(path)
     store = ByteStore(path)
     assert store.classes == ["separate", "connected"]
-    assert pathfinder.num_classes() == 2
-    drawn = pathfinder.generate(12, **options, num_workers=1)
+    assert task.num_classes == 2
+    drawn = Pathfinder(**options, num_workers=1).generate(12)
     for name, n in (("test", 4), ("validation", 2), ("train", 6)):
         split, expected = store.split(name), list(itertools.islice(drawn, n))
         for record, example in zip(split.read(range(n)), expected, strict=True):
@@ -431,10 +433,8 @@ def test_build(tmp_path, size):
     assert generator["size"] == size
 
 
-def test_impossible_requests_name_the_field(tmp_path):
-    with pytest.raises(ConfigError, match="size is 64"):
-        pathfinder.build(str(tmp_path), size=64)
-    with pytest.raises(ConfigError, match="contour_length is 7"):
-        pathfinder.build(str(tmp_path), contour_length=7)
-    with pytest.raises(ConfigError, match="1 example in validation"):
-        pathfinder.build(str(tmp_path), validation=0)
+@pytest.mark.parametrize("option", [{"size": 64}, {"contour_length": 7}, {"validation": 0}])
+def test_impossible_requests_name_the_field(option):
+    ((name, value),) = option.items()
+    with pytest.raises(ConfigError, match=f"config.data.options.{name} is {value}"):
+        Pathfinder(**option)

@@ -16,6 +16,7 @@ import pytest
 from spectral_pod.data import origin
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import records
+from spectral_pod.data.tasks.records import Records
 from spectral_pod.errors import ConfigError, DataError
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
@@ -29,8 +30,8 @@ def build(tmp_path):
 
     def build_once(**options):
         path = str(tmp_path / f"store_{next(count)}")
-        records.build(path, **{key: str(v) if isinstance(v, pathlib.Path) else v
-                               for key, v in options.items()})  # fmt: skip
+        options = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
+        Records(**options).build(path)
         store = ByteStore(path)
         return store, {name: contents(store, name) for name in store.manifest["splits"]}
 
@@ -219,13 +220,13 @@ def test_classes_are_found(build, tmp_path, labels, classes, numbers):
     store, splits = build(train=train, held_out=0.0)
     assert store.classes == classes
     assert [label for _, label in splits["train"]] == numbers
-    assert records.num_classes(train=str(train)) >= len(classes)
+    assert Records(train=str(train)).num_classes >= len(classes)
 
 
 def test_labels_are_names_or_numbers_of_classes(build, tmp_path):
     def labels_of(labels, classes):
         train = write_lines(tmp_path / "a.jsonl", [{"text": "x", "label": y} for y in labels])
-        assert records.num_classes(classes=classes) == len(classes)
+        assert Records(classes=classes).num_classes == len(classes)
         store, splits = build(train=train, held_out=0.0, classes=classes)
         assert store.classes == list(classes)
         return [label for _, label in splits["train"]]
@@ -306,7 +307,7 @@ def test_bad_labels_stop_before_anything_is_written(tmp_path, monkeypatch):
     train = write_lines(tmp_path / "a.jsonl", [{"text": "x", "label": 0}, {"text": "x"}])
     monkeypatch.setattr(records.byte_store, "write", pytest.fail)
     with pytest.raises(DataError, match=r"a\.jsonl:2: no field: 'label'"):
-        records.build(str(tmp_path / "store"), train=str(train))
+        Records(train=str(train)).build(str(tmp_path / "store"))
 
 
 @pytest.mark.parametrize(
@@ -314,8 +315,8 @@ def test_bad_labels_stop_before_anything_is_written(tmp_path, monkeypatch):
     [
         ({"train": ""}, r"options\.train is empty"),
         ({"data": ()}, r"options\.data is \(\)"),
-        ({"on_fault": "ignore"}, r"options\.on_fault is 'ignore'; it is 'stop' or 'skip'"),
-        ({"held_out": 0.5}, r"options\.held_out is 0\.5; it is in \[0, 0\.5\)"),
+        ({"on_fault": "ignore"}, r"options\.on_fault is 'ignore'; known are \['skip', 'stop'\]"),
+        ({"held_out": 0.5}, r"options\.held_out is 0\.5; it must be in \[0, 0\.5\)"),
         ({"max_bytes": -1}, r"options\.max_bytes is -1"),
         ({"classes": ("a", "b", "a")}, r"options\.classes has a name twice"),
     ],
@@ -336,12 +337,7 @@ def test_items_may_be_converted_anywhere(build, tmp_path, monkeypatch):
         write_lines(tmp_path / f"set/{i}.jsonl", list(rows))
     train = str(tmp_path / "set")
     _, splits = build(train=train)
-    plan = records.with_classes(
-        records.Plan(
-            seed=0, train=train, validation="", test="", format="auto", columns=(), data=("text",),
-            label="label", classes=(), held_out=0.1, on_fault="stop", max_bytes=0, luma=False,
-        )
-    )  # fmt: skip
+    plan = records.with_classes(Records(train=train))
     items = list(plan.items())
     assert len(items) > 40
     assert items == list(plan.items())
@@ -379,23 +375,23 @@ def test_a_store_is_stale_once_its_source_has_changed(build, tmp_path, monkeypat
     write_lines(tmp_path / "train/a.jsonl", numbered(50))
     options = {"train": str(tmp_path / "train"), "test": str(files["test"])}
     store, _ = build(**options)
-    records.check(store, **options)
+    Records(**options).check(store)
     file = files[which]
     change(file)
     with pytest.raises(DataError, match=rf"options\.{which} = .*has changed since {store.path}"):
-        records.check(store, **options)
+        Records(**options).check(store)
     change(file)  # back again, at another time
     if hashed:
-        records.check(store, **options)
+        Records(**options).check(store)
     else:
         with pytest.raises(DataError, match="has changed"):
-            records.check(store, **options)
+            Records(**options).check(store)
     file.rename(file.with_name("z.jsonl"))
     if which == "train":
         with pytest.raises(DataError, match="has changed"):
-            records.check(store, **options)
+            Records(**options).check(store)
     else:
-        records.check(store, **options | {"train": str(tmp_path / "gone")})
+        Records(**options | {"train": str(tmp_path / "gone")}).check(store)
 
 
 def test_a_moved_source_is_the_same(build, tmp_path):
@@ -403,7 +399,7 @@ def test_a_moved_source_is_the_same(build, tmp_path):
     write_lines(tmp_path / "a/x.jsonl", numbered(50))
     store, _ = build(train=tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    records.check(store, train=str(tmp_path / "b"))
+    Records(train=str(tmp_path / "b")).check(store)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is missing")

@@ -10,6 +10,7 @@ import pytest
 
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import retrieval
+from spectral_pod.data.tasks.retrieval import Retrieval
 from spectral_pod.errors import ConfigError, DataError
 
 SIZES = {"window": 100, "train": 80, "validation": 16, "test": 12}
@@ -41,7 +42,7 @@ def write_published(folder, papers=PAPERS, spell=repr):
 
 
 def build_published(folder, path, **options):
-    retrieval.build(str(path), source=str(folder), **options)
+    Retrieval(source=str(folder), **options).build(str(path))
     store = ByteStore(str(path))
     return store, {split: contents(store, split) for split in retrieval.FILES}
 
@@ -105,13 +106,13 @@ def test_a_changed_file(tmp_path):
     moved.mkdir()
     for name in retrieval.FILES.values():
         shutil.copy(tmp_path / name, moved)  # with other times
-    retrieval.check(store, source=str(moved))
+    Retrieval(source=str(moved)).check(store)
     with open(moved / retrieval.FILES["test"], "a") as file:
         file.write("1\ta\tb\tone\ttwo\n")
     with pytest.raises(DataError, match=r"new_aan_pairs\.test\.tsv has changed"):
-        retrieval.check(store, source=str(moved))
+        Retrieval(source=str(moved)).check(store)
     shutil.rmtree(moved)
-    retrieval.check(store, source=str(moved))
+    Retrieval(source=str(moved)).check(store)
 
 
 # ---- the stand-in
@@ -133,7 +134,7 @@ def tree(tmp_path_factory):
 
 
 def build_stand_in(root, path, **options):
-    retrieval.build(str(path), roots=(str(root),), **(SIZES | options))
+    Retrieval(roots=(str(root),), **(SIZES | options)).build(str(path))
     return ByteStore(str(path))
 
 
@@ -205,5 +206,5 @@ def test_errors_name_what_is_wrong(tree, tmp_path, options, error, message):
 
 
 def test_the_interpreter_is_enough_for_some(tmp_path):
-    retrieval.build(str(tmp_path / "store"), window=1024, train=64, validation=16, test=16)
+    Retrieval(window=1024, train=64, validation=16, test=16).build(str(tmp_path / "store"))
     assert len(contents(ByteStore(str(tmp_path / "store")), "train")) == 64

@@ -6,7 +6,7 @@ import tensorflow_datasets as tfds
 
 from spectral_pod.data import byte_store, tfds_builder
 from spectral_pod.data.byte_store import ByteStore, Record
-from spectral_pod.data.tasks import records
+from spectral_pod.data.tasks.records import Records
 
 
 @pytest.mark.parametrize("documents", [1, 2])
@@ -23,7 +23,7 @@ def test_round_trip(tmp_path, documents, monkeypatch):
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     fields = "document" if documents == 1 else ("document_0", "document_1")
     sources = {split: f"tfds:mine/{split}" for split in splits}
-    records.build(str(tmp_path / "again"), **sources, data=fields)
+    Records(**sources, data=fields).build(str(tmp_path / "again"))
     again = ByteStore(str(tmp_path / "again"))
     assert again.classes == ["no", "yes"]
     for split in splits:

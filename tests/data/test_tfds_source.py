@@ -10,6 +10,7 @@ import pytest
 from spectral_pod.data import tfds_source
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import records
+from spectral_pod.data.tasks.records import Records
 from spectral_pod.errors import DataError
 
 NUM = {"train": 30, "test": 10}
@@ -103,7 +104,7 @@ def test_records_of_a_set(use, tmp_path, file_format):
         "label": "kind",
         "luma": True,
     }
-    records.build(str(tmp_path / "store"), **options)
+    Records(**options).build(str(tmp_path / "store"))
     store = ByteStore(str(tmp_path / "store"))
     assert store.classes == NAMES
     found = {}
@@ -113,7 +114,7 @@ def test_records_of_a_set(use, tmp_path, file_format):
         found |= {d.tobytes(): int(y) for d, y in zip(split.read(range(count)), split.labels)}
     everything = map(example, [*range(30), *range(100, 110)])
     assert found == {records.to_luma(e["image"]).tobytes(): e["kind"] for e in everything}
-    records.check(store, **options)
+    Records(**options).check(store)
     assert store.manifest["provenance"]["sources"]["test"]["tfds"] == "tiny_pets/1.0.0"
 
 

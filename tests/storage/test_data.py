@@ -54,7 +54,7 @@ def store(bucket):
     reference()
     data = trainer.get_config().data
     folder = trainer.home() / "data"
-    path = pathlib.Path(tasks.store_path(str(folder), data.task, data.options.to_dict()))
+    path = pathlib.Path(tasks.make(data.task, data.options).store_path(str(folder)))
     for file in path.rglob("*"):
         if file.is_file():
             bucket.write(f"data/{file.relative_to(folder)}", file.read_bytes())

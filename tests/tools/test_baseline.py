@@ -152,7 +152,7 @@ def test_the_tool(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.data.task=lm", "--config.model.name=spectral_gpt"], "objective 'next'"),
+        (["--config.data.task=lm", "--config.model.name=spectral_gpt"], "objective is NextByte"),
         (["--config.data.tusk=lm"], "no field 'tusk'"),
     ],
 )

@@ -57,7 +57,7 @@ def test_mistakes_are_told_in_a_line(files, capsys):
     assert "holds no finished byte store" in capsys.readouterr().err
     bad = ["write", "--task=records", f"--out={files / 'b'}", f"--train={files}/train.jsonl"]
     assert records.main([*bad, "--held_out=half"]) == 2
-    assert "'half' is no value like 0.1" in capsys.readouterr().err
+    assert "held_out is 'half'; it must be a number" in capsys.readouterr().err
     assert records.main(bad) == 2  # there is no field 'label'
     assert "train.jsonl:1" in capsys.readouterr().err
 

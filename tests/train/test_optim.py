@@ -96,7 +96,7 @@ def test_a_parameter_without_a_group_is_an_error():
 
 def test_an_optimizer_that_does_not_exist_is_named():
     config = config_of(**{"optimizer.name": "adamv"})
-    with pytest.raises(ConfigError, match="config.optimizer.name is 'adamv'.*did you mean 'adamw'"):
+    with pytest.raises(ConfigError, match=r"optimizer.name is 'adamv'.*did you mean 'adamw'"):
         make_optimizer(config, model_of(config), one_device())
 
 

@@ -11,6 +11,7 @@ records each has; one installation and one seed always give the same records.
   file shorter than the window is one short record.
 """
 
+import dataclasses
 import fnmatch
 import hashlib
 import importlib.util
@@ -24,24 +25,23 @@ import sys
 import sysconfig
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
-from spectral_pod import shapes
 from spectral_pod.data import byte_store
+from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import DataError
+from spectral_pod.fields import Positive
 
-VERSION = 1
-OBJECTIVE = "class"
 SPLITS = ("train", "validation", "test")
 MIN_KINDS = 8
 _MIN_FILLED = 0.4  # a kind that fills less than this part of a split is left out
 _MIN_FILE_BYTES = 256
 _MAX_SHARE = 8  # no file gives more than one part in this many of a split
-_SPARE = 1.25  # files are read for this many times the windows needed: some turn out to be equal
+_SPARE = 1.25  # read files for this many times the windows needed: some turn out to be equal
 _SAMPLED_FROM, _BLOCKS, _BLOCK_BYTES = 1 << 20, 64, 4096  # see `_identity`
 
 _COMPILER = """
@@ -113,105 +113,97 @@ KINDS: dict[str, tuple[str, ...] | Callable[[Sequence[File]], list[File]]] = {
 }
 
 
-def num_classes(**options: Any) -> int:
-    """The most classes that a store can have; `build` leaves out kinds with too few files."""
-    return len(KINDS)
+@dataclasses.dataclass(frozen=True)
+class ContentType(StoredTask):
+    """Windows of files; the class is the kind of file."""
+
+    name = "content_type"
+    version = 1
+    num_classes = len(KINDS)  # at most: a store leaves out kinds with too few files
+
+    seed: int = 0  # draws files, splits and offsets
+    window: Positive = 2048  # bytes in a record, fewer where the whole file is shorter
+    # Training records of each kind; validation and test have an eighth each.
+    windows_per_class: Positive = 1000
+    max_windows_per_file: Positive = 32  # at most an eighth of its split, too
+    roots: tuple[str, ...] = ()  # folders to search instead of the running interpreter's own
+
+    def build(self, path: str) -> None:
+        """Writes the task as a byte store, with its splits train, validation and test.
+
+        A kind that cannot fill 40% of every split is left out; the manifest says so.
+
+        Raises:
+          DataError: fewer than `MIN_KINDS` kinds remain; says what was found where.
+        """
+        started = time.monotonic()
+        held_out = max(1, self.windows_per_class // 8)
+        quotas = dict(zip(SPLITS, (self.windows_per_class, held_out, held_out), strict=True))
+        roots = self.roots or _interpreter_roots()
+        found = {root: _scan(root) for root in roots}
+        drawn = _draw_kinds(
+            found, _Sampler(self.seed, self.window, self.max_windows_per_file, quotas)
+        )
+        left_out = {
+            kind: f"fills only {[len(held[s]) for s in SPLITS]} of {list(quotas.values())} windows"
+            for kind, held in drawn.items()
+            if any(len(held[s]) < _MIN_FILLED * quotas[s] for s in SPLITS)
+        }
+        for kind, reason in left_out.items():
+            logging.info("Left out %s: it %s", kind, reason)
+        classes = [kind for kind in KINDS if kind not in left_out]
+        census = {root: {kind: len(f) for kind, f in found[root].items()} for root in roots}
+        if len(classes) < MIN_KINDS:
+            raise DataError(
+                f"content_type needs {MIN_KINDS} kinds of files and has {len(classes)}: {classes}. "
+                f"Files found: {census}. Left out: {left_out}. "
+                "Install more packages, ask for fewer windows_per_class, or name other roots."
+            )
+        rng = np.random.default_rng(self.seed)
+        splits = {}
+        for split in SPLITS:
+            records = [
+                byte_store.Record(w.data, label)
+                for label, kind in enumerate(classes)
+                for w in drawn[kind][split]
+            ]
+            splits[split] = [records[i] for i in rng.permutation(len(records))]
+        provenance = {
+            "task": "content_type",
+            "python": platform.python_version(),
+            **self.identity(),
+            "roots": list(roots),
+            "files_found": census,
+            "windows": {k: {s: len(drawn[k][s]) for s in SPLITS} for k in classes},
+            "files": {k: {s: len({w.file for w in drawn[k][s]}) for s in SPLITS} for k in classes},
+            "left_out": left_out,
+        }
+        byte_store.write(path, splits, classes=classes, provenance=provenance)
+        logging.info("Content type with kinds %s in %.1f s", classes, time.monotonic() - started)
 
 
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
+class _Window(NamedTuple):
+    data: bytes
+    file: bytes  # digest of the file it is from
 
 
-def build(
-    path: str,
-    *,
-    seed: int = 0,
-    window: int = 2048,
-    windows_per_class: int = 1000,
-    max_windows_per_file: int = 32,
-    roots: tuple[str, ...] = (),
-) -> None:
-    """Writes the task as a byte store, with its splits train, validation and test.
-
-    A kind that cannot fill 40% of every split is left out; the manifest says so.
-
-    Args:
-      path: a folder or a gs:// URL.
-      seed: draws files, splits and offsets.
-      window: bytes in a record, fewer where the whole file is shorter.
-      windows_per_class: training records of each kind; validation and test have an eighth each.
-      max_windows_per_file: the most that one file gives; at most an eighth of its split, too.
-      roots: folders to search instead of the running interpreter's own.
-
-    Raises:
-      DataError: fewer than `MIN_KINDS` kinds remain; says what was found where.
-    """
-    started = time.monotonic()
-    held_out = max(1, windows_per_class // 8)
-    quotas = dict(zip(SPLITS, (windows_per_class, held_out, held_out), strict=True))
-    roots = roots or _interpreter_roots()
-    found = {root: _scan(root) for root in roots}
-
-    sampler = _Sampler(seed, window, max_windows_per_file, quotas)
+def _draw_kinds(
+    found: Mapping[str, Mapping[str, Sequence[File]]], sampler: "_Sampler"
+) -> dict[str, dict[str, list[_Window]]]:
+    """Windows of every kind by split; `found` are the files of each kind below each root."""
     drawn: dict[str, dict[str, list[_Window]]] = {}
     sources: list[File] = []
     for kind, how in KINDS.items():
         if callable(how):
             files = how(sources)
         else:
-            files = sampler.distinct([f for root in roots for f in found[root].get(kind, ())])
+            files = sampler.distinct([f for kinds in found.values() for f in kinds.get(kind, ())])
         if kind == "python":
             sources = files
         drawn[kind] = sampler.draw(files)
         counts = {split: len(windows) for split, windows in drawn[kind].items()}
         logging.info("%-10s %5d files read, windows %s", kind, len(files), counts)
-
-    left_out = {
-        kind: f"fills only {[len(splits[s]) for s in SPLITS]} of {list(quotas.values())} windows"
-        for kind, splits in drawn.items()
-        if any(len(splits[s]) < _MIN_FILLED * quotas[s] for s in SPLITS)
-    }
-    for kind, reason in left_out.items():
-        logging.info("Left out %s: it %s", kind, reason)
-    classes = [kind for kind in KINDS if kind not in left_out]
-    census = {root: {kind: len(f) for kind, f in found[root].items()} for root in roots}
-    if len(classes) < MIN_KINDS:
-        raise DataError(
-            f"content_type needs {MIN_KINDS} kinds of files and has {len(classes)}: {classes}. "
-            f"Files found: {census}. Left out: {left_out}. "
-            "Install more packages, ask for fewer windows_per_class, or name other roots."
-        )
-
-    rng = np.random.default_rng(seed)
-    splits = {}
-    for split in SPLITS:
-        records = [
-            byte_store.Record(w.data, label)
-            for label, kind in enumerate(classes)
-            for w in drawn[kind][split]
-        ]
-        splits[split] = [records[i] for i in rng.permutation(len(records))]
-    provenance = {
-        "task": "content_type",
-        "python": platform.python_version(),
-        "seed": seed,
-        "window": window,
-        "windows_per_class": windows_per_class,
-        "max_windows_per_file": max_windows_per_file,
-        "roots": list(roots),
-        "files_found": census,
-        "windows": {k: {s: len(drawn[k][s]) for s in SPLITS} for k in classes},
-        "files": {k: {s: len({w.file for w in drawn[k][s]}) for s in SPLITS} for k in classes},
-        "left_out": left_out,
-    }
-    byte_store.write(path, splits, classes=classes, provenance=provenance)
-    logging.info("Content type with kinds %s in %.1f s", classes, time.monotonic() - started)
-
-
-class _Window(NamedTuple):
-    data: bytes
-    file: bytes  # digest of the file it is from
+    return drawn
 
 
 class _Sampler:
@@ -277,7 +269,7 @@ class _Sampler:
         return self._max_per_file
 
     def _cut(self, file: File, count: int) -> list[bytes]:
-        """`count` windows: one at a random offset in each of `count` equal stretches."""
+        """`count` windows: one at a random offset in each of `count` equal parts of the file."""
         rng = np.random.default_rng([self._seed, int.from_bytes(file.digest[:8], "little")])
         offsets = max(1, file.size - self._window + 1)
         starts = (np.arange(count) + rng.random(count)) * offsets / count

@@ -1,4 +1,4 @@
-"""Copy: say again, after SEP, the bytes that came before it.
+"""Copy: repeat, after SEP, the bytes that came before it.
 
     tokens    3   1   2  SEP  3   1
     labels    -   -   -   3   1   2
@@ -7,51 +7,46 @@ The bytes are uniform, so nothing but a memory of them helps. Lengths vary from 
 for one fixed length, a constant delay would be enough.
 """
 
-from typing import Any
+import dataclasses
 
 import numpy as np
 
 from spectral_pod import shapes
+from spectral_pod.data.tasks.task import DrawnTask
 from spectral_pod.errors import ConfigError
 
-VERSION = 1
-OBJECTIVE = "positions"
 
+@dataclasses.dataclass(frozen=True)
+class Copy(DrawnTask):
+    """Bytes, and the same bytes again."""
 
-def num_classes(**options: Any) -> int:
-    """Byte b is class b."""
-    return 256
+    name = "copy"
+    version = 1
 
+    length: int = 32  # the most bytes that are copied
+    min_length: int = 1  # the fewest; each number between them is equally likely
+    alphabet: int = 16  # bytes are below this number
 
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.min_length <= self.length:
+            raise ConfigError(
+                f"config.data.options.min_length, length are {self.min_length}, {self.length}; "
+                "copy needs 1 <= min_length <= length"
+            )
+        if not 2 <= self.alphabet <= 256:
+            raise ConfigError(
+                f"config.data.options.alphabet is {self.alphabet}; copy has 2 to 256 bytes"
+            )
 
+    @property
+    def max_length(self) -> int:
+        """The bytes twice."""
+        return 2 * self.length
 
-def max_length(*, length: int = 32, min_length: int = 1, alphabet: int = 16) -> int:
-    """Tokens in the longest example of `draw` with the same options.
-
-    Raises:
-      ConfigError: the options are impossible.
-    """
-    if not 1 <= min_length <= length:
-        raise ConfigError(
-            f"config.data.options.min_length, length are {min_length}, {length}; copy needs "
-            "1 <= min_length <= length"
-        )
-    if not 2 <= alphabet <= 256:
-        raise ConfigError(f"config.data.options.alphabet is {alphabet}; copy has 2 to 256 bytes")
-    return 2 * length
-
-
-def draw(
-    rng: np.random.Generator, *, length: int = 32, min_length: int = 1, alphabet: int = 16
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels int32 [2 n], n uniform in `min_length`..`length`, bytes below `alphabet`.
-
-    Labels are -1 where nothing is scored.
-    """
-    num_bytes = rng.integers(min_length, length + 1)
-    data = rng.integers(alphabet, size=num_bytes, dtype=np.int32)
-    tokens = np.concatenate([data, np.asarray([shapes.SEP], np.int32), data[:-1]])
-    return tokens, np.concatenate([np.full_like(data, -1), data])
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels int32 [2 n], n uniform in `min_length`..`length`."""
+        num_bytes = rng.integers(self.min_length, self.length + 1)
+        data = rng.integers(self.alphabet, size=num_bytes, dtype=np.int32)
+        tokens = np.concatenate([data, np.asarray([shapes.SEP], np.int32), data[:-1]])
+        return tokens, np.concatenate([np.full_like(data, -1), data])

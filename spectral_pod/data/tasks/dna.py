@@ -15,109 +15,178 @@ long-range composition.
   bases (N, R, ...) are left out, and so are those whose letters have no other order.
 """
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from spectral_pod import shapes
 from spectral_pod.data import byte_store, formats, origin
 from spectral_pod.data.progress import Progress
+from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.fields import Positive
 
-VERSION = 2
-OBJECTIVE = "class"
 CLASSES = ("shuffled", "real")
 SPLITS = ("train", "validation", "test")
 _BLOCK_WINDOWS = 4
 _HELD_OUT = 0.15  # of the blocks, for each of validation and test
-_MAX_MISSES = 20  # draws in vain for every record wanted
+_MAX_MISSES = 20  # unusable draws allowed for every record
 _IUPAC = b"ACGTRYSWKMBDHVN"
 _COMPLEMENT = bytes.maketrans(b"ACGT", b"TGCA")
 _U_TO_T = bytes.maketrans(b"U", b"T")
 
 
-def num_classes(**options: Any) -> int:
-    """Real, or shuffled."""
-    return len(CLASSES)
+@dataclasses.dataclass(frozen=True)
+class Dna(StoredTask):
+    """Windows of a genome, half of them shuffled."""
 
+    name = "dna"
+    version = 2
+    num_classes = len(CLASSES)
 
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
+    seed: int = 0  # draws blocks, windows and shuffles
+    source: str = ""  # a FASTA file, on disk or gs://, which may be compressed
+    window: Positive = 512  # letters in a record
+    k: int = 2  # letters in a row whose counts a shuffle keeps; 1 keeps those of letters only
+    train: int = 20_000  # records, half of them real; likewise validation and test
+    validation: int = 1_000
+    test: int = 1_000
 
-
-def build(
-    path: str,
-    *,
-    seed: int = 0,
-    source: str = "",
-    window: int = 512,
-    k: int = 2,
-    train: int = 20_000,
-    validation: int = 1_000,
-    test: int = 1_000,
-) -> None:
-    """Writes windows of a genome, half of them shuffled, as a byte store.
-
-    Args:
-      path: a folder or a gs:// URL.
-      seed: draws blocks, windows and shuffles.
-      source: a FASTA file, on disk or gs://, which may be compressed.
-      window: letters in a record.
-      k: letters in a row whose counts a shuffle keeps; 1 keeps those of letters only.
-      train: records, half of them real; likewise validation and test.
-
-    Raises:
-      ConfigError: an option cannot be; names it.
-      DataError: the file is missing, damaged or no FASTA, has a sequence that is no DNA (names
-        the record), or is too short for so many windows.
-    """
-    sizes = {"train": train, "validation": validation, "test": test}
-    _check_options(source, window, k, sizes)
-    sequences = read_genome(source)
-    blocks = _blocks(sequences, window, seed, source)
-    counts = {split: _places(blocks[split], window) for split in SPLITS}
-    for split, size in sizes.items():
-        if size > counts[split]:  # drawing distinct windows takes ever longer beyond every second
-            raise DataError(
-                f"config.data.options.{split} is {size}, and {source} has {counts[split]} windows "
-                f"of {window} letters for it, both strands counted, of which every second one may "
-                "be drawn; ask for fewer records"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.k < self.window:
+            raise ConfigError(
+                f"config.data.options.k is {self.k} and window {self.window}; they need "
+                "1 <= k < window"
             )
-    byte_store.write(
-        path,
-        {
-            split: _records(sequences, blocks[split], window, k, size, [seed, number], source)
-            for number, (split, size) in enumerate(sizes.items())
-        },
-        classes=CLASSES,
-        provenance={
-            "task": "dna",
-            "seed": seed,
-            "source": source,
-            "file": origin.describe(formats.files(source)),
-            "window": window,
-            "k": k,
-            "sequences": len(sequences),
-            "bases": sum(map(len, sequences)),
-            "bases_in_split": {
-                split: sum(b.stop - b.start for b in blocks[split]) for split in SPLITS
+        for name, size in self._sizes.items():
+            if size < 2 or size % 2:
+                raise ConfigError(
+                    f"config.data.options.{name} is {size}; half of the records are real, so it "
+                    "must be even, and at least 2"
+                )
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    def build(self, path: str) -> None:
+        """Writes the windows as a byte store.
+
+        Raises:
+          ConfigError: there is no `source`.
+          DataError: the file is missing, damaged or no FASTA, has a sequence that is no DNA (names
+            the record), or is too short for so many windows.
+        """
+        if not self.source:
+            raise ConfigError(
+                "config.data.options.source is empty; name a FASTA file, which may be compressed"
+            )
+        sequences = read_genome(self.source)
+        blocks = self._blocks(sequences)
+        for split, size in self._sizes.items():
+            # Drawing distinct windows takes ever longer beyond every second one.
+            count = _places(blocks[split], self.window)
+            if size > count:
+                raise DataError(
+                    f"config.data.options.{split} is {size}, and {self.source} has {count} windows "
+                    f"of {self.window} letters for it, both strands counted, of which every second "
+                    "one may be drawn; ask for fewer records"
+                )
+        byte_store.write(
+            path,
+            {
+                split: self._records(sequences, blocks[split], size, [self.seed, number])
+                for number, (split, size) in enumerate(self._sizes.items())
             },
-        },
-    )
+            classes=CLASSES,
+            provenance={
+                "task": "dna",
+                "seed": self.seed,
+                "source": self.source,
+                "file": origin.describe(formats.files(self.source)),
+                "window": self.window,
+                "k": self.k,
+                "sequences": len(sequences),
+                "bases": sum(map(len, sequences)),
+                "bases_in_split": {
+                    split: sum(b.stop - b.start for b in blocks[split]) for split in SPLITS
+                },
+            },
+        )
 
+    def check(self, store: byte_store.ByteStore) -> None:
+        """Compares the file with what the store was written from, where it is still on this host.
 
-def check(store: byte_store.ByteStore, *, source: str = "", **options: Any) -> None:
-    """Compares the file with what the store was written from, where it is still on this host.
+        Raises:
+          DataError: it has changed since.
+        """
+        described = store.manifest["provenance"]["file"]
+        option = f"config.data.options.source = {self.source!r}"
+        origin.check(origin.on_this_host(self.source), described, option, store.path)
 
-    Raises:
-      DataError: it has changed since.
-    """
-    described = store.manifest["provenance"]["file"]
-    option = f"config.data.options.source = {source!r}"
-    origin.check(origin.on_this_host(source), described, option, store.path)
+    def _blocks(self, sequences: Sequence[bytes]) -> dict[str, list["_Block"]]:
+        """The blocks of all sequences by split; the last one of a sequence takes what remains."""
+        length = _BLOCK_WINDOWS * self.window
+        blocks = []
+        for number, sequence in enumerate(sequences):
+            starts = list(range(0, max(1, len(sequence) // length) * length, length))
+            ends = zip(starts, [*starts[1:], len(sequence)])
+            blocks += [_Block(number, i, j) for i, j in ends if j - i >= self.window]
+        if len(blocks) < len(SPLITS):
+            raise DataError(
+                f"{self.source} has {sum(map(len, sequences))} letters in {len(sequences)} "
+                f"sequence(s); each of the three splits needs a block of {length} letters, "
+                f"{_BLOCK_WINDOWS} windows"
+            )
+        held_out = max(1, round(_HELD_OUT * len(blocks)))
+        order = np.random.default_rng([self.seed, len(SPLITS)]).permutation(len(blocks))
+        shuffled_blocks = [blocks[i] for i in order]
+        return {
+            "train": shuffled_blocks[2 * held_out :],
+            "validation": shuffled_blocks[:held_out],
+            "test": shuffled_blocks[held_out : 2 * held_out],
+        }
+
+    def _records(
+        self,
+        sequences: Sequence[bytes],
+        blocks: Sequence["_Block"],
+        size: int,
+        seed: Sequence[int],
+    ) -> Iterator[byte_store.Record]:
+        """Real windows, each followed by its shuffled form."""
+        rng = np.random.default_rng(seed)
+        bounds = np.cumsum([0] + [block.stop - block.start - self.window + 1 for block in blocks])
+        drawn: set[int] = set()
+        progress = Progress("Cutting and shuffling windows", size, "records")
+        misses = 0
+        while len(drawn) < size // 2:
+            place = int(rng.integers(2 * bounds[-1]))
+            position, reverse = divmod(place, 2)
+            index = int(np.searchsorted(bounds, position, side="right")) - 1
+            block = blocks[index]
+            start = block.start + position - int(bounds[index])
+            real = sequences[block.sequence][start : start + self.window]
+            if reverse:
+                real = real.translate(_COMPLEMENT)[::-1]
+            other = shuffled(real, self.k, rng)
+            if place in drawn or real.translate(None, b"ACGT") or other == real:
+                misses += 1
+                if misses > _MAX_MISSES * size:
+                    raise DataError(
+                        f"{self.source} has too few windows of {self.window} letters for {size} "
+                        "records that are A, C, G and T alone and have another order with the same "
+                        f"counts of {self.k} letters; ask for fewer records, or a smaller k"
+                    )
+                continue
+            drawn.add(place)
+            yield byte_store.Record(real, CLASSES.index("real"))
+            yield byte_store.Record(other, CLASSES.index("shuffled"))
+            progress.add(2)
+        progress.end()
 
 
 def read_genome(source: str) -> list[bytes]:
@@ -194,90 +263,6 @@ class _Block(NamedTuple):
     stop: int
 
 
-def _check_options(source: str, window: int, k: int, sizes: Mapping[str, int]) -> None:
-    if not source:
-        raise ConfigError(
-            "config.data.options.source is empty; name a FASTA file, which may be compressed"
-        )
-    if not 1 <= k < window:
-        raise ConfigError(
-            f"config.data.options.k is {k} and window {window}; they need 1 <= k < window"
-        )
-    for name, size in sizes.items():
-        if size < 2 or size % 2:
-            raise ConfigError(
-                f"config.data.options.{name} is {size}; half of the records are real, so it must "
-                "be even, and at least 2"
-            )
-
-
-def _blocks(
-    sequences: Sequence[bytes], window: int, seed: int, source: str
-) -> dict[str, list[_Block]]:
-    """The blocks of all sequences by split; the last one of a sequence takes what remains."""
-    length = _BLOCK_WINDOWS * window
-    blocks = []
-    for number, sequence in enumerate(sequences):
-        starts = list(range(0, max(1, len(sequence) // length) * length, length))
-        stops = [*starts[1:], len(sequence)]
-        blocks += [
-            _Block(number, *ends) for ends in zip(starts, stops) if ends[1] - ends[0] >= window
-        ]
-    if len(blocks) < len(SPLITS):
-        raise DataError(
-            f"{source} has {sum(map(len, sequences))} letters in {len(sequences)} sequence(s); "
-            f"each of the three splits needs a block of {length} letters, {_BLOCK_WINDOWS} windows"
-        )
-    held_out = max(1, round(_HELD_OUT * len(blocks)))
-    order = [blocks[i] for i in np.random.default_rng([seed, len(SPLITS)]).permutation(len(blocks))]
-    return {
-        "train": order[2 * held_out :],
-        "validation": order[:held_out],
-        "test": order[held_out : 2 * held_out],
-    }
-
-
 def _places(blocks: Sequence[_Block], window: int) -> int:
     """Windows of both strands that blocks hold."""
     return 2 * sum(block.stop - block.start - window + 1 for block in blocks)
-
-
-def _records(
-    sequences: Sequence[bytes],
-    blocks: Sequence[_Block],
-    window: int,
-    k: int,
-    size: int,
-    seed: Sequence[int],
-    source: str,
-) -> Iterator[byte_store.Record]:
-    """Real windows, each followed by its shuffled form."""
-    rng = np.random.default_rng(seed)
-    bounds = np.cumsum([0] + [block.stop - block.start - window + 1 for block in blocks])
-    drawn: set[int] = set()
-    progress = Progress("Cutting and shuffling windows", size, "records")
-    misses = 0
-    while len(drawn) < size // 2:
-        place = int(rng.integers(2 * bounds[-1]))
-        position, reverse = divmod(place, 2)
-        index = int(np.searchsorted(bounds, position, side="right")) - 1
-        block = blocks[index]
-        start = block.start + position - int(bounds[index])
-        real = sequences[block.sequence][start : start + window]
-        if reverse:
-            real = real.translate(_COMPLEMENT)[::-1]
-        other = shuffled(real, k, rng)
-        if place in drawn or real.translate(None, b"ACGT") or other == real:
-            misses += 1
-            if misses > _MAX_MISSES * size:
-                raise DataError(
-                    f"{source} has too few windows of {window} letters for {size} records that "
-                    f"are A, C, G and T alone and have another order with the same counts of {k} "
-                    "letters; ask for fewer records, or a smaller k"
-                )
-            continue
-        drawn.add(place)
-        yield byte_store.Record(real, CLASSES.index("real"))
-        yield byte_store.Record(other, CLASSES.index("shuffled"))
-        progress.add(2)
-    progress.end()

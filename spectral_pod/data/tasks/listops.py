@@ -8,24 +8,25 @@ An example is held as its *symbols*, one byte each: `<` MIN, `>` MAX, `=` MED, `
 and `]`, which ends the arguments of an operator. `[MAX 3 [SM 7 8 ] ]` is `>3+78]]`.
 """
 
+import dataclasses
 import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from spectral_pod import shapes
+from spectral_pod import fields
 from spectral_pod.data import byte_store, generated
-from spectral_pod.errors import ConfigError
+from spectral_pod.data.tasks.task import StoredTask, execution
+from spectral_pod.fields import Positive
 
-VERSION = 1
-OBJECTIVE = "class"
 MAX_DEPTH = 10
 MAX_ARGS = 10
 MIN_LENGTH = 500  # exclusive, as is the next
 MAX_LENGTH = 2000
 CLASSES = tuple("0123456789")
-ENCODINGS = ("raw", "stripped", "symbol")
+Encoding = Literal["raw", "stripped", "symbol"]
+ENCODINGS: tuple[str, ...] = get_args(Encoding)
 RUNGS = range(6)
 
 _MIN, _MAX, _MED, _SM = _OPERATORS = b"<>=+"
@@ -102,7 +103,7 @@ def encode(symbols: bytes, encoding: str) -> bytes:
     Raises:
       ConfigError: there is no such encoding.
     """
-    _check(encoding)
+    fields.one_of("encoding", encoding, ENCODINGS)
     if encoding == "symbol":
         return symbols
     if encoding == "stripped":
@@ -131,15 +132,10 @@ def decode(data: bytes, encoding: str) -> bytes:
     Raises:
       ConfigError: there is no such encoding.
     """
-    _check(encoding)
+    fields.one_of("encoding", encoding, ENCODINGS)
     if encoding == "symbol":
         return data
     return bytes(_SYMBOLS[token] for token in data.split() if token not in (b"(", b")"))
-
-
-def _check(encoding: str) -> None:
-    if encoding not in ENCODINGS:
-        raise ConfigError(f"encoding is {encoding!r}; ListOps has {', '.join(ENCODINGS)}")
 
 
 def _draw(uniform: Callable[[], float]) -> bytes | None:
@@ -184,29 +180,6 @@ def _chunk(seed: int, index: int) -> list[Example]:
     return examples
 
 
-def generate(
-    num_examples: int, *, seed: int = 0, num_workers: int | None = None
-) -> Iterator[Example]:
-    """Distinct examples, drawn by workers, some 2,000 a second each: see `generated.distinct`."""
-    return generated.distinct(
-        functools.partial(_chunk, seed),
-        lambda example: example.symbols,
-        num_examples,
-        chunk=_CHUNK,
-        what="ListOps",
-        num_workers=num_workers,
-    )
-
-
-def splits(
-    *, seed: int, train: int, validation: int, test: int, num_workers: int | None = None
-) -> dict[str, Iterable[Example]]:
-    """Distinct examples by split: see `generated.splits`."""
-    draw = functools.partial(generate, seed=seed, num_workers=num_workers)
-    sizes = {"train": train, "validation": validation, "test": test}
-    return generated.splits(draw, what="ListOps", **sizes)
-
-
 def ladder(examples: Iterable[Example]) -> dict[str, float]:
     """What share of answers the evaluation of the top k levels earns, by rung k = 0 to 5.
 
@@ -233,59 +206,73 @@ def ladder_rung(accuracy: float, ladder: Mapping[str, float]) -> str:
     return f"accuracy {accuracy:.1%} stands {place}"
 
 
-def num_classes(**options: Any) -> int:
-    """The classes of a store, known before it is built."""
-    return len(CLASSES)
+@dataclasses.dataclass(frozen=True)
+class ListOps(StoredTask):
+    """Expressions; the class is the value, a digit."""
 
+    name = "listops"
+    version = 1
+    num_classes = len(CLASSES)
 
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
+    seed: int = 0
+    encoding: Encoding = "symbol"  # how a model reads an expression: see `encode`
+    train: Positive = 96_000  # distinct examples; likewise validation and test
+    validation: Positive = 2_000
+    test: Positive = 2_000
+    num_workers: int | None = execution(None)  # processes that draw; None is one per core
 
+    def generate(self, num_examples: int) -> Iterator[Example]:
+        """Distinct examples, drawn by workers, some 2,000 a second each: `generated.distinct`."""
+        return generated.distinct(
+            functools.partial(_chunk, self.seed),
+            lambda example: example.symbols,
+            num_examples,
+            chunk=_CHUNK,
+            what="ListOps",
+            num_workers=self.num_workers,
+        )
 
-def build(
-    path: str,
-    *,
-    seed: int = 0,
-    encoding: str = "symbol",
-    train: int = 96_000,
-    validation: int = 2_000,
-    test: int = 2_000,
-    num_workers: int | None = None,
-) -> None:
-    """Writes ListOps to the byte store at `path`, a folder or a gs:// URL.
+    def splits(self) -> dict[str, Iterable[Example]]:
+        """Distinct examples by split: see `generated.splits`."""
+        return generated.splits(
+            self.generate, train=self.train, validation=self.validation, test=self.test
+        )
 
-    The manifest's provenance holds the parameters of the generator and the `ladder` of the test
-    split. `num_workers` is that of `generate` and changes nothing in the store.
+    def build(self, path: str) -> None:
+        """Writes the examples as a byte store.
 
-    Raises:
-      ConfigError: there is no such encoding, or a split would be empty.
-    """
-    _check(encoding)
-    examples = splits(
-        seed=seed, train=train, validation=validation, test=test, num_workers=num_workers
-    )
-    examples["test"] = list(examples["test"])
-
-    def records(split: Iterable[Example]) -> Iterator[byte_store.Record]:
-        for example in split:
-            yield byte_store.Record(encode(example.symbols, encoding), example.answer)
-
-    byte_store.write(
-        path,
-        {name: records(split) for name, split in examples.items()},
-        classes=CLASSES,
-        provenance={
-            "task": "listops",
-            "generator": {
-                "seed": seed,
-                "operator_probability": OPERATOR_PROBABILITY,
-                "max_depth": MAX_DEPTH,
-                "max_args": MAX_ARGS,
-                "min_length": MIN_LENGTH,
-                "max_length": MAX_LENGTH,
+        The manifest's provenance holds the parameters of the generator and the `ladder` of the
+        test split.
+        """
+        examples = self.splits()
+        examples["test"] = list(examples["test"])
+        byte_store.write(
+            path,
+            {split: map(self._record, drawn) for split, drawn in examples.items()},
+            classes=CLASSES,
+            provenance={
+                "task": "listops",
+                "generator": {
+                    "seed": self.seed,
+                    "operator_probability": OPERATOR_PROBABILITY,
+                    "max_depth": MAX_DEPTH,
+                    "max_args": MAX_ARGS,
+                    "min_length": MIN_LENGTH,
+                    "max_length": MAX_LENGTH,
+                },
+                "encoding": self.encoding,
+                "ladder": ladder(examples["test"]),
             },
-            "encoding": encoding,
-            "ladder": ladder(examples["test"]),
-        },
-    )
+        )
+
+    def _record(self, example: Example) -> byte_store.Record:
+        return byte_store.Record(encode(example.symbols, self.encoding), example.answer)
+
+    def report(
+        self, evaluation: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The ladder of the test split, and where the accuracy stands on it."""
+        rungs = provenance.get("ladder")
+        if not rungs:
+            return {}, []
+        return {"ladder": rungs}, [ladder_rung(evaluation["accuracy"], rungs)]

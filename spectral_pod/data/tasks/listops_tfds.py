@@ -4,7 +4,7 @@
     train = tfds.load("listops", split="train", data_dir=...)
 
 Importing this module registers the builder. It holds the same examples as a byte store that
-`listops.build` writes with the same seed and sizes. This module alone imports TensorFlow.
+`ListOps.build` writes with the same seed and sizes. This module alone imports TensorFlow.
 """
 
 import dataclasses
@@ -18,12 +18,9 @@ from spectral_pod.data.tasks import listops
 
 @dataclasses.dataclass
 class ListopsConfig(tfds.core.BuilderConfig):
-    """The seed of the generator and the number of examples in each split."""
+    """The task whose seed and sizes the examples have; its encoding is not used."""
 
-    seed: int = 0
-    train: int = 96_000
-    validation: int = 2_000
-    test: int = 2_000
+    task: listops.ListOps = listops.ListOps()  # noqa: RUF009 (frozen)
 
 
 class Listops(tfds.core.GeneratorBasedBuilder):
@@ -32,7 +29,11 @@ class Listops(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar[list[ListopsConfig]] = [
         ListopsConfig(name="full", description="The official sizes."),
-        ListopsConfig(name="tiny", description="For tests.", train=24, validation=8, test=8),
+        ListopsConfig(
+            name="tiny",
+            description="For tests.",
+            task=listops.ListOps(train=24, validation=8, test=8),
+        ),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -49,10 +50,7 @@ class Listops(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        config = self.builder_config
-        examples = listops.splits(
-            seed=config.seed, train=config.train, validation=config.validation, test=config.test
-        )
+        examples = self.builder_config.task.splits()
         return {name: self._generate_examples(split) for name, split in examples.items()}
 
     def _generate_examples(

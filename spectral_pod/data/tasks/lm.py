@@ -14,20 +14,22 @@ A record is a whole document, without a label. What `source` is decides the spli
 Files may hold any bytes. Empty files and, in a folder, hidden ones are left out.
 """
 
+import dataclasses
 import hashlib
 import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from spectral_pod import shapes
+from ml_collections import ConfigDict
+
+from spectral_pod import objectives
 from spectral_pod.data import byte_store, origin, windows
+from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import DataError
 
-VERSION = 2
-OBJECTIVE = "next"
 SPLITS = ("train", "validation", "test")
 _NAMED = {
     "train": "train", "training": "train",
@@ -35,16 +37,6 @@ _NAMED = {
     "test": "test",
 }  # fmt: skip
 _LIBRARY_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-
-
-def num_classes(**options: Any) -> int:
-    """Bytes and the end of a document."""
-    return windows.NUM_CLASSES
-
-
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
 
 
 class Document(NamedTuple):
@@ -64,55 +56,69 @@ class Document(NamedTuple):
 Splits = dict[str, list[Document]]
 
 
-def build(path: str, *, seed: int = 0, source: str = "") -> None:
-    """Writes the task as a byte store of documents, each in memory at its turn.
+@dataclasses.dataclass(frozen=True)
+class LanguageModelling(StoredTask):
+    """The byte that follows, or the end of the document, everywhere in a stream of documents."""
 
-    Args:
-      path: a folder or a gs:// URL.
-      seed: decides which split a document is in, where its name does not.
-      source: a file, a folder, or "" for the interpreter's own library.
+    name = "lm"
+    version = 2
+    objective = objectives.NextByte
+    num_classes = windows.NUM_CLASSES  # bytes and the end of a document
 
-    Raises:
-      DataError: there is nothing at `source`, nothing in it, or nothing for a split; or some names
-        say which split they are for, and others do not.
-    """
-    documents = _documents(source)
-    if source and os.path.isfile(os.path.expanduser(source)):
-        splits = _first_and_last(documents[0])
-    else:
-        splits = (source and _by_name(documents, source)) or _by_hash(documents, seed, source)
+    seed: int = 0  # decides which split a document is in, where its name does not
+    source: str = ""  # a file, a folder, or "" for the interpreter's own library
 
-    def records(split: list[Document]) -> Iterator[byte_store.Record]:
-        for document in split:
-            yield byte_store.Record(document.read(), 0)
+    def build(self, path: str) -> None:
+        """Writes the documents as a byte store, each in memory at its turn.
 
-    byte_store.write(
-        path,
-        {split: records(part) for split, part in splits.items()},
-        classes=("document",),
-        provenance={
-            "task": "lm",
-            "python": platform.python_version(),
-            "seed": seed,
-            "source": source,
-            "files": origin.describe([document.path for document in documents]),
-        },
-    )
+        Raises:
+          DataError: there is nothing at `source`, nothing in it, or nothing for a split; or some
+            names say which split they are for, and others do not.
+        """
+        source, documents = self.source, _documents(self.source)
+        if source and os.path.isfile(os.path.expanduser(source)):
+            splits = _first_and_last(documents[0])
+        else:
+            splits = (source and _by_name(documents, source)) or _by_hash(
+                documents, self.seed, source
+            )
+        byte_store.write(
+            path,
+            {split: _records(part) for split, part in splits.items()},
+            classes=("document",),
+            provenance={
+                "task": "lm",
+                "python": platform.python_version(),
+                "seed": self.seed,
+                "source": source,
+                "files": origin.describe([document.path for document in documents]),
+            },
+        )
+
+    def check(self, store: byte_store.ByteStore) -> None:
+        """Compares `source` with what the store was written from, where it is still on this host.
+
+        The interpreter's library, of which another Python has another version, is not compared.
+
+        Raises:
+          DataError: the files have changed since.
+        """
+        if not self.source or not os.path.exists(os.path.expanduser(self.source)):
+            return
+        files = [document.path for document in _documents(self.source)]
+        described = store.manifest["provenance"]["files"]
+        origin.check(files, described, f"config.data.options.source = {self.source!r}", store.path)
+
+    def read(
+        self, split: byte_store.Split, data: ConfigDict, *, num_records: int = 0, **arguments: Any
+    ) -> windows.Windows:
+        """Batches of windows of the stream of documents: see `StoredTask.read`."""
+        return windows.Windows(split, seq_len=data.seq_len, num_documents=num_records, **arguments)
 
 
-def check(store: byte_store.ByteStore, *, seed: int = 0, source: str = "") -> None:
-    """Compares `source` with what the store was written from, where it is still on this host.
-
-    The interpreter's library, which another Python brings in another version, is not compared.
-
-    Raises:
-      DataError: the files have changed since.
-    """
-    if not source or not os.path.exists(os.path.expanduser(source)):
-        return
-    files = [document.path for document in _documents(source)]
-    described = store.manifest["provenance"]["files"]
-    origin.check(files, described, f"config.data.options.source = {source!r}", store.path)
+def _records(documents: Iterable[Document]) -> Iterator[byte_store.Record]:
+    for document in documents:
+        yield byte_store.Record(document.read(), 0)
 
 
 def _documents(source: str) -> list[Document]:
@@ -157,20 +163,22 @@ def _first_and_last(document: Document) -> Splits:
 
 def _by_name(documents: list[Document], source: str) -> Splits:
     """The split that every name says, or nothing where names do not say train and validation."""
-    said = {document: _said(document.name) for document in documents}
-    if not {"train", "validation"} <= set(said.values()):
+    named = {document: _split_of_name(document.name) for document in documents}
+    if not {"train", "validation"} <= set(named.values()):
         return {}
-    silent = [document.name for document, split in said.items() if split is None]
+    silent = [document.name for document, split in named.items() if split is None]
     if silent:
         raise DataError(
             f"config.data.options.source = {source!r} has files named after the splits train and "
             f"validation, and others, such as {silent[0]!r}, after none or several; take these "
             "away or rename them"
         )
-    return {split: part for split in SPLITS if (part := [d for d in documents if said[d] == split])}
+    return {
+        split: part for split in SPLITS if (part := [d for d in documents if named[d] == split])
+    }
 
 
-def _said(name: str) -> str | None:
+def _split_of_name(name: str) -> str | None:
     """The split that the outermost part of a path to name any names, if it names one only."""
     for part in name.lower().split("/"):
         splits = {_NAMED[word] for word in re.split("[^a-z]+", part) if word in _NAMED}

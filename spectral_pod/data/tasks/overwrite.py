@@ -4,50 +4,48 @@
 
 The first question or a later one asks for a name that was overwritten, in every example. Names are
 written in random order, a name may be overwritten more than once, and no value is written twice,
-so an answer tells which write it is from.
+so an answer shows which assignment it is from.
 """
+
+import dataclasses
 
 import numpy as np
 
 from spectral_pod.data.tasks import recall
 from spectral_pod.errors import ConfigError
 
-VERSION = 1
-OBJECTIVE = recall.OBJECTIVE
-num_classes = recall.num_classes
-vocab_size = recall.vocab_size
 
+@dataclasses.dataclass(frozen=True)
+class Overwrite(recall.Recall):
+    """Assignments, some of which replace others, and questions about them."""
 
-def max_length(*, num_pairs: int = 8, num_overwrites: int = 4, num_questions: int = 4) -> int:
-    """Tokens in the longest example of `draw` with the same options.
+    name = "overwrite"
+    version = 1
 
-    Raises:
-      ConfigError: the options are impossible.
-    """
-    recall.check(num_pairs, num_questions)
-    if not 1 <= num_overwrites <= recall.NUM_VALUES - num_pairs:
-        raise ConfigError(
-            f"config.data.options.num_overwrites is {num_overwrites}; with num_pairs it must make "
-            f"at most {recall.NUM_VALUES} values, and at least 1 is overwritten"
-        )
-    return recall.longest(num_pairs + num_overwrites, num_questions)
+    num_overwrites: int = 4  # assignments to names that have a value already
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_overwrites <= recall.NUM_VALUES - self.num_pairs:
+            raise ConfigError(
+                f"config.data.options.num_overwrites is {self.num_overwrites}; with num_pairs it "
+                f"must make at most {recall.NUM_VALUES} values, and at least 1 is overwritten"
+            )
 
-def draw(
-    rng: np.random.Generator,
-    *,
-    num_pairs: int = 8,
-    num_overwrites: int = 4,
-    num_questions: int = 4,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels int32 [n] of one text; labels are -1 where nothing is scored."""
-    names = rng.choice(len(recall.NAMES), num_pairs, replace=False)
-    overwritten = rng.choice(names, num_overwrites)
-    written = rng.permutation(np.concatenate([names, overwritten]))
-    values = rng.choice(recall.NUM_VALUES, len(written), replace=False)
-    assignments = list(zip(written, values))
-    newest = dict(assignments)
-    # One that was overwritten, then any others, asked in random order.
-    others = rng.permutation(names[names != overwritten[0]])[: num_questions - 1]
-    asked = rng.permutation(np.append(others, overwritten[0]))
-    return recall.write(assignments, [(name, newest[name]) for name in asked])
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text whose values all have as many digits as values can have."""
+        return recall.longest(self.num_pairs + self.num_overwrites, self.num_questions)
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels int32 [n] of one text; labels are -1 where nothing is scored."""
+        names = rng.choice(len(recall.NAMES), self.num_pairs, replace=False)
+        overwritten = rng.choice(names, self.num_overwrites)
+        written = rng.permutation(np.concatenate([names, overwritten]))
+        values = rng.choice(recall.NUM_VALUES, len(written), replace=False)
+        assignments = list(zip(written, values))
+        newest = dict(assignments)
+        # One that was overwritten, then any others, asked in random order.
+        others = rng.permutation(names[names != overwritten[0]])[: self.num_questions - 1]
+        asked = rng.permutation(np.append(others, overwritten[0]))
+        return recall.write(assignments, [(name, newest[name]) for name in asked])

@@ -43,17 +43,15 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from spectral_pod import shapes
 from spectral_pod.data import byte_store, generated
-from spectral_pod.errors import ConfigError
+from spectral_pod.data.tasks.task import StoredTask, execution
+from spectral_pod.fields import Positive
 
-VERSION = 1
-OBJECTIVE = "class"
 CLASSES = ("separate", "connected")
 
 
@@ -77,7 +75,6 @@ PARAMETERS = {
     32: Parameters(32, 2, 0.5, (1,), 1.5, 7, 1.0, 20, 1.5, 2.0),
     128: Parameters(128, 5, 1.5, (2, 3), 3, 20, 1.8, 35, 0.9, 0.9),
 }
-CONTOUR_LENGTHS = (3, 6, 9, 14)  # paddles of a target; a distractor has a third of them
 PADDING = 1  # pixels at the border that are taken from the start
 ANTIALIAS = 2  # sub-pixels a pixel, each way
 PADDLE_RETRIES = 2
@@ -434,96 +431,59 @@ def _chunk(size: int, contour_length: int, seed: int, index: int) -> list[Exampl
     return [_draw(size, contour_length, uniform) for _ in range(_CHUNK)]
 
 
-def generate(
-    num_examples: int,
-    *,
-    seed: int = 0,
-    size: int = 32,
-    contour_length: int = 14,
-    num_workers: int | None = None,
-) -> Iterator[Example]:
-    """Distinct images, drawn by workers: see `generated.distinct`.
+@dataclasses.dataclass(frozen=True)
+class Pathfinder(StoredTask):
+    """Images, row after row, a byte a pixel; the class says whether the markers are connected.
 
-    A core draws some 300 images of 32 pixels a second, or 15 of 128.
-
-    Raises:
-      ConfigError: there are no parameters for this size or length.
+    A record has 1,024 bytes, or 16,384 with `size` 128, which is Path-X.
     """
-    _check(size, contour_length)
-    return generated.distinct(
-        functools.partial(_chunk, size, contour_length, seed),
-        lambda example: example.image.tobytes(),
-        num_examples,
-        chunk=_CHUNK,
-        what="Pathfinder",
-        num_workers=num_workers,
-    )
 
+    name = "pathfinder"
+    version = 1
+    num_classes = len(CLASSES)
 
-def _check(size: int, contour_length: int) -> None:
-    if size not in PARAMETERS:
-        raise ConfigError(f"size is {size!r}; Pathfinder has {sorted(PARAMETERS)}")
-    if contour_length not in CONTOUR_LENGTHS:
-        raise ConfigError(
-            f"contour_length is {contour_length!r}; Pathfinder has {list(CONTOUR_LENGTHS)}"
+    seed: int = 0
+    size: Literal[32, 128] = 32  # of an image, in pixels: a key of PARAMETERS
+    # Paddles of a target; a distractor has a third of them.
+    contour_length: Literal[3, 6, 9, 14] = 14
+    train: Positive = 160_000  # distinct images; likewise validation and test
+    validation: Positive = 20_000
+    test: Positive = 20_000
+    num_workers: int | None = execution(None)  # processes that draw; None is one per core
+
+    def generate(self, num_examples: int) -> Iterator[Example]:
+        """Distinct images, drawn by workers: see `generated.distinct`.
+
+        A core draws some 300 images of 32 pixels a second, or 15 of 128.
+        """
+        return generated.distinct(
+            functools.partial(_chunk, self.size, self.contour_length, self.seed),
+            lambda example: example.image.tobytes(),
+            num_examples,
+            chunk=_CHUNK,
+            what="Pathfinder",
+            num_workers=self.num_workers,
+        )
+
+    def build(self, path: str) -> None:
+        """Writes the images as a byte store, with the parameters of the generator."""
+        examples = generated.splits(
+            self.generate, train=self.train, validation=self.validation, test=self.test
+        )
+        byte_store.write(
+            path,
+            {split: map(_record, drawn) for split, drawn in examples.items()},
+            classes=CLASSES,
+            provenance={
+                "task": "pathfinder",
+                "generator": {
+                    "seed": self.seed,
+                    "contour_length": self.contour_length,
+                    **dataclasses.asdict(PARAMETERS[self.size]),
+                },
+            },
         )
 
 
-def num_classes(**options: Any) -> int:
-    """The classes of a store, known before it is built."""
-    return len(CLASSES)
-
-
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
-
-
-def build(
-    path: str,
-    *,
-    seed: int = 0,
-    size: int = 32,
-    contour_length: int = 14,
-    train: int = 160_000,
-    validation: int = 20_000,
-    test: int = 20_000,
-    num_workers: int | None = None,
-) -> None:
-    """Writes Pathfinder to the byte store at `path`, a folder or a gs:// URL.
-
-    A record is an image, row after row, a byte a pixel: 1,024 bytes of `size` 32, or 16,384 of
-    `size` 128, which is Path-X. The manifest's provenance holds the parameters of the generator.
-    `num_workers` is that of `generate` and changes nothing in the store.
-
-    Raises:
-      ConfigError: there are no parameters for this size or length, or a split would be empty.
-    """
-    _check(size, contour_length)
-    examples = generated.splits(
-        functools.partial(
-            generate, seed=seed, size=size, contour_length=contour_length, num_workers=num_workers
-        ),
-        train=train,
-        validation=validation,
-        test=test,
-        what="Pathfinder",
-    )
-
-    def records(split: Iterable[Example]) -> Iterator[byte_store.Record]:
-        for example in split:
-            yield byte_store.Record(example.image.tobytes(), example.label)
-
-    byte_store.write(
-        path,
-        {name: records(split) for name, split in examples.items()},
-        classes=CLASSES,
-        provenance={
-            "task": "pathfinder",
-            "generator": {
-                "seed": seed,
-                "contour_length": contour_length,
-                **dataclasses.asdict(PARAMETERS[size]),
-            },
-        },
-    )
+def _record(example: Example) -> byte_store.Record:
+    return byte_store.Record(example.image.tobytes(), example.label)

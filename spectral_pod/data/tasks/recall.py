@@ -6,50 +6,53 @@ Only the digits of the answers are scored. Names are single letters, each has on
 values are equal, so a right answer has been looked up.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from spectral_pod import shapes
+from spectral_pod.data.tasks.task import DrawnTask
 from spectral_pod.errors import ConfigError
 
-VERSION = 1
-OBJECTIVE = "positions"
 NAMES = "abcdefghijklmnopqrstuvwxyz"
 NUM_VALUES = 100  # 0 to 99
 
 Pairs = Sequence[tuple[int, int]]  # an index into NAMES, and a value
 
 
-def num_classes(**options: Any) -> int:
-    """Byte b is class b."""
-    return 256
+@dataclasses.dataclass(frozen=True)
+class Recall(DrawnTask):
+    """Assignments, and questions about them."""
 
+    name = "recall"
+    version = 1
 
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
+    num_pairs: int = 8  # names that get a value
+    num_questions: int = 4  # names that are asked for, each once
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_pairs <= len(NAMES):
+            raise ConfigError(
+                f"config.data.options.num_pairs is {self.num_pairs}; there are {len(NAMES)} names"
+            )
+        if not 1 <= self.num_questions <= self.num_pairs:
+            raise ConfigError(
+                f"config.data.options.num_questions is {self.num_questions}; each of the "
+                f"num_pairs = {self.num_pairs} names is asked for at most once"
+            )
 
-def max_length(*, num_pairs: int = 8, num_questions: int = 4) -> int:
-    """Tokens in the longest example of `draw` with the same options.
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text whose values all have as many digits as values can have."""
+        return longest(self.num_pairs, self.num_questions)
 
-    Raises:
-      ConfigError: the options are impossible.
-    """
-    check(num_pairs, num_questions)
-    return longest(num_pairs, num_questions)
-
-
-def draw(
-    rng: np.random.Generator, *, num_pairs: int = 8, num_questions: int = 4
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels int32 [n] of one text; labels are -1 where nothing is scored."""
-    names = rng.choice(len(NAMES), num_pairs, replace=False)
-    values = rng.choice(NUM_VALUES, num_pairs, replace=False)
-    asked = rng.choice(num_pairs, num_questions, replace=False)
-    return write(list(zip(names, values)), [(names[i], values[i]) for i in asked])
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels int32 [n] of one text; labels are -1 where nothing is scored."""
+        names = rng.choice(len(NAMES), self.num_pairs, replace=False)
+        values = rng.choice(NUM_VALUES, self.num_pairs, replace=False)
+        asked = rng.choice(self.num_pairs, self.num_questions, replace=False)
+        return write(list(zip(names, values)), [(names[i], values[i]) for i in asked])
 
 
 def write(assignments: Pairs, answers: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -70,16 +73,3 @@ def longest(num_assignments: int, num_questions: int) -> int:
     value = NUM_VALUES - 1
     tokens, _ = write([(0, value)] * num_assignments, [(0, value)] * num_questions)
     return len(tokens)
-
-
-def check(num_pairs: int, num_questions: int) -> None:
-    """Raises a ConfigError where there cannot be so many names, or questions about them."""
-    if not 1 <= num_pairs <= len(NAMES):
-        raise ConfigError(
-            f"config.data.options.num_pairs is {num_pairs}; there are {len(NAMES)} names"
-        )
-    if not 1 <= num_questions <= num_pairs:
-        raise ConfigError(
-            f"config.data.options.num_questions is {num_questions}; each of the num_pairs = "
-            f"{num_pairs} names is asked for at most once"
-        )

@@ -5,8 +5,8 @@
 A source is a file, a folder or a glob of any format in `data/formats.py`, on disk or gs://, or a
 split of TensorFlow Datasets, `tfds:imdb_reviews/train` (`data/tfds_source.py`).
 
-`Plan.items` reads rows and cuts them into items of some 64 MB; `convert`, a pure function, makes
-records of an item in any process; `parallel_write` drives them, and goes on where it was stopped.
+`Records.items` reads rows and cuts them into items of some 64 MB; `convert`, a pure function, makes
+records of an item in any process; `parallel_write` calls both, and goes on where it was stopped.
 """
 
 import dataclasses
@@ -15,19 +15,18 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from spectral_pod import shapes
 from spectral_pod.data import byte_store, formats, origin, parallel_write, tfds_source
 from spectral_pod.data.byte_store import Record
 from spectral_pod.data.formats import Fault, Row
 from spectral_pod.data.progress import Progress
+from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.fields import Bound, NonNegative
 
-VERSION = 1
-OBJECTIVE = "class"
 SPLITS = ("train", "validation", "test")
 MAX_CLASSES = 65_536
 _ITEM_BYTES = 64_000_000
@@ -76,39 +75,56 @@ class Converted(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The options of `build`, checked, with the classes found."""
+class Records(StoredTask):
+    """Records of files, or of a dataset of TFDS.
 
-    seed: int
-    train: str
-    validation: str
-    test: str
-    format: str
-    columns: tuple[str, ...]
-    data: tuple[str, ...]
-    label: str
-    classes: tuple[str, ...]
-    held_out: float
-    on_fault: str
-    max_bytes: int
-    luma: bool
+    A label is the name of a class or, where the names are no integers, also its number.
+    """
+
+    name = "records"
+    version = 1
+
+    # Of the hash of a record's bytes that decides whether it is held out; records of equal bytes
+    # are in one split.
+    seed: int = 0
+    train: str = ""  # a source
+    validation: str = ""  # a source; "" holds out a part of the training records
+    test: str = ""  # likewise
+    format: str = "auto"  # of the files, where their suffixes do not say it: see `formats.rows`
+    columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header
+    # The field with the bytes, or several: then a record is a tuple, such as two documents.
+    data: str | tuple[str, ...] = "text"
+    label: str = "label"  # the field with the class
+    # Names of the classes, by label; () takes those of a TFDS ClassLabel, or else the values in the
+    # training source, sorted, integers by their value.
+    classes: tuple[str, ...] = ()
+    # The part of the training records for each of validation and test that has no source of its
+    # own; 0 leaves these splits out.
+    held_out: Annotated[float, Bound(0, 0.5, "in [0, 0.5)")] = 0.1
+    on_fault: Literal["stop", "skip"] = "stop"  # at a record that cannot be used, or count it
+    max_bytes: NonNegative = 0  # cuts each field to so many bytes; 0 cuts nothing
+    luma: bool = False  # arrays [..., 3] of red, green and blue become luma
 
     def __post_init__(self) -> None:
-        options = "config.data.options"
-        if not self.train:
+        super().__post_init__()
+        if not self.data or "" in self.data_fields:
             raise ConfigError(
-                f"{options}.train is empty; name a file, a folder, or tfds:NAME/SPLIT"
+                f"config.data.options.data is {self.data!r}; name a field, or several"
             )
-        if not self.data or "" in self.data:
-            raise ConfigError(f"{options}.data is {self.data}; name a field, or several")
-        if self.on_fault not in ("stop", "skip"):
-            raise ConfigError(f"{options}.on_fault is {self.on_fault!r}; it is 'stop' or 'skip'")
-        if not 0 <= self.held_out < 0.5:
-            raise ConfigError(f"{options}.held_out is {self.held_out}; it is in [0, 0.5)")
-        if self.max_bytes < 0:
-            raise ConfigError(f"{options}.max_bytes is {self.max_bytes}; 0 takes records whole")
         if len(set(self.classes)) < len(self.classes):
-            raise ConfigError(f"{options}.classes has a name twice: {', '.join(self.classes)}")
+            raise ConfigError(
+                f"config.data.options.classes has a name twice: {', '.join(self.classes)}"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """The most classes that a store can have."""
+        return len(self.classes) or MAX_CLASSES
+
+    @property
+    def data_fields(self) -> tuple[str, ...]:
+        """The fields with the bytes, one for each document of a record."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
     @property
     def sources(self) -> dict[str, str]:
@@ -121,15 +137,10 @@ class Plan:
         """The splits of the store."""
         return tuple(s for s in SPLITS if s in self.sources or self.held_out)
 
-    @property
-    def documents(self) -> int:
-        """In each record."""
-        return len(self.data)
-
     def items(self, on_read: Callable[[int], None] = lambda size: None) -> Iterator[Item]:
         """The rows of all sources, in items that are the same every time.
 
-        `on_read` is told how many bytes of the files have been read.
+        `on_read` is called with the number of bytes of the files that have been read since.
 
         Raises:
           DataError: a source is missing or damaged.
@@ -152,114 +163,86 @@ class Plan:
         if rows:
             yield Item(split, rows)
 
+    def build(self, path: str) -> None:
+        """Writes the records; the manifest's provenance says what became of every row.
 
-def num_classes(*, classes: tuple[str, ...] = (), **options: Any) -> int:
-    """The most classes that a store can have."""
-    return len(classes) or MAX_CLASSES
+        Raises:
+          ConfigError: there is no source to train on.
+          DataError: a source is missing, damaged, or has a record that cannot be used (names the
+            file and the record), or nothing is left for a split.
+        """
+        if not self.train:
+            raise ConfigError(
+                "config.data.options.train is empty; name a file, a folder, or tfds:NAME/SPLIT"
+            )
+        sources = {split: _describe(source) for split, source in self.sources.items()}
+        plan = with_classes(self)
+        size = sum(source.get("bytes", 0) for source in sources.values())
+        read = Progress("Reading records", size, "bytes")
+        options = plan.options | {"data": plan.data_fields}
+        parallel_write.write(
+            path,
+            plan.items(read.add),
+            functools.partial(_converted, plan=plan),
+            plan={"version": self.version, "sources": sources, "options": options},
+            splits=plan.splits,
+            classes=plan.classes,
+            documents=len(plan.data_fields),
+            provenance=functools.partial(_provenance, plan, sources),
+            num_workers=os.cpu_count() or 1,
+        )
+        read.end()
 
+    def check(self, store: byte_store.ByteStore) -> None:
+        """Compares the user's files with what the store was written from.
 
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
+        Files that are not on this host are not compared: the store does not need them. Nor are
+        those of TFDS, whose names have a version.
 
-
-def build(
-    path: str,
-    *,
-    seed: int = 0,
-    train: str = "",
-    validation: str = "",
-    test: str = "",
-    format: str = "auto",
-    columns: tuple[str, ...] = (),
-    data: str | tuple[str, ...] = "text",
-    label: str = "label",
-    classes: tuple[str, ...] = (),
-    held_out: float = 0.1,
-    on_fault: str = "stop",
-    max_bytes: int = 0,
-    luma: bool = False,
-) -> None:
-    """Writes records as a byte store; the manifest's provenance says what became of every row.
-
-    A label is the name of a class or, where the names are no integers, also its number.
-
-    Args:
-      path: a folder or a gs:// URL.
-      seed: of the hash of a record's bytes that decides whether it is held out; records of equal
-        bytes are in one split.
-      train: a source.
-      validation: a source; '' holds out a part of the training records.
-      test: likewise.
-      format: of the files, where their suffixes do not say it: see `formats.rows`.
-      columns: the names of the columns of csv and tsv files that have no header.
-      data: the field with the bytes, or several: then a record is a tuple, such as two documents.
-      label: the field with the class.
-      classes: their names, by label; () takes those of a TFDS ClassLabel, or else the values in
-        the training source, sorted, integers by their value.
-      held_out: the part of the training records for each of validation and test that has no source
-        of its own; 0 leaves these splits out.
-      on_fault: 'stop' at the first record that cannot be used, or 'skip' and count them.
-      max_bytes: cuts each field to so many bytes; 0 cuts nothing.
-      luma: arrays [..., 3] of red, green and blue become luma.
-
-    Raises:
-      ConfigError: an option cannot be; names it.
-      DataError: a source is missing, damaged, or has a record that cannot be used (names the file
-        and the record), or nothing is left for a split.
-    """
-    plan = Plan(
-        seed=seed, train=train, validation=validation, test=test, format=format,
-        columns=tuple(columns), data=(data,) if isinstance(data, str) else tuple(data),
-        label=label, classes=tuple(classes), held_out=held_out, on_fault=on_fault,
-        max_bytes=max_bytes, luma=luma,
-    )  # fmt: skip
-    sources = {split: _describe(source) for split, source in plan.sources.items()}
-    plan = with_classes(plan)
-    read = Progress("Reading records", sum(s.get("bytes", 0) for s in sources.values()), "bytes")
-
-    def provenance(facts: list[_Facts]) -> dict[str, Any]:
-        tallies = {split: Tally() for split in sources}
-        counts = dict.fromkeys(plan.splits, 0)
-        for split, tally, held in facts:
-            tallies[split].add(Tally(**tally))
-            for name, count in held.items():
-                counts[name] += count
-        for split, count in counts.items():
-            if not count:
-                source = split if split in sources else "train"
-                raise DataError(_nothing_left(plan, split, tallies[source]))
-        options = dataclasses.asdict(plan)
-        return {"task": "records"} | {
-            "sources": {s: sources[s] | dataclasses.asdict(tallies[s]) for s in sources},
-            **{name: options[name] for name in options if name not in (*SPLITS, "classes")},
-        }
-
-    parallel_write.write(
-        path,
-        plan.items(read.add),
-        functools.partial(_converted, plan=plan),
-        plan={"version": VERSION, "sources": sources, "options": dataclasses.asdict(plan)},
-        splits=plan.splits,
-        classes=plan.classes,
-        documents=plan.documents,
-        provenance=provenance,
-        num_workers=os.cpu_count() or 1,
-    )
-    read.end()
+        Raises:
+          DataError: they have changed since.
+        """
+        for split, source in self.sources.items():
+            if source.startswith(tfds_source.PREFIX):
+                continue
+            described = store.manifest["provenance"]["sources"][split]
+            option = f"config.data.options.{split} = {source!r}"
+            origin.check(origin.on_this_host(source), described, option, store.path)
 
 
 # The source that an item is from, what became of its rows, and how many records of each split.
 _Facts = tuple[str, dict[str, Any], dict[str, int]]
 
 
-def _converted(item: Item, plan: Plan) -> parallel_write.Converted:
+def _provenance(
+    plan: Records, sources: Mapping[str, Mapping[str, Any]], facts: list[_Facts]
+) -> dict[str, Any]:
+    """Where the records are from and what became of the rows, for the manifest."""
+    tallies = {split: Tally() for split in sources}
+    counts = dict.fromkeys(plan.splits, 0)
+    for split, tally, held in facts:
+        tallies[split].add(Tally(**tally))
+        for name, count in held.items():
+            counts[name] += count
+    for split, count in counts.items():
+        if not count:
+            source = split if split in sources else "train"
+            raise DataError(_nothing_left(plan, split, tallies[source]))
+    options = plan.options | {"data": plan.data_fields}
+    return {
+        "task": "records",
+        "sources": {s: dict(sources[s]) | dataclasses.asdict(tallies[s]) for s in sources},
+        **{name: options[name] for name in options if name not in (*SPLITS, "classes")},
+    }
+
+
+def _converted(item: Item, plan: Records) -> parallel_write.Converted:
     records, tally = convert(item, plan)
     counts = {split: len(held) for split, held in records.items()}
     return records, (item.split, dataclasses.asdict(tally), counts)
 
 
-def with_classes(plan: Plan) -> Plan:
+def with_classes(plan: Records) -> Records:
     """The plan with the names of its classes, for which it may read the training source once.
 
     Raises:
@@ -276,7 +259,7 @@ def with_classes(plan: Plan) -> Plan:
         if isinstance(label, str):
             found.add(label)
         elif plan.on_fault == "stop":
-            raise DataError(_stopped(label))
+            raise DataError(_fault_message(label))
         if len(found) > MAX_CLASSES:
             break
     if not 1 < len(found) <= MAX_CLASSES:
@@ -291,7 +274,7 @@ def with_classes(plan: Plan) -> Plan:
     return dataclasses.replace(plan, classes=tuple(classes))
 
 
-def convert(item: Item, plan: Plan) -> Converted:
+def convert(item: Item, plan: Records) -> Converted:
     """The records that rows become, in their order. A pure function: any process may run it.
 
     Raises:
@@ -305,40 +288,16 @@ def convert(item: Item, plan: Plan) -> Converted:
         example = row if isinstance(row, Fault) else _example(row, plan, index, numbered)
         if isinstance(example, Fault):
             if plan.on_fault == "stop":
-                raise DataError(_stopped(example))
+                raise DataError(_fault_message(example))
             tally.skip(example)
             continue
         documents, label = example
         if plan.max_bytes and max(map(len, documents)) > plan.max_bytes:
             documents = tuple(document[: plan.max_bytes] for document in documents)
             tally.cut += 1
-        record = Record(documents if plan.documents > 1 else documents[0], label)
+        record = Record(documents if len(plan.data_fields) > 1 else documents[0], label)
         records[_split(item.split, documents, plan)].append(record)
     return Converted(records, tally)
-
-
-def check(
-    store: byte_store.ByteStore,
-    *,
-    train: str = "",
-    validation: str = "",
-    test: str = "",
-    **options: Any,
-) -> None:
-    """Compares the user's files with what the store was written from.
-
-    Files that are not on this host are not compared: the store does not need them. Nor are those
-    of TFDS, whose names have a version.
-
-    Raises:
-      DataError: they have changed since.
-    """
-    for split, source in {"train": train, "validation": validation, "test": test}.items():
-        if not source or source.startswith(tfds_source.PREFIX):
-            continue
-        described = store.manifest["provenance"]["sources"][split]
-        option = f"config.data.options.{split} = {source!r}"
-        origin.check(origin.on_this_host(source), described, option, store.path)
 
 
 # ---- sources
@@ -354,14 +313,18 @@ def _rows(
         yield from tfds_source.rows(source)
         return
     for file in formats.files(source):
-        before = 0
+        yield from formats.rows(file, format=format, columns=columns, on_position=_Steps(on_read))
 
-        def at(position: int) -> None:
-            nonlocal before
-            on_read(position - before)
-            before = position
 
-        yield from formats.rows(file, format=format, columns=columns, on_position=at)
+class _Steps:
+    """Turns positions in a file into the bytes since the position before."""
+
+    def __init__(self, on_step: Callable[[int], None]):
+        self._on_step, self._before = on_step, 0
+
+    def __call__(self, position: int) -> None:
+        self._on_step(position - self._before)
+        self._before = position
 
 
 def _describe(source: str) -> dict[str, Any]:
@@ -375,10 +338,10 @@ def _describe(source: str) -> dict[str, Any]:
 
 
 def _example(
-    row: Row, plan: Plan, index: Mapping[str, int], numbered: bool
+    row: Row, plan: Records, index: Mapping[str, int], numbered: bool
 ) -> tuple[tuple[bytes, ...], int] | Fault:
     documents: tuple[bytes, ...] = ()
-    for field in plan.data:
+    for field in plan.data_fields:
         document = _bytes(row, field, plan.luma)
         if isinstance(document, Fault):
             return document
@@ -449,28 +412,28 @@ def _is_integer(name: str) -> bool:
     return re.fullmatch("-?[0-9]{1,18}", name) is not None
 
 
-def _split(source: str, documents: Sequence[bytes], plan: Plan) -> str:
-    """The split of a record: its source's, or by a hash of (seed, bytes) one without a source."""
+def _split(source: str, documents: Sequence[bytes], plan: Records) -> str:
+    """The split of a record: that of its source, or one without a source by a hash of its bytes."""
     if source != "train":
         return source
     digest = hashlib.blake2b(f"{plan.seed}".encode(), digest_size=8)
     for document in documents:
         digest.update(b"%d:" % len(document))
         digest.update(document)
-    # Each has a range of its own: who is in test does not depend on a source for validation.
+    # Each split has a range of hashes: a source for validation does not change what is in test.
     place = int.from_bytes(digest.digest(), "little") / 2**64
     split = {0: "test", 1: "validation"}.get(int(place / plan.held_out) if plan.held_out else 2)
     return split if split and split not in plan.sources else "train"
 
 
-def _stopped(fault: Fault) -> str:
+def _fault_message(fault: Fault) -> str:
     return (
         f"{fault.place}: {fault.reason}; correct it, or leave out such records with "
         "config.data.options.on_fault = 'skip'"
     )
 
 
-def _nothing_left(plan: Plan, split: str, tally: Tally) -> str:
+def _nothing_left(plan: Records, split: str, tally: Tally) -> str:
     source = split if split in plan.sources else "train"
     advice = "" if split == source else f"; name a source for {split}, or change held_out"
     reasons = [

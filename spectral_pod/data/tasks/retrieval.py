@@ -31,24 +31,24 @@ than citations do, and figures on it say nothing about figures on AAN.
 
 import ast
 import collections
+import dataclasses
 import hashlib
 import os
 import platform
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from spectral_pod import shapes
 from spectral_pod.data import byte_store, formats, origin
 from spectral_pod.data.progress import Progress
+from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.fields import Positive
 
-VERSION = 2
-OBJECTIVE = "class"
 CLASSES = ("unlinked", "linked")
 FILES = {
     "train": "new_aan_pairs.train.tsv",
@@ -62,95 +62,124 @@ _MAX_SHARE = 8  # no folder gives more than one part in this many of a split
 _LEFT_OUT = {"__pycache__", "site-packages", "dist-packages"}  # packages are a root of their own
 
 
-def num_classes(**options: Any) -> int:
-    """Linked, or not."""
-    return len(CLASSES)
+@dataclasses.dataclass(frozen=True)
+class Retrieval(StoredTask):
+    """Pairs of documents; the class says whether they are linked."""
 
+    name = "retrieval"
+    version = 2
+    num_classes = len(CLASSES)
 
-def vocab_size(**options: Any) -> int:
-    """Rows of the embedding: bytes and special tokens."""
-    return shapes.VOCAB_SIZE
+    seed: int = 0  # of the stand-in: draws files, splits and windows
+    # The folder with the published files, also on gs://; "" makes the stand-in.
+    source: str = ""
+    # Of the published files: texts that are bytes literals are decoded, or kept.
+    literals: Literal["decode", "keep"] = "decode"
+    window: Positive = 4000  # of the stand-in: bytes in each document
+    train: int = 16_000  # of the stand-in: records, half of them linked; likewise the next two
+    validation: int = 1_000
+    test: int = 1_000
+    # Of the stand-in: folders to search instead of the running interpreter's own.
+    roots: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, size in self._sizes.items() if not self.source else ():
+            if size < 4 or size % 2:
+                raise ConfigError(
+                    f"config.data.options.{name} is {size}; half of the records are linked, so it "
+                    "must be even, and at least 4"
+                )
 
-def build(
-    path: str,
-    *,
-    seed: int = 0,
-    source: str = "",
-    literals: str = "decode",
-    window: int = 4000,
-    train: int = 16_000,
-    validation: int = 1_000,
-    test: int = 1_000,
-    roots: tuple[str, ...] = (),
-) -> None:
-    """Writes pairs of documents to the byte store at `path`, a folder or a gs:// URL.
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
-    Args:
-      path: a folder or a gs:// URL.
-      seed: of the stand-in: draws files, splits and windows.
-      source: the folder with the published files, also on gs://; '' makes the stand-in.
-      literals: of the published files: 'decode' texts that are bytes literals, or 'keep' them.
-      window: of the stand-in: bytes in each document.
-      train: of the stand-in: records, half of them linked; likewise validation and test.
-      roots: of the stand-in: folders to search instead of the running interpreter's own.
+    def build(self, path: str) -> None:
+        """Writes the pairs as a byte store.
 
-    Raises:
-      ConfigError: an option cannot be; names it.
-      DataError: a published file is missing or a line malformed (names file and line), or there
-        are too few files of Python source for the stand-in.
-    """
-    if literals not in ("decode", "keep"):
-        raise ConfigError(f"config.data.options.literals is {literals!r}; it is 'decode' or 'keep'")
-    if source:
-        _write_published(path, source, literals)
-        return
-    sizes = {"train": train, "validation": validation, "test": test}
-    for name, size in sizes.items():
-        if size < 4 or size % 2:
-            raise ConfigError(
-                f"config.data.options.{name} is {size}; half of the records are linked, so it "
-                "must be even, and at least 4"
-            )
-    if window < 1:
-        raise ConfigError(f"config.data.options.window is {window}; it must be at least 1")
-    _write_stand_in(path, seed, window, sizes, roots or _interpreter_roots())
+        Raises:
+          DataError: a published file is missing or a line malformed (names file and line), or there
+            are too few files of Python source for the stand-in.
+        """
+        if self.source:
+            self._write_published(path)
+        else:
+            self._write_stand_in(path)
 
+    def check(self, store: byte_store.ByteStore) -> None:
+        """Compares the published files with those that the store was written from, where they are
+        still on this host; those of the stand-in are not compared.
 
-def check(store: byte_store.ByteStore, *, source: str = "", **options: Any) -> None:
-    """Compares the published files with those that the store was written from, where they are
-    still on this host; those of the stand-in are not compared.
+        Raises:
+          DataError: one has changed since.
+        """
+        for split, name in FILES.items() if self.source else ():
+            file = _join(self.source, name)
+            described = store.manifest["provenance"]["files"][split]
+            origin.check(origin.on_this_host(file), described, file, store.path)
 
-    Raises:
-      DataError: one has changed since.
-    """
-    for split, name in FILES.items() if source else ():
-        file = _join(source, name)
-        described = store.manifest["provenance"]["files"][split]
-        origin.check(origin.on_this_host(file), described, file, store.path)
+    def _write_published(self, path: str) -> None:
+        files = {split: _join(self.source, name) for split, name in FILES.items()}
+        for file in files.values():
+            formats.files(file)  # all are there, before hours may go into the first
+        decode = self.literals == "decode"
+        byte_store.write(
+            path,
+            {split: published(file, decode=decode) for split, file in files.items()},
+            classes=CLASSES,
+            documents=2,
+            provenance={
+                "task": "retrieval",
+                "documents": "AAN, as published with the Long Range Arena",
+                "source": self.source,
+                "literals": self.literals,
+                "files": {split: origin.describe([file]) for split, file in files.items()},
+            },
+        )
+
+    def _write_stand_in(self, path: str) -> None:
+        started, sizes = time.monotonic(), self._sizes
+        roots = self.roots or _interpreter_roots()
+        logging.warning(
+            "Retrieval without config.data.options.source is a stand-in and not AAN: windows of "
+            "Python source, linked if they are of the same file"
+        )
+        rings = _rings(_cuts(self.seed, self.window, roots), sizes)
+        for split, size in sizes.items():
+            count = 2 * sum(map(len, rings[split]))
+            if count < size:
+                raise DataError(
+                    f"config.data.options.{split} is {size}, and the stand-in for retrieval has "
+                    f"only {count} records left for it, from Python source in files of "
+                    f"{2 * self.window:,} bytes or more in {', '.join(roots)}; ask for fewer "
+                    "records or a smaller window, or name a source"
+                )
+        byte_store.write(
+            path,
+            {split: _pairs(rings[split]) for split in sizes},
+            classes=CLASSES,
+            documents=2,
+            provenance={
+                "task": "retrieval",
+                "documents": "a stand-in for AAN: windows of Python source, of one file or of two",
+                "python": platform.python_version(),
+                "seed": self.seed,
+                "window": self.window,
+                "roots": list(roots),
+                "folders": {
+                    split: len({ring[0].folder for ring in rings[split]}) for split in sizes
+                },
+                "files": {
+                    split: len({cut.file for ring in rings[split] for cut in ring})
+                    for split in sizes
+                },
+            },
+        )
+        logging.info("Stand-in for retrieval in %.1f s", time.monotonic() - started)
 
 
 # ---- the published files
-
-
-def _write_published(path: str, source: str, literals: str) -> None:
-    files = {split: _join(source, name) for split, name in FILES.items()}
-    for file in files.values():
-        formats.files(file)  # all are there, before hours may go into the first
-    decode = literals == "decode"
-    byte_store.write(
-        path,
-        {split: published(file, decode=decode) for split, file in files.items()},
-        classes=CLASSES,
-        documents=2,
-        provenance={
-            "task": "retrieval",
-            "documents": "AAN, as published with the Long Range Arena",
-            "source": source,
-            "literals": literals,
-            "files": {split: origin.describe([file]) for split, file in files.items()},
-        },
-    )
 
 
 def published(file: str, *, decode: bool) -> Iterator[byte_store.Record]:
@@ -208,45 +237,6 @@ class _Cut(NamedTuple):
     file: bytes  # digest of its content
 
 
-def _write_stand_in(
-    path: str, seed: int, window: int, sizes: Mapping[str, int], roots: Sequence[str]
-) -> None:
-    started = time.monotonic()
-    logging.warning(
-        "Retrieval without config.data.options.source is a stand-in and not AAN: windows of "
-        "Python source, linked if they are of the same file"
-    )
-    rings = _rings(_cuts(seed, window, roots), sizes)
-    for split, size in sizes.items():
-        count = 2 * sum(map(len, rings[split]))
-        if count < size:
-            raise DataError(
-                f"config.data.options.{split} is {size}, and the stand-in for retrieval has only "
-                f"{count} records left for it, from Python source in files of {2 * window:,} bytes "
-                f"or more in {', '.join(roots)}; ask for fewer records or a smaller window, or "
-                "name a source"
-            )
-    byte_store.write(
-        path,
-        {split: _pairs(rings[split]) for split in sizes},
-        classes=CLASSES,
-        documents=2,
-        provenance={
-            "task": "retrieval",
-            "documents": "a stand-in for AAN: windows of Python source, of one file or of two",
-            "python": platform.python_version(),
-            "seed": seed,
-            "window": window,
-            "roots": list(roots),
-            "folders": {split: len({ring[0].folder for ring in rings[split]}) for split in sizes},
-            "files": {
-                split: len({cut.file for ring in rings[split] for cut in ring}) for split in sizes
-            },
-        },
-    )
-    logging.info("Stand-in for retrieval in %.1f s", time.monotonic() - started)
-
-
 def _interpreter_roots() -> tuple[str, ...]:
     names = ("stdlib", "purelib", "platlib")
     return tuple(dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in names))
@@ -268,7 +258,7 @@ def _cuts(seed: int, window: int, roots: Sequence[str]) -> list[_Cut]:
         rng = np.random.default_rng([seed, int.from_bytes(digest, "little")])
         half = len(content) // 2
         count = min(_MAX_PER_FILE, half // window)
-        # In each half one window at a random offset of each of `count` equal stretches.
+        # In each half one window at a random offset of each of `count` equal parts.
         offsets = (np.arange(count) + rng.random((2, count))) / count * (half - window + 1)
         for i, j in offsets.astype(int).T.tolist():
             first, second = content[i : i + window], content[half + j : half + j + window]
