@@ -1,4 +1,4 @@
-"""The configuration: its fields with their defaults, and what may change between two starts.
+"""The configuration: its fields with their defaults.
 
 A file in `configs/` takes `default()` and sets what its experiment needs; any field is overridden
 as `--config.train.total_steps=60`. Annotations say what a value may be (`fields.py`); what depends
@@ -6,26 +6,15 @@ on more than one field is checked in `validation.py`.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from etils import epath
 from ml_collections import ConfigDict
 
-from spectral_pod import storage
-from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Fraction, NonNegative, NonNegativeFloat, Positive, types_of
 from spectral_pod.layers.architecture import ModelConfig
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
-
-# Where a restart may differ: none changes the numbers of a run beyond float rounding.
-_FREE_TO_CHANGE = (
-    "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch",
-    "data.copies_", "train.eval_", "train.log_every_steps", "train.compilation_cache",
-    "train.stall_", "train.profile_steps", "train.wandb_project",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -182,46 +171,6 @@ def store_and_weight(entry: Any) -> tuple[Any, ...]:
 def row_len(config: Config) -> int:
     """Tokens in a row of a batch: the documents of a record, side by side."""
     return config.data.seq_len * config.data.documents
-
-
-def claim_workdir(
-    workdir: str, config: Config, data_digest: str, classes: Sequence[str] = ()
-) -> None:
-    """Records the configuration and the data of a run in its workdir, or checks what is there.
-
-    `classes` are the names of what a classifier predicts.
-
-    Raises:
-      ConfigError: the workdir belongs to another configuration, or its data have changed.
-    """
-    file = epath.Path(workdir) / "config.json"
-    mine = to_dict(config)
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"config": mine, "data_digest": data_digest, "classes": list(classes)}
-        storage.write_whole(file, json.dumps(facts, indent=1))
-        return
-    recorded = json.loads(file.read_text())
-    # A field that is newer than the workdir has its default: what the run meant without it.
-    standard, ours = (flat(json.loads(json.dumps(c))) for c in (to_dict(default()), mine))
-    theirs = standard | flat(recorded["config"])
-    changed = [
-        f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_TO_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"workdir {workdir} belongs to a run of another configuration ("
-            + "; ".join(changed)
-            + "); continue it with its own values, or give another --workdir"
-        )
-    if recorded["data_digest"] != data_digest:
-        raise ConfigError(
-            f"workdir {workdir} was trained on another version of the data: its store had digest "
-            f"{recorded['data_digest'][:12]}, this one has {data_digest[:12]}; point "
-            "config.data.dir at the old store, or give another --workdir"
-        )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

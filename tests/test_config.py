@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from spectral_pod.config import annotations, claim_workdir, default, flat, to_dict
+from spectral_pod.config import annotations, default, flat, to_dict
 from spectral_pod.errors import ConfigError
+from spectral_pod.train.starts import claim_workdir
 from spectral_pod.validation import get, validate, validate_mesh
 
 

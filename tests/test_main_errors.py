@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.data import byte_store
 from spectral_pod.errors import UserError
 from spectral_pod.parallel.mesh import make_mesh
-from spectral_pod.train import loop
+from spectral_pod.train import loop, starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state
@@ -138,7 +137,7 @@ def test_a_workdir_of_another_configuration(tmp_path):
     assert content(workdir) == before
     digest = json.loads((workdir / "config.json").read_text())["data_digest"]
     free = {"mesh__fsdp": 2, "checkpoint__every_steps": 7, "train__log_every_steps": 3}
-    config_lib.claim_workdir(str(workdir), config(**free), digest)
+    starts.claim_workdir(str(workdir), config(**free), digest)
     assert content(workdir) == before
 
 

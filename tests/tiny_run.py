@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.config import default
 from spectral_pod.data import tasks
 from spectral_pod.generate.restore import one_device
+from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state, init_state
@@ -33,7 +33,7 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
     """Writes a workdir; returns the parameters of its last step, stacked as they are trained."""
     config, mesh = config or tiny_config(), mesh or one_device()
     task = tasks.make(config.data.task, config.data.options)
-    config_lib.claim_workdir(str(workdir), config, DIGEST)
+    starts.claim_workdir(str(workdir), config, DIGEST)
     model = models.build(
         config,
         seq_len=config.data.seq_len,

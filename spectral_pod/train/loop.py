@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from spectral_pod import config as config_lib
 from spectral_pod import storage
 from spectral_pod.config import Config
 from spectral_pod.errors import DataError, Preempted
@@ -46,7 +45,13 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
     splits = ("validation", config.train.eval_split)
     eval_sources = {split: sources.evaluation(split) for split in splits}
     if runtime.is_leader() and not eval_only:
-        config_lib.claim_workdir(workdir, config, sources.digest, sources.classes)
+        starts.claim_workdir(
+            workdir,
+            config,
+            sources.digest,
+            sources.classes,
+            former_digests=sources.former_digests,
+        )
 
     # ---- model, optimizer, state
     trainer = Trainer(config, workdir, mesh, sources, train_source, eval_sources)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ class Sources(NamedTuple):
       classes: their names; empty where labels are of positions.
       digest: changes whenever the data do.
       provenance: of the records of a single store.
+      former_digests: those that older versions recorded for the same data.
     """
 
     config: Config
@@ -38,6 +40,7 @@ class Sources(NamedTuple):
     classes: list[str]
     digest: str
     provenance: dict[str, Any]
+    former_digests: Sequence[str] = ()
 
     @property
     def objective(self) -> type[Objective]:
@@ -75,7 +78,8 @@ def open_sources(config: Config) -> Sources:
     options = config.data.options.to_dict()
     task = tasks.make(config.data.task, options)
     if isinstance(task, DrawnTask):
-        return Sources(config, task, {}, [], [], task.digest(options), {})
+        digest, *former = (task.digest(form) for form in task.forms(options))
+        return Sources(config, task, {}, [], [], digest, {}, former)
     stores, weights = _open_stores(config, task)
     first = next(iter(stores.values()))
     return Sources(

@@ -1,32 +1,104 @@
 """What must agree between the processes of a run, and a record of the run's starts."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import pathlib
 import platform
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 import spectral_pod
 from spectral_pod import config as config_lib
 from spectral_pod import storage
+from spectral_pod.config import Config
+from spectral_pod.data import tasks
+from spectral_pod.errors import ConfigError
 from spectral_pod.parallel import runtime
 
+# Where a restart may differ: none changes the numbers of a run beyond float rounding.
+_FREE_TO_CHANGE = (
+    "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch",
+    "data.copies_", "train.eval_", "train.log_every_steps", "train.compilation_cache",
+    "train.stall_", "train.profile_steps", "train.wandb_project",
+)  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 _LOCAL = ("data.dir", "data.copies_dir")  # folders of a host, whose names may differ between hosts
 
 
-def facts(config: ConfigDict) -> dict[str, str]:
+def facts(config: Config) -> dict[str, str]:
     """Everything that determines a process's program and data; equal in all processes of a run."""
-    fields = config_lib.flat(config.to_dict())
+    fields = config_lib.flat(config_lib.to_dict(config))
     values = {f"config.{name}": repr(x) for name, x in fields.items() if name not in _LOCAL}
     values |= {f"package {name}": _version(name) for name in _PACKAGES}
     return values | {"code of spectral_pod": _code_version(), "Python": platform.python_version()}
+
+
+def claim_workdir(
+    workdir: str,
+    config: Config,
+    data_digest: str,
+    classes: Sequence[str] = (),
+    *,
+    former_digests: Sequence[str] = (),
+) -> None:
+    """Records the configuration and the data of a run in its workdir, or checks what is there.
+
+    Args:
+      data_digest: of the data, to be recorded.
+      classes: the names of what a classifier predicts.
+      former_digests: those that older versions recorded for the same data.
+
+    Raises:
+      ConfigError: the workdir belongs to another configuration, or its data have changed.
+    """
+    file = epath.Path(workdir) / "config.json"
+    mine = config_lib.to_dict(config)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"config": mine, "data_digest": data_digest, "classes": list(classes)}
+        storage.write_whole(file, json.dumps(facts, indent=1))
+        return
+    recorded = json.loads(file.read_text())
+    # A field that is newer than the workdir has its default: what the run meant without it.
+    defaults = config_lib.to_dict(config_lib.default())
+    theirs, ours = (
+        config_lib.flat(json.loads(json.dumps(defaults))) | _resolved(c)
+        for c in (recorded["config"], json.loads(json.dumps(mine)))
+    )
+    changed = [
+        f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"workdir {workdir} belongs to a run of another configuration ("
+            + "; ".join(changed)
+            + "); continue it with its own values, or give another --workdir"
+        )
+    if recorded["data_digest"] not in (data_digest, *former_digests):
+        raise ConfigError(
+            f"workdir {workdir} was trained on another version of the data: its store had digest "
+            f"{recorded['data_digest'][:12]}, this one has {data_digest[:12]}; point "
+            "config.data.dir at the old store, or give another --workdir"
+        )
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, with all options of its task that identify the data."""
+    data = config["data"]
+    options = data["options"]
+    with contextlib.suppress(ConfigError):  # of another version: compared as they are
+        options = tasks.make(data["task"], options).identity()
+    data = data | {"options": json.loads(json.dumps(options))}
+    return config_lib.flat(config | {"data": data})
 
 
 def record_start(workdir: str, mesh: Mesh, step: int) -> list[str]:

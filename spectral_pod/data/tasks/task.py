@@ -139,6 +139,17 @@ class Task(abc.ABC):
             if field.metadata.get("identifies", True)
         }
 
+    def forms(self, given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The options that are hashed to identify the data: `identity`, and what older versions
+        hashed, in which a default counted only if the configuration stated it.
+
+        Args:
+          given: the options as the configuration states them.
+        """
+        defaults, identity = type(self)().options, self.identity()
+        changed = {name: value for name, value in identity.items() if value != defaults[name]}
+        return [identity, given, changed]
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredTask(Task):
@@ -195,16 +206,13 @@ class StoredTask(Task):
     def find_store(self, directory: str, given: Mapping[str, Any]) -> str:
         """The path of this task's store, or `store_path` if there is none yet.
 
-        Older versions hashed the options as they were given, so a default counted only if it was
-        written out; a store at such a path is used.
+        A store at a path that an older version gave it is used.
 
         Args:
           directory: a folder or a gs:// URL.
           given: the options as the configuration states them.
         """
-        defaults, identity = type(self)().options, self.identity()
-        changed = {name: value for name, value in identity.items() if value != defaults[name]}
-        paths = [self._path(directory, options) for options in (identity, given, changed)]
+        paths = [self._path(directory, options) for options in self.forms(given)]
         return next(filter(byte_store.exists, paths), paths[0])
 
     def _path(self, directory: str, options: Mapping[str, Any]) -> str:
@@ -251,14 +259,12 @@ class DrawnTask(Task):
         )
         return {self.name: source}
 
-    def digest(self, given: Mapping[str, Any]) -> str:
-        """sha256 of the version, of the options as given, and of a few examples.
+    def digest(self, options: Mapping[str, Any]) -> str:
+        """sha256 of the version, of one of the `forms` of the options, and of a few examples.
 
-        The examples reveal a version of NumPy that draws other numbers from a seed. The options are
-        hashed as the configuration states them, because workdirs have recorded that: the same task
-        with its defaults written out has another digest.
+        The examples reveal a version of NumPy that draws other numbers from a seed.
         """
-        digest = hashlib.sha256(_meaning(self, given))
+        digest = hashlib.sha256(_meaning(self, options))
         for i in range(_NUM_SAMPLES):
             for array in self.draw(np.random.default_rng(i)):
                 digest.update(array.astype("<i4").tobytes())
