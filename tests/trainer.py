@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     c.data.seq_len = 256
     c.data.truncate = True  # the records have 500 to 2,000 bytes
     c.model.dtype = "float32"
-    c.model.num_layers = 2
+    c.model.num_layers = c.model.memory_interval = 1  # every kind of parameter, traced once
     c.model.hidden_dim = 16
     c.model.embed_dim = 8
     c.model.memory.head_dim = 8

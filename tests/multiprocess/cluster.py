@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     c.train.log_every_steps = 1
     c.train.stall_factor = 0.0
     c.checkpoint.every_steps = 10
-    c.model.memory_interval = 1
     return c
 
 
