@@ -8,4 +8,7 @@ cd "$root"
 "$python" -m ruff format --check --quiet .
 "$python" -m ruff check --quiet .
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+"$python" -m pytest "$@"
+if [ $# = 0 ]; then
+    echo "Not run: the tests marked slow. \`launch/test.sh -m slow\` runs them, in about an hour."
+fi

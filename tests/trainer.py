@@ -6,7 +6,6 @@ one can be.
 
 import functools
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -17,8 +16,9 @@ import types
 from ml_collections import ConfigDict
 
 from spectral_pod.config import default
+from tests import processes
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = processes.ROOT
 # Compiling is most of what a tiny run does; explained in multidevice/fake_devices.py.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     c.data.seq_len = 256
     c.data.truncate = True  # the records have 500 to 2,000 bytes
     c.model.dtype = "float32"
-    c.model.num_layers = 2
+    c.model.num_layers = c.model.memory_interval = 1  # every kind of parameter, traced once
     c.model.hidden_dim = 16
     c.model.embed_dim = 8
     c.model.memory.head_dim = 8
@@ -64,28 +64,26 @@ def command(workdir, *overrides, config="tests/trainer.py"):
 
 def environment(tensorflow=False):
     """Of the processes that tests start; without TensorFlow, which takes seconds to import."""
-    inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
-    path = [ROOT] if tensorflow else [ROOT / "tests/without_tensorflow", ROOT]
-    return inherited | {
-        "PYTHONPATH": os.pathsep.join(map(str, path)), "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": FLAGS,
-    }  # fmt: skip
+    path = {"PYTHONPATH": str(ROOT)} if tensorflow else {}
+    return processes.environment() | path | {"PJRT_NPROC": "16", "XLA_FLAGS": FLAGS}
 
 
-def run(arguments, code=0, tensorflow=False):
+def run(arguments, code=0, *, tensorflow=False, forked=True):
     """Runs a command to its end, which must be `code`; returns what it printed."""
-    env = environment(tensorflow)
-    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    start = processes.run if forked and not tensorflow else subprocess.run
+    done = start(
+        arguments, cwd=ROOT, env=environment(tensorflow), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def start(arguments, log):
+def start(arguments, log, *, forked=True):
     """Starts a command whose output goes to the file `log`."""
+    popen = processes.Popen if forked else subprocess.Popen
     with open(log, "w") as file:
-        return subprocess.Popen(
-            arguments, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
-        )
+        return popen(arguments, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import pytest
 from spectral_pod.data import byte_store
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.data.local_copies import LocalCopies
-from tests import trainer
+from tests import processes, trainer
 
 PARTS = 5
 PART_BYTES = 1 << 17
@@ -258,7 +258,7 @@ print(tests.digest(split))
 
 def start_child(store, copies, killed_at):
     command = [sys.executable, "-c", CHILD, store, str(copies), str(killed_at)]
-    return subprocess.Popen(
+    return processes.Popen(
         command, cwd=trainer.ROOT, env=trainer.environment(), stdout=subprocess.PIPE, text=True
     )
 

@@ -7,7 +7,6 @@ first so many devices.
 
 import json
 import math
-import subprocess
 import sys
 import types
 
@@ -19,7 +18,7 @@ from spectral_pod.config import default
 from spectral_pod.parallel.mesh import AXES, make_mesh
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state
-from tests import conftest, trainer
+from tests import conftest, processes, trainer
 
 # The last two only make compilation three times as fast: they change the machine code of each
 # device, not how programs are split over them.
@@ -35,7 +34,7 @@ def run(file, function, *arguments):
     """What `function(*arguments)` of a test file returns in a process of its own, as JSON."""
     command = [sys.executable, file, function, json.dumps(arguments)]
     environment = trainer.environment() | {"XLA_FLAGS": " ".join(FLAGS)}
-    done = subprocess.run(
+    done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-5000:]}"

@@ -23,7 +23,7 @@ from tests.multidevice import fake_devices
 
 STEPS, ROWS, SEQ_LEN = 20, 16, 256
 MODELS = {
-    "spectral_model": {},
+    "spectral_model": {"model.num_layers": 2, "model.memory_interval": 1},
     "spectral_gpt": {"model.name": "spectral_gpt"},
     "spectral_llm": {
         "model.name": "spectral_llm",

@@ -48,7 +48,8 @@ def long_step():
     tokens = rng.integers(0, 256, (2, length)).astype(np.int32)
     tokens[1, 9_999:] = PAD
     batch = {"tokens": tokens, "labels": np.asarray([1, 2], np.int32), "valid": np.ones(2, bool)}
-    overrides = {"data.seq_len": length, "model.num_layers": 2, "model.dropout": 0.0}
+    overrides = {"data.seq_len": length, "model.num_layers": 1, "model.dropout": 0.0}
+    overrides["model.memory_interval"] = 1
     found = {}
     for sizes in ("", "sequence=8"):
         state, step = make_step(sizes, **overrides)

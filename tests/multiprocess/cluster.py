@@ -17,7 +17,7 @@ import time
 import psutil
 from ml_collections import ConfigDict
 
-from tests import trainer
+from tests import processes, trainer
 
 CONFIG = "tests/multiprocess/cluster.py"
 
@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     c.train.log_every_steps = 1
     c.train.stall_factor = 0.0
     c.checkpoint.every_steps = 10
-    c.model.memory_interval = 1
     return c
 
 
@@ -77,7 +76,7 @@ class Cluster:
         self.supervisors = []
         self.logs = []
 
-    def start(self, supervised=True, of_one=(), env_of_one=()):
+    def start(self, supervised=True, of_one=(), env_of_one=(), forked=True):
         """Starts all processes; the last one with the options and the environment `of_one`, too."""
         address, self._starts = f"127.0.0.1:{free_port()}", self._starts + 1
         flags = f"--xla_force_host_platform_device_count={self.num_devices} {trainer.FLAGS}"
@@ -97,9 +96,10 @@ class Cluster:
                 f"--num_processes={self.num_processes}", f"--process_id={i}",
             ]  # fmt: skip
             supervise = ["bash", "launch/supervise.sh", "--"] if supervised else []
+            popen = subprocess.Popen if supervised or not forked else processes.Popen
             with open(log, "w") as file:
                 self.supervisors.append(
-                    subprocess.Popen(
+                    popen(
                         supervise + command,
                         cwd=trainer.ROOT,
                         env=env | dict(env_of_one if last else ()),

@@ -1,7 +1,5 @@
 """The data never depend on the number of processes, nor does a run that goes on with another."""
 
-import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -11,9 +9,9 @@ import pytest
 
 from spectral_pod.data import byte_store
 from spectral_pod.data.byte_store import Record
+from tests import processes
 from tests.multiprocess.batches import BATCH, SEQ_LEN, batches
 
-ROOT = pathlib.Path(__file__).parents[2]
 RECORDS = 50  # no multiple of a batch: epochs end within one
 
 
@@ -30,16 +28,14 @@ def start(store, folder, num_processes, first, stop):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    }  # fmt: skip
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = processes.environment() | flags
     outputs = [folder / f"{first}-{i}.npz" for i in range(num_processes)]
     children = [
-        subprocess.Popen(
+        processes.Popen(
             [sys.executable, "-m", "tests.multiprocess.batches", store, address,
              *map(str, (num_processes, i, first, stop, output))],
-            cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+            cwd=processes.ROOT, env=environment, stderr=subprocess.PIPE, text=True,
         )
         for i, output in enumerate(outputs)
     ]  # fmt: skip

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests import trainer
+from tests import processes, trainer
 from tests.multiprocess.cluster import free_port
 
 PROGRAM = """
@@ -42,7 +42,7 @@ def ended():
     def run(task):
         address = f"127.0.0.1:{free_port()}"
         started = [
-            subprocess.Popen(
+            processes.Popen(
                 [sys.executable, "-c", PROGRAM, str(i), address, task],
                 cwd=trainer.ROOT, env=trainer.environment(), text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,

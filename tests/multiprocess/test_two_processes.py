@@ -21,7 +21,7 @@ OPTIONS = (
     f"train.total_steps={STEPS}",
     "checkpoint.every_steps=5",
     "train.compilation_cache=False",
-    "model.memory_interval=1",
+    "model.num_layers=2",
 )
 NUM_DEVICES = 2  # of each process
 SECONDS = 240  # that a run may take
@@ -69,7 +69,7 @@ def two_processes(*options):
 
 def parameters(workdir):
     config = trainer.get_config()
-    config.model.memory_interval = 1
+    config.model.num_layers = 2
     return tiny_run.parameters(workdir, config, STEPS)
 
 

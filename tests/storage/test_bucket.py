@@ -13,7 +13,7 @@ from tests import trainer
 
 
 def tool(name, *arguments):
-    return ["env", f"PYTHONPATH={trainer.ROOT}", sys.executable, "-m", f"tools.{name}", *arguments]
+    return [sys.executable, "-m", f"tools.{name}", *arguments]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_what_is_asked_of_storage():
         command = tool("bucket", "create", "gs://b-1", "--location=eu", "--project=p")
         url = f"STORAGE_EMULATOR_HOST=http://127.0.0.1:{listener.server_port}"
         more = ["GOOGLE_AUTH_TOKEN_FOR_TESTING=x", "NO_GCE_CHECK=true"]
-        trainer.run(["env", url, *more, *command[1:], "--delete=scratch/:30"])
+        trainer.run(["env", url, *more, *command, "--delete=scratch/:30"])
         listener.shutdown()
     (body,) = asked
     assert (body["name"], body["location"].lower()) == ("b-1", "eu")

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from spectral_pod.data import byte_store
 from spectral_pod.data.byte_store import Record
 from spectral_pod.data.pipeline import Batches
-from tests import trainer
+from tests import processes, trainer
 from tests.multidevice import fake_devices
 
 SIZES = {"train": 400, "validation": 100, "test": 203}
@@ -57,7 +56,7 @@ def baseline(*arguments, code=0):
     """(stdout, stderr) of the tool, which must end with `code`."""
     command = [sys.executable, "-m", "tools.baseline", "--config=tests/trainer.py", *arguments]
     environment = trainer.environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
-    done = subprocess.run(
+    done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stderr}"

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
-from tests import trainer
+from tests import processes, trainer
 from tools.bench.timing import Case, Comparison, Group, Ratio, Seconds, measure, met
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -21,7 +20,7 @@ def bench(*arguments, code=0):
     """Runs the benchmarks to their end, which must be `code`."""
     command = [sys.executable, "-m", "tools.bench", *arguments]
     environment = trainer.environment() | {"XLA_FLAGS": FLAGS}
-    done = subprocess.run(
+    done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -113,7 +112,7 @@ def scaling(tmp_path, *arguments, code=0):
     path = tmp_path / "rows.json"
     command = [sys.executable, "-m", "tools.bench.scaling", *arguments, f"--json={path}"]
     environment = trainer.environment() | {"XLA_FLAGS": FLAGS, "HOME": str(tmp_path)}
-    done = subprocess.run(
+    done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -16,7 +15,7 @@ from spectral_pod import SpectralGPT, SpectralLLM
 from spectral_pod.errors import CheckpointError, ConfigError, DataError
 from spectral_pod.generate import export, hub
 from spectral_pod.generate.restore import restore_for_inference
-from tests import trainer
+from tests import processes, trainer
 from tests.tiny_run import DIGEST, write_run
 
 RESULT = {"step": 1, "eval": {"split": "validation", "loss": 1.25, "confusion": [[1]]}}
@@ -28,7 +27,7 @@ def run_tool(home, *arguments, code=0):
     environment = trainer.environment() | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"], "HF_HOME": str(home), "HF_TOKEN": "",
     }  # fmt: skip
-    done = subprocess.run(
+    done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stderr}"

@@ -5,14 +5,13 @@ Flags of several tools cannot live in one process: this file is also the script 
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
 from spectral_pod import SpectralGPT
 from spectral_pod.errors import UserError
-from tests import trainer
+from tests import processes, trainer
 from tests.multidevice import fake_devices
 from tests.tiny_run import write_run
 
@@ -21,7 +20,7 @@ def generate(*arguments, code=0):
     """What the tool prints, (stdout, stderr), which must end with `code`."""
     command = [sys.executable, "-m", "tools.generate", *map(str, arguments)]
     environment = trainer.environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
-    done = subprocess.run(
+    done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, timeout=300
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stderr.decode()}"

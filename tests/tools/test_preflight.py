@@ -2,7 +2,6 @@
 
 import functools
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +11,7 @@ from spectral_pod.analysis.hlo import Collective
 from spectral_pod.analysis.roofline import roofline
 from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError
-from tests import trainer
+from tests import processes, trainer
 
 # Only to compile quickly; fake devices are preflight's own business.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -23,7 +22,7 @@ def preflight(home, *arguments, code=0, config="tests/tools/tiny.py"):
     command = [sys.executable, "-m", "tools.preflight", f"--config={config}", *arguments]
     environment = trainer.environment() | {"XLA_FLAGS": FLAGS, "HOME": str(home)}
     del environment["PJRT_NPROC"]  # preflight sets it by itself
-    done = subprocess.run(
+    done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

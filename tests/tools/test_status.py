@@ -230,7 +230,7 @@ def test_it_reads_only_and_loads_neither_jax_nor_tensorflow(workdir):
         "import sys; from tools import status; status.main(sys.argv[1:]); "
         "print(sorted({'jax', 'tensorflow'} & sys.modules.keys()), file=sys.stderr)"
     )
-    done = trainer.run([sys.executable, "-c", program, str(workdir)])
+    done = trainer.run([sys.executable, "-c", program, str(workdir)], forked=False)
     assert "step        9 of 100" in done.stdout
     assert "training loss" in done.stdout
     assert "\x1b" not in done.stdout

@@ -4,7 +4,6 @@ Run as a script, this file is one of its own children: `CHILDREN` lists them.
 """
 
 import json
-import os
 import pathlib
 import pickle
 import pickletools
@@ -27,8 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from spectral_pod.errors import CheckpointError
 from spectral_pod.train import checkpoint
 from spectral_pod.train.checkpoint import Checkpointer
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import processes
 
 
 class State(flax.struct.PyTreeNode):
@@ -402,14 +400,11 @@ CHILDREN = {"mesh": mesh_child, "endless": endless_child, "process": process_chi
 
 
 def start_child(*args, devices=1):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
+    environment = processes.environment() | {
         "PJRT_NPROC": "16",
-        "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    return subprocess.Popen(
+    return processes.Popen(
         [sys.executable, __file__, *map(str, args)],
         env=environment,
         stdout=subprocess.PIPE,
