@@ -21,7 +21,7 @@ RUN sed '/^# --- tests$/,$d' requirements.txt > requirements.image.txt \
     && pip install --no-cache-dir --disable-pip-version-check -r requirements.image.txt
 # The supervisor is process 1: it hands SIGTERM on, and restarts what a restart cures. Docker's own
 # --restart would do so for a misspelt flag, too: it doesn't look at exit codes. Kubernetes does, and
-# has to restart all hosts at once: there the trainer is process 1 (launch/gke_jobset.yaml).
+# has to restart all hosts at once: there the trainer is process 1 (tools/gke_jobset.yaml).
 ENTRYPOINT ["launch/supervise.sh", "--", "python", "-m", "spectral_pod.main"]
 
 FROM scratch AS code

@@ -1,5 +1,7 @@
 """The command line of everything that takes `--config=FILE.py`."""
 
+import os
+import pathlib
 import re
 import traceback
 from collections.abc import Callable
@@ -17,7 +19,7 @@ def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            rest = flags.FLAGS(argv)
+            rest = flags.FLAGS([find_config(argument) for argument in argv])
             _ = config.value.seed  # config_flags doesn't report a missing file before its first use
         except UserError:
             raise
@@ -26,6 +28,17 @@ def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
         return rest
 
     return parse
+
+
+def find_config(argument: str) -> str:
+    """Replaces a `configs/NAME.py` that the working folder lacks by the one that is installed."""
+    match = re.fullmatch(r"(--?config=)?(configs/[^:]*)(:.*)?", argument)
+    if match and not os.path.exists(match[2]):
+        package = pathlib.Path(__file__).parent
+        for folder in (package, package.parent):  # of a wheel, of the repository
+            if (folder / match[2]).is_file():
+                return f"{match[1] or ''}{folder / match[2]}{match[3] or ''}"
+    return argument
 
 
 def _told(error: BaseException, argv: list[str]) -> str:

@@ -26,8 +26,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from spectral_pod.train.checkpoint import Checkpointer
-from tools.bench.settings import Settings
-from tools.bench.timing import (
+
+from .settings import Settings
+from .timing import (
     Case,
     Comparison,
     Group,

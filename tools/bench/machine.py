@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from tools.bench.errors import BenchError
+from spectral_pod.errors import ConfigError
 
 _WATCH_S = 0.5
 
@@ -21,11 +21,11 @@ def pin(cores: int) -> None:
     than idle cores both spend milliseconds waiting for threads, and never the same number.
 
     Raises:
-      BenchError: there are not as many.
+      ConfigError: there are not as many.
     """
     allowed = os.sched_getaffinity(0)
     if not 1 <= cores <= len(allowed):
-        raise BenchError(f"--cores={cores}: this process may use 1 to {len(allowed)} cores")
+        raise ConfigError(f"--cores={cores}: this process may use 1 to {len(allowed)} cores")
     before = _idle()
     time.sleep(_WATCH_S)
     after = _idle()

@@ -20,9 +20,10 @@ from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.ops.fft import spectral_filter
 from spectral_pod.ops.long_conv import causal_conv
 from spectral_pod.ops.wavelet import wavedec
-from tools.bench import machine
-from tools.bench.settings import Settings
-from tools.bench.timing import (
+
+from . import machine
+from .settings import Settings
+from .timing import (
     Case,
     Comparison,
     Group,

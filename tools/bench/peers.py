@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tools.bench.errors import BenchError
-from tools.bench.timing import Case, Seconds
+from spectral_pod.errors import ConfigError
+
+from .timing import Case, Seconds
 
 _SERVER = Path(__file__).parents[1] / "peers" / "peers.py"
 
@@ -30,7 +31,7 @@ class Peers:
                 text=True,
             )
         except OSError as error:
-            raise BenchError(f"--peers={python} cannot be started: {error}") from error
+            raise ConfigError(f"--peers={python} cannot be started: {error}") from error
         self.versions: dict[str, str] = self._answer("the start")
 
     def case(self, peer: str, what: str, sizes: dict[str, Any], **fields: Any) -> Case:
@@ -54,7 +55,7 @@ class Peers:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise BenchError(
+            raise ConfigError(
                 f"the peer process ended at {what}, see above; --peers wants an interpreter with "
                 "the packages of tools/peers/requirements.txt"
             )

@@ -3,7 +3,7 @@
 import contextlib
 from typing import NamedTuple
 
-from tools.bench.peers import Peers
+from .peers import Peers
 
 
 class Settings(NamedTuple):

@@ -20,10 +20,11 @@ from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_train_step
-from tools.bench import machine
-from tools.bench.seed_naive import SeedNaive, train_step
-from tools.bench.settings import Settings
-from tools.bench.timing import (
+
+from . import machine
+from .seed_naive import SeedNaive, train_step
+from .settings import Settings
+from .timing import (
     Case,
     Comparison,
     Group,

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tools.bench.errors import BenchError
+from spectral_pod.errors import ConfigError
 
 Clock = Literal["cpu", "wall"]
 
@@ -148,7 +148,7 @@ def measure(
     """Runs the groups whose names match the regular expression `only`, one after the other."""
     groups = [group for group in groups if re.search(only, group.name)]
     if not groups:
-        raise BenchError(f"--filter={only} matches no group of this benchmark")
+        raise ConfigError(f"--filter={only} matches no group of this benchmark")
     report = Report([], {}, {})
     started, done = time.monotonic(), 0.0
     total = sum(group.weight for group in groups)
