@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "train.progress": ("errors", "config", "analysis", "parallel.runtime", "train"),
     "train.loop": (*_TRAINABLE, "data", "generate", "analysis", "train"),
     "command_line": ("errors",),
+    "recipes": ("config",),
     "": ("api",),
     "api": (*_TRAINABLE, "data.tasks", "generate"),
     "main": ("command_line", "config", "errors", "storage", "parallel.runtime", "train.loop"),
