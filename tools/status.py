@@ -267,100 +267,92 @@ def _spikes(losses: Sequence[tuple[float, float]]) -> list[tuple[int, float]]:
 def report(found: Mapping[str, Any]) -> list[str]:
     """The facts as lines of text."""
     lines = [f"{found['workdir']}: {found['model']} on {found['task']}"]
-
-    def add(name: str, *parts: Any) -> None:
+    health = (("health", [fault]) for fault in found["faults"] or ["no fault seen"])
+    for name, parts in (*_progress(found), *_results(found), *_resources(found), *health):
         if present := [part for part in parts if part]:
             lines.append(f"{name:<12}{'; '.join(present)}")
+    return lines
 
-    eta, checkpoint, speed = found["eta_seconds"], found["checkpoint"], found["speed"]
-    add("state", f"{found['state']}: {found['why']}")
+
+_Line = tuple[str, Sequence[Any]]  # its name, and its parts; false ones are omitted
+
+
+def _progress(found: Mapping[str, Any]) -> Iterator[_Line]:
+    eta, speed, mfu = found["eta_seconds"], found["speed"], found["model_flops_utilisation"]
+    yield "state", [f"{found['state']}: {found['why']}"]
     share = found["step"] / found["total_steps"]
-    add(
-        "step",
-        f"{found['step']:,} of {found['total_steps']:,} ({share:.1%})",
-        eta is not None and f"done in {_duration(eta)}",
-    )
+    steps = f"{found['step']:,} of {found['total_steps']:,} ({share:.1%})"
+    yield "step", [steps, eta is not None and f"done in {_duration(eta)}"]
     if start := found["last_start"]:
-        add(
-            "starts",
-            f"{found['starts']}, the last at step {start['step']:,}",
-            f"{start['devices']} of {start['processes']} process(es)",
-        )
-    mfu = found["model_flops_utilisation"]
-    add(
+        starts = f"{found['starts']}, the last at step {start['step']:,}"
+        yield "starts", [starts, f"{start['devices']} of {start['processes']} process(es)"]
+    units = (("bytes_per_second", 1e3, "kB/s"), ("steps_per_second", 1, "steps/s"))
+    yield (
         "speed",
-        *(
+        [
             f"{values['now'] / scale:,.4g} {unit} (median {values['median'] / scale:,.4g})"
-            for values, scale, unit in (
-                (speed["bytes_per_second"], 1e3, "kB/s"),
-                (speed["steps_per_second"], 1, "steps/s"),
-            )
-            if values
-        ),
-        mfu and f"model FLOPs utilisation {mfu:.1%}",
+            for name, scale, unit in units
+            if (values := speed[name])
+        ]
+        + [mfu and f"model FLOPs utilisation {mfu:.1%}"],
     )
     goodput = dict(found["goodput"])
     fraction = goodput.pop("fraction", None)
     lost = sorted(goodput.items(), key=lambda item: -item[1])
-    add(
+    yield (
         "goodput",
-        fraction is not None and f"{fraction:.1%}",
-        *(f"{name.removesuffix('_seconds')} {_duration(spent)}" for name, spent in lost if spent),
+        [fraction is not None and f"{fraction:.1%}"]
+        + [f"{name.removesuffix('_seconds')} {_duration(spent)}" for name, spent in lost if spent],
     )
     hosts = found["hosts"]
     if "slowest" in hosts:
         slowest = int(hosts["slowest"])
-        add(
-            "hosts",
-            f"the slowest is process {slowest}",
-            *(
-                f"{name} {hosts[f'{slowest}/{name}_seconds']:.3g} s a step"
-                for name in ("p50", "p99")
-                if f"{slowest}/{name}_seconds" in hosts
-            ),
-        )
+        times = {name: hosts.get(f"{slowest}/{name}_seconds") for name in ("p50", "p99")}
+        shown = [f"{name} {t:.3g} s a step" for name, t in times.items() if t is not None]
+        yield "hosts", [f"the slowest is process {slowest}", *shown]
+
+
+def _results(found: Mapping[str, Any]) -> Iterator[_Line]:
+    checkpoint = found["checkpoint"]
     if checkpoint is None:
-        add("checkpoint", "none yet")
+        yield "checkpoint", ["none yet"]
     else:
-        best, unsealed = checkpoint["best"], checkpoint["unsealed"]
-        add(
+        step, best, unsealed = checkpoint["step"], checkpoint["best"], checkpoint["unsealed"]
+        yield (
             "checkpoint",
-            checkpoint["step"] is not None
-            and f"step {checkpoint['step']:,}, sealed {_duration(checkpoint['age_seconds'])} ago",
-            unsealed and f"not sealed: {', '.join(map(str, unsealed))}",
-            best and f"best is step {best['step']:,} ({_scores(best)})",
+            [
+                step is not None
+                and f"step {step:,}, sealed {_duration(checkpoint['age_seconds'])} ago",
+                unsealed and f"not sealed: {', '.join(map(str, unsealed))}",
+                best and f"best is step {best['step']:,} ({_scores(best)})",
+            ],
         )
     for split, values in found["evaluations"].items():
         if values:
-            add(
-                split,
-                f"{_scores(values)} at step {values['step']:,}",
-                f"lowest loss {values['best_loss']:.4f} at step {values['best_step']:,}",
-            )
-    system = found["system"]
-    add(
+            lowest = f"lowest loss {values['best_loss']:.4f} at step {values['best_step']:,}"
+            yield split, [f"{_scores(values)} at step {values['step']:,}", lowest]
+
+
+def _resources(found: Mapping[str, Any]) -> Iterator[_Line]:
+    system, free, checkpoint = found["system"], found["disk_free_gb"], found["checkpoint"]
+    names = {
+        "host_memory_gb": "memory",
+        "host_memory_available_gb": "available",
+        "device_memory_gb": "device memory",
+        "device_memory_peak_gb": "at its peak",
+    }
+    yield (
         "system",
-        *(
-            f"{what} {system[name]:.3g} GB"
-            for name, what in (
-                ("host_memory_gb", "memory"),
-                ("host_memory_available_gb", "available"),
-                ("device_memory_gb", "device memory"),
-                ("device_memory_peak_gb", "at its peak"),
-            )
-            if name in system
-        ),
+        [f"{text} {system[name]:.3g} GB" for name, text in names.items() if name in system],
     )
-    free = found["disk_free_gb"]
     size = checkpoint and checkpoint.get("bytes")
-    add(
+    yield (
         "disk",
-        free is not None and f"{free:.4g} GB free",
-        size and f"a checkpoint takes {size / 1e9:.3g} GB",
+        [
+            free is not None and f"{free:.4g} GB free",
+            size and f"a checkpoint takes {size / 1e9:.3g} GB",
+        ],
     )
-    for fault in found["faults"] or ["no fault seen"]:
-        add("health", fault)
-    return lines
 
 
 def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -> str:

