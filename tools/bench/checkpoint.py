@@ -5,10 +5,10 @@ are wall times, as disks use no CPU time. The baseline writes the same arrays wi
 fsync, without shards, seals or checks. Group: checkpoint.
 
 `checkpoint_blocks_of_save` is the share of a save for which `save` blocks the training loop.
-`checkpoint_delays_of_save` includes the slowdown of the next step: arrays of CPU devices are already
-in host memory and are not copied in `save`, so a step that overwrites them copies them first. Use
-two cores, one to write and one to train, and the glibc settings of launch/local.sh; otherwise the
-first use of fresh memory dominates:
+`checkpoint_delays_of_save` includes the slowdown of the next step: arrays of CPU devices are in
+host memory already and are not copied in `save`, so a step that overwrites them copies them first.
+Use two cores, one to write and one to train, and the glibc settings of launch/local.sh; otherwise
+the first use of fresh memory dominates:
 
     export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
     python -m tools.bench checkpoint --cores=2
