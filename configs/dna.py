@@ -5,7 +5,7 @@ Command:  python -m spectral_pod.main --config=configs/dna.py --workdir=DIR
           --config=configs/dna.py:cpu      a preset for a small genome and 2 CPU cores
 
 The genome is a FASTA file of yours. Bytes and their pairs carry no information here; codons do, and
-so does any periodicity. The full preset is 6 layers of width 256 (about 2.5M parameters) on windows
+so does any periodicity. The full preset is 6 layers of width 256 (about 5.1M parameters) on windows
 of 4,096 letters from both strands, 10 epochs, for one accelerator or a slice; it needs a genome of
 some millions of letters.
 

@@ -7,7 +7,7 @@ Command:  python -m spectral_pod.main --config=configs/lra_listops.py --workdir=
           --config=configs/lra_listops.py:cpu                 a preset for 15 minutes on 2 cores
           --config=configs/lra_listops.py:overfit             memorises 100 examples in 500 steps
 
-The full preset is 6 layers of width 256 (about 2.5M parameters), 40 epochs, for one accelerator or
+The full preset is 6 layers of width 256 (about 3.5M parameters), 40 epochs, for one accelerator or
 a slice. Accuracy is reported beside a ladder of baselines that evaluate the top k levels exactly.
 """
 

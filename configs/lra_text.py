@@ -12,7 +12,7 @@ with the fields `text` and `label` (neg or pos, 0 or 1); other fields and classe
 `--config.data.options.data`, `.label` and `.classes`. A tenth of the training reviews, chosen by a
 hash of their bytes, is the validation split.
 
-The full preset is 6 layers of width 256 (about 2.5M parameters), 32 epochs of reviews truncated to
+The full preset is 6 layers of width 256 (about 5.1M parameters), 32 epochs of reviews truncated to
 4,096 bytes, for one accelerator or a slice. The small one, 349k parameters, reads the first 1,024
 bytes for 6 epochs and reaches 75.8% on half of the test reviews (docs/results.md).
 """

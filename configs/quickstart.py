@@ -4,7 +4,7 @@ The files are those of the Python installation itself, so nothing is downloaded.
 with 240 thousand parameters reads them byte by byte, on CPUs.
 
 Command:  launch/local.sh
-Cost:     about three minutes on two CPU cores
+Cost:     two to three minutes on two CPU cores
 Expected: above 90% of the test windows, from files that training never saw
 """
 
