@@ -1,6 +1,6 @@
-# Sourced by what runs on a worker. All of it is under one folder in its home:
+# Sourced by the scripts that run on a worker. Everything is in one folder in its home:
 #   code  this checkout    venv  its Python    run  the trainer's pid, exit_code, command and log
-# shellcheck disable=SC2034 # the names below are used by those that source this
+# shellcheck disable=SC2034 # used by the scripts that source this
 
 base=$HOME/spectral_pod
 code=$base/code
@@ -8,9 +8,9 @@ venv=$base/venv
 run=$base/run
 mkdir -p "$run"
 
-busy=4 # exit code of install.sh and start.sh where they would disturb a trainer that runs
+busy=4 # exit code of install.sh and start.sh if they would disturb a running trainer
 
-is_running() { # run.sh holds this lock while it lives, so that a recycled pid cannot mislead
+is_running() { # run.sh holds this lock while it runs: a pid could have been reused
     ! flock --shared --nonblock "$run/lock" true
 }
 

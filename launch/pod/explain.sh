@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a worker: the end of the log of a trainer that failed, for those whose log nobody watched.
+# On a worker: prints the end of the log of a failed trainer whose log was not being followed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/../exit_codes.sh"

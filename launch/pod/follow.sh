@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a worker: follow.sh LINE prints the log from that line on (0: the last hundred) until the
-# trainer's supervisor ends. Says first which line it begins with, so that whoever lost a connection
-# can continue, and last that this is all.
+# trainer's supervisor ends. It first prints the number of the first line, so that a reader can
+# continue after a lost connection, and finally that the log is complete.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 from=$1

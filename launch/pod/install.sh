@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a worker: install.sh REVISION makes ~/spectral_pod/{code,venv} from ~/spectral_pod.tar.gz.
-# Does nothing that is done already, and nothing to a trainer that runs.
+# On a worker: install.sh REVISION creates ~/spectral_pod/{code,venv} from ~/spectral_pod.tar.gz.
+# Repeats nothing that is done already, and does not touch a running trainer.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 revision=$1
@@ -18,8 +18,8 @@ if [ "$(cat "$code/.revision" 2>/dev/null)" != "$revision" ]; then
     mv "$base/code.new" "$code"
 fi
 
-# TPU VM images ship Python 3.10, which is too old: uv brings an interpreter. requirements.txt names
-# libtpu itself, the one that preflight compiles with; jax[tpu] would ask for an older one.
+# TPU VM images have Python 3.10, which is too old: uv installs an interpreter. requirements.txt pins
+# the libtpu that preflight compiles with; jax[tpu] would require an older one.
 if ! cmp -s "$code/requirements.txt" "$venv/requirements.installed"; then
     python3 -m pip install --quiet --user uv==0.13.9
     uv=$HOME/.local/bin/uv
@@ -28,7 +28,7 @@ if ! cmp -s "$code/requirements.txt" "$venv/requirements.installed"; then
     cp "$code/requirements.txt" "$venv/requirements.installed"
 fi
 
-# JAX asks for this on v5e and newer: without it the TPU runtime starts and stops slowly.
+# Recommended by JAX on v5e and newer: without it the TPU runtime starts and stops slowly.
 sudo --non-interactive sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled' ||
     echo "$(hostname): transparent hugepages stay as they are; the TPU starts more slowly" >&2
 echo "$(hostname): installed ${revision:0:12}"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# On a worker: start.sh [TRAINER FLAG ...] starts the supervised trainer, unless it runs already.
+# On a worker: start.sh [TRAINER FLAG ...] starts the supervised trainer unless it is running.
 #
-# No flag says who its peers are: JAX reads that from the TPU's metadata. That includes several
-# slices: for a queued resource of several nodes the platform itself puts
-# MEGASCALE_COORDINATOR_ADDRESS, MEGASCALE_NUM_SLICES and MEGASCALE_SLICE_ID into the metadata
-# (tpu-env) of each, where libtpu and jax._src.clusters.cloud_tpu_cluster look for them.
+# No flag names its peers: JAX reads them from the TPU's metadata, also with several slices. For a
+# queued resource of several nodes the platform puts MEGASCALE_COORDINATOR_ADDRESS,
+# MEGASCALE_NUM_SLICES and MEGASCALE_SLICE_ID into the metadata (tpu-env) of each, where libtpu and
+# jax._src.clusters.cloud_tpu_cluster read them.
 #
-# setsid, and not systemd-run: the trainer outlives the connection either way, and this needs no
-# root and keeps the user's environment. After a reboot tpu_pod.sh starts it again.
+# setsid rather than systemd-run: with either the trainer outlives the connection, but setsid does
+# not need root and keeps the environment. After a reboot tpu_pod.sh starts it again.
 set -euo pipefail
 pod=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$pod/common.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a worker: asks the trainer to save its state and end, and waits for that.
+# On a worker: tells the trainer to save its state and exit, and waits for that.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 if is_running; then kill -TERM "$(cat "$run/pid")" 2>/dev/null || true; fi
