@@ -270,13 +270,13 @@ def _wait(trainers: Sequence[tuple[Any, pathlib.Path, Any]], num_lines: int) -> 
 def _runs_table(runs: Sequence[Run]) -> str:
     lines: list[tuple[str, ...]] = [
         (
-            "processes", "batch", "wall ms", "apart", "communication, waiting", "data",
-            "CPU ms a process", "apart", "more", "load",
+            "processes", "batch", "wall ms", "independent", "communication, waiting", "data",
+            "CPU ms a process", "independent", "more", "load",
         )
     ]  # fmt: skip
-    apart = {run.processes: run for run in runs if not run.joined}
+    independent = {run.processes: run for run in runs if not run.joined}
     for run in (run for run in runs if run.joined):
-        other = apart.get(run.processes, run)
+        other = independent.get(run.processes, run)
         lines.append(
             (
                 str(run.processes),

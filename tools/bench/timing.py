@@ -31,7 +31,7 @@ class Seconds(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One side of a comparison."""
+    """One case of a comparison."""
 
     name: str
     what: str
