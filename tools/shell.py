@@ -117,7 +117,7 @@ def _load_config(argv: list[str]) -> tuple[Any, list[str]]:
     from spectral_pod import command_line
 
     holder = config_flags.DEFINE_config_file(
-        "config", None, "A file in configs/.", sys_argv=argv, allow_override=True
+        "config", None, "A file in configs/.", allow_override=True
     )
     _, *rest = command_line.parser(holder)(["tool", *argv])
     return holder.value, rest
