@@ -3,25 +3,25 @@
 #   docker run IMAGE --config=configs/quickstart.py --workdir=/workdir
 #
 # launch/docker_gpu.sh adds the GPUs, folders that outlive the container and more;
-# `python -m tools.gke` writes what GKE needs. Both give SIGTERM time to save: `docker stop` alone
-# kills after 10 seconds, `docker stop --time=120` doesn't.
+# `python -m tools.gke` writes the JobSet for GKE. Both leave time to save after SIGTERM: `docker
+# stop` alone kills after 10 seconds, `docker stop --time=120` does not.
 
 FROM python:3.11.14-slim-bookworm AS base
 LABEL org.opencontainers.image.title="spectral_pod" \
     org.opencontainers.image.description="Trains byte-level spectral sequence models"
-# HOME and USER serve any --user; launch/docker_gpu.sh gives it a name. Malloc: as launch/local.sh.
+# HOME and USER suit any --user; launch/docker_gpu.sh adds its name. Malloc: as launch/local.sh.
 ENV HOME=/home/trainer USER=trainer \
     MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 RUN useradd --create-home --uid 1000 trainer \
     && install --directory --mode=1777 /home/trainer /workdir
 WORKDIR /spectral_pod
 COPY requirements.txt ./
-# All but the last section of requirements.txt, which is for tests.
+# All sections of requirements.txt but the last, which is for tests.
 RUN sed '/^# --- tests$/,$d' requirements.txt > requirements.image.txt \
     && pip install --no-cache-dir --disable-pip-version-check -r requirements.image.txt
-# The supervisor is process 1: it hands SIGTERM on, and restarts what a restart cures. Docker's own
-# --restart would do so for a misspelt flag, too: it doesn't look at exit codes. Kubernetes does, and
-# has to restart all hosts at once: there the trainer is process 1 (launch/gke_jobset.yaml).
+# The supervisor is process 1: it forwards SIGTERM, and restarts where that helps. Docker's own
+# --restart would also do so after a misspelt flag, as it ignores exit codes. Kubernetes does not,
+# and has to restart all hosts at once: there the trainer is process 1 (tools/gke_jobset.yaml).
 ENTRYPOINT ["launch/supervise.sh", "--", "python", "-m", "spectral_pod.main"]
 
 FROM scratch AS code
@@ -35,14 +35,14 @@ COPY --from=code / ./
 USER 1000
 
 FROM base AS cuda
-# A GPU that JAX cannot use is an error, not a run on CPUs.
+# If JAX cannot use the GPU, that is an error rather than a run on CPUs.
 ENV JAX_PLATFORMS=cuda,cpu
 # NCCL finds InfiniBand by these libraries. No versions: Debian drops all but the newest.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ibverbs-providers libibverbs1 \
     && rm -rf /var/lib/apt/lists/*
-# CUDA's libraries come as wheels; the driver is the host's.
+# CUDA's libraries are wheels; the driver is that of the host.
 RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.image.txt \
     "jax[cuda13]==0.10.2"
 COPY --from=code / ./

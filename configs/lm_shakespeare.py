@@ -1,17 +1,17 @@
-"""Bytes of tiny Shakespeare, nanoGPT's split: the last tenth of the file is held out.
+"""Tiny Shakespeare as bytes, with nanoGPT's split: the last tenth of the file is for validation.
 
     launch/local.sh --config=configs/lm_shakespeare.py --workdir=DIR \\
         --config.data.options.source=tiny_shakespeare.txt
 
 `:cpu` (the default) trains SpectralGPT with 0.7M parameters on two CPU cores in some ten minutes
 to less than 1.6 nats a byte (nanoGPT's CPU recipe: 1.88); `:gpu` one of nanoGPT's size on a GPU
-(nanoGPT: 1.4697). Any text or binary file or folder does as source; without one it is the Python
+(nanoGPT: 1.4697). The source can be any text or binary file or folder; by default it is the Python
 standard library.
 """
 
 from ml_collections import ConfigDict
 
-from spectral_pod.config import default
+from spectral_pod.recipes import learning_rates, small_language_model
 
 SIZES = ("cpu", "gpu")
 
@@ -19,24 +19,10 @@ SIZES = ("cpu", "gpu")
 def get_config(size: str = "cpu") -> ConfigDict:
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {SIZES}")
-    c = default()
-    c.data.task = "lm"
+    c = small_language_model()
     c.data.options.source = ""
-    c.data.seq_len = 256
-    c.model.name = "spectral_gpt"
-    c.model.num_layers = 4
-    c.model.hidden_dim = 128
-    c.model.memory.num_heads = 2
-    c.model.memory.head_dim = 32
     c.model.dropout = 0.1
-    c.model.unroll = 4
-    c.train.global_batch_size = 32
-    c.train.total_steps = 1500
-    c.train.eval_every_steps = 250
     c.train.eval_split = "validation"
-    c.checkpoint.every_steps = 250
-    c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 3e-3
-    c.optimizer.weight_decay = 0.1
     if size == "gpu":
         c.data.seq_len = 512
         c.model.num_layers = 8
@@ -48,5 +34,5 @@ def get_config(size: str = "cpu") -> ConfigDict:
         c.model.unroll = 1
         c.train.global_batch_size = 64
         c.train.total_steps = 3000
-        c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 1e-3
+        learning_rates(c, 1e-3)
     return c

@@ -4,15 +4,15 @@ Command:  python -m spectral_pod.main --config=configs/lra_pathfinder.py --workd
           --config=configs/lra_pathfinder.py:path_x    Path-X: 128 pixels a side, 16,384 bytes
           --config=configs/lra_pathfinder.py:cpu       contours of 3 paddles, for 2 CPU cores
 
-The small preset is a trial of the pipeline: after its 1,200 steps the model is still at chance.
-The full presets are for one accelerator or a slice. Their images are drawn first, once, by all
-cores: 200,000 of 32 pixels at 300 a second and core, of 128 pixels at 15. With 3 paddles the
-distance between the markers alone is worth 80 %; only what is above that follows contours.
+The small preset only exercises the pipeline: after its 1,200 steps the model is still at chance.
+The full presets are for one accelerator or a slice. Their 200,000 images are generated first, once,
+on all cores: 300 a second and core of 32 pixels, 15 of 128 pixels. With 3 paddles the distance
+between the markers alone gives 80%; only accuracy above that comes from following contours.
 """
 
 from ml_collections import ConfigDict
 
-from spectral_pod.config import default
+from spectral_pod.recipes import long_range, schedule, small_long_range
 
 PRESETS = ("pathfinder", "path_x", "cpu")
 
@@ -20,7 +20,7 @@ PRESETS = ("pathfinder", "path_x", "cpu")
 def get_config(preset: str = "pathfinder") -> ConfigDict:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {list(PRESETS)}")
-    c = default()
+    c = long_range()
     c.data.task = "pathfinder"
     c.data.options = ConfigDict(
         {
@@ -34,35 +34,19 @@ def get_config(preset: str = "pathfinder") -> ConfigDict:
     )
     c.data.seq_len = c.data.options.size**2
 
-    c.model.num_layers = 6
     c.model.hidden_dim = 192
     c.model.embed_dim = 192
-    c.model.memory_interval = 2
     c.model.pooling = "mean"
-    c.model.remat = "full"
+    c.model.dropout = 0.0
 
-    c.train.total_steps = 100_000  # 40 epochs of 160,000
     c.train.global_batch_size = 64
-    c.train.eval_batch_size = 100
-    c.train.eval_every_steps = 2_500
     c.train.log_every_steps = 100
-    c.checkpoint.every_steps = 2_500
+    schedule(c, total=100_000, every=2_500)  # 40 epochs of 160,000
     c.optimizer.learning_rate = 4e-3
-    c.optimizer.dynamics_learning_rate = 1e-3
-    c.optimizer.warmup_steps = 2_500
-    c.optimizer.weight_decay = 0.05
 
     if preset == "cpu":
         c.data.options.update(contour_length=3, train=40_000, validation=1_000, test=2_000)
-        c.model.num_layers = 4
-        c.model.hidden_dim = 64
-        c.model.embed_dim = 64
-        c.model.mlp_expansion = 2.0
-        c.model.memory.head_dim = 32
-        c.model.remat = "none"
-        c.train.total_steps = 1_200
+        small_long_range(c)
         c.train.global_batch_size = 32
-        c.train.eval_every_steps = 400
-        c.checkpoint.every_steps = 400
-        c.optimizer.warmup_steps = 100
+        schedule(c, total=1_200, every=400, warmup=100)
     return c

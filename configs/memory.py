@@ -1,7 +1,7 @@
-"""Small tests of memory, learned in minutes on a CPU: `:copy`, `:recall`, `:overwrite`.
+"""Small tests of memory that a CPU learns in minutes: `:copy`, `:recall`, `:overwrite`.
 
-copy: repeat a string of random bytes. recall: "a=10, b=20. What is a?". overwrite: the same where
-some names get a new value, and the newest counts.
+copy: repeat a string of random bytes. recall: "a=10, b=20. What is a?". overwrite: the same, where
+some names are assigned again and the last value counts.
 
     launch/local.sh --config=configs/memory.py:recall --workdir=DIR
 
@@ -11,6 +11,7 @@ Without a memory: `--config.model.memory_interval=0`.
 from ml_collections import ConfigDict
 
 from spectral_pod.config import default
+from spectral_pod.recipes import learning_rates, schedule
 
 SEQ_LEN = {"copy": 64, "recall": 112, "overwrite": 136}
 
@@ -28,8 +29,6 @@ def get_config(task: str = "recall") -> ConfigDict:
     c.model.memory.short_conv = 3
     c.model.positions = "none"
     c.train.global_batch_size = 64
-    c.train.total_steps = 2000
-    c.train.eval_every_steps = 500
-    c.checkpoint.every_steps = 500
-    c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 3e-3
+    schedule(c, total=2000, every=500, warmup=100)
+    learning_rates(c, 3e-3)
     return c

@@ -1,12 +1,12 @@
-"""Multi-query associative recall, as Zoology poses it (Arora et al. 2023).
+"""Multi-query associative recall, as in Zoology (Arora et al. 2023).
 
-A sequence gives keys with their values and then asks for keys again, each after a gap; what is
-scored is the value at the repeated key.
+A sequence lists keys with their values and then repeats keys, each after a gap; the value predicted
+at the repeated key is scored.
 
     launch/local.sh --config=configs/mqar.py --workdir=DIR
 
 The default is Zoology's: 8,192 symbols, sequences of 64 to 256 with 4 to 64 pairs. `:bytes`, with
-the 256 bytes as symbols, is one that a CPU learns in minutes. Other mixers:
+the 256 bytes as symbols, can be learned on a CPU in minutes. Other mixers:
 `--config.model.pattern="('hyena', 'hyena')"`. Longer tests of a trained model (TEST_SETTINGS in
 `data/tasks/mqar.py`):
 
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from spectral_pod.config import default
 from spectral_pod.data.tasks.mqar import TRAIN_SETTINGS
+from spectral_pod.recipes import learning_rates, schedule
 
 SIZES = ("zoology", "bytes")
 
@@ -41,10 +42,8 @@ def get_config(size: str = "zoology") -> ConfigDict:
     c.model.positions = "none"
     c.model.context = 1024
     c.train.global_batch_size = 256
-    c.train.total_steps = 25_000
-    c.train.eval_every_steps = 1000
     c.train.eval_records = 3000
-    c.checkpoint.every_steps = 1000
+    schedule(c, total=25_000, every=1000, warmup=100)
     c.optimizer.weight_decay = 0.1
     if size == "bytes":
         c.model.hidden_dim = 64
@@ -55,7 +54,7 @@ def get_config(size: str = "zoology") -> ConfigDict:
         c.train.total_steps = 1500
         c.train.eval_every_steps = 250
         c.train.eval_records = 1000
-        c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = 3e-3
+        learning_rates(c, 3e-3)
         c.data.options.vocab_size = 256
-        c.data.options.random_non_queries = False  # of 256 symbols one would often be a key
+        c.data.options.random_non_queries = False  # one of 256 symbols would often be a key
     return c

@@ -3,16 +3,16 @@
 #   launch/docker_gpu.sh [--build] [--image=TAG] [--data=DIR] --workdir=DIR|gs://... [--dry_run]
 #       -- --config=FILE [--config.FIELD=VALUE ...]
 # --build    builds the image first; --image names it (spectral_pod:cuda)
-# --workdir  where the run lives; a folder is mounted under its own path and belongs to you
-# --data     a folder for the stores of data, mounted likewise; files of yours in it can be read
-# --dry_run  prints the commands and runs nothing
-# A file that GOOGLE_APPLICATION_CREDENTIALS names is mounted, read-only. Of several nodes, start
+# --workdir  the workdir of the run; a folder is mounted under its own path and belongs to you
+# --data     a folder for data stores, mounted likewise; your files in it can be read
+# --dry_run  prints the commands without running them
+# The file that GOOGLE_APPLICATION_CREDENTIALS names is mounted read-only. For several nodes, start
 # this on each, with --coordinator_address=HOST:PORT --num_processes=N --process_id=I after the --;
-# they see each other through the host's network.
+# the containers then use the host's network.
 #
 # --gpus=all needs the NVIDIA container toolkit on the host. --shm-size: NCCL exchanges data between
-# GPUs through shared memory, of which a container has 64 MB unless told; it is a limit, no memory
-# is set aside. --ulimit=memlock=-1: InfiniBand needs memory that stays in place.
+# GPUs through shared memory, of which a container has 64 MB by default; this is a limit and
+# reserves nothing. --ulimit=memlock=-1: InfiniBand needs locked memory.
 set -euo pipefail
 
 fail() {
@@ -42,9 +42,9 @@ if [ $# -lt 2 ]; then fail "the trainer's flags are missing; they come after --"
 shift
 if [ -z "$workdir" ]; then fail "--workdir is missing"; fi
 
-# Libraries ask for the names of users and groups that files belong to; the image doesn't know yours.
+# Libraries look up the names of users and groups, which the image does not know.
 names=$HOME/.cache/spectral_pod/names
-# A container that has 10 seconds to stop, as by default, would be killed while it saves.
+# With the default of 10 seconds to stop, the container would be killed while it saves.
 options=(--rm --gpus=all --shm-size=16g --ulimit=memlock=-1 --stop-timeout=120
     --user="$(id -u):$(id -g)"
     --mount="$(bind "$names/passwd" /etc/passwd readonly)"
@@ -91,4 +91,4 @@ mkdir -p -- "${folders[@]}" # Docker would make them for root
 printf '%s:x:%d:%d::/home/trainer:/bin/sh\n' root 0 0 trainer "$(id -u)" "$(id -g)" >"$names/passwd"
 for group in $(id -G); do echo "group$group:x:$group:"; done >"$names/group"
 if [ "$build" ]; then "${build_command[@]}"; fi
-exec "${run_command[@]}" # so that signals reach it, and through it the trainer
+exec "${run_command[@]}" # so that it receives signals and forwards them to the trainer

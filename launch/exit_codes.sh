@@ -1,5 +1,5 @@
-# Sourced by the launchers: what the trainer's exit codes mean (spectral_pod/errors.py), and which
-# of them starting again can cure.
+# Sourced by the launchers: the meaning of the trainer's exit codes (spectral_pod/errors.py), and
+# which of them a restart can fix.
 
 exit_meaning() { # CODE
     local meaning
@@ -7,7 +7,7 @@ exit_meaning() { # CODE
     echo "$meaning"
 }
 
-name_exit() { # CODE; leaves its $meaning
+name_exit() { # CODE; sets its $meaning
     case $1 in
     0) meaning="done" ;;
     1) meaning="a bug: see the traceback" ;;

@@ -1,10 +1,10 @@
-# Sourced by tpu_pod.sh: what it asks gcloud about $name in $place (the flags of zone and project).
+# Sourced by tpu_pod.sh: calls of gcloud for $name in $place (the flags of zone and project).
 # With $dry_run, commands are printed instead.
 # shellcheck disable=SC2034,SC2154 # tpu_pod.sh sets these variables and reads $over
 
 pod=spectral_pod/code/launch/pod # on the workers, from their home
 
-say() { echo "tpu_pod: $1" >&2 || true; } # a terminal that is gone is no reason to end
+say() { echo "tpu_pod: $1" >&2 || true; } # a closed terminal must not end the script
 
 fail() { # CODE MESSAGE
     over=yes
@@ -33,7 +33,7 @@ nodes() {
     fi
 }
 
-in_background() { # a command, in a process group of its own so that all of it can be ended
+in_background() { # a command, in its own process group so that all of it can be killed
     set -m
     "$@" </dev/null &
     set +m
@@ -44,7 +44,7 @@ end_background() {
     for job in $(jobs -pr); do kill -- "-$job" 2>/dev/null || kill "$job" 2>/dev/null || true; done
 }
 
-on_nodes() { # FUNCTION [ARGUMENT ...], called with each node first; the first code that isn't 0
+on_nodes() { # FUNCTION [ARGUMENT ...], called with each node first; returns a non-zero code of any
     local function=$1 node job code=0 jobs=()
     shift
     for node in $(nodes); do
@@ -63,7 +63,7 @@ copy() { # NODE FILE, to all its workers
     tpus tpu-vm scp "$2" "$1:spectral_pod.tar.gz" --worker=all --quiet
 }
 
-reach() { # NODE WORKER COMMAND; --quiet: no questions, which nobody would answer
+reach() { # NODE WORKER COMMAND; --quiet: no prompts
     tpus tpu-vm ssh "$1" --worker="$2" --quiet --command="$3"
 }
 
@@ -73,13 +73,13 @@ on_workers() { # SCRIPT [ARGUMENT ...]: launch/pod/SCRIPT on all workers of all 
     on_nodes reach_all "$(script "$@")"
 }
 
-script() { # SCRIPT [ARGUMENT ...]: as the worker's shell reads it, to which gcloud passes it on
+script() { # SCRIPT [ARGUMENT ...]: quoted for the worker's shell, to which gcloud passes it
     local text
     text=$(printf ' %q' "$@")
     echo "$pod/${text# }"
 }
 
-value_of() { # queued-resources|tpu-vm NAME FIELD: the field, ABSENT, or UNKNOWN and gcloud's words
+value_of() { # queued-resources|tpu-vm NAME FIELD: the field, ABSENT, or UNKNOWN and gcloud's message
     local text
     if text=$(tpus "$1" describe "$2" --format="value($3)" --verbosity=error 2>&1); then
         echo "$text"
@@ -93,7 +93,7 @@ value_of() { # queued-resources|tpu-vm NAME FIELD: the field, ABSENT, or UNKNOWN
 
 requested() { value_of queued-resources "$name" "$1"; } # FIELD
 
-health() { # READY, or the state of what isn't: the request's, or that of a node
+health() { # READY, or the state of the request or node that is not
     local state node
     state=$(requested state.state)
     if [ "$state" = ACTIVE ]; then
@@ -101,7 +101,7 @@ health() { # READY, or the state of what isn't: the request's, or that of a node
             state=$(value_of tpu-vm "$node" state)
             case $state in
             READY) ;;
-            ABSENT | DELETING) state=MISSING && break ;; # the request is about to be suspended
+            ABSENT | DELETING) state=MISSING && break ;; # the request will be suspended next
             *) break ;;
             esac
         done
@@ -109,7 +109,7 @@ health() { # READY, or the state of what isn't: the request's, or that of a node
     echo "$state"
 }
 
-pause() { # interrupted by signals at once
+pause() { # unlike sleep, interrupted by signals at once
     sleep "$poll" &
     wait $!
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on this machine: launch/local.sh [--config=FILE] [--workdir=DIR] [--config.FIELD=VALUE ...]
-# Without arguments: the quickstart, into runs/quickstart. Run again, it continues where it stopped.
+# Without arguments: the quickstart, in runs/quickstart. The same command continues where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -12,7 +12,7 @@ for argument in "$@"; do
     --workdir=* | --workdir) workdir= ;;
     esac
 done
-# glibc would map and zero the memory of every step anew, a sixth of the time of a step on CPUs.
+# By default glibc maps and zeroes the memory of every step anew: a sixth of a step on CPUs.
 export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1} MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 exec "$python" -m spectral_pod.main ${config:+"$config"} ${workdir:+"$workdir"} "$@"

@@ -1,5 +1,5 @@
-# Sourced by the launchers: makes .venv from requirements.txt once, and again when that changes.
-# Leaves $root (the repository) and $python (the environment's interpreter).
+# Sourced by the launchers: creates .venv from requirements.txt, and updates it when that changes.
+# Sets $root (the repository) and $python (the interpreter of the environment).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python

@@ -2,10 +2,10 @@
 # Trains on GPU nodes under SLURM, one process a GPU. From the repository's root, on a file system
 # that all nodes see:
 #   sbatch --nodes=2 launch/slurm.sh --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
-# What the #SBATCH lines say, options of sbatch before the script change: --time=24:00:00,
-# --gpus-per-node=4 --ntasks-per-node=4, --partition=NAME. Two minutes before its time is over the
-# trainer gets SIGTERM, saves and ends; after that, and whenever else a restart helps, the job puts
-# itself in the queue again, MAX_REQUEUES times (50) at most, and continues. `scancel` ends it.
+# Options of sbatch before the script override the #SBATCH lines: --time=24:00:00,
+# --gpus-per-node=4 --ntasks-per-node=4, --partition=NAME. Two minutes before its time limit the
+# trainer gets SIGTERM, saves and exits; then, and whenever else a restart helps, the job requeues
+# itself, at most MAX_REQUEUES times (50), and continues. `scancel` ends it.
 #
 #SBATCH --job-name=spectral_pod
 #SBATCH --output=slurm-%j.log
@@ -28,13 +28,13 @@ source launch/exit_codes.sh
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # a GPU that JAX cannot use is an error
 if [ "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
-# srun returns the highest code of its tasks. When one fails of itself (1, 2, 3) its peers end with
-# 76; so that its code is the one that counts, it is raised here and lowered below. A task's shell
-# lives through SIGTERM, to tell the trainer's code. Tasks that stay when others have ended are
+# srun returns the highest exit code of its tasks. When one fails by itself (1, 2, 3) its peers exit
+# with 76; 200 is added to its code here and subtracted below, so that it takes precedence. A task's
+# shell survives SIGTERM to return the trainer's code. Tasks that are left when others have ended are
 # killed after a while, not at once: they may be saving.
 # With pyxis, add: --container-image=IMAGE --container-mounts=DIR (and python for "$python").
 code=0
-# shellcheck disable=SC2016 # for the task's shell to expand
+# shellcheck disable=SC2016 # expanded by the task's shell
 srun --kill-on-bad-exit=0 --wait=300 bash -c '
     trap : TERM
     "$@"

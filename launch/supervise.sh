@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs a command, and again for as long as its exit code says that this helps (exit_codes.sh):
+# Runs a command and restarts it while its exit code says that this helps (exit_codes.sh):
 #   launch/supervise.sh [--max_quick_restarts=10] [--] COMMAND [ARGUMENT ...]
-# A start that ends within a minute is a quick one: the pause before the next doubles, from 1 s to
-# 60 s, and too many of them in a row end the supervision. TERM, HUP and INT go to the command, once
-# each; its exit code is then the supervisor's.
+# After a run of less than a minute the pause before the next doubles, from 1 s to 60 s; too many of
+# them in a row end the supervision. TERM, HUP and INT are forwarded to the command, once each; its
+# exit code is then that of the supervisor.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/exit_codes.sh"
 
@@ -31,25 +31,25 @@ pass() { # SIGNAL
     fi
     if [ "$pause" ]; then kill "$pause" 2>/dev/null; fi
 }
-# No $( ) from here on: bash 5.2 fails, or forgets its code, when a trap runs while it expands one.
+# No $( ) from here on: bash 5.2 fails or loses the exit code if a trap runs while it expands one.
 trap 'pass TERM' TERM HUP
 trap 'pass INT' INT
 
-run() { # the command; leaves its exit code in $code
-    # Job control gives it a process group: Ctrl-C reaches it through `pass` only, and once. Without
-    # job control, SIGINT would be ignored in it.
+run() { # the command; sets its exit $code
+    # Job control gives it a process group, so that Ctrl-C reaches it only through `pass`, and once.
+    # Without job control it would ignore SIGINT.
     set -m
     "$@" </dev/null &
     child=$!
     set +m
     if [ "$asked" ] && [ ! "$sent" ]; then kill -s "$asked" "$child" 2>/dev/null; fi
-    # A signal interrupts `wait`, whose result is then the signal's and not the child's.
+    # A signal interrupts `wait`, whose result is then that of the signal, not of the child.
     while kill -0 "$child" 2>/dev/null; do wait "$child" 2>/dev/null; done
     wait "$child" 2>/dev/null
     code=$?
-    # bash 5.2 may lose the code where a signal comes as the command ends: 143 lets others restart.
+    # bash 5.2 may lose the code if a signal arrives as the command ends: 143 permits a restart.
     if [ "$code" -lt 0 ]; then code=143; fi
-    kill -s KILL -- "-$child" 2>/dev/null # processes of its own that it left
+    kill -s KILL -- "-$child" 2>/dev/null # remaining child processes
     child=
 }
 

@@ -1,45 +1,45 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, or on several: creates it, installs this checkout, trains, comes back
-# after preemption, and deletes it at the end.
+# Trains on one or several Cloud TPU slices: creates them, installs this checkout, trains, continues
+# after preemptions, and deletes them at the end.
 #
 #   launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v4-32 [options] -- \
 #       --config=configs/lra_listops.py --workdir=gs://BUCKET/RUN [more flags of the trainer]
 #   launch/tpu_pod.sh status|logs|stop|delete --name=NAME --zone=ZONE [--project=PROJECT]
 #
-# The same command again continues: what exists is kept, a trainer that runs is only watched.
-# Ctrl-C deletes a request that still waits for its TPU, and leaves a running trainer alone.
+# The same command again continues: what exists is kept, and a running trainer is only watched.
+# Ctrl-C deletes a request that still waits for its TPU, but does not stop a running trainer.
 #
 #   --name              of the queued resource; its nodes are NAME, or NAME-0, NAME-1 ...
 #   --type              v4-N, v5e-N (v5litepod-N), v5p-N or v6e-N, as Google Cloud counts
-#   --num_slices        how many of them, joined by the data centre's network (1)
-#   --spot              cheaper, and preempted at any time
+#   --num_slices        number of slices, connected by the data centre's network (1)
+#   --spot              cheaper, may be preempted at any time
 #   --project --service_account --network --subnetwork --runtime_version
 #                       gcloud's defaults; the runtime version's follows from the type
-#   --force             go on although preflight says that it doesn't fit
-#   --keep              do not delete the slice when the run ends: it keeps billing
+#   --force             continue although preflight reports that the run does not fit
+#   --keep              do not delete the slice when the run ends (billing continues)
 #   --dry_run           print every command, ready to paste, and run none
 #   --wait_minutes      how long to wait for the TPU (1440)
-#   --max_recreations   how many preemptions to survive (100)
-#   --slice --worker    whose log `logs` shows (0, 0)
+#   --max_recreations   how often to re-create a preempted slice (100)
+#   --slice --worker    the worker whose log `logs` shows (0, 0)
 #
-# Exits with the trainer's code: 0 done, 1 a bug, 2 a mistake, 3 the numbers went bad; its own
-# failures are 1, mistakes in this command 2, Ctrl-C 130.
+# Exits with the trainer's code: 0 done, 1 a bug, 2 a user error, 3 non-finite numbers; its own
+# failures are 1, errors in this command 2, Ctrl-C 130.
 #
 # Needs the APIs tpu.googleapis.com and compute.googleapis.com. Least privilege:
 #   you               roles/tpu.admin, roles/iam.serviceAccountUser on the service account, and
 #                     either roles/compute.osLogin (where OS Login is on) or
 #                     compute.projects.get (roles/compute.viewer) for ssh; port 22 open to you
 #   --service_account roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket,
-#                     and, as you like, roles/logging.logWriter and roles/monitoring.metricWriter on the project
-# For slices of several workers gcloud may want its key in your ssh-agent:
+#                     optionally roles/logging.logWriter, roles/monitoring.metricWriter on the project
+# For slices of several workers gcloud may need its key in your ssh-agent:
 #   ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launch/exit_codes.sh"
 source "$launch/gcloud.sh"
 
-poll=${TPU_POD_POLL_SECONDS:-30} # between looks at the slice; every fourth asks all workers
-busy=4                           # exit code of launch/pod/*.sh that would disturb another run
+poll=${TPU_POD_POLL_SECONDS:-30} # between checks of the slice; every fourth asks all workers
+busy=4                           # exit code of launch/pod/*.sh where it would disturb another run
 
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
@@ -99,7 +99,7 @@ check() {
     if [ "$action" = up ]; then check_run; fi
 }
 
-check_run() { # what only creating and training needs
+check_run() { # flags that only creating and training need
     matches --type "$type" '(v4|v5e|v5litepod|v5p|v6e)-[0-9]{1,5}' "v4-N, v5e-N, v5p-N or v6e-N"
     type=${type/#v5e-/v5litepod-} # gcloud's name
     case $type in
@@ -127,8 +127,8 @@ matches() { # FLAG VALUE PATTERN MEANING
 
 # ---------------------------------------------------------------------- creating and deleting
 
-phase='' # asked (for a TPU, by this call), found (asked for by an earlier one), or training
-over=''  # the run ended or cannot go on: without this, a slice that trains is never deleted
+phase='' # asked (this call requested a TPU), found (an earlier one did), or training
+over=''  # the run ended or cannot continue; otherwise a slice that trains is never deleted
 
 preflight() {
     local arguments=() argument
@@ -151,7 +151,7 @@ preflight() {
     esac
 }
 
-acquire() { # leaves a READY slice; returns 1 where a later attempt may do better
+acquire() { # a READY slice; returns 1 if a later attempt may succeed
     local state
     state=$(requested state.state)
     if [ "$state" != ABSENT ] && [ "$state" != UNKNOWN ]; then
@@ -174,7 +174,7 @@ acquire() { # leaves a READY slice; returns 1 where a later attempt may do bette
     wait_until_ready
 }
 
-is_lost() { # STATE: it will not come back by itself; ends this where that is deliberate
+is_lost() { # STATE: it will not recover by itself; exits if that was deliberate
     case $1 in
     FAILED | SUSPENDED | SUSPENDING | MISSING | PREEMPTED | TERMINATED | STOPPED) true ;;
     ABSENT | DELETING)
@@ -239,7 +239,7 @@ delete() {
 
 # --------------------------------------------------------------------- installing and starting
 
-deploy() { # returns 1 where the slice went away; three attempts, for the network's sake
+deploy() { # returns 1 if the slice is gone; three attempts, as the network may fail
     local attempt state
     phase=training
     for attempt in 1 2 3; do
@@ -257,7 +257,7 @@ ship() {
     on_nodes copy "$archive" || return 1
 }
 
-install() { # the scripts first: replacing them disturbs no trainer that runs
+install() { # the scripts first: replacing them does not disturb a running trainer
     local code=spectral_pod/code
     local unpack="mkdir -p $code && tar -xzf spectral_pod.tar.gz -C $code launch"
     on_nodes reach_all "$unpack && $(script install.sh "$revision")" || refuse_if_busy $?
@@ -273,7 +273,7 @@ refuse_if_busy() { # CODE
     return 1
 }
 
-choose_revision() { # HEAD, also for what is created again while HEAD moves on
+choose_revision() { # HEAD now, also for slices that are re-created after HEAD has moved
     revision=$(git -C "$launch/.." rev-parse HEAD) || fail 2 "$launch/.. must be a git checkout"
     local changes
     changes=$(git -C "$launch/.." status --porcelain | wc -l)
@@ -284,7 +284,7 @@ choose_revision() { # HEAD, also for what is created again while HEAD moves on
 
 # ------------------------------------------------------------------------------------ watching
 
-watch() { # leaves the trainer's $result; returns 1 where the slice went away
+watch() { # sets the trainer's $result; returns 1 if the slice is gone
     local state polls=0 follower
     in_background follow "$(nodes | head -n 1)" 0
     follower=$!
@@ -304,7 +304,7 @@ watch() { # leaves the trainer's $result; returns 1 where the slice went away
     wait "$follower" || true
 }
 
-follow() { # NODE WORKER: the log, each line once over any number of connections, until its end
+follow() { # NODE WORKER: prints the log to its end, each line once, across reconnections
     local node=$1 worker=$2 next=0 number=0 line ended=''
     while true; do
         while IFS= read -r line; do
@@ -328,7 +328,7 @@ follow() { # NODE WORKER: the log, each line once over any number of connections
 
 unanswered=0
 
-has_ended() { # on all workers; starts what a reboot ended, stops what cannot go on alone
+has_ended() { # on all workers; restarts after a reboot, stops what cannot continue alone
     local report host state detail running='' lost='' failed='' code=0
     if ! report=$(on_workers status.sh 2>/dev/null); then
         unanswered=$((unanswered + 1))
@@ -364,7 +364,7 @@ revive() { # HOST
     if ship && install; then start || true; fi
 }
 
-worse() { # CODE CODE: the first failure, one that a restart cannot cure before one that it can
+worse() { # CODE CODE: the worse; one that a restart cannot fix is worse than one that it can
     if [ "$1" -eq 0 ]; then
         echo "$2"
     elif exit_is_curable "$1" && [ "$2" -ne 0 ] && ! exit_is_curable "$2"; then
@@ -399,7 +399,7 @@ up() {
     exit "$result"
 }
 
-plan() { # what `up` does where nothing goes wrong
+plan() { # the steps of `up` without failures
     requested state.state
     create
     each_node_state
@@ -411,7 +411,7 @@ plan() { # what `up` does where nothing goes wrong
     if [ ! "$keep" ]; then delete; fi
 }
 
-locate() { # leaves $num_slices
+locate() { # sets $num_slices
     if [ "$dry_run" ]; then return; fi
     local state
     state=$(requested state.state)
@@ -454,7 +454,7 @@ stop() {
     on_workers stop.sh
 }
 
-delete_all() { # after its trainers have saved their state
+delete_all() { # after the trainers have saved their state
     if [ "$dry_run" ] || [ "$(requested state.state)" = ACTIVE ]; then
         locate
         on_workers stop.sh || true
@@ -466,9 +466,9 @@ hint() { # ACTION
     echo "launch/tpu_pod.sh $1 --name=$name ${place[*]}"
 }
 
-on_exit() { # whatever ends this script
+on_exit() { # for any reason
     local code=$?
-    trap '' HUP INT TERM # so that a second Ctrl-C leaves no half of a deletion
+    trap '' HUP INT TERM # a second Ctrl-C must not interrupt the deletion
     end_background
     rm -f "${archive:-}"
     case $phase in

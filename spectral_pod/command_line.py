@@ -1,5 +1,7 @@
 """The command line of everything that takes `--config=FILE.py`."""
 
+import os
+import pathlib
 import re
 import sys
 import traceback
@@ -25,7 +27,7 @@ def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
         whole = sys.argv
         try:
             argv = argv[:1] + flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
-            argv, texts = _take_options(argv, config.name)
+            argv, texts = _take_options([find_config(arg) for arg in argv], config.name)
             sys.argv = argv  # config_flags looks there for the fields to set
             rest = flags.FLAGS(argv)
             _ = config.value.seed  # config_flags doesn't report a missing file before its first use
@@ -40,6 +42,17 @@ def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
         return rest
 
     return parse
+
+
+def find_config(argument: str) -> str:
+    """Replaces a `configs/NAME.py` that the working folder lacks by the one that is installed."""
+    match = re.fullmatch(r"(--?config=)?(configs/[^:]*)(:.*)?", argument)
+    if match and not os.path.exists(match[2]):
+        package = pathlib.Path(__file__).parent
+        for folder in (package, package.parent):  # of a wheel, of the repository
+            if (folder / match[2]).is_file():
+                return f"{match[1] or ''}{folder / match[2]}{match[3] or ''}"
+    return argument
 
 
 def _take_options(argv: list[str], flag: str) -> tuple[list[str], dict[str, str | None]]:

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "train.loop": (*_TRAINABLE, "data", "train"),
     "train.trainer": (*_TRAINABLE, "data", "generate", "train"),
     "command_line": ("errors", "fields", "data.tasks"),
+    "recipes": ("config",),
     "": ("api",),
     "api": (*_TRAINABLE, "data.tasks", "generate"),
     "main": ("command_line", "config", "errors", "storage", "parallel.runtime", "train.loop"),

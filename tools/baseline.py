@@ -1,20 +1,20 @@
-"""What a classification task is worth without a model that knows order.
+"""The accuracy of baselines that ignore the order of bytes, on a classification task.
 
     python -m tools.baseline --config=configs/quickstart.py [--config.field=value ...]
     ... --json=FILE
 
-Prints the accuracy on the test split of the most frequent class, and of logistic regression on
-byte histograms: how often each byte occurs in each document of a record. Where a record is two
-documents, a third figure adds how far their histograms differ, byte by byte. The regression is
-fitted to the training split, the strength of its L2 penalty is the best on the validation split.
-The data are those of the run: the same store, written if there is none, or stores, their records
-taken together without weights; and the same cut to config.data.seq_len.
+Prints the test accuracy of the most frequent class and of logistic regression on byte histograms:
+the frequency of each byte in each document of a record. Where a record has two documents, a third
+row adds the absolute difference of their histograms, byte by byte. The regression is fitted to the
+training split, with the L2 penalty that is best on the validation split. The data are those of
+the run: the same store, which is written if it does not exist, or the same stores, their records
+pooled without weights, cut to the same config.data.seq_len.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import sys
 import time
 import warnings
@@ -22,31 +22,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
-from spectral_pod import command_line
 from spectral_pod.data import pipeline, tasks
 from spectral_pod.data.progress import Progress
-from spectral_pod.errors import ConfigError, UserError
+from spectral_pod.errors import ConfigError
 from spectral_pod.parallel import runtime
 from spectral_pod.train.sources import Sources, open_sources
 from spectral_pod.validation import validate
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
-_JSON = flags.DEFINE_string("json", None, "Write the figures to this file, too.")
-flags.mark_flag_as_required("config")
+from . import shell
 
 SPLITS = ("train", "validation", "test")
-PENALTIES = (
-    1.0,
-    1e-1,
-    1e-2,
-    1e-3,
-    1e-4,
-)  # L2, on the mean loss; the strong ones, which fit fast, first
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # L2, on the mean loss; strong ones fit fast: first
 _MAX_ITERATIONS = 1000
 
 
@@ -59,7 +46,7 @@ class Histograms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """One line of the table; accuracies are fractions, of the test split and of validation."""
+    """One row of the table; accuracies are fractions, on the test and validation splits."""
 
     name: str
     test: float
@@ -69,9 +56,9 @@ class Baseline:
 
 
 def histograms(source: pipeline.Source, documents: int, name: str) -> Histograms:
-    """Counts the bytes of a split, batch by batch, and says of `name` how far it is.
+    """Counts the bytes of a split, batch by batch, and reports progress under `name`.
 
-    A document without bytes has frequencies of 0.
+    An empty document has frequencies of 0.
     """
     frequencies = np.zeros((source.num_records, documents, 256), np.float32)
     labels = np.zeros(source.num_records, np.int32)
@@ -80,19 +67,19 @@ def histograms(source: pipeline.Source, documents: int, name: str) -> Histograms
     for step in range(source.steps_per_epoch):
         batch = source.rows(step, np.arange(source.batch_size))
         valid = batch["valid"]
-        here = slice(done, done := done + int(valid.sum()))
+        rows = slice(done, done := done + int(valid.sum()))
         lines = batch["tokens"][valid].reshape(-1, source.seq_len)
         counts = np.stack([np.bincount(line[line < 256], minlength=256) for line in lines])
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        frequencies[here] = shares.reshape(-1, documents, 256)
-        labels[here] = batch["labels"][valid]
+        frequencies[rows] = shares.reshape(-1, documents, 256)
+        labels[rows] = batch["labels"][valid]
         progress.at(done)
     progress.end()
     return Histograms(frequencies, labels)
 
 
 def majority(splits: dict[str, Histograms]) -> Baseline:
-    """The most frequent class of the training split, always."""
+    """Always predicts the most frequent class of the training split."""
     guess = np.bincount(splits["train"].labels).argmax()
     test, validation = (
         float(np.mean(splits[split].labels == guess)) for split in ("test", "validation")
@@ -104,6 +91,10 @@ def regression(
     name: str, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]
 ) -> Baseline:
     """Multinomial logistic regression on features float32 [n, m], standardised on training data."""
+    # Of the development requirements: `--help` works without it.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     train = features["train"]
     scale = np.where(np.ptp(train, axis=0) > 0, train.std(axis=0), 1)
     scaled = {split: (x - train.mean(axis=0)) / scale for split, x in features.items()}
@@ -122,13 +113,15 @@ def regression(
         if best is None or validation > best.validation:
             best = Baseline(name, test, validation, penalty, converged)
         left = (time.monotonic() - started) / (i + 1) * (len(PENALTIES) - i - 1)
-        say(f"{name}: penalty {penalty:g}, validation {validation:.2%}, {left:.0f} s or more left")
+        shell.say(
+            f"{name}: penalty {penalty:g}, validation {validation:.2%}, {left:.0f} s or more left"
+        )
     assert best is not None
     return best
 
 
 def baselines(sources: Sources) -> tuple[list[Baseline], dict[str, int]]:
-    """All lines of the table, and the records of each split.
+    """All rows of the table, and the number of records of each split.
 
     Raises:
       ConfigError: the training records are all of one class.
@@ -141,7 +134,7 @@ def baselines(sources: Sources) -> tuple[list[Baseline], dict[str, int]]:
             for name, source in sources.evaluation(split).items()
         ]
         splits[split] = Histograms(*map(np.concatenate, zip(*parts)))
-    labels = {split: held.labels for split, held in splits.items()}
+    labels = {split: x.labels for split, x in splits.items()}
     if len(np.unique(labels["train"])) < 2:
         raise ConfigError(
             f"the training records of config.data.task = {sources.config.data.task!r} are all of "
@@ -150,16 +143,16 @@ def baselines(sources: Sources) -> tuple[list[Baseline], dict[str, int]]:
     flat = {split: x.frequencies.reshape(len(x.labels), -1) for split, x in splits.items()}
     lines = [majority(splits), regression("byte histograms", flat, labels)]
     if documents == 2:
-        apart = {
+        distances = {
             split: np.abs(x.frequencies[:, 0] - x.frequencies[:, 1]) for split, x in splits.items()
         }
-        both = {split: np.concatenate([flat[split], apart[split]], axis=1) for split in SPLITS}
+        both = {split: np.concatenate([flat[split], distances[split]], axis=1) for split in SPLITS}
         lines.append(regression("byte histograms and their differences", both, labels))
     return lines, {split: len(x) for split, x in labels.items()}
 
 
 def table(task: str, lines: Sequence[Baseline], records: dict[str, int], classes: int) -> str:
-    """What is printed."""
+    """The table as printed."""
     counts = ", ".join(f"{count:,} {split}" for split, count in records.items())
     width = max(len(line.name) for line in lines)
     rows = [f"{task}: {classes} classes, records {counts}", f"{'':{width}}  {'test':>7}"]
@@ -170,11 +163,16 @@ def table(task: str, lines: Sequence[Baseline], records: dict[str, int], classes
     return "\n".join(rows)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise ConfigError(f"unexpected argument {argv[1]!r}; every option starts with --")
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("baseline", __doc__)
+    parser.add_config()
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file as well")
+    return shell.run(parser, measure, argv)
+
+
+def measure(arguments: argparse.Namespace) -> None:
     runtime.initialize(None, 1, 0)
-    config = _CONFIG.value
+    config = arguments.config
     validate(config)
     objective = tasks.TASKS[config.data.task].objective
     if objective.by_position:
@@ -186,7 +184,7 @@ def main(argv: list[str]) -> None:
         sources = open_sources(config)
     lines, records = baselines(sources)
     print(table(config.data.task, lines, records, sources.num_classes))
-    if _JSON.value:
+    if arguments.json:
         data = {
             "task": config.data.task,
             "digest": sources.digest,
@@ -194,24 +192,9 @@ def main(argv: list[str]) -> None:
             "records": records,
             "baselines": [dataclasses.asdict(line) for line in lines],
         }
-        with open(_JSON.value, "w") as file:
+        with open(arguments.json, "w") as file:
             file.write(json.dumps(data, indent=1) + "\n")
 
 
-def say(line: str) -> None:
-    """Progress goes to stderr: the table is all that is on stdout."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def run() -> None:
-    """Runs `main`; an error that the user can cure is one message and exit code 2."""
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        app.run(main, flags_parser=command_line.parser(_CONFIG))
-    except (UserError, OSError) as error:
-        say(f"{type(error).__name__}: {error}")
-        sys.exit(getattr(error, "exit_code", UserError.exit_code))
-
-
 if __name__ == "__main__":
-    run()
+    sys.exit(main(sys.argv[1:]))

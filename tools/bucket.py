@@ -1,20 +1,22 @@
-"""Makes a bucket for runs, and fills it.
+"""Creates a bucket for runs, and uploads files to it.
 
     python -m tools.bucket create gs://NAME --location=us-central2 [--project=PROJECT]
     python -m tools.bucket create gs://NAME --location=... --delete=scratch/:30
     python -m tools.bucket upload FILE_OR_FOLDER gs://NAME/PREFIX
 
-A new bucket has uniform access, nothing in it can be public, and, with --delete=PREFIX:DAYS, what
-is older below a prefix is deleted. Put it where the chips are: reads across regions cost money and
-time. `upload` copies byte stores, workdirs or records, several files at once; files that are there
-already with the same size and checksum are left alone, so the same command continues one that was
-stopped. Manifests go last: what reads as a store is whole.
+A new bucket has uniform access and public access prevention. --delete=PREFIX:DAYS deletes objects
+below a prefix once they are that old. Put the bucket where the chips are: reads across regions
+cost money and time. `upload` copies byte stores, workdirs or records, several files at once. Files
+that the bucket already has with the same size and checksum are skipped, so the same command
+continues an upload that was stopped. Manifests are uploaded last: a store that can be opened is
+complete.
 """
 
 import argparse
 import base64
 import pathlib
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,25 +25,28 @@ from google.api_core.exceptions import Conflict
 
 from spectral_pod import storage
 from spectral_pod.data.progress import Progress
-from spectral_pod.errors import ConfigError, DataError, UserError
+from spectral_pod.errors import ConfigError, DataError
 
-_AT_ONCE = 16  # files
+from . import shell
+
+_THREADS = 16
 
 
-def main(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except storage.failures() as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("bucket", __doc__)
+    commands = parser.add_subparsers(required=True, metavar="create|upload")
+    creates = commands.add_parser("create", help="creates a bucket")
+    creates.add_argument("url", help="gs://NAME")
+    creates.add_argument("--location", required=True, help="a region, such as us-central2")
+    creates.add_argument("--project", help="by default that of the credentials")
+    creates.add_argument("--delete", action="append", default=[], metavar="PREFIX:DAYS")
+    creates.set_defaults(command=create)
+    uploads = commands.add_parser("upload", help="copies files to a bucket")
+    uploads.add_argument("source", help="a file or a folder")
+    uploads.add_argument("url", help="gs://NAME/PREFIX")
+    uploads.set_defaults(command=upload)
+    again = "Interrupted; the same command continues"
+    return shell.run(parser, lambda a: a.command(a), argv, interrupted=again)
 
 
 def create(arguments: argparse.Namespace) -> None:
@@ -72,8 +77,8 @@ def upload(arguments: argparse.Namespace) -> None:
     bucket = storage.client(arguments.url, write=True).bucket(name)
     files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
     names = {file: _target(file, source, prefix) for file in files}
-    there = {blob.name: blob for blob in bucket.list_blobs(prefix=prefix)}
-    todo = [file for file, target in names.items() if not _is_same(file, there.get(target))]
+    present = {blob.name: blob for blob in bucket.list_blobs(prefix=prefix)}
+    todo = [file for file, target in names.items() if not _is_same(file, present.get(target))]
     total = sum(file.stat().st_size for file in todo)
     progress = Progress("Uploading", total, "bytes")
 
@@ -83,14 +88,14 @@ def upload(arguments: argparse.Namespace) -> None:
         progress.add(file.stat().st_size)
 
     manifests = [file for file in todo if file.name == "manifest.json"]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(put, [file for file in todo if file not in manifests]):
             pass
         for _ in pool.map(put, manifests):
             pass
     progress.end()
-    there_already = len(files) - len(todo)
-    print(f"{len(todo)} files, {total:,} bytes to {arguments.url}; {there_already} were there")
+    skipped = len(files) - len(todo)
+    print(f"{len(todo)} files, {total:,} bytes to {arguments.url}; {skipped} were there")
 
 
 def _target(file: pathlib.Path, source: pathlib.Path, prefix: str) -> str:
@@ -113,26 +118,6 @@ def _parts(url: str) -> tuple[str, str]:
         raise ConfigError(f"{url!r} is no gs:// URL")
     name, _, prefix = url.removeprefix("gs://").partition("/")
     return name, prefix
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bucket",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="create|upload")
-    creates = commands.add_parser("create", help="makes a bucket")
-    creates.add_argument("url", help="gs://NAME")
-    creates.add_argument("--location", required=True, help="a region, such as us-central2")
-    creates.add_argument("--project", help="by default that of the credentials")
-    creates.add_argument("--delete", action="append", default=[], metavar="PREFIX:DAYS")
-    creates.set_defaults(run=create)
-    uploads = commands.add_parser("upload", help="copies files to a bucket")
-    uploads.add_argument("source", help="a file or a folder")
-    uploads.add_argument("url", help="gs://NAME/PREFIX")
-    uploads.set_defaults(run=upload)
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The real train and evaluation step of a configuration, compiled for a topology.
+"""The real training and evaluation steps of a configuration, compiled for a topology.
 
-Compiling for TPUs takes a minute or so, and without a TPU JAX's own cache cannot read such programs
-back. So what the compiler said is kept in `CACHE`: the program as text and its memory figures, or
-that it ran out of memory.
+Compiling for TPUs takes a minute or so, and without a TPU JAX's own cache cannot load the programs.
+So the compiler's results are cached in `CACHE`: the program as text and its memory figures, or the
+message that it ran out of memory.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a step: its program and bytes per chip, or why it could not."""
+    """The compiler's result for a step: the program and its bytes per chip, or why it failed."""
 
     text: str
     memory: dict[str, int]
-    out_of_memory: str = ""  # the compiler's message; then there is no text
+    out_of_memory: str = ""  # the compiler's message; `text` is then empty
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of a chip's memory in use at the most, results in place of donated arguments."""
+        """Peak bytes of a chip's memory, with results in place of donated arguments."""
         return sum(self.memory.values()) - 2 * self.memory["alias"]
 
 
@@ -65,7 +65,7 @@ class Setup:
 
 
 def set_up(config: Config, topology: Topology) -> Setup:
-    """Builds what `train/loop.py` builds, from the same parts, without data or memory.
+    """Builds the steps as the trainer does, from the same parts, without data or device memory.
 
     Raises:
       ConfigError: the configuration cannot run on this topology.
@@ -111,10 +111,10 @@ def set_up(config: Config, topology: Topology) -> Setup:
 
 
 def neighbour(setup: Setup) -> tuple[Config, Topology] | None:
-    """The same configuration on half the chips, or else on twice as many, with as many rows a chip.
+    """The same configuration on half the chips, or else on twice as many, with equal rows a chip.
 
-    The axis that changes is `data`, or `fsdp` where there is one shard of data. None where a batch
-    is not split at all, or there is no slice of such a size.
+    The axis that changes is `data`, or `fsdp` where `data` is 1. None where a batch is not split at
+    all, or no slice of such a size exists.
     """
     sizes = dict(setup.mesh.shape)
     axis = "data" if sizes["data"] > 1 else "fsdp"
@@ -141,14 +141,14 @@ def _resized(
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Bytes of the largest shard of every leaf, together."""
+    """The sum over all leaves of the bytes of their largest shard."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def compile_all(setups: list[Setup], say: Callable[[str], None]) -> list[dict[str, Compiled]]:
-    """Compiles every step of every setup, two at a time; `say` is told of each."""
+    """Compiles every step of every setup, in parallel, and reports each to `say`."""
     jobs = [(s, name) for s in setups for name in s.lowered]
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         done = list(pool.map(lambda job: _compile(job[0], job[1], say), jobs))
@@ -184,12 +184,12 @@ def _compile(setup: Setup, name: str, say: Callable[[str], None]) -> Compiled:
 
 
 def _key(setup: Setup, name: str) -> str:
-    """A digest of all that decides what the compiler says; line numbers of the code don't."""
+    """A digest of all that the compiler's result depends on, which line numbers do not change."""
     text = setup.lowered[name].as_text(debug_info=True)
     text = re.sub(r'\.py":\d+:\d+( to (\d+)?:\d+)?', '.py"', text)
     compiler = "jaxlib" if setup.topology.chip.family == "cpu" else "libtpu"
     versions = f"{compiler} {importlib.metadata.version(compiler)} {jax.__version__}"
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC")]
-    kept = [field.name for field in dataclasses.fields(Compiled)]
-    meaning = json.dumps([text, str(setup.topology), versions, flags, kept])
-    return hashlib.sha256(meaning.encode()).hexdigest()[:24]
+    layout = [field.name for field in dataclasses.fields(Compiled)]
+    key = json.dumps([text, str(setup.topology), versions, flags, layout])
+    return hashlib.sha256(key.encode()).hexdigest()[:24]

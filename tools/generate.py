@@ -4,91 +4,104 @@
     python -m tools.generate --workdir=DIR --batch=prompts.jsonl > texts.jsonl
     ... --num_bytes=1000 --temperature=0.8 --top_k=40 --top_p=0.95 --seed=1 --stop=$'\\n\\n'
 
-A prompt is taken as it is; $'...' is how shells write line breaks. What the model appends goes to
-stdout, for each line {"prompt": ...} of --batch a line {"prompt": ..., "text": ...}, in the same
-order; all of them are computed together. Bytes that are no UTF-8 become U+FFFD. The speed goes to
-stderr, compiling included.
+A prompt is used verbatim; $'...' is how shells write line breaks. What the model appends goes to
+stdout: for each line {"prompt": ...} of --batch a line {"prompt": ..., "text": ...}, in the same
+order; all of them are computed in one batch. Bytes that are not valid UTF-8 become U+FFFD. The
+speed, including compilation, goes to stderr.
 
-The newest sound checkpoint is taken, also while training goes on; its mesh does not matter. The
+The newest sound checkpoint is used, also while training continues; its mesh does not matter. The
 same seed gives the same text on every mesh: --mesh=tensor=2,fsdp=2 uses four devices.
 """
 
+import argparse
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
-from absl import flags
 from jax.sharding import Mesh
 
 from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.fields import Bound, NonNegative, NonNegativeFloat, Positive
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations, decoded
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import AXES, make_mesh
-from tools import entry
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run: a folder or a gs:// URL.")
-_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest sound one by default.")
-_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
-_BATCH = flags.DEFINE_string("batch", None, 'A file of lines {"prompt": ...}.')
-_NUM_BYTES = flags.DEFINE_integer("num_bytes", 256, "Most bytes to append.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0: the likeliest byte.", lower_bound=0.0)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest bytes; 0: all.", lower_bound=0)
-_TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Only the likeliest that together have this probability.", 0.0, 1.0
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random draws.")
-_STOP = flags.DEFINE_string("stop", "", "A text ends before this.")
-_STREAM = flags.DEFINE_bool("stream", False, "Print the text as it comes.")
-_MESH = flags.DEFINE_string("mesh", "", "Devices by mesh axis, such as data=4; one by default.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
-flags.mark_flag_as_required("workdir")
+from . import shell
+
+_Probability = Annotated[float, Bound(0, math.nextafter(1, 2), "in [0, 1]")]
 
 
-def main() -> None:
-    prompts = read_prompts(_PROMPT.value, _BATCH.value, stream=_STREAM.value)
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("generate", __doc__)
+    parser.add_argument(
+        "--workdir", required=True, help="the workdir of a run: a folder or a gs:// URL"
+    )
+    parser.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    parser.add_argument("--batch", metavar="FILE", help='a file of lines {"prompt": ...}')
+    parser.add_value("--num_bytes", Positive, 256, "bytes to append, at most (256)")
+    parser.add_value("--temperature", NonNegativeFloat, 1.0, "0 takes the likeliest byte (1.0)")
+    parser.add_value("--top_k", NonNegative, 0, "sample from the k likeliest bytes; 0: all (0)")
+    parser.add_value(
+        "--top_p", _Probability, 1.0, "sample from the likeliest bytes of this total probability"
+    )
+    parser.add_value("--seed", int, 0, "sampling seed (0)")
+    parser.add_argument("--stop", default="", metavar="TEXT", help="end a text before this")
+    parser.add_argument("--stream", action="store_true", help="print the text as it is generated")
+    parser.add_argument("--mesh", default="", help="devices by mesh axis: data=4 (one device)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation"
+    )
+    return shell.run(parser, generate, argv)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    runtime.initialize(None, 1, 0)
+    workdir = arguments.workdir
+    prompts = read_prompts(arguments.prompt, arguments.batch, stream=arguments.stream)
     trained = restore_for_inference(
-        _WORKDIR.value or "", step=_STEP.value, mesh=mesh_of(_MESH.value), dtype=_DTYPE.value
+        workdir, step=arguments.step, mesh=mesh_of(arguments.mesh), dtype=arguments.dtype
     )
     if trained.config.train.compilation_cache:
-        runtime.enable_compilation_cache(_WORKDIR.value or "")
-    started, num_bytes = time.perf_counter(), 0
+        runtime.enable_compilation_cache(workdir)
+    started = time.perf_counter()
     with jax.set_mesh(trained.mesh):
         rows: Any = continuations(
             trained,
             prompts,
-            num_bytes=_NUM_BYTES.value,
-            seed=_SEED.value,
-            sampling=Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
-            stop=os.fsencode(_STOP.value),
+            num_bytes=arguments.num_bytes,
+            seed=arguments.seed,
+            sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
+            stop=os.fsencode(arguments.stop),
         )
-        if _STREAM.value:
+        if arguments.stream:
             num_bytes = _stream(rows)
         else:
             texts = [b"".join(pieces) for pieces in zip(*rows)]
             num_bytes = sum(map(len, texts))
             for prompt, text in zip(prompts, texts):
                 line = text.decode(errors="replace")
-                if _BATCH.value:
+                if arguments.batch:
                     fields = {"prompt": prompt.decode(), "text": line}
                     line = json.dumps(fields, ensure_ascii=False)
                 _write(line + "\n")
     seconds = time.perf_counter() - started
-    entry.say(f"{num_bytes} bytes in {seconds:.2f} s: {num_bytes / seconds:.1f} bytes/s")
+    shell.say(f"{num_bytes} bytes in {seconds:.2f} s: {num_bytes / seconds:.1f} bytes/s")
 
 
 def read_prompts(prompt: str | None, batch: str | None, *, stream: bool) -> list[bytes]:
-    """The prompts of the flags.
+    """The prompts that the flags give.
 
     Raises:
-      ConfigError: not exactly one of the flags is given, or they contradict one another.
-      DataError: the file of prompts is not what it should be.
+      ConfigError: not exactly one of the flags is given, or they contradict each other.
+      DataError: the file of prompts is malformed.
     """
     if (prompt is None) == (batch is None):
         raise ConfigError("give either --prompt=TEXT or --batch=FILE")
@@ -116,14 +129,14 @@ def read_prompts(prompt: str | None, batch: str | None, *, stream: bool) -> list
 
 
 def mesh_of(text: str) -> Mesh | None:
-    """The mesh of a text like 'data=2,tensor=2', of the first devices; none of an empty one.
+    """The mesh of a text such as 'data=2,tensor=2', on the first devices; None if it is empty.
 
     Raises:
       ConfigError: an axis is unknown, or there are fewer devices.
     """
     if not text:
         return None
-    axes = [axis for axis in AXES if axis != "sequence"]  # one position at a time cannot be split
+    axes = [axis for axis in AXES if axis != "sequence"]  # decoding has one position
     sizes = dict.fromkeys(AXES, 1)
     for item in text.split(","):
         axis, _, size = item.partition("=")
@@ -137,26 +150,25 @@ def mesh_of(text: str) -> Mesh | None:
 
 
 def _stream(rows: Iterator[Sequence[bytes]]) -> int:
-    """Prints the one text as it comes; its length in bytes."""
-    num_bytes = 0
+    """Prints the only text as it is generated, and returns its length in bytes."""
+    lengths = []
 
     def pieces() -> Iterator[bytes]:
-        nonlocal num_bytes
         for (piece,) in rows:
-            num_bytes += len(piece)
+            lengths.append(len(piece))
             yield piece
 
     for text in decoded(pieces()):
         _write(text)
     _write("\n")
-    return num_bytes
+    return sum(lengths)
 
 
 def _write(text: str) -> None:
-    """In UTF-8 whatever the terminal says: so the text was."""
+    """Writes UTF-8, as the training text is, whatever the terminal's encoding."""
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    sys.exit(main(sys.argv[1:]))

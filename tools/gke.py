@@ -7,11 +7,11 @@
         --num_nodes=2 --workdir=gs://BUCKET/RUN -- --config=configs/lra_text.py ...
     kubectl apply -f jobset.yaml
 
-The image is the Dockerfile's target `cpu` for TPUs, `cuda` for GPUs. Topologies have the names that
-`tools.preflight` takes, which says whether the run fits. Flags after -- are the trainer's; pods
-share no disk, so data are read from gs://, too. The account is a Kubernetes service account that
-may write there (Workload Identity). All hosts restart together: after a preemption always, after
-other failures that this can cure --max_restarts times, after others never.
+The image is the Dockerfile's target `cpu` for TPUs, `cuda` for GPUs. Topologies are named as for
+`tools.preflight`, which reports whether the run fits. Flags after -- are the trainer's; pods
+share no disk, so data are read from gs:// as well. The account is a Kubernetes service account that
+may write there (Workload Identity). All hosts restart together: always after a preemption, up to
+--max_restarts times after other failures that a restart can fix, and never after the rest.
 """
 
 import argparse
@@ -26,9 +26,12 @@ from typing import Any
 
 from spectral_pod import storage
 from spectral_pod.analysis import hardware
-from spectral_pod.errors import ConfigError, UserError
+from spectral_pod.errors import ConfigError
+from spectral_pod.fields import NonNegative
 
-_TEMPLATE = pathlib.Path(__file__).parents[1] / "launch" / "gke_jobset.yaml"
+from . import shell
+
+_TEMPLATE = pathlib.Path(__file__).with_name("gke_jobset.yaml")
 # cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
 _ACCELERATORS = {
     "v4": "tpu-v4-podslice",
@@ -43,20 +46,31 @@ CURABLE_EXIT_CODES = [75, 76, 77, *(code for code in range(129, 193) if code != 
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    try:
-        sys.stdout.write(render(arguments))
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    parser = shell.parser("gke", __doc__)
+    parser.add_argument("--name", required=True, help="of the JobSet")
+    parser.add_argument("--image", required=True, help="REGISTRY/NAME:TAG")
+    parser.add_argument("--workdir", required=True, help="gs://BUCKET/FOLDER")
+    parser.add_argument("--topology", help="a TPU slice, such as v4-128 or v5e:16x16")
+    parser.add_value("--num_slices", int, 1, "such slices (1)")
+    parser.add_argument("--gpu", help="a GPU as GKE calls it, such as nvidia-h100-80gb")
+    parser.add_value("--gpus_per_node", int, 8, "(8)")
+    parser.add_value("--num_nodes", int, 1, "such nodes (1)")
+    parser.add_argument("--spot", action="store_true", help="on nodes that may be preempted")
+    parser.add_argument("--service_account", default="default", help="(default)")
+    parser.add_value("--max_restarts", NonNegative, 50, "not counting preemptions (50)")
+    parser.add_argument("flags", nargs="+", metavar="-- FLAG", help="the trainer's flags")
+    return shell.run(parser, write, argv)
+
+
+def write(arguments: argparse.Namespace) -> None:
+    sys.stdout.write(render(arguments))
 
 
 def render(arguments: argparse.Namespace) -> str:
     """The JobSet, in YAML.
 
     Raises:
-      ConfigError: an option is missing, or names what GKE doesn't have.
+      ConfigError: an option is missing, or names something that GKE does not have.
     """
     if not storage.is_remote(arguments.workdir):
         raise ConfigError(f"--workdir={arguments.workdir}; pods share no disk: give a gs:// URL")
@@ -89,13 +103,12 @@ def render(arguments: argparse.Namespace) -> str:
 
 
 def _tpus(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the template needs to know of TPU slices."""
+    """The template's values for TPU slices."""
     topology = hardware.parse(arguments.topology, arguments.num_slices)
     if topology.chip.family not in _ACCELERATORS:
         raise ConfigError(f"--topology={arguments.topology} is no TPU slice")
     chips = math.prod(topology.shape)
-    # Nodes of v5e and v6e with eight chips are slices of their own; several slices are joined from
-    # nodes of four.
+    # Nodes of v5e and v6e with eight chips are whole slices; multislice runs use nodes of four.
     alone = topology.shape == (2, 4) and topology.num_slices == 1
     per_host = chips if alone else min(chips, topology.chip.chips_per_host)
     if topology.num_slices > 1 and chips == per_host:
@@ -103,7 +116,7 @@ def _tpus(arguments: argparse.Namespace) -> dict[str, Any]:
             f"--num_slices={topology.num_slices}: GKE joins slices of several hosts only, and a "
             f"{topology.chip} slice of {chips} chips is one host; take a larger --topology"
         )
-    # JAX needs no more than GKE sets in pods that ask for google.com/tpu: TPU_WORKER_ID,
+    # JAX needs only what GKE sets in pods that request google.com/tpu: TPU_WORKER_ID,
     # TPU_WORKER_HOSTNAMES and, for several slices, MEGASCALE_*.
     return {
         "num_slices": topology.num_slices,
@@ -118,14 +131,15 @@ def _tpus(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "limits": {"google.com/tpu": per_host},
         "env": [],
-        "security_context": {"privileged": True, "runAsUser": 0},  # libtpu locks much memory
-        "host_network": topology.num_slices > 1,  # slices talk without the pods' network between
+        "security_context": {"privileged": True, "runAsUser": 0},  # libtpu locks memory
+        "host_network": topology.num_slices
+        > 1,  # slices communicate directly, not over the pods' network
         "dns_policy": "ClusterFirstWithHostNet" if topology.num_slices > 1 else "ClusterFirst",
     }
 
 
 def _gpus(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the template needs to know of GPU nodes: one process on each, with all its GPUs."""
+    """The template's values for GPU nodes: one process on each, with all its GPUs."""
     if min(arguments.num_nodes, arguments.gpus_per_node) < 1:
         raise ConfigError("--num_nodes and --gpus_per_node must be at least 1")
     process_id = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -135,7 +149,7 @@ def _gpus(arguments: argparse.Namespace) -> dict[str, Any]:
             "name": "JAX_COORDINATOR_ADDRESS",
             "value": f"{arguments.name}-slice-0-0.{arguments.name}:{_PORT}",
         },
-        # That name may not be known yet when the pod itself starts to listen.
+        # That name may not resolve yet when the pod starts to listen.
         {"name": "JAX_COORDINATOR_BIND_ADDRESS", "value": f"0.0.0.0:{_PORT}"},
         {"name": "JAX_NUM_PROCESSES", "value": str(arguments.num_nodes)},
         {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": process_id}}},
@@ -154,7 +168,7 @@ def _gpus(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_name(name: str, num_slices: int, num_hosts: int) -> None:
-    pod = f"{name}-slice-{num_slices - 1}-{num_hosts - 1}-abcde"  # its end is Kubernetes' choice
+    pod = f"{name}-slice-{num_slices - 1}-{num_hosts - 1}-abcde"  # Kubernetes appends the end
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise ConfigError(
             f"--name={name}; a name has lower-case letters, digits and hyphens, and starts with a "
@@ -162,27 +176,6 @@ def _check_name(name: str, num_slices: int, num_hosts: int) -> None:
         )
     if len(pod) > 63:
         raise ConfigError(f"--name={name} is too long: {63 - len(pod) + len(name)} letters at most")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.gke",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--name", required=True, help="of the JobSet")
-    parser.add_argument("--image", required=True, help="REGISTRY/NAME:TAG")
-    parser.add_argument("--workdir", required=True, help="gs://BUCKET/FOLDER")
-    parser.add_argument("--topology", help="a TPU slice, such as v4-128 or v5e:16x16")
-    parser.add_argument("--num_slices", type=int, default=1, help="such slices (1)")
-    parser.add_argument("--gpu", help="a GPU as GKE calls it, such as nvidia-h100-80gb")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="(8)")
-    parser.add_argument("--num_nodes", type=int, default=1, help="such nodes (1)")
-    parser.add_argument("--spot", action="store_true", help="on nodes that may be preempted")
-    parser.add_argument("--service_account", default="default", help="(default)")
-    parser.add_argument("--max_restarts", type=int, default=50, help="preemptions aside (50)")
-    parser.add_argument("flags", nargs="+", metavar="-- FLAG", help="the trainer's flags")
-    return parser
 
 
 if __name__ == "__main__":

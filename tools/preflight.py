@@ -1,5 +1,5 @@
-"""Compiles the real training and evaluation step for a slice, on a machine without one, and says
-whether it fits, what it communicates, and how long a step must take at least.
+"""Compiles the real training and evaluation steps for a slice, without having one, and reports
+whether they fit in memory, what they communicate, and a lower bound on the time of a step.
 
     python -m tools.preflight --config=configs/lra_listops.py --topology=v4-128
     ... --topology=v5p:8x8x8 --num_slices=2 --config.mesh.fsdp=8 --price_per_chip_hour=4.2
@@ -7,53 +7,55 @@ whether it fits, what it communicates, and how long a step must take at least.
 Topologies are named as Google Cloud does: v4-N and v5p-N count TensorCores (v4-128 has 64 chips),
 v5e-N (v5litepod-N) and v6e-N count chips; v4:4x4x4 gives the shape; cpu-8 is eight fake CPUs.
 
-Exit codes: 0 it fits; 1 it doesn't, and what to change; 2 a collective's bytes per chip grow when
-the slice and the batch grow together (found by compiling for another size, too); 3 the
+Exit codes: 0 it fits; 1 it does not, with suggestions; 2 a collective's bytes per chip grow when
+the slice and the batch grow together (found by compiling for a second size as well); 3 the
 configuration or the topology is invalid.
 """
 
+import argparse
 import json
-import logging
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags
-from ml_collections import config_flags
-
-from spectral_pod import command_line
 from spectral_pod.analysis import hardware
-from spectral_pod.errors import ConfigError, UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "A slice, such as v4-128, v5e:16x16 or cpu-8.")
-_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Such slices, joined by DCN along mesh.data.")
-_JSON = flags.DEFINE_string("json", None, "Write the report to this file, too.")
-_HLO = flags.DEFINE_string("hlo", None, "Write the compiled training step to this file.")
-_PRICE = flags.DEFINE_float("price_per_chip_hour", None, "Adds what the whole run costs at least.")
-flags.mark_flags_as_required(["config", "topology"])
+from . import shell
 
 FITS, TOO_BIG, GROWS, INVALID = range(4)
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise ConfigError(f"unexpected argument {argv[1]!r}; every option starts with --")
-    topology = hardware.parse(_TOPOLOGY.value or "", _NUM_SLICES.value)
-    hardware.prepare(topology)
-    from tools import compiled_step, preflight_report  # which import JAX
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("preflight", __doc__)
+    parser.add_config()
+    parser.add_argument(
+        "--topology", required=True, help="a slice, such as v4-128, v5e:16x16 or cpu-8"
+    )
+    parser.add_value("--num_slices", int, 1, "such slices, joined by DCN along mesh.data (1)")
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file as well")
+    parser.add_argument("--hlo", metavar="FILE", help="write the compiled training step here")
+    parser.add_value("--price_per_chip_hour", float, None, "adds the least cost of the whole run")
+    return shell.run(parser, preflight, argv, failure=INVALID)
 
-    setup = compiled_step.set_up(_CONFIG.value, topology)
-    say(f"{topology}: {topology.num_chips} chips, mesh {preflight_report.axes(setup.mesh.shape)}")
+
+def preflight(arguments: argparse.Namespace) -> int:
+    topology = hardware.parse(arguments.topology, arguments.num_slices)
+    hardware.prepare(topology)
+    from . import compiled_step, preflight_report  # which import JAX
+
+    setup = compiled_step.set_up(arguments.config, topology)
+    mesh = preflight_report.axes(setup.mesh.shape)
+    shell.say(f"{topology}: {topology.num_chips} chips, mesh {mesh}")
     neighbour = compiled_step.neighbour(setup)
     if neighbour is None:
-        (compiled,), other = compiled_step.compile_all([setup], say), None
+        (compiled,), other = compiled_step.compile_all([setup], shell.say), None
     else:
         other_setup = compiled_step.set_up(*neighbour)
-        compiled, other_compiled = compiled_step.compile_all([setup, other_setup], say)
+        compiled, other_compiled = compiled_step.compile_all([setup, other_setup], shell.say)
         other = other_setup, other_compiled
-    report = preflight_report.make(setup, compiled, other, _PRICE.value)
+    report = preflight_report.make(setup, compiled, other, arguments.price_per_chip_hour)
     for path, text in (
-        (_JSON.value, json.dumps(report.data, indent=1) + "\n"),
-        (_HLO.value, compiled["train"].text),
+        (arguments.json, json.dumps(report.data, indent=1) + "\n"),
+        (arguments.hlo, compiled["train"].text),
     ):
         if path:
             with open(path, "w") as file:
@@ -64,21 +66,5 @@ def main(argv: list[str]) -> int:
     return GROWS if report.grows else FITS
 
 
-def say(line: str) -> None:
-    """Progress goes to stderr: the report is all that is on stdout."""
-    sys.stderr.write(f"{line}\n")  # in one piece: compilations report from their own threads
-    sys.stderr.flush()
-
-
-def run() -> None:
-    """Runs `main`; an error that the user can cure is one message and exit code 3."""
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        app.run(main, flags_parser=command_line.parser(_CONFIG))
-    except (UserError, OSError) as error:
-        say(f"{type(error).__name__}: {error}")
-        sys.exit(INVALID)
-
-
 if __name__ == "__main__":
-    run()
+    sys.exit(main(sys.argv[1:]))

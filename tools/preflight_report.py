@@ -1,4 +1,4 @@
-"""What preflight says about compiled steps: figures, for programs and for people."""
+"""The report of preflight on compiled steps, as data and as text."""
 
 import dataclasses
 import re
@@ -12,15 +12,16 @@ from spectral_pod.analysis.hlo import Collective
 from spectral_pod.analysis.provenance import describe, parameter_shapes
 from spectral_pod.analysis.roofline import Roofline, roofline
 from spectral_pod.config import row_len
-from tools.compiled_step import Compiled, Setup, bytes_per_chip
+
+from .compiled_step import Compiled, Setup, bytes_per_chip
 
 _BOUNDS = [field.name for field in dataclasses.fields(Roofline)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    text: str  # for people
-    data: dict[str, Any]  # for programs: what `--json` writes
+    text: str
+    data: dict[str, Any]  # as `--json` writes it
     grows: bool  # a collective moves more bytes a chip when slice and batch grow together
 
 
@@ -30,17 +31,17 @@ def make(
     other: tuple[Setup, dict[str, Compiled]] | None,
     price_per_chip_hour: float | None = None,
 ) -> Report:
-    """The report on a setup's compiled steps, held against another size of slice if there is one.
+    """The report on a setup's compiled steps, compared with those of another size of slice.
 
-    Of the data, sizes are bytes per chip, FLOPs those of one chip and step, and what a step that
-    did not compile would have told is None.
+    In the data, sizes are bytes per chip and FLOPs those of one chip and step; what is unknown of a
+    step that did not compile is None.
     """
     config, topology, train = setup.config, setup.topology, compiled["train"]
     found = {name: _collectives(setup, one) for name, one in compiled.items()}
     grown = {name: _grown(setup, name, compiled, other) for name in compiled}
     rows = {name: _rows(setup, found[name], [one for one, _ in grown[name]]) for name in compiled}
     hbm = {name: _memory(setup, one) for name, one in compiled.items()}
-    notes = {_told(name, *pair) for name, pairs in grown.items() for pair in pairs}
+    notes = {_growth(name, *pair) for name, pairs in grown.items() for pair in pairs}
     if other is None:
         notes.add("there is no other size to compare with: growth of collectives isn't checked")
 
@@ -102,7 +103,7 @@ def _grown(
     return [(here or larger, larger) for larger, here in hlo.grown(mine, theirs)]
 
 
-def _told(name: str, one: Collective, cover: Collective | None) -> str:
+def _growth(name: str, one: Collective, cover: Collective | None) -> str:
     other = f"{_size(cover.bytes)} by {cover.kind}" if cover else "nothing like it"
     return (
         f"{name}: the {one.kind} of {one.what} from {one.source or 'an unnamed operation'} scales "
@@ -111,7 +112,7 @@ def _told(name: str, one: Collective, cover: Collective | None) -> str:
 
 
 def _rows(setup: Setup, found: list[Collective], grown: list[Collective]) -> list[dict[str, Any]]:
-    """The collectives as the JSON report has them, those alike together."""
+    """The collectives as in the JSON report, with equal ones counted in one row."""
     leaves = jax.tree_util.tree_leaves_with_path(setup.abstract.params)
     names = {jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in leaves}
     parameters = parameter_shapes(names, setup.mesh.shape)
@@ -132,7 +133,7 @@ def _rows(setup: Setup, found: list[Collective], grown: list[Collective]) -> lis
 
 
 def _memory(setup: Setup, compiled: Compiled) -> dict[str, int]:
-    """Bytes of a chip's HBM; what is left also pays for the program and undonated results."""
+    """Bytes of a chip's HBM; the headroom accounts for the program and undonated results."""
     capacity = hardware.memory(setup.topology)
     if compiled.out_of_memory:
         arguments = bytes_per_chip(setup.abstract)
@@ -152,13 +153,13 @@ def _memory(setup: Setup, compiled: Compiled) -> dict[str, int]:
 
 
 def _temporaries(message: str) -> int:
-    """Bytes of temporaries that a program which ran out would have needed; 0 if it isn't told."""
+    """Bytes of temporaries that a program which ran out needs; 0 if the message does not say."""
     match = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", message)
     return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2]))) if match else 0
 
 
 def advice(setup: Setup, train: Mapping[str, int], evaluation: Mapping[str, int]) -> list[str]:
-    """Changes that make the steps that don't fit smaller, the most promising first."""
+    """Changes that make the steps fit, the most promising first."""
     config, shape = setup.config, setup.mesh.shape
     state, found = bytes_per_chip(setup.abstract), []
     if state > min(train["temporaries"], 0.5 * train["capacity"]):

@@ -8,14 +8,14 @@
     python -m tools.records tfds STORE --name=NAME --data_dir=DIR
 
 `write` takes the options of a task (`spectral_pod/data/tasks`) as flags; `write --task=NAME --help`
-lists them. The records of files (`--task=records`) are written by several processes, and the same
+lists them. Records of files (`--task=records`) are written by several processes, and the same
 command continues a write that was stopped. A run reads the store with
-`--config.data.stores="('STORE',)"`; several are mixed: `"(('A', 3.0), ('B', 1.0))"`.
+`--config.data.stores="('STORE',)"`; several are mixed with `"(('A', 3.0), ('B', 1.0))"`.
 
-`describe` counts; with --duplicates it looks for records that two splits share and for labels that
-a record's length or ends give away. `verify` reads every byte and compares it with the manifest's
-sha256. `head` prints the first records, bytes that are no text escaped. `tfds` copies a store to a
-dataset of TensorFlow Datasets.
+`describe` counts records; with --duplicates it looks for records that two splits share and for
+labels that can be predicted from a record's length or its first and last bytes. `verify` reads
+every byte and compares it with the manifest's sha256. `head` prints the first records, with
+non-text bytes escaped. `tfds` copies a store to a dataset of TensorFlow Datasets.
 """
 
 import argparse
@@ -23,29 +23,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 from spectral_pod import fields, storage
 from spectral_pod.data import byte_store, duplicates, tasks
 from spectral_pod.data.progress import Progress
-from spectral_pod.errors import DataError, UserError
+from spectral_pod.errors import DataError
+
+from . import shell
 
 _SHOWN_BYTES = 200  # of a document
 
 
-def main(argv: list[str]) -> int:
-    try:
-        arguments = _parser(argv).parse_args(argv)
-        arguments.run(arguments)
-    except UserError as error:
-        _say(f"{type(error).__name__}: {error}")
-        return error.exit_code
-    except storage.failures() as error:
-        _say(f"{type(error).__name__}: {error}")
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        _say("Interrupted; the same command goes on")
-        return 130
-    return 0
+def main(argv: Sequence[str]) -> int:
+    again = "Interrupted; the same command continues"
+    return shell.run(_parser(argv), lambda a: a.command(a), argv, interrupted=again)
 
 
 def write(arguments: argparse.Namespace) -> None:
@@ -61,7 +53,7 @@ def write(arguments: argparse.Namespace) -> None:
         raise DataError(f"{out} holds a finished store; give another --out, or delete it first")
     started = time.monotonic()
     task.from_options(options).build(out)
-    _say(f"{out} in {time.monotonic() - started:.1f} s")
+    shell.say(f"{out} in {time.monotonic() - started:.1f} s")
     describe(argparse.Namespace(store=out, duplicates=False))
 
 
@@ -121,41 +113,38 @@ def to_tfds(arguments: argparse.Namespace) -> None:
     print(f"tfds.load({arguments.name!r}, data_dir={arguments.data_dir!r}): {folder}")
 
 
-def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.records",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser(argv: Sequence[str]) -> shell.Parser:
+    parser = shell.parser("records", __doc__)
     commands = parser.add_subparsers(required=True, metavar="write|describe|verify|head|tfds")
-    writes = commands.add_parser("write", help="writes a task's records", allow_abbrev=False)
-    stored = sorted(_stored_tasks())
-    writes.add_argument("--task", choices=stored, required=True)
+    writes = commands.add_parser("write", help="writes a task's records")
+    stored = _stored_tasks()
+    writes.add_argument("--task", choices=sorted(stored), required=True)
     writes.add_argument("--out", required=True, help="a folder or a gs:// URL")
-    # The options follow from the task, which is read ahead.
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--task", choices=stored, default=stored[0])
-    task = ahead.parse_known_args(argv)[0].task if argv[:1] == ["write"] else stored[0]
-    for name, default in _stored_tasks()[task]().options.items():
+    # The other flags depend on the task, which is therefore parsed first.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default="")
+    task = first.parse_known_args(argv)[0].task
+    task = task if task in stored else min(stored)  # the error is reported with the other flags
+    for name, default in stored[task]().options.items():
         writes.add_argument(f"--{name}", dest=f"option_{name}", help=f"default {default!r}")
-    writes.set_defaults(run=write)
+    writes.set_defaults(command=write)
     for name, function, about in (
-        ("describe", describe, "counts, classes, and where the records are from"),
+        ("describe", describe, "counts, classes, and the origin of the records"),
         ("verify", verify, "compares every byte with its sha256"),
         ("head", head, "prints the first records"),
         ("tfds", to_tfds, "copies the store to a dataset of TensorFlow Datasets"),
     ):
-        command = commands.add_parser(name, help=about)
-        command.add_argument("store", help="a folder or a gs:// URL")
-        command.set_defaults(run=function)
+        reads = commands.add_parser(name, help=about)
+        reads.add_argument("store", help="a folder or a gs:// URL")
+        reads.set_defaults(command=function)
         if name == "describe":
-            command.add_argument("--duplicates", action="store_true")
+            reads.add_argument("--duplicates", action="store_true")
         if name == "tfds":
-            command.add_argument("--name", required=True)
-            command.add_argument("--data_dir", required=True)
+            reads.add_argument("--name", required=True)
+            reads.add_argument("--data_dir", required=True)
         if name == "head":
-            command.add_argument("--split", default="train")
-            command.add_argument("--count", type=int, default=5)
+            reads.add_argument("--split", default="train")
+            reads.add_argument("--count", type=int, default=5)
     return parser
 
 
@@ -165,10 +154,6 @@ def _stored_tasks() -> dict[str, type[tasks.StoredTask]]:
 
 def _path(path: str) -> str:
     return path if storage.is_remote(path) else os.path.expanduser(path)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

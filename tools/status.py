@@ -1,13 +1,13 @@
-"""How a run is doing, from the files in its workdir, on disk or on gs://; changes nothing there.
+"""Reports the state of a run from the files in its workdir, on disk or on gs://; read-only.
 
     python -m tools.status WORKDIR [--json]
     watch -n 60 python -m tools.status WORKDIR
 
-A run is "finished" when it has written result.json. Else the age of the newest line of
-metrics.jsonl decides: a run is "stalled" where lines stay out ten times as long as usual, twice as
-long as the longest pause before, and two minutes at least, or where a report of a stall is newer;
-and "stopped" after ten times that. Half an hour after a start without a line it is "stopped", too.
-Whether a process still lives cannot be seen from here.
+A run is "finished" when it has written result.json. Otherwise the age of the newest line of
+metrics.jsonl decides. A run is "stalled" when no line has arrived for ten times the usual interval,
+twice the longest interval so far, and at least two minutes, or when a stall report is newer than
+the newest line. It is "stopped" after ten times that, or half an hour after a start without a line.
+Whether a process is still alive cannot be seen from the files.
 """
 
 import argparse
@@ -25,47 +25,43 @@ from typing import Any
 from etils import epath
 
 from spectral_pod import storage
-from spectral_pod.errors import ConfigError, UserError
+from spectral_pod.errors import ConfigError
 
-# Neither JAX nor TensorFlow is imported here, nor what imports them: they take seconds.
+from . import shell
+
+# Neither JAX nor TensorFlow is imported here, directly or indirectly: they take seconds.
 
 _SPLITS = ("validation", "test")
-_RECENT = 200  # lines by which speed and pauses are judged
-_PATIENCE = 120.0  # seconds without a line in which no run counts as stalled
-_START_SECONDS = 1800.0  # without a line after a start: it compiles
-_PANEL_WIDTH = 26  # columns that a curve needs
-_SPIKE_WINDOW = 20  # lines before a loss that it is compared with
+_RECENT = 200  # lines from which speed and intervals are estimated
+_PATIENCE = 120.0  # seconds without a line before a run can count as stalled
+_START_SECONDS = 1800.0  # without a line after a start, which compiles
+_PANEL_WIDTH = 26  # columns of a curve, at least
+_SPIKE_WINDOW = 20  # preceding lines that a loss is compared with
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.status",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("status", __doc__)
     parser.add_argument("workdir", help="a folder or a gs:// URL")
-    parser.add_argument("--json", action="store_true", help="the same facts, for programs")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--json", action="store_true", help="the same facts as JSON")
+    return shell.run(parser, show, argv)
+
+
+def show(arguments: argparse.Namespace) -> None:
     remote = storage.is_remote(arguments.workdir)
     workdir = arguments.workdir if remote else os.path.expanduser(arguments.workdir)
-    try:
-        storage.check_access(workdir, write=False)
-        lines = read_lines(workdir)
-        found = facts(workdir, lines, time.time())
-    except (UserError, *storage.failures()) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", UserError.exit_code)
+    storage.check_access(workdir, write=False)
+    lines = read_lines(workdir)
+    found = facts(workdir, lines, time.time())
     if arguments.json:
         print(json.dumps(_jsonable(found), indent=1))
-        return 0
+        return
     print("\n".join(report(found)))
     width = shutil.get_terminal_size((100, 24)).columns
     print(picture(lines, width, colour=sys.stdout.isatty()))
-    return 0
 
 
 def read_lines(workdir: str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a file; the last may be half written, and is then left out."""
+    """The lines of a JSON-lines file; a last line that is half written is omitted."""
     file = epath.Path(workdir) / name
     lines = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -77,10 +73,10 @@ def read_lines(workdir: str, name: str = "metrics.jsonl") -> list[dict[str, Any]
 
 
 def facts(workdir: str, lines: Sequence[Mapping[str, float]], now: float) -> dict[str, Any]:
-    """What is known of a run at the time `now`, in seconds since 1970.
+    """The state of a run at the time `now`, in seconds since 1970.
 
     Raises:
-      ConfigError: `workdir` is none of a run.
+      ConfigError: `workdir` is not the workdir of a run.
     """
     folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
@@ -129,36 +125,37 @@ def _state(
     stalls: Sequence[epath.Path],
     now: float,
 ) -> dict[str, str]:
-    """The state, and in "why" what it is judged by."""
+    """The "state", and in "why" the evidence for it."""
     if result:
         return {"state": "finished", "why": "result.json is written"}
     newest = (
         lines[-1].get("wall_time", storage.modified(folder / "metrics.jsonl")) if lines else 0.0
     )
-    claimed = newest or storage.modified(folder / "config.json")
-    started = starts[-1]["wall_time"] if starts else claimed
+    created = newest or storage.modified(folder / "config.json")
+    started = starts[-1]["wall_time"] if starts else created
     if stalls and storage.modified(stalls[-1]) > max(newest, started):
         return {"state": "stalled", "why": f"its newest file is {stalls[-1]}"}
     if started > newest:
         age = now - started
         state = "starting" if age < _START_SECONDS else "stopped"
         return {"state": state, "why": f"started {_duration(age)} ago, and no metrics since"}
-    pauses = [
+    intervals = [
         after - before
         for before, after in itertools.pairwise(_times(lines))
         if not any(before < start["wall_time"] <= after for start in starts)
     ]
-    usual, longest = (statistics.median(pauses), max(pauses)) if pauses else (0.0, 0.0)
+    usual, longest = (statistics.median(intervals), max(intervals)) if intervals else (0.0, 0.0)
     patience = max(_PATIENCE, 10 * usual, 2 * longest)
     age = now - newest
     state = "running" if age <= patience else "stalled" if age <= 10 * patience else "stopped"
     rhythm = f"; they come every {_duration(usual)}, at most {_duration(longest)} apart"
-    return {"state": state, "why": f"last metrics {_duration(age)} ago{rhythm if pauses else ''}"}
+    why = f"last metrics {_duration(age)} ago{rhythm if intervals else ''}"
+    return {"state": state, "why": why}
 
 
 def _checkpoint(folder: epath.Path, now: float) -> dict[str, Any] | None:
-    """The newest sealed step, the best one, and what lies there without a seal; None: nothing."""
-    # As train/checkpoint.py lays them out, whose import takes JAX and Orbax.
+    """The newest and the best sealed step, and the unsealed ones; None without checkpoints."""
+    # The layout is that of train/checkpoint.py, which is not imported as it needs JAX and Orbax.
     seals = {
         int(file.stem): seal
         for file in _files(folder / "seals")
@@ -182,7 +179,7 @@ def _checkpoint(folder: epath.Path, now: float) -> dict[str, Any] | None:
 
 
 def _evaluation(lines: Sequence[Mapping[str, float]], split: str) -> dict[str, Any] | None:
-    """The newest evaluation of a split, and the step of the lowest loss."""
+    """The newest evaluation of a split, and the step with the lowest loss."""
     evaluated = [line for line in lines if f"{split}/loss" in line]
     if not evaluated:
         return None
@@ -203,7 +200,7 @@ def _speed(lines: Sequence[Mapping[str, float]], name: str) -> dict[str, float] 
 def _eta(
     lines: Sequence[Mapping[str, float]], starts: Sequence[Mapping[str, Any]], found: Any
 ) -> float | None:
-    """Seconds to the last step at the pace since the start, evaluations included."""
+    """Seconds until the last step at the speed since the start, evaluations included."""
     since = starts[-1]["wall_time"] if starts else 0.0
     timed = [line for line in lines[-_RECENT:] if line.get("wall_time", -1.0) > since]
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
@@ -224,7 +221,7 @@ def _faults(
     stalls: Sequence[epath.Path],
     now: float,
 ) -> Iterator[str]:
-    """What a person should look at, each in a line."""
+    """Problems that a person should look at, a line each."""
     if bad := {int(line["step"]): line for line in lines if line.get("bad_steps")}:
         yield f"{len(bad)} bad step(s) were skipped, the last is {max(bad)}"
     if back := [line for line in lines if "rollback_to" in line]:
@@ -255,7 +252,7 @@ def _faults(
 
 
 def _spikes(losses: Sequence[tuple[float, float]]) -> list[tuple[int, float]]:
-    """(step, loss) where a loss is far above the ones just before it, as these scatter."""
+    """(step, loss) of losses far above the preceding ones, relative to their scatter."""
     found = []
     for i in range(_SPIKE_WINDOW, len(losses)):
         before = [loss for _, loss in losses[i - _SPIKE_WINDOW : i]]
@@ -268,106 +265,98 @@ def _spikes(losses: Sequence[tuple[float, float]]) -> list[tuple[int, float]]:
 
 
 def report(found: Mapping[str, Any]) -> list[str]:
-    """The facts in lines for a person."""
+    """The facts as lines of text."""
     lines = [f"{found['workdir']}: {found['model']} on {found['task']}"]
+    health = (("health", [fault]) for fault in found["faults"] or ["no fault seen"])
+    for name, parts in (*_progress(found), *_results(found), *_resources(found), *health):
+        if present := [part for part in parts if part]:
+            lines.append(f"{name:<12}{'; '.join(present)}")
+    return lines
 
-    def tell(name: str, *parts: Any) -> None:
-        if told := [part for part in parts if part]:
-            lines.append(f"{name:<12}{'; '.join(told)}")
 
-    eta, checkpoint, speed = found["eta_seconds"], found["checkpoint"], found["speed"]
-    tell("state", f"{found['state']}: {found['why']}")
+_Line = tuple[str, Sequence[Any]]  # its name, and its parts; false ones are omitted
+
+
+def _progress(found: Mapping[str, Any]) -> Iterator[_Line]:
+    eta, speed, mfu = found["eta_seconds"], found["speed"], found["model_flops_utilisation"]
+    yield "state", [f"{found['state']}: {found['why']}"]
     share = found["step"] / found["total_steps"]
-    tell(
-        "step",
-        f"{found['step']:,} of {found['total_steps']:,} ({share:.1%})",
-        eta is not None and f"done in {_duration(eta)}",
-    )
+    steps = f"{found['step']:,} of {found['total_steps']:,} ({share:.1%})"
+    yield "step", [steps, eta is not None and f"done in {_duration(eta)}"]
     if start := found["last_start"]:
-        tell(
-            "starts",
-            f"{found['starts']}, the last at step {start['step']:,}",
-            f"{start['devices']} of {start['processes']} process(es)",
-        )
-    mfu = found["model_flops_utilisation"]
-    tell(
+        starts = f"{found['starts']}, the last at step {start['step']:,}"
+        yield "starts", [starts, f"{start['devices']} of {start['processes']} process(es)"]
+    units = (("bytes_per_second", 1e3, "kB/s"), ("steps_per_second", 1, "steps/s"))
+    yield (
         "speed",
-        *(
+        [
             f"{values['now'] / scale:,.4g} {unit} (median {values['median'] / scale:,.4g})"
-            for values, scale, unit in (
-                (speed["bytes_per_second"], 1e3, "kB/s"),
-                (speed["steps_per_second"], 1, "steps/s"),
-            )
-            if values
-        ),
-        mfu and f"model FLOPs utilisation {mfu:.1%}",
+            for name, scale, unit in units
+            if (values := speed[name])
+        ]
+        + [mfu and f"model FLOPs utilisation {mfu:.1%}"],
     )
     goodput = dict(found["goodput"])
     fraction = goodput.pop("fraction", None)
     lost = sorted(goodput.items(), key=lambda item: -item[1])
-    tell(
+    yield (
         "goodput",
-        fraction is not None and f"{fraction:.1%}",
-        *(f"{name.removesuffix('_seconds')} {_duration(spent)}" for name, spent in lost if spent),
+        [fraction is not None and f"{fraction:.1%}"]
+        + [f"{name.removesuffix('_seconds')} {_duration(spent)}" for name, spent in lost if spent],
     )
     hosts = found["hosts"]
     if "slowest" in hosts:
         slowest = int(hosts["slowest"])
-        tell(
-            "hosts",
-            f"the slowest is process {slowest}",
-            *(
-                f"{name} {hosts[f'{slowest}/{name}_seconds']:.3g} s a step"
-                for name in ("p50", "p99")
-                if f"{slowest}/{name}_seconds" in hosts
-            ),
-        )
+        times = {name: hosts.get(f"{slowest}/{name}_seconds") for name in ("p50", "p99")}
+        shown = [f"{name} {t:.3g} s a step" for name, t in times.items() if t is not None]
+        yield "hosts", [f"the slowest is process {slowest}", *shown]
+
+
+def _results(found: Mapping[str, Any]) -> Iterator[_Line]:
+    checkpoint = found["checkpoint"]
     if checkpoint is None:
-        tell("checkpoint", "none yet")
+        yield "checkpoint", ["none yet"]
     else:
-        best, unsealed = checkpoint["best"], checkpoint["unsealed"]
-        tell(
+        step, best, unsealed = checkpoint["step"], checkpoint["best"], checkpoint["unsealed"]
+        yield (
             "checkpoint",
-            checkpoint["step"] is not None
-            and f"step {checkpoint['step']:,}, sealed {_duration(checkpoint['age_seconds'])} ago",
-            unsealed and f"not sealed: {', '.join(map(str, unsealed))}",
-            best and f"best is step {best['step']:,} ({_scores(best)})",
+            [
+                step is not None
+                and f"step {step:,}, sealed {_duration(checkpoint['age_seconds'])} ago",
+                unsealed and f"not sealed: {', '.join(map(str, unsealed))}",
+                best and f"best is step {best['step']:,} ({_scores(best)})",
+            ],
         )
     for split, values in found["evaluations"].items():
         if values:
-            tell(
-                split,
-                f"{_scores(values)} at step {values['step']:,}",
-                f"lowest loss {values['best_loss']:.4f} at step {values['best_step']:,}",
-            )
-    system = found["system"]
-    tell(
+            lowest = f"lowest loss {values['best_loss']:.4f} at step {values['best_step']:,}"
+            yield split, [f"{_scores(values)} at step {values['step']:,}", lowest]
+
+
+def _resources(found: Mapping[str, Any]) -> Iterator[_Line]:
+    system, free, checkpoint = found["system"], found["disk_free_gb"], found["checkpoint"]
+    names = {
+        "host_memory_gb": "memory",
+        "host_memory_available_gb": "available",
+        "device_memory_gb": "device memory",
+        "device_memory_peak_gb": "at its peak",
+    }
+    yield (
         "system",
-        *(
-            f"{what} {system[name]:.3g} GB"
-            for name, what in (
-                ("host_memory_gb", "memory"),
-                ("host_memory_available_gb", "available"),
-                ("device_memory_gb", "device memory"),
-                ("device_memory_peak_gb", "at its peak"),
-            )
-            if name in system
-        ),
+        [f"{text} {system[name]:.3g} GB" for name, text in names.items() if name in system],
     )
-    free = found["disk_free_gb"]
     size = checkpoint and checkpoint.get("bytes")
-    tell(
+    yield (
         "disk",
-        free is not None and f"{free:.4g} GB free",
-        size and f"a checkpoint takes {size / 1e9:.3g} GB",
+        [
+            free is not None and f"{free:.4g} GB free",
+            size and f"a checkpoint takes {size / 1e9:.3g} GB",
+        ],
     )
-    for fault in found["faults"] or ["no fault seen"]:
-        tell("health", fault)
-    return lines
 
 
 def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -> str:
-    """Curves for a terminal of `width` columns; "" where there are no two points of any."""
+    """Curves for a terminal of `width` columns; "" where no curve has two points."""
     import plotext
 
     bits = any("validation/bits_per_byte" in line for line in lines)
@@ -388,8 +377,8 @@ def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -
             curves[title] = points
     if not curves:
         return ""
-    beside = width >= _PANEL_WIDTH * len(curves)
-    rows, columns = (1, len(curves)) if beside else (len(curves), 1)
+    wide = width >= _PANEL_WIDTH * len(curves)
+    rows, columns = (1, len(curves)) if wide else (len(curves), 1)
     plotext.terminal.limit(False, False)
     figure = plotext.figure.clear().plot_size(width, 14 * rows).subplots(rows, columns)
     for i, (title, points) in enumerate(curves.items()):
@@ -399,7 +388,7 @@ def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -
         first, last = int(min(points)), int(max(points))
         ticks = [first, (first + last) // 2, last]
         panel.ruler("x").ticks(ticks, [f"{step:,}" for step in ticks])
-        if len(set(points.values())) == 1:  # a range of its own: plotext's would be one of 2
+        if len(set(points.values())) == 1:  # plotext would choose a range of 2
             panel.ruler("y").lim(0, 2 * points[last] or 1)
     return figure.build().string(colorless=not colour).rstrip("\n")
 
@@ -413,7 +402,7 @@ def _scores(values: Mapping[str, float]) -> str:
 
 
 def _below(values: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """What is named `prefix`..., by the rest of the name."""
+    """The values whose name starts with `prefix`, by the rest of the name."""
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
@@ -422,7 +411,7 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _read_json(file: epath.Path) -> Any:
-    """None where there is no such file, or a damaged one."""
+    """The content of a file; None if it does not exist or is damaged."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
@@ -440,7 +429,7 @@ def _duration(seconds: float) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """With null for numbers that JSON has no word for."""
+    """The value with null for numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {name: _jsonable(x) for name, x in value.items()}
     if isinstance(value, list):

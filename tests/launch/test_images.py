@@ -197,7 +197,7 @@ def test_the_copied_code_starts(tmp_path):
     assert "supervise" not in done.stderr
     done = image.call(["python", "-m", "tools.gke", "--help"], capture_output=True)
     assert done.returncode == 0  # tools find their templates in the image
-    assert image.at("spectral_pod/launch/gke_jobset.yaml").exists()
+    assert image.at("spectral_pod/tools/gke_jobset.yaml").exists()
 
 
 @pytest.mark.slow

@@ -53,11 +53,11 @@ def test_ops(tmp_path):
         "delta_chunked_vs_scan_2048", "delta_chunked_vs_remat_2048", "delta_temporaries_2048",
         "causal_conv_vs_jnp_1024", "causal_conv_vs_jnp_4096", "causal_conv_vs_jnp_16384",
         "spectral_vs_seed_literal_2048", "spectral_linear_vs_seed_literal_2048",
-        "wavelet_vs_pywt_1024", "door_vs_best_256", "door_vs_best_1000",
+        "wavelet_vs_pywt_1024", "dispatch_vs_best_256", "dispatch_vs_best_1000",
     }  # fmt: skip
     assert expected <= set(data["ratios"])
     assert ("bf16_dense_vs_float32" in data["ratios"]) == data["machine"]["amx"]
-    assert data["ratios"]["door_vs_best_256"] >= 1
+    assert data["ratios"]["dispatch_vs_best_256"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """Benchmarks: python -m tools.bench ops|step|generate|data|checkpoint [--json=FILE]
 
     python -m tools.bench ops --filter='delta|causal' --repeats=15
-    python -m tools.bench ops --peers=DIR/bin/python     with PyTorch's side (tools/peers)
-    python -m tools.bench data --big=10                  a store of 10 GB, and the memory it takes
+    python -m tools.bench ops --peers=DIR/bin/python     compared with PyTorch (tools/peers)
+    python -m tools.bench data --big=10                  a store of 10 GB, and its peak memory
 
-Prints a row for each side of every comparison and the ratios that are worth following, with their
-targets. Ratios compare medians of repetitions that took turns in this run; they hold on a machine
-that others share, the milliseconds don't. On CPUs the process keeps to one core and the clock is
-its CPU time, but for data and checkpoints, which wait; on accelerators it is wall time.
+Prints a row for each case and the ratios of interest, with their targets. Ratios compare medians of
+interleaved repetitions of one run: they are reproducible on a shared machine, the milliseconds are
+not. On CPUs the process is pinned to one core and the clock is CPU time, except for data and
+checkpoint, which wait for I/O; on accelerators the clock is wall time.
 
 The report of --json holds {"machine": {...}, "ratios": {name: x}, "rows": [...]}.
 """
@@ -18,35 +18,52 @@ import dataclasses
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from spectral_pod.errors import UserError
-from tools.bench.errors import BenchError
+from spectral_pod.errors import ConfigError
+from spectral_pod.fields import Positive
+
+from .. import shell
 
 BENCHMARKS = ("ops", "step", "generate", "data", "checkpoint")
 
 
-def main(options: argparse.Namespace) -> None:
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("bench", __doc__)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file as well")
+    parser.add_argument("--filter", metavar="REGEX", default="", help="run the matching groups")
+    parser.add_value("--repeats", Positive, None, "of every case (9)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_value("--cores", int, 1, "to use, on CPUs (1)")
+    parser.add_value("--big", float, None, "data only: write and read so many GB instead")
+    parser.add_argument("--peers", metavar="PYTHON", help="interpreter with the peers' packages")
+    return shell.run(parser, benchmark, argv)
+
+
+def benchmark(options: argparse.Namespace) -> None:
     if options.big:
-        from tools.bench import big
+        from . import big
 
         if options.benchmark != "data":
-            raise BenchError(f"--big is of the benchmark data, not {options.benchmark}")
+            raise ConfigError(f"--big is of the benchmark data, not {options.benchmark}")
         return big.measure(options.big)
-    # Imports of JAX wait for the pinning: it sizes its thread pools when it starts.
-    from tools.bench import machine
+    # JAX is imported after the pinning: it sizes its thread pools when it starts.
+    from . import machine
 
     machine.pin(options.cores)
     import jax
 
     from spectral_pod.parallel import runtime
-    from tools.bench import timing
-    from tools.bench.peers import Peers
-    from tools.bench.settings import Settings
+
+    from . import timing
+    from .peers import Peers
+    from .settings import Settings
 
     runtime.initialize(None, 1, 0)
-    benchmark = importlib.import_module(f"tools.bench.{options.benchmark}")
-    clock: timing.Clock = getattr(benchmark, "CLOCK", "cpu")
+    module = importlib.import_module(f".{options.benchmark}", __package__)
+    clock: timing.Clock = getattr(module, "CLOCK", "cpu")
     if jax.default_backend() != "cpu":
         machine.unpin()
         clock = "wall"
@@ -55,11 +72,11 @@ def main(options: argparse.Namespace) -> None:
         if peers:
             stack.callback(peers.close)
         report = timing.measure(
-            benchmark.groups(Settings(options.quick, peers, stack)),
+            module.groups(Settings(options.quick, peers, stack)),
             repeats=options.repeats or (2 if options.quick else 9),
             clock=clock,
             only=options.filter,
-            say=timing.progress,
+            say=shell.say,
         )
     facts: dict[str, Any] = machine.describe() | {"clock": clock, "quick": options.quick}
     facts["peers"] = peers.versions if peers else {}
@@ -75,27 +92,5 @@ def main(options: argparse.Namespace) -> None:
             file.write("\n")
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("benchmark", choices=BENCHMARKS)
-    parser.add_argument("--json", metavar="FILE", help="write the report there, too")
-    parser.add_argument("--filter", metavar="REGEX", default="", help="of groups of rows to run")
-    parser.add_argument("--repeats", type=int, metavar="N", help="of every case; 9 by default")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
-    parser.add_argument("--cores", type=int, default=1, metavar="N", help="on CPUs; 1 by default")
-    parser.add_argument("--big", type=float, metavar="GB", help="of data: only write and read it")
-    parser.add_argument("--peers", metavar="PYTHON", help="interpreter with the peers' packages")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    try:
-        main(_parse())
-    except (UserError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(main(sys.argv[1:]))

@@ -1,27 +1,32 @@
-"""A large store, written part by part and read once in random order: python -m tools.bench.big ...
+"""Writes a large store part by part, or reads it once in random order.
 
-Each is done in a process of its own, whose peak resident memory is what the system counted.
-`python -m tools.bench data --big=10` runs both.
+    python -m tools.bench.big write|read STORE GIGABYTES
+
+`python -m tools.bench data --big=10` runs each in a process of its own, whose peak resident memory
+is what the operating system counted.
 """
 
+import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from spectral_pod.data import byte_store, pipeline
 from spectral_pod.data.byte_store import ByteStore, Record
 
+from .. import shell
+
 _RECORD_BYTES = 12_288
 _BATCH = 128
 
 
 def measure(gigabytes: float) -> None:
-    """Writes and reads so many GB in a temporary folder, and prints a line about each."""
+    """Writes and reads so many GB in a temporary folder, and prints a line for each."""
     with tempfile.TemporaryDirectory(prefix="bench-big-") as folder:
         for action in ("write", "read"):
             print(_run(action, f"{folder}/store", gigabytes))
@@ -29,7 +34,9 @@ def measure(gigabytes: float) -> None:
 
 def _run(action: str, path: str, gigabytes: float) -> str:
     started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", __name__, action, path, str(gigabytes)])
+    child = subprocess.Popen(
+        [sys.executable, "-m", f"{__package__}.big", action, path, str(gigabytes)]
+    )
     _, status, usage = os.wait4(child.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         sys.exit(code)
@@ -45,7 +52,7 @@ def _write(path: str, num_records: int) -> None:
 
 
 def _records(num_records: int) -> Iterator[Record]:
-    # Drawing costs more than writing: records are windows of one long draw.
+    # Random numbers cost more than writing: records are windows of one long draw.
     digits = np.random.default_rng(0).integers(48, 58, 1 << 24).astype(np.uint8).tobytes()
     for i in range(num_records):
         start = i * 7919 % (len(digits) - _RECORD_BYTES)
@@ -59,6 +66,18 @@ def _read(path: str, num_records: int) -> None:
         source.rows(step, np.arange(_BATCH))
 
 
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("bench.big", __doc__)
+    parser.add_argument("action", choices=("write", "read"))
+    parser.add_argument("store", help="a folder")
+    parser.add_argument("gigabytes", type=float)
+    return shell.run(parser, act, argv)
+
+
+def act(arguments: argparse.Namespace) -> None:
+    action = {"write": _write, "read": _read}[arguments.action]
+    action(arguments.store, int(arguments.gigabytes * 1e9) // _RECORD_BYTES)
+
+
 if __name__ == "__main__":
-    _, action, path, gigabytes = sys.argv
-    {"write": _write, "read": _read}[action](path, int(float(gigabytes) * 1e9) // _RECORD_BYTES)
+    sys.exit(main(sys.argv[1:]))

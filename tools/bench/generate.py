@@ -1,8 +1,8 @@
-"""Decoding byte after byte: SpectralGPT of 6 layers and width 256, batch 1, float32.
+"""Decoding byte by byte: SpectralGPT with 6 layers of width 256, batch 1, float32.
 
-Sides: the decoder (`generate/decode.py`); the same model with each long convolution as a dot
-product with all inputs so far; the whole prefix computed again for every byte; and the model
-without long convolutions, which is what there is to reach. Group: decode.
+Cases: the decoder (`generate/decode.py`); the same model with each long convolution computed as a
+dot product with all inputs so far; the whole prefix recomputed for every byte; and the model
+without long convolutions, an upper bound. Group: decode.
 """
 
 import functools
@@ -23,10 +23,11 @@ from spectral_pod.layers import hyena
 from spectral_pod.layers.long_convolution import LongConvolution
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.ops.online_conv import BLOCK
-from tools.bench.settings import Settings
-from tools.bench.timing import Case, Comparison, Group, Ratio, Row, Seconds, timed
 
-_SAMPLE = 64  # positions of a stage that are run
+from .settings import Settings
+from .timing import Case, Comparison, Group, Ratio, Row, Seconds, timed
+
+_SAMPLE = 64  # positions of a stage that are timed
 _NUM_CLASSES = 257
 _SHORT, _LONG = 1024, 16_384
 
@@ -42,7 +43,7 @@ def _decode(layers: int, width: int, short: int, long: int, stages: int) -> Comp
         return Case(name, what, shape, run, "", work={"bytes": timed})
 
     model = functools.partial(_Model, layers, width)
-    shorter, longer = short - 2 * BLOCK, long - 2 * BLOCK  # without a prompt and a first block
+    shorter, longer = short - 2 * BLOCK, long - 2 * BLOCK  # without the prompt and a first block
     without = _with(_NoConvolution, model, short, shorter)
     cases = [
         case(
@@ -68,7 +69,7 @@ def _decode(layers: int, width: int, short: int, long: int, stages: int) -> Comp
         ),
         case(
             f"recomputed_{_SHORT}",
-            "the prefix again for every byte, at the price of the mean one",
+            "the prefix again for every byte, at the cost of the mean one",
             short,
             _recomputed(model, short),
             short,
@@ -95,11 +96,11 @@ def _decode(layers: int, width: int, short: int, long: int, stages: int) -> Comp
 
 
 class _Model:
-    """The model for N positions with one form of its long convolutions, and its parameters."""
+    """The model for N positions with one form of long convolution, and its parameters."""
 
     def __init__(self, layers: int, width: int, length: int, form: str = "hyena"):
         config: Any = config_lib.default()
-        # A form has a name of its own, as programs are cached by a model's configuration.
+        # Each form has its own name, as programs are cached by a model's configuration.
         pattern = (form, f"{form}+delta")
         fields = {"name": "spectral_gpt", "num_layers": layers, "hidden_dim": width}
         fields |= {"pattern": pattern, "dtype": "float32", "positions": "none"}
@@ -110,9 +111,9 @@ class _Model:
         self.params = nn.unbox(init(jax.random.key(0), tokens_BL, tokens_BL == 0)["params"])
 
     def decode(self, num_bytes: int) -> Seconds:
-        """Draws that many bytes, whole blocks of them.
+        """Samples that many bytes, in whole blocks.
 
-        The prompt, the preparation of its filters and a first block are not timed.
+        The prompt, the preparation of the filters and a first block are not timed.
         """
         room = BLOCK + num_bytes
         decoder = Decoder(self.module, self.params, np.zeros((1, BLOCK)), num_positions=room)
@@ -129,9 +130,9 @@ class _Model:
 
 
 def _cached(stages: int, model: Any, num_bytes: int) -> Callable[[], Seconds]:
-    """O(t) a position, in stages that touch no more than the inputs up to their own end.
+    """O(t) per position, in stages that read only the inputs up to the end of the stage.
 
-    All positions of a stage cost the same, so some of them are run, and counted for all.
+    All positions of a stage cost the same, so some of them are timed and extrapolated.
     """
     length = num_bytes // stages
     sample = min(_SAMPLE, length)
@@ -140,38 +141,38 @@ def _cached(stages: int, model: Any, num_bytes: int) -> Callable[[], Seconds]:
     ]
 
     def run() -> Seconds:
-        took = [run() for run in runs]
-        total = Seconds(sum(t.wall for t in took), sum(t.cpu for t in took))
+        times = [run() for run in runs]
+        total = Seconds(sum(t.wall for t in times), sum(t.cpu for t in times))
         return _times(length // sample, total)
 
     return run
 
 
 def _with(form: type[nn.Module], model: Any, length: int, num_bytes: int) -> Callable[[], Seconds]:
-    """A repetition with another form of long convolution, which is compiled here."""
+    """A repetition with another form of long convolution, compiled beforehand."""
     name = form.__name__
     MIXERS[name] = type(name, (hyena.HyenaLayer,), {})
     with mock.patch.object(hyena, "LongConvolution", form):
-        made = model(length, name)
-        made.decode(num_bytes)
-    return functools.partial(made.decode, num_bytes)
+        built = model(length, name)
+        built.decode(num_bytes)
+    return functools.partial(built.decode, num_bytes)
 
 
 def _recomputed(model: Any, num_bytes: int) -> Callable[[], Seconds]:
     """N forward passes over the prefix of N/2 bytes."""
-    made = model(num_bytes)
+    built = model(num_bytes)
     tokens_BL = jnp.zeros((1, num_bytes // 2), jnp.int32)
 
     @jax.jit
     def prefix(params: Any, tokens_BL: jax.Array) -> jax.Array:
-        logits_BLC = made.module.apply({"params": params}, tokens_BL, tokens_BL == 0)
+        logits_BLC = built.module.apply({"params": params}, tokens_BL, tokens_BL == 0)
         return logits_BLC[:, -1]
 
-    return lambda: _times(num_bytes, timed(prefix, made.params, tokens_BL))
+    return lambda: _times(num_bytes, timed(prefix, built.params, tokens_BL))
 
 
 class _NoConvolution(LongConvolution):
-    """What goes in comes out."""
+    """The identity."""
 
     def __call__(self, v_BND: jax.Array) -> jax.Array:
         return v_BND
@@ -191,7 +192,7 @@ class _CachedConvolution(LongConvolution):
 
     def prefill(self, v_BPD: jax.Array) -> Any:
         h_DT = self.filter(self.width)
-        # Back to front, and zeros for the inputs that are still to come.
+        # Reversed, with zeros for the inputs that are still to come.
         reversed_ND = jnp.pad(h_DT.T[::-1], ((0, self.num_taps), (0, 0)))
         return v_BPD, (reversed_ND, jnp.zeros((self.num_taps, self.width)))
 

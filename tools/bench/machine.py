@@ -1,4 +1,4 @@
-"""What the figures were taken on, and the pinning that makes them comparable."""
+"""Facts about the machine, and the pinning that makes figures comparable."""
 
 import importlib.metadata
 import os
@@ -9,23 +9,23 @@ from typing import Any
 
 import jax
 
-from tools.bench.errors import BenchError
+from spectral_pod.errors import ConfigError
 
 _WATCH_S = 0.5
 
 
 def pin(cores: int) -> None:
-    """Confines this process, and those it will start, to its `cores` idlest cores.
+    """Pins this process, and those it will start, to its `cores` idlest cores.
 
-    To be called before JAX starts: XLA and PyTorch size their thread pools by it. With more threads
-    than idle cores both spend milliseconds waiting for threads, and never the same number.
+    Call it before JAX starts: XLA and PyTorch size their thread pools by it. With more threads than
+    idle cores both spend a varying number of milliseconds waiting for threads.
 
     Raises:
-      BenchError: there are not as many.
+      ConfigError: the process has fewer cores.
     """
     allowed = os.sched_getaffinity(0)
     if not 1 <= cores <= len(allowed):
-        raise BenchError(f"--cores={cores}: this process may use 1 to {len(allowed)} cores")
+        raise ConfigError(f"--cores={cores}: this process may use 1 to {len(allowed)} cores")
     before = _idle()
     time.sleep(_WATCH_S)
     after = _idle()
@@ -33,25 +33,25 @@ def pin(cores: int) -> None:
 
 
 def unpin() -> None:
-    """Gives all threads all cores again: an accelerator's host must not hold it up."""
+    """Unpins all threads: an accelerator must not wait for its host."""
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), range(os.cpu_count() or 1))
 
 
 def _idle() -> dict[int, int]:
-    """The time that every core has been idle."""
+    """The idle time of every core so far."""
     with open("/proc/stat") as file:
         fields = [line.split() for line in file if re.match(r"cpu\d", line)]
     return {int(name.removeprefix("cpu")): int(times[3]) for name, *times in fields}
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX)."""
     return "amx_bf16" in _cpuinfo()
 
 
 def describe() -> dict[str, Any]:
-    """Facts about this machine and the libraries, for a report."""
+    """Facts about this machine and the library versions, for a report."""
     model = re.search(r"model name\s*:\s*(.*)", _cpuinfo())
     return {
         "device": jax.devices()[0].device_kind,

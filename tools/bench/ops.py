@@ -1,7 +1,7 @@
-"""Operations against the plain ones that they replace: forward and backward, in float32.
+"""Operations compared with their plain implementations: forward and backward, in float32.
 
-Groups: delta_N, causal_conv_N, spectral_N, dense, wavelet, and door_N, where every method of a
-filter runs and the one that its door takes is held against the fastest.
+Groups: delta_N, causal_conv_N, spectral_N, dense, wavelet, and dispatch_N, where every method of a
+filter runs and the one that dispatch chooses is compared with the fastest.
 """
 
 import functools
@@ -20,9 +20,10 @@ from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.ops.fft import spectral_filter
 from spectral_pod.ops.long_conv import causal_conv
 from spectral_pod.ops.wavelet import wavedec
-from tools.bench import machine
-from tools.bench.settings import Settings
-from tools.bench.timing import (
+
+from . import machine
+from .settings import Settings
+from .timing import (
     Case,
     Comparison,
     Group,
@@ -35,7 +36,7 @@ from tools.bench.timing import (
     times_faster,
 )
 
-_DOOR_LENGTHS = (256, 512, 1000, 1024, 2048, 3001, 4096, 8192, 12_345, 16_384, 32_768, 65_536)
+_DISPATCH_LENGTHS = (256, 512, 1000, 1024, 2048, 3001, 4096, 8192, 12_345, 16_384, 32_768, 65_536)
 
 
 def groups(settings: Settings) -> list[Group]:
@@ -48,8 +49,9 @@ def groups(settings: Settings) -> list[Group]:
     if machine.has_amx() and jax.default_backend() == "cpu":
         made.append(Group("dense", 1, partial(_dense, 16 if quick else 1)))
     made.append(Group("wavelet", 0.3, partial(_wavelet, 64 if quick else 1024)))
-    for n in (256, 1000) if quick else _DOOR_LENGTHS:
-        made.append(Group(f"door_{n}", 0.2 + n / 2000, partial(_door, n, 4 if quick else 256)))
+    for n in (256, 1000) if quick else _DISPATCH_LENGTHS:
+        build = partial(_dispatch, n, 4 if quick else 256)
+        made.append(Group(f"dispatch_{n}", 0.2 + n / 2000, build))
     return made
 
 
@@ -65,7 +67,7 @@ def _delta(settings: Settings, N: int) -> Comparison:
     state = jnp.zeros((B, H, K, K))
     weights = _float32(rng.normal(size=(B, N, H, K)), rng.normal(size=(B, H, K, K)))
 
-    def door(method: Any) -> Callable[..., Any]:
+    def by(method: Any) -> Callable[..., Any]:
         return lambda *tokens_and_state: delta_rule(
             *tokens_and_state[:4], state_BHVK=tokens_and_state[4], method=method
         )
@@ -75,9 +77,9 @@ def _delta(settings: Settings, N: int) -> Comparison:
         return Case(name, what, f"B={B} N={N} H={H} K={K}", run, baseline, temporary)
 
     cases = [
-        case("chunked", "delta_rule(method='chunked'), exact clips", door("chunked"), "scan"),
+        case("chunked", "delta_rule(method='chunked'), exact clips", by("chunked"), "scan"),
         case("scan", "the definition in one lax.scan", _delta_scan),
-        case("remat", "delta_rule(method='recurrent'), rematerialized", door("recurrent"), "scan"),
+        case("remat", "delta_rule(method='recurrent'), rematerialized", by("recurrent"), "scan"),
     ]
     ratios = [
         times_faster("delta_chunked_vs_scan_2048", "chunked", "scan", ">= 6"),
@@ -103,7 +105,7 @@ def _delta_scan(
     state_BHVK: jax.Array,
     clip: float = 10.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """What one would write first: the definition (`ops/delta_rule.py`), a token at a time."""
+    """The straightforward form: the definition (`ops/delta_rule.py`), a token at a time."""
 
     def step(S: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
         q, k, v, beta = token
@@ -194,11 +196,11 @@ def _spectral(N: int) -> Comparison:
     )
 
 
-# ---- doors
+# ---- dispatch
 
 
-def _door(N: int, width: int) -> Comparison:
-    """Every method of both filters, and which one each door takes."""
+def _dispatch(N: int, width: int) -> Comparison:
+    """Every method of both filters, and the one that dispatch chooses for each."""
     D = min(width, 256 if N <= 8192 else 64)
     rng = np.random.default_rng(0)
     x_BND, g_BND = _float32(*rng.normal(size=(2, 4, N, D)))
@@ -212,37 +214,39 @@ def _door(N: int, width: int) -> Comparison:
         return causal_conv(u_BDN, h_DN, method)
 
     u_BDN, g_BDN = jnp.swapaxes(x_BND, 1, 2), jnp.swapaxes(g_BND, 1, 2)
-    doors = {
+    filters = {
         "spectral": _methods("spectral", spectral, fft.METHODS, g_BND, (x_BND, real_FD, imag_FD)),
         "causal": _methods("causal", causal, long_conv.METHODS, g_BDN, (u_BDN, h_DN)),
     }
     each = {
         name: functools.partial(_over_best, chosen, [case.name for case in cases])
-        for name, (cases, chosen) in doors.items()
+        for name, (cases, chosen) in filters.items()
     }
-    ratios = [Ratio(f"{name}_door_vs_best_{N}", of) for name, of in each.items()]
-    worse = Ratio(f"door_vs_best_{N}", lambda rows: max(of(rows) for of in each.values()), "<= 1.1")
-    return Comparison([c for cases, _ in doors.values() for c in cases], [*ratios, worse], True)
+    ratios = [Ratio(f"{name}_dispatch_vs_best_{N}", of) for name, of in each.items()]
+    worse = Ratio(
+        f"dispatch_vs_best_{N}", lambda rows: max(of(rows) for of in each.values()), "<= 1.1"
+    )
+    return Comparison([c for cases, _ in filters.values() for c in cases], [*ratios, worse], True)
 
 
 def _methods(
     op: str, fn: Callable[..., Any], names: Sequence[str], weights: Any, arguments: Any
 ) -> tuple[list[Case], str]:
-    """A case for every method that serves these sizes, and the name of the door's own."""
+    """A case for every method that supports these sizes, and the name of the chosen one."""
 
     def lowered(method: str) -> Any:
         gradient = forward_backward(functools.partial(fn, method))
         return jax.jit(gradient).lower(weights, *arguments)
 
-    def served() -> Iterator[tuple[str, Any]]:
+    def supported() -> Iterator[tuple[str, Any]]:
         for name in names:
             try:
                 yield name, lowered(name)
-            except ValueError:  # the method says that it cannot
+            except ValueError:  # the method does not support these sizes
                 continue
 
-    door, cases, chosen = lowered("auto").as_text(), [], ""
-    for method, low in served():
+    automatic, cases, chosen = lowered("auto").as_text(), [], ""
+    for method, low in supported():
         program = low.compile()
         case = Case(
             f"{op}_{method}",
@@ -251,11 +255,11 @@ def _methods(
             functools.partial(timed, program, weights, *arguments),
             temporaries=temporaries(program),
         )
-        if low.as_text() == door:
+        if low.as_text() == automatic:
             chosen = case.name
-            case = case._replace(what=f"{case.what}: the door's choice")
+            case = case._replace(what=f"{case.what}: chosen")
         cases.append(case)
-    assert chosen, f"the door of the {op} filter takes none of its methods"
+    assert chosen, f"dispatch of the {op} filter chooses none of its methods"
     return cases, chosen
 
 
@@ -267,7 +271,7 @@ def _over_best(chosen: str, names: Sequence[str], rows: Any) -> float:
 
 
 def _dense(shrink: int) -> Comparison:
-    """The bfloat16 affine map of a dense layer against float32 ones; the ratio is the least one."""
+    """Dense layers in bfloat16 and float32; the ratio is the smallest of three sizes."""
     sizes = [(4096, 256, 256), (4096, 256, 1024), (16_384, 512, 512)]
     rng = np.random.default_rng(0)
     cases, pairs = [], []

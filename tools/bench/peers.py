@@ -1,6 +1,6 @@
-"""The client of `tools/peers/peers.py`: other libraries' code, in their own interpreter.
+"""The client of `tools/peers/peers.py`, which runs other libraries in their own interpreter.
 
-The peer process inherits the pinning, and waits on its standard input while it isn't asked, so its
+The peer process inherits the pinning and waits on its standard input between requests, so its
 repetitions interleave with those of this process on the same cores.
 """
 
@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tools.bench.errors import BenchError
-from tools.bench.timing import Case, Seconds
+from spectral_pod.errors import ConfigError
+
+from .timing import Case, Seconds
 
 _SERVER = Path(__file__).parents[1] / "peers" / "peers.py"
 
@@ -30,11 +31,11 @@ class Peers:
                 text=True,
             )
         except OSError as error:
-            raise BenchError(f"--peers={python} cannot be started: {error}") from error
+            raise ConfigError(f"--peers={python} cannot be started: {error}") from error
         self.versions: dict[str, str] = self._answer("the start")
 
     def case(self, peer: str, what: str, sizes: dict[str, Any], **fields: Any) -> Case:
-        """A case that is run by the peer of that name."""
+        """A case that the peer of that name runs."""
         shape = " ".join(f"{name}={size}" for name, size in sizes.items())
         return Case(peer, what, shape, lambda: self._run(peer, sizes), **fields)
 
@@ -54,7 +55,7 @@ class Peers:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise BenchError(
+            raise ConfigError(
                 f"the peer process ended at {what}, see above; --peers wants an interpreter with "
                 "the packages of tools/peers/requirements.txt"
             )

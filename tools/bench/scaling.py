@@ -5,21 +5,22 @@
     python -m tools.bench.scaling --config=configs/quickstart.py \\
         --config.train.global_batch_size=8 --processes=1,2,4
 
-The config's batch is that of the first topology, or of one process; it grows in proportion, and so
-does mesh.data.
+The config's batch is that of the first topology, or of one process; it grows in proportion, and
+mesh.data with it.
 
---topologies compiles the training step for each of them, as `tools/preflight.py` does, and prints
-the bytes that one chip sends in a step: a ring of n chips sends (n-1)/n of an array from each, and
-twice that for an all-reduce. That grows with n, but never to more than the array (twice it). What
-must not grow at all is the payload, the arrays themselves.
+--topologies compiles the training step for each of them, as `tools.preflight` does, and prints the
+bytes that one chip sends in a step: in a ring of n chips each sends (n-1)/n of an array, and twice
+that for an all-reduce. That grows with n, but is bounded by the array (twice the array). What must
+not grow is the payload, the arrays themselves.
 
---processes starts so many trainers of one CPU device each on this machine, once as one run that
-meets over loopback, and once as so many runs of one process each, which do the same work and share
-the same cores but wait for nobody. What the first takes longer is communication and waiting.
-Process i keeps to core i; where cores are fewer they share them, and CPU time says more than wall
-time.
+--processes starts that many trainers of one CPU device each on this machine: first as one run whose
+processes communicate over loopback, then as independent runs of one process each, which do the same
+work and share the same cores without waiting for each other. The difference is communication and
+waiting. Process i is pinned to core i; where there are fewer cores, processes share them and CPU
+time is more telling than wall time.
 """
 
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -37,48 +38,53 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import psutil
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from spectral_pod import command_line
 from spectral_pod.analysis import hardware
-from spectral_pod.errors import ConfigError, UserError
-from tools.bench.errors import BenchError
+from spectral_pod.errors import ConfigError
+from spectral_pod.fields import Positive
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
-_TOPOLOGIES = flags.DEFINE_list("topologies", [], "Slices to compile for, the smallest first.")
-_PROCESSES = flags.DEFINE_list("processes", [], "Numbers of processes to run, the smallest first.")
-_WINDOWS = flags.DEFINE_integer("windows", 4, "Of five steps, to measure in every run.", 1)
-_JSON = flags.DEFINE_string("json", None, "Write the rows to this file, too.")
-flags.mark_flag_as_required("config")
+from .. import shell
 
 _WINDOW = 5  # steps
 _WARM_WINDOWS = 1  # before what is measured
-_SECONDS = 600  # that a run may take
+_SECONDS = 600  # time limit of a run
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1 or bool(_TOPOLOGIES.value) == bool(_PROCESSES.value):
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("bench.scaling", __doc__)
+    parser.add_config()
+    parser.add_argument("--topologies", default="", metavar="A,B", help="slices, smallest first")
+    parser.add_argument("--processes", default="", metavar="N,M", help="counts, smallest first")
+    parser.add_value("--windows", Positive, 4, "of five steps, to measure in every run (4)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
+    return shell.run(parser, measure, argv)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    topologies, processes = (
+        text.split(",") if text else [] for text in (arguments.topologies, arguments.processes)
+    )
+    if bool(topologies) == bool(processes):
         raise ConfigError("give --topologies or --processes, and nothing but options")
-    logging.set_verbosity(logging.WARNING)
     rows: list[Any]
-    if _TOPOLOGIES.value:
-        rows = _slices(_CONFIG.value, _TOPOLOGIES.value)
+    if topologies:
+        rows = _slices(arguments.config, topologies)
         print(_slices_table(rows))
     else:
-        rows = _all_runs(_CONFIG.value, _PROCESSES.value)
+        rows = _all_runs(arguments, processes)
         print(_runs_table(rows))
-    if _JSON.value:
-        with open(_JSON.value, "w") as file:
+    if arguments.json:
+        with open(arguments.json, "w") as file:
             json.dump([row._asdict() for row in rows], file, indent=1)
             file.write("\n")
 
 
-# ---- slices that aren't there
+# ---- slices, by compilation
 
 
 class Slice(NamedTuple):
-    """What a chip of a slice communicates in a training step."""
+    """The communication of one chip of a slice in a training step."""
 
     topology: str
     chips: int
@@ -93,23 +99,24 @@ def _slices(config: ConfigDict, names: Sequence[str]) -> list[Slice]:
     topologies = [hardware.parse(name) for name in names]
     hardware.prepare(max(topologies, key=lambda topology: topology.num_chips))
     from spectral_pod.analysis import hlo  # which import JAX
-    from tools import compiled_step
+
+    from .. import compiled_step
 
     first: list[hlo.Collective] | None = None
     slices = []
     for topology in topologies:
         ratio, rest = divmod(topology.num_chips, topologies[0].num_chips)
         if rest:
-            raise BenchError(f"{topology} is no multiple of {topologies[0]}, the first topology")
+            raise ConfigError(f"{topology} is no multiple of {topologies[0]}, the first topology")
         mine = ConfigDict(config.to_dict())
         mine.mesh.data = -1
         mine.train.global_batch_size *= ratio
         mine.train.eval_batch_size = mine.train.global_batch_size
         setup = compiled_step.set_up(mine, topology)
         setup = dataclasses.replace(setup, lowered={"train": setup.lowered["train"]})
-        (compiled,) = compiled_step.compile_all([setup], _say)
+        (compiled,) = compiled_step.compile_all([setup], shell.say)
         if compiled["train"].out_of_memory:
-            raise BenchError(f"{topology}: {compiled['train'].out_of_memory.splitlines()[0]}")
+            raise ConfigError(f"{topology}: {compiled['train'].out_of_memory.splitlines()[0]}")
         mesh = dict(setup.mesh.shape)
         found = hlo.collectives(compiled["train"].text, mesh, topology.num_slices)
         first = found if first is None else first
@@ -157,31 +164,31 @@ def _slices_table(slices: Sequence[Slice]) -> str:
 
 
 class Run(NamedTuple):
-    """What one training step takes, with so many processes at work at once."""
+    """The time of a training step with that many concurrent processes."""
 
     processes: int
-    joined: bool  # one run of all of them; or else so many runs
+    joined: bool  # one run of all of them; otherwise independent runs
     batch: int  # rows of one run
-    wall_ms: float  # of a step and the wait for its data, median
-    data_ms: float  # of that, the wait for data
+    wall_ms: float  # of a step, including the wait for its data; median
+    data_ms: float  # the wait for data
     cpu_ms: float  # of a process, mean
     load: float  # of the machine in the minute before
 
 
-def _all_runs(config: ConfigDict, counts: Sequence[str]) -> list[Run]:
+def _all_runs(arguments: argparse.Namespace, counts: Sequence[str]) -> list[Run]:
     if not all(count.isdecimal() and int(count) for count in counts):
-        raise BenchError(f"--processes={','.join(counts)}: it takes numbers such as 1,2,4")
+        raise ConfigError(f"--processes={','.join(counts)}: it takes numbers such as 1,2,4")
     rows = []
     for count in map(int, counts):
         for joined in (True, False) if count > 1 else (True,):
-            rows.append(_run(config, count, joined))
-            _say(f"{count} processes, {'one run' if joined else 'a run each'}: done")
+            rows.append(_run(arguments, count, joined))
+            shell.say(f"{count} processes, {'one run' if joined else 'a run each'}: done")
     return rows
 
 
-def _run(config: ConfigDict, count: int, joined: bool) -> Run:
-    """Starts the trainers, and ends them when all have done as many steps as are measured."""
-    batch = config.train.global_batch_size * (count if joined else 1)
+def _run(arguments: argparse.Namespace, count: int, joined: bool) -> Run:
+    """Starts the trainers, and ends them when all have run the steps to be measured."""
+    batch = arguments.config.train.global_batch_size * (count if joined else 1)
     load = os.getloadavg()[0]
     cores = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
@@ -194,7 +201,7 @@ def _run(config: ConfigDict, count: int, joined: bool) -> Run:
         for i, workdir in enumerate(workdirs):
             command = [
                 sys.executable, "-m", "spectral_pod.main",
-                *(a for a in sys.argv[1:] if a.startswith("--config")),
+                *arguments.config_flags,
                 f"--workdir={workdir}", f"--config.train.global_batch_size={batch}",
                 f"--config.train.log_every_steps={_WINDOW}",
                 "--config.train.total_steps=1000000", "--config.checkpoint.every_steps=1000000",
@@ -218,7 +225,7 @@ def _run(config: ConfigDict, count: int, joined: bool) -> Run:
             stack.callback(trainer.kill)
             trainers.append((trainer, workdir / "metrics.jsonl", log))
         before = _wait(trainers, 1 + _WARM_WINDOWS)
-        after = _wait(trainers, 1 + _WARM_WINDOWS + _WINDOWS.value)
+        after = _wait(trainers, 1 + _WARM_WINDOWS + arguments.windows)
         lines = [
             json.loads(line)
             for metrics in {metrics for _, metrics, _ in trainers}
@@ -244,14 +251,14 @@ class _Spent(NamedTuple):
 
 
 def _wait(trainers: Sequence[tuple[Any, pathlib.Path, Any]], num_lines: int) -> list[_Spent]:
-    """Waits until every run has written so many lines of metrics; what each process spent then."""
+    """Waits until every run has written that many lines of metrics; what each process used."""
     deadline = time.monotonic() + _SECONDS
     spent: list[_Spent | None] = [None] * len(trainers)
     while None in spent:
         for i, (trainer, metrics, log) in enumerate(trainers):
             if trainer.poll() is not None or time.monotonic() > deadline:
                 log.seek(0)
-                raise BenchError(f"a trainer has ended or takes too long:\n{log.read()[-2000:]}")
+                raise ConfigError(f"a trainer has ended or takes too long:\n{log.read()[-2000:]}")
             lines = metrics.read_text().splitlines() if metrics.exists() else []
             if spent[i] is None and len(lines) >= num_lines:
                 used = trainer.cpu_times()
@@ -263,13 +270,13 @@ def _wait(trainers: Sequence[tuple[Any, pathlib.Path, Any]], num_lines: int) -> 
 def _runs_table(runs: Sequence[Run]) -> str:
     lines: list[tuple[str, ...]] = [
         (
-            "processes", "batch", "wall ms", "apart", "communication, waiting", "data",
-            "CPU ms a process", "apart", "more", "load",
+            "processes", "batch", "wall ms", "independent", "communication, waiting", "data",
+            "CPU ms a process", "independent", "more", "load",
         )
     ]  # fmt: skip
-    apart = {run.processes: run for run in runs if not run.joined}
+    independent = {run.processes: run for run in runs if not run.joined}
     for run in (run for run in runs if run.joined):
-        other = apart.get(run.processes, run)
+        other = independent.get(run.processes, run)
         lines.append(
             (
                 str(run.processes),
@@ -301,14 +308,5 @@ def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
     )
 
 
-def _say(line: str) -> None:
-    """Progress goes to stderr: the table is all that is on stdout."""
-    print(line, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=command_line.parser(_CONFIG))
-    except (UserError, OSError) as error:
-        _say(f"{type(error).__name__}: {error}")
-        sys.exit(getattr(error, "exit_code", UserError.exit_code))
+    sys.exit(main(sys.argv[1:]))

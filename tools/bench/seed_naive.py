@@ -1,7 +1,7 @@
-"""The model of the original design documents, written down as they say it, for comparison only.
+"""The model of the original design documents, implemented literally, for comparison only.
 
 Full complex FFTs with a filter W in C^{N x D}, a gate by the norm, post-norm residuals, and the
-delta memory one token after another: plain Flax in float32, nothing fused, chunked or cast.
+delta memory one token at a time: plain Flax in float32, without fusion, chunks or casts.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _LARGEST_UPDATE = 10.0
 
 
 class SeedNaive(nn.Module):
-    """Bytes -> patches of four -> layers, every second with a memory -> pooling -> classes."""
+    """Bytes -> patches of four -> layers, a memory in every second -> pooling -> classes."""
 
     width: int
     num_layers: int
@@ -50,7 +50,7 @@ class _SpectralLayer(nn.Module):
         w_real, w_imag = (self.param(name, init, x.shape[1:]) for name in ("w_real", "w_imag"))
         spectrum = jnp.fft.fft(x, axis=1) * jax.lax.complex(w_real, w_imag)
         u = jnp.fft.ifft(spectrum, axis=1).real
-        # The square root of a sum that can be zero has no gradient there.
+        # The square root has no gradient at zero.
         energy = jnp.sqrt(jnp.sum(u**2, axis=-1, keepdims=True) + 1e-12)
         x = nn.LayerNorm()(x + u * nn.sigmoid(energy))
         gated = nn.Dense(width)(x) * nn.gelu(nn.Dense(width)(x))

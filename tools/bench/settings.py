@@ -1,12 +1,12 @@
-"""What the command line asks of a benchmark."""
+"""The settings of a benchmark."""
 
 import contextlib
 from typing import NamedTuple
 
-from tools.bench.peers import Peers
+from .peers import Peers
 
 
 class Settings(NamedTuple):
     quick: bool
     peers: Peers | None
-    stack: contextlib.ExitStack  # closed at the end of the run
+    stack: contextlib.ExitStack  # closes at the end of the run

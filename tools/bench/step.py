@@ -1,7 +1,7 @@
-"""The whole training step of the SpectralModel: forward, backward, clipping and AdamW.
+"""The whole training step of SpectralModel: forward, backward, clipping and AdamW.
 
-Groups: step_2048 (batch 8) against the original design written naively and, with --peers, against
-a Transformer in PyTorch; lengths (batch 4, rematerialized), from 1,024 to 8,192 bytes.
+Groups: step_2048 (batch 8), compared with a naive implementation of the original design and, with
+--peers, a Transformer in PyTorch; lengths (batch 4, rematerialized), from 1,024 to 8,192 bytes.
 """
 
 import functools
@@ -22,10 +22,11 @@ from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state, init_state
 from spectral_pod.train.step import abstract_batch, jit_train_step
 from spectral_pod.validation import validate_mesh
-from tools.bench import machine
-from tools.bench.seed_naive import SeedNaive, train_step
-from tools.bench.settings import Settings
-from tools.bench.timing import (
+
+from . import machine
+from .seed_naive import SeedNaive, train_step
+from .settings import Settings
+from .timing import (
     Case,
     Comparison,
     Group,
@@ -63,7 +64,7 @@ def _step(settings: Settings, size: _Size, length: int) -> Comparison:
     ]
     ratios = [times_faster("step_vs_seed_naive_2048", "ours", "seed_naive", ">= 2")]
     if settings.peers:
-        # As many parameters in its channel mixers as ours has, which is less than is usual.
+        # Its channel mixers have as many parameters as ours, fewer than usual.
         peer, mlp = "torch_transformer_patches", 3 * size.width // 2
         sizes = {"batch": batch, "bytes": length, "width": size.width, "layers": size.layers}
         sizes |= {"heads": max(1, size.width // 64), "mlp": mlp}
@@ -87,7 +88,7 @@ def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline:
     config.model.hidden_dim = config.model.embed_dim = size.width
     config.model.num_layers, config.model.memory.head_dim = size.layers, size.memory
     config.model.remat = remat
-    # What CPUs are fastest with; unrolled, rematerialization would be undone by the compiler.
+    # The fastest on CPUs; in unrolled layers the compiler would undo rematerialization.
     config.model.unroll = size.layers if remat == "none" else 1
     if jax.default_backend() == "cpu" and not machine.has_amx():
         config.model.dtype = "float32"  # which is faster there
@@ -103,16 +104,15 @@ def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline:
     data = {"tokens": tokens, "labels": labels, "valid": np.ones(batch, bool)}
     data = jax.device_put(data, batch_sharding(mesh))
 
-    def step(state: Any) -> tuple[Any, Any]:
-        state, metrics = program(state, data)
-        return (state,), metrics
+    def step(state: Any) -> tuple[Any, ...]:
+        return program(state, data)
 
     parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
     return Case(
         name,
         f"SpectralModel, {parameters:,} parameters, {config.model.dtype}, remat {remat}",
         f"B={batch} L={length} D={size.width} layers={size.layers}",
-        _chain(step, state),
+        _Chain(step, state),
         baseline,
         temporaries(program),
         {"bytes": batch * length},
@@ -128,35 +128,34 @@ def _seed_naive(size: _Size, length: int, batch: int) -> Case:
     jitted = jax.jit(train_step(model, tx), donate_argnums=(0, 1))
     program = jitted.lower(*arguments).compile()
 
-    def step(params: Any, opt_state: Any) -> tuple[Any, Any]:
-        params, opt_state, loss = program(params, opt_state, tokens, labels)
-        return (params, opt_state), loss
+    def step(params: Any, opt_state: Any) -> tuple[Any, ...]:
+        return program(params, opt_state, tokens, labels)
 
     parameters = sum(x.size for x in jax.tree.leaves(params))
     return Case(
         "seed_naive",
-        f"the original design, naively: {parameters:,} parameters, float32",
+        f"the original design, naive: {parameters:,} parameters, float32",
         f"B={batch} L={length} D={size.width} layers={size.layers}",
-        _chain(step, *arguments[:2]),
+        _Chain(step, *arguments[:2]),
         temporaries=temporaries(program),
         work={"bytes": batch * length},
     )
 
 
-def _chain(step: Callable[..., tuple[Any, Any]], *state: Any) -> Callable[[], Seconds]:
-    """One repetition of a step that consumes its state: the next one goes on from there."""
+class _Chain:
+    """Repetitions of a step that consumes its state: each continues from the one before."""
 
-    def run() -> Seconds:
-        nonlocal state
+    def __init__(self, step: Callable[..., tuple[Any, ...]], *state: Any):
+        """`step(*state)` gives the new state, followed by a metric."""
+        self._step, self._state = step, state
 
-        def once() -> Any:
-            nonlocal state
-            state, metrics = step(*state)
-            return state, metrics
+    def __call__(self) -> Seconds:
+        return timed(self._once)
 
-        return timed(once)
-
-    return run
+    def _once(self) -> Any:
+        result = self._step(*self._state)
+        self._state = result[:-1]
+        return result
 
 
 def _data(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:

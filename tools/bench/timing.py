@@ -1,13 +1,12 @@
-"""Interleaved timing: within a group every case runs once a round, in turn.
+"""Interleaved timing: within a group every case runs once per round.
 
-Other work on the machine, clock rates and caches drift over seconds and minutes. Cases that take
-turns share the drift, so the ratios of their medians hold where their milliseconds don't.
+The load of the machine, clock rates and caches drift over seconds and minutes. Interleaved cases
+share the drift, so the ratios of their medians are reproducible where their times are not.
 """
 
 import dataclasses
 import re
 import statistics
-import sys
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +15,23 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tools.bench.errors import BenchError
+from spectral_pod.errors import ConfigError
 
 Clock = Literal["cpu", "wall"]
 
-# In a contest a case this much slower than the fastest has lost, and runs no second time.
-_LOST = 2.0
+# In a contest a case this much slower than the fastest is dropped after its first run.
+_DROPPED = 2.0
 
 
 class Seconds(NamedTuple):
-    """What one repetition took. CPU time counts all threads of the process that ran it."""
+    """The time of one repetition. CPU time counts all threads of the process that ran it."""
 
     wall: float
     cpu: float
 
 
 class Case(NamedTuple):
-    """One side of a comparison."""
+    """One case of a comparison."""
 
     name: str
     what: str
@@ -40,12 +39,12 @@ class Case(NamedTuple):
     run: Callable[[], Seconds]  # one repetition
     baseline: str = ""  # the case of its group that it is compared with
     temporaries: int | None = None  # bytes, as the compiler planned them
-    work: Mapping[str, float] = types.MappingProxyType({})  # what a repetition does, by its unit
+    work: Mapping[str, float] = types.MappingProxyType({})  # of a repetition, by unit
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A case as measured, in milliseconds of the clock that ratios are taken by, and of both."""
+    """A measured case: `ms` by the clock of the ratios, and the times by both clocks."""
 
     name: str  # GROUP/CASE
     what: str
@@ -62,7 +61,7 @@ class Row:
 
 
 class Ratio(NamedTuple):
-    """A figure with a name that stays, from the rows of a group by their case's name."""
+    """A named figure computed from the rows of a group, which are keyed by case."""
 
     name: str
     of: Callable[[Mapping[str, Row]], float]
@@ -70,7 +69,7 @@ class Ratio(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Cases that take turns, and what is made of them."""
+    """Cases that are interleaved, and the ratios computed from them."""
 
     cases: Sequence[Case]
     ratios: Sequence[Ratio] = ()
@@ -78,7 +77,7 @@ class Comparison(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A comparison that is set up, and takes memory, only when its turn comes."""
+    """A comparison that is built, and takes memory, only when it runs."""
 
     name: str
     weight: float  # its share of the time of all groups
@@ -92,12 +91,12 @@ class Report(NamedTuple):
 
 
 def times_faster(name: str, fast: str, slow: str, target: str = "") -> Ratio:
-    """How many times as long as the case `fast` the case `slow` takes."""
+    """How many times as long `slow` takes as `fast`."""
     return Ratio(name, lambda rows: rows[slow].ms / rows[fast].ms, target)
 
 
 def met(value: float, target: str) -> bool:
-    """Whether a value is where its target, '>= x' or '<= x', wants it."""
+    """Whether a value meets its target, '>= x' or '<= x'."""
     relation, bound = target.split()
     return value >= float(bound) if relation == ">=" else value <= float(bound)
 
@@ -106,14 +105,14 @@ def met(value: float, target: str) -> bool:
 
 
 def timed(fn: Callable[..., Any], *arguments: Any) -> Seconds:
-    """Runs `fn` and waits until every array of its result is there."""
+    """Runs `fn` and waits for every array of its result."""
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(fn(*arguments))
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def compiled(fn: Callable[..., Any], *arguments: Any) -> tuple[Callable[[], Seconds], int]:
-    """One repetition of a function that is compiled here, and its bytes of temporaries."""
+    """Compiles a function; returns one repetition of it, and its bytes of temporaries."""
     program = jax.jit(fn).lower(*arguments).compile()
     return lambda: timed(program, *arguments), temporaries(program)
 
@@ -128,8 +127,8 @@ def temporaries(program: jax.stages.Compiled) -> int:
 def forward_backward(fn: Callable[..., Any]) -> Callable[..., Any]:
     """(weights, *arguments) -> the weighted sum of `fn`'s results and its gradients.
 
-    The sum is returned because compilers would drop what only the results need; the weights are
-    arguments because compilers would transform constants ahead of time.
+    The sum is returned, or compilers would eliminate what only the results need; the weights are
+    arguments, or compilers would fold them as constants.
     """
 
     def loss(arguments: tuple[Any, ...], weights: Any) -> jax.Array:
@@ -145,10 +144,10 @@ def forward_backward(fn: Callable[..., Any]) -> Callable[..., Any]:
 def measure(
     groups: Sequence[Group], *, repeats: int, clock: Clock, only: str, say: Callable[[str], None]
 ) -> Report:
-    """Runs the groups whose names match the regular expression `only`, one after the other."""
+    """Runs the groups whose names match the regular expression `only`, in order."""
     groups = [group for group in groups if re.search(only, group.name)]
     if not groups:
-        raise BenchError(f"--filter={only} matches no group of this benchmark")
+        raise ConfigError(f"--filter={only} matches no group of this benchmark")
     report = Report([], {}, {})
     started, done = time.monotonic(), 0.0
     total = sum(group.weight for group in groups)
@@ -168,15 +167,17 @@ def measure(
 def _measure(group: Group, repeats: int, clock: Clock) -> tuple[dict[str, Row], Sequence[Ratio]]:
     cases, ratios, contest = group.build()
     for case in cases:
-        case.run()  # first calls allocate
+        case.run()  # the first call allocates
     seconds: dict[str, list[Seconds]] = {case.name: [] for case in cases}
-    racing = list(cases)
+    remaining = list(cases)
     for _ in range(repeats):
-        for case in racing:
+        for case in remaining:
             seconds[case.name].append(case.run())
         if contest:
-            best = min(getattr(seconds[case.name][0], clock) for case in racing)
-            racing = [c for c in racing if getattr(seconds[c.name][0], clock) < _LOST * best]
+            best = min(getattr(seconds[case.name][0], clock) for case in remaining)
+            remaining = [
+                c for c in remaining if getattr(seconds[c.name][0], clock) < _DROPPED * best
+            ]
     ms = {name: 1e3 * _median(runs, clock) for name, runs in seconds.items()}
     rows = {
         case.name: Row(
@@ -202,7 +203,7 @@ def _median(runs: Sequence[Seconds], clock: Clock) -> float:
     return statistics.median(getattr(run, clock) for run in runs)
 
 
-# ---- to be read
+# ---- text
 
 
 def table(rows: Sequence[Row], clock: Clock) -> str:
@@ -242,8 +243,3 @@ def ratio_lines(report: Report, verdicts: bool) -> str:
         verdict = f"  {target}: {'met' if met(value, target) else 'MISSED'}" if target else ""
         lines.append(f"{name.ljust(width)}  {value:8.2f}{verdict}")
     return "\n".join(lines)
-
-
-def progress(line: str) -> None:
-    """Progress goes to stderr: the tables are all that is on stdout."""
-    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,100 @@
+"""What pyproject.toml, requirements.txt and the Dockerfile say agrees, and a wheel trains."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def by_name(lines):
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines) if "jax[" not in str(r)}
+
+
+def pinned():
+    text = re.sub(r"\s*#.*", "", (ROOT / "requirements.txt").read_text())
+    return by_name(line for line in text.splitlines() if line)
+
+
+def ranges():
+    lines = list(PROJECT["dependencies"])
+    for extra in ("tpu", "tensorflow", "dev"):
+        lines += EXTRAS[extra]
+    return by_name(lines)
+
+
+def test_both_lists_have_the_same_packages():
+    assert pinned().keys() == ranges().keys()
+
+
+@pytest.mark.parametrize("name", sorted(ranges()))
+def test_pins_are_within_the_ranges(name):
+    pin, allowed = pinned()[name], ranges()[name]
+    (specifier,) = pin.specifier
+    assert specifier.operator == "=="
+    assert allowed.specifier.contains(specifier.version)
+    assert (str(pin.marker), pin.extras) == (str(allowed.marker), allowed.extras)
+
+
+def test_jax_of_a_gpu_machine_is_allowed():
+    """Python 3.12 has JAX 0.11; JAX 0.10 is the last for Python 3.11."""
+    seen = {"jax": "0.11.2", "flax": "0.12.10", "optax": "0.2.8", "orbax-checkpoint": "0.12.4"}
+    assert all(ranges()[name].specifier.contains(version) for name, version in seen.items())
+    for extra in ("tpu", "cuda12", "cuda13"):
+        jax = Requirement(EXTRAS[extra][0])
+        assert (jax.name, jax.extras) == ("jax", {extra})
+        assert jax.specifier == ranges()["jax"].specifier
+
+
+def test_python_versions():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert PROJECT["requires-python"] == f">={tools['mypy']['python_version']}"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_from_another_folder(tmp_path):
+    """With the packages of this environment; CONTRIBUTING.md has the check in a clean one."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", f"--wheel-dir={tmp_path}", str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", f"--target={site}", str(wheel)], check=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path),
+    }  # fmt: skip
+
+    def run(*command):
+        done = subprocess.run(
+            command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(
+        site / "bin/spectral-pod", "--config=configs/quickstart.py", "--workdir=run",
+        "--config.train.total_steps=2", "--config.train.eval_every_steps=2",
+        "--config.checkpoint.every_steps=2", "--config.optimizer.warmup_steps=1",
+    )  # fmt: skip
+    assert json.loads((elsewhere / "run/result.json").read_text())["eval"]
+    status = run(sys.executable, "-m", "spectral_pod.tools.status", "run")
+    assert "finished" in status
+    usage = run(sys.executable, "-m", "spectral_pod.tools.gke", "--help")
+    assert usage.startswith("usage: python -m spectral_pod.tools.gke")
+    job = run(
+        sys.executable, "-m", "spectral_pod.tools.gke", "--name=a", "--image=i",
+        "--workdir=gs://b/r", "--topology=v4-8", "--", "--config=configs/lra_text.py",
+    )  # fmt: skip
+    assert "kind: JobSet" in job
