@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import safetensors.numpy
@@ -20,13 +21,9 @@ from jax.sharding import Mesh
 from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.errors import CheckpointError, DataError
-from spectral_pod.generate.restore import (
-    Trained,
-    abstract_params,
-    fitted,
-    one_device,
-    recorded_config,
-)
+from spectral_pod.generate.restore import Trained, fitted, one_device, recorded_config
+from spectral_pod.models.model import abstract_params
+from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.checkpoint import check_same_model, described
 
 _PARAMETERS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
@@ -101,13 +98,13 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
         decoding=True,
     )
     params = traverse_util.unflatten_dict(safetensors.numpy.load(data), sep=".")
-    expected, shardings = abstract_params(module, mesh)
-    check_same_model(folder, described(params), described(expected))
+    boxed = abstract_params(module, mesh)
+    check_same_model(folder, described(params), described(nn.unbox(boxed)))
     return Trained(
         config,
         mesh,
         module,
-        jax.device_put(params, shardings),
+        jax.device_put(params, tree_shardings(boxed, mesh)),
         facts["step"],
         facts["num_classes"],
         facts["vocab_size"],

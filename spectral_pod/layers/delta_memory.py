@@ -125,8 +125,8 @@ class DeltaMemoryLayer(Mixer):
         )
         return self._read(o_B1HV), DeltaState(memory_BHVK, tuple(shorts))
 
-    def _shorts(self) -> list[ShortConvolution]:
-        return self.shorts if self.short_conv > 1 else []
+    def _shorts(self) -> tuple[ShortConvolution, ...]:
+        return tuple(self.shorts) if self.short_conv > 1 else ()
 
     def _qkv(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> list[jax.Array]:
         """Queries, keys and values; zero where invalid, if short convolutions are to read them."""
