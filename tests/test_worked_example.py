@@ -1,4 +1,4 @@
-"""What `tests/worked_example.py` registers, by a line each, works everywhere without other edits."""
+"""What `tests/worked_example.py` registers, a line each, works everywhere without other edits."""
 
 import contextlib
 import importlib

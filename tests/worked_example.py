@@ -125,17 +125,14 @@ class Count(DrawnTask):
         return numbers[:-1].astype(np.int32), numbers[1:].astype(np.int32)
 
 
-class Confidence(metrics.Average):
-    """The mean probability of the right class."""
-
-    @classmethod
-    def from_model_output(cls, *, loss, mask, **_):
-        return super().from_model_output(values=jnp.exp(-loss), mask=mask)
+def confidence(*, loss, **_):
+    """The probability of the right class."""
+    return jnp.exp(-loss)
 
 
 MIXERS["power_law"] = PowerLaw
 TASKS["count"] = Count
-NextByte.evaluation_metrics["confidence"] = Confidence
+NextByte.evaluation_metrics["confidence"] = metrics.Average.from_fun(confidence)
 OPTIMIZERS["sign_momentum"] = lambda options, boxed: optax.scale_by_lion(options.b1, options.b2)
 
 

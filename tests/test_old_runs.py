@@ -1,0 +1,83 @@
+"""Workdirs and stores that an earlier version wrote still resume, evaluate, generate and export."""
+
+import hashlib
+import json
+import pathlib
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectral_pod.generate import export
+from spectral_pod.generate.restore import restore_for_inference
+from spectral_pod.generate.sampling import Sampling
+from spectral_pod.generate.text import continuations
+from tests import trainer
+
+ARCHIVE = pathlib.Path(__file__).parent / "fixtures" / "workdirs_24bfa95.tar.xz"
+RUNS = ("classifier", "gpt", "llm")
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """A folder with the workdirs by name, their stores in `data`, and `facts.json`."""
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def facts(old):
+    return json.loads((old / "facts.json").read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_used(name, old, facts, tmp_path):
+    """Its parameters to the bit, its logits, and for a language model a text."""
+    trained, want = restore_for_inference(str(old / name), step=4), facts[name]
+    export.save(trained, str(tmp_path / "export"))
+    exported = (tmp_path / "export" / "model.safetensors").read_bytes()
+    assert hashlib.sha256(exported).hexdigest() == want["export_sha256"]
+    length = trained.config.data.seq_len
+    tokens = np.random.default_rng(0).integers(0, 256, (2, length))
+    with jax.set_mesh(trained.mesh):
+        logits = jax.jit(trained.module.apply)(
+            {"params": trained.params}, jnp.asarray(tokens, jnp.int32), jnp.ones((2, length), bool)
+        )
+        last = logits[:, -1] if logits.ndim == 3 else logits
+        np.testing.assert_allclose(last, want["logits"], atol=1e-4)
+        if name != "classifier":
+            pieces = continuations(
+                trained, [b"To be"], num_bytes=40, sampling=Sampling(temperature=0)
+            )
+            assert 0 < len(b"".join(piece for (piece,) in pieces)) <= 40
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_evaluated_and_resumed(name, old, facts):
+    """With its own store, which an older version named otherwise, and ends where it would have."""
+    stores = sorted(path.name for path in (old / "data").iterdir())
+    command = trainer.command(
+        old / name, f"data.dir={old / 'data'}", config=f"tests/old_runs.py:{name}"
+    )
+    told = trainer.run([*command, "--eval_only"]).stdout
+    assert "step 4 " in told
+    told = trainer.run(command).stdout
+    assert "starting at step 4" in told
+    result, want = trainer.result(old / name), facts[name]
+    assert result["step"] == 8
+    assert result["eval"]["loss"] == pytest.approx(want["loss_at_8"], rel=1e-4)
+    assert result["eval"]["accuracy"] == pytest.approx(want["accuracy_at_8"], abs=0.01)
+    assert sorted(path.name for path in (old / "data").iterdir()) == stores
+
+
+def test_options_that_are_written_out_continue_it_and_others_do_not(old):
+    command = trainer.command(
+        old / "gpt", f"data.dir={old / 'data'}", config="tests/old_runs.py:gpt"
+    )
+    trainer.run([*command, "--config.data.options.seed=0", "--eval_only"])
+    told = trainer.run([*command, "--config.data.options.seed=1"], code=2).stderr
+    assert "config.data.options.seed: 0 there, 1 now" in told
