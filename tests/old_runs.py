@@ -1,7 +1,7 @@
 """The configs of the runs in `fixtures/workdirs_24bfa95.tar.xz`, as they were when these ran.
 
-They stopped at step 4 of 8, at the commit in the file's name. `facts.json` beside their workdirs has
-what that version computed from them.
+They stopped at step 4 of 8, at the commit in the name. `facts.json` beside their workdirs has what
+that version computed from them.
 """
 
 from ml_collections import ConfigDict

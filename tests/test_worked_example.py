@@ -105,7 +105,7 @@ def checked(config):
 
 
 def test_it_is_validated_on_meshes(example):
-    sizes = {"mesh.data": 1, "mesh.tensor": 2}
+    sizes = {"mesh.data": 1, "mesh.tensor": 2, "model.memory.num_heads": 2}
     assert validate_mesh(config_of(example, **sizes), 2) == dict(zip(AXES, (1, 1, 1, 2)))
     with pytest.raises(ConfigError, match=r"groups is 2, not divisible by mesh\.tensor = 4"):
         validate_mesh(
