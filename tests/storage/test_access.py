@@ -109,7 +109,7 @@ def test_storage_that_comes_back_in_time_and_not(proxy, bucket):
 
 def test_the_trainer_says_so_before_anything_else(server):
     command = trainer.command("gs://no-such-bucket/run")
-    done = trainer.run(server.used_by(command), code=2)
+    done = trainer.run(server.used_by(command), code=2, forked=False)
     lines = done.stderr.strip().splitlines()
     assert lines[-1].startswith("UserError: gs://no-such-bucket/run: there is no bucket")
     assert "Traceback" not in done.stderr
