@@ -26,8 +26,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
-# Folders and files by the time that they take. The workers take files in this order, so that none
-# is left alone with a long one at the end.
+# Folders and files by the time that they take. The workers take them in this order, so that neither
+# is left alone with a long file at the end.
 LONGEST = (
     "multidevice", "multiprocess", "test_main_errors.py", "train", "storage", "tools", "generate",
     "data", "models", "layers", "launch",

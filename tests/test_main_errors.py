@@ -31,9 +31,9 @@ def raising_config(tmp_path):
     return file
 
 
-def fails(arguments, *, workdir, code=2):
+def fails(arguments, *, workdir, **options):
     """The one line on stderr of a command that leaves no workdir."""
-    done = trainer.run(arguments, code=code)
+    done = trainer.run(arguments, code=2, **options)
     (message,) = done.stderr.strip().splitlines()
     assert not workdir.exists()
     return message
@@ -53,7 +53,7 @@ def test_impossible_overrides(tmp_path, override, message):
 
 def test_unknown_flag(tmp_path):
     command = [*trainer.command(tmp_path / "run"), "--wrokdir=x"]
-    message = fails(command, workdir=tmp_path / "run")
+    message = fails(command, workdir=tmp_path / "run", forked=False)
     assert message == "ConfigError: Unknown command line flag 'wrokdir'. Did you mean: workdir ?"
 
 
@@ -180,7 +180,7 @@ def test_a_loss_that_is_no_number(tmp_path):
 
 def test_interrupted_from_the_keyboard(tmp_path):
     workdir, log = trainer.with_compiled(tmp_path / "run"), tmp_path / "log"
-    child = trainer.start(trainer.command(workdir), log)
+    child = trainer.start(trainer.command(workdir), log, forked=False)
     try:
         while log.read_text().count("accuracy") < 8:
             assert child.poll() is None, log.read_text()

@@ -69,7 +69,10 @@ def environment(tensorflow=False):
 
 
 def run(arguments, code=0, *, tensorflow=False, forked=True):
-    """Runs a command to its end, which must be `code`; returns what it printed."""
+    """Runs a command to its end, which must be `code`; returns what it printed.
+
+    Not `forked`, the interpreter is started as a user's shell does; so it is with TensorFlow.
+    """
     start = processes.run if forked and not tensorflow else subprocess.run
     done = start(
         arguments, cwd=ROOT, env=environment(tensorflow), stdout=subprocess.PIPE,
@@ -90,7 +93,7 @@ def start(arguments, log, *, forked=True):
 def uninterrupted(*overrides):
     """The workdir of a run that nothing disturbed; not to be written to."""
     workdir = home() / f"uninterrupted-{len(list(home().iterdir()))}"
-    run(command(workdir, *overrides))
+    run(command(workdir, *overrides), forked=False)
     return workdir
 
 

@@ -31,7 +31,7 @@ def cluster(tmp_path):
 
 
 def test_sigterm_to_one_saves_the_step_of_all_and_one_process_goes_on(cluster, tmp_path):
-    two = cluster(until_step=12, env_of_one={"SLOW_HOST": "0.2"})
+    two = cluster(until_step=12, env_of_one={"SLOW_HOST": "0.2"}, forked=False)
     os.kill(two.supervisors[1].pid, signal.SIGTERM)
     assert two.wait(30) == [75, 75]  # the budget of 25 s, and leaving
     saved = [re.search(r"SIGTERM came; step (\d+) is saved", two.text(i))[1] for i in range(2)]

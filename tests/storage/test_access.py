@@ -109,7 +109,7 @@ def test_outages_shorter_and_longer_than_the_start_timeout(proxy, bucket):
 
 def test_the_trainer_says_so_before_anything_else(server):
     command = trainer.command("gs://no-such-bucket/run")
-    done = trainer.run(server.used_by(command), code=2)
+    done = trainer.run(server.used_by(command), code=2, forked=False)
     lines = done.stderr.strip().splitlines()
     assert lines[-1].startswith("UserError: gs://no-such-bucket/run: there is no bucket")
     assert "Traceback" not in done.stderr
