@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on one or several Cloud TPU slices: creates them, installs this checkout, trains, continues
-# after preemptions, and deletes them at the end.
+# Trains on a Cloud TPU slice, or on several: creates it, installs this checkout, trains, continues
+# after preemptions, and deletes it at the end.
 #
 #   launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v4-32 [options] -- \
 #       --config=configs/lra_listops.py --workdir=gs://BUCKET/RUN [more flags of the trainer]
