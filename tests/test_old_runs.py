@@ -79,5 +79,6 @@ def test_options_that_are_written_out_continue_it_and_others_do_not(old):
         old / "gpt", f"data.dir={old / 'data'}", config="tests/old_runs.py:gpt"
     )
     trainer.run([*command, "--config.data.options.seed=0", "--eval_only"])
-    told = trainer.run([*command, "--config.data.options.seed=1"], code=2).stderr
-    assert "config.data.options.seed: 0 there, 1 now" in told
+    command = trainer.command(old / "classifier", config="tests/old_runs.py:classifier")
+    told = trainer.run([*command, "--config.data.options.test=17"], code=2).stderr
+    assert "config.data.options.test: 16 there, 17 now" in told

@@ -77,10 +77,6 @@ class AttentionLayer(_MultiHead):
         """Positions that one sees, itself included; None is all."""
         return None
 
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        q_BNHK, k_BNHK, v_BNHK = self.project(x_BND)
-        return self.merge(self._attend(q_BNHK, k_BNHK, v_BNHK, mask_BN))
-
     def init_state(self, batch: int) -> KeyValues:
         none_B0HK = jnp.zeros((batch, 0, self.num_heads, self.head_dim), self.dtype)
         return KeyValues(none_B0HK, none_B0HK, jnp.zeros((batch, 0), bool))
@@ -149,9 +145,6 @@ class LinearAttentionLayer(_MultiHead):
 
     Its decode state is that of `ops/linear_attention.py`.
     """
-
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        return self.prefill(x_BND, mask_BN)[0]
 
     def init_state(self, batch: int) -> jax.Array:
         shape = (batch, self.num_heads, self.head_dim, self.head_dim + 1)

@@ -95,12 +95,6 @@ class DeltaMemoryLayer(Mixer):
         self.scale = self.param("scale_memory", scale, ())
         self.out = Dense(self.width, ("head", None, "embed"), self.dtype)
 
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        qkv = self._qkv(x_BND, mask_BN)
-        for i, short in enumerate(self._shorts()):
-            qkv[i] = short(qkv[i])
-        return self._read(self._memory(x_BND, qkv, mask_BN=mask_BN, method=self.method)[0])
-
     def init_state(self, batch: int) -> DeltaState:
         memory_BHVK = jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim))
         return DeltaState(memory_BHVK, tuple(short.init_state(batch) for short in self._shorts()))

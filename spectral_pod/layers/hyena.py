@@ -56,12 +56,6 @@ class HyenaLayer(Mixer):
         )
         self.out = Dense(self.width, ("hidden", "embed"), self.dtype)
 
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        uv_BN2D = self._projected(x_BND, mask_BN)
-        if self.short_conv > 1:
-            uv_BN2D = self.short(uv_BN2D)
-        return self._gated(uv_BN2D, self.long(uv_BN2D[:, :, 1]))
-
     def init_state(self, batch: int) -> HyenaState:
         short = self.short.init_state(batch) if self.short_conv > 1 else None
         return HyenaState(short, self.long.init_state(batch))

@@ -126,8 +126,11 @@ class Mixer(nn.Module):
         return {}
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; invalid positions change nothing at valid ones."""
-        raise NotImplementedError
+        """[B, N, D] to [B, N, D] in `dtype`; invalid positions change nothing at valid ones.
+
+        By default `prefill` without its state, which the compiler drops.
+        """
+        return self.prefill(x_BND, mask_BN)[0]
 
     def init_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first position."""
