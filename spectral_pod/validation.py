@@ -33,7 +33,7 @@ def _check_fields(config: Config) -> None:
     values = flat(to_dict(config))
     names = {field for field in values if not field.startswith("data.options.")}
     for field in sorted(names - known):
-        hint = fields.hint(f"config.{field}", [f"config.{name}" for name in known])
+        hint = fields.hint(f"config.{field}", [f"config.{name}" for name in known]).replace("'", "")
         raise ConfigError(f"config.{field} is no field of the configuration{hint}")
     for field in sorted(known - names):
         raise ConfigError(f"config.{field} is missing; start a config file with config.default()")
