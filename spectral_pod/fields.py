@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from spectral_pod.errors import ConfigError
 
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
 
 class Bound(NamedTuple):
     """The numbers that a field may have: `least` <= number, and number < `below`."""
@@ -94,19 +96,27 @@ def parse(annotation: Any, text: str, field: str) -> Any:
     Raises:
       ConfigError: it stands for no value of this type, or for one that the field may not have.
     """
-    if _is("", annotation) and not (text.startswith("(") and _is((), annotation)):
-        value: Any = text
-    elif get_origin(annotation) is Literal and text in get_args(annotation):
+    if annotation is bool and text.lower() in _BOOLEANS:  # as absl reads those of other fields
+        value: Any = _BOOLEANS[text.lower()]
+    elif _is(text, annotation) and not (text.startswith("(") and _is((), annotation)):
         value = text
     else:
         try:
-            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-    if isinstance(value, list):
-        value = tuple(value)
+    value = conformed(annotation, value)
     check_value(annotation, value, field)
     return value
+
+
+def conformed(annotation: Any, value: Any) -> Any:
+    """A tuple in place of a list, and a float of an int where that is meant: neither JSON nor users
+    tell them apart, but what is hashed must be the same."""
+    if isinstance(value, (list, tuple)):
+        return tuple(conformed(Any, item) for item in value)
+    kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return float(value) if kind is float and type(value) is int else value
 
 
 def _is(value: Any, annotation: Any) -> bool:

@@ -13,6 +13,7 @@ from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.models import MODELS
 from spectral_pod.parallel.mesh import AXES
+from spectral_pod.train.optim import OPTIMIZERS
 
 
 def validate(config: Config) -> None:
@@ -22,9 +23,9 @@ def validate(config: Config) -> None:
       ConfigError: names the field, its value and what it may be.
     """
     _check_fields(config)
-    _check_training(config)
-    _check_data(config)
     _check_model(config)
+    _check_data(config)
+    _check_training(config)
 
 
 def _check_fields(config: Config) -> None:
@@ -39,6 +40,7 @@ def _check_fields(config: Config) -> None:
         raise ConfigError(f"config.{field} is missing; start a config file with config.default()")
     fields.one_of("config.data.task", config.data.task, TASKS)
     fields.one_of("config.model.name", config.model.name, MODELS)
+    fields.one_of("config.optimizer.name", config.optimizer.name, OPTIMIZERS)
     fields.one_of("config.model.channel_mixer", config.model.channel_mixer, CHANNEL_MIXERS)
     for section, types in annotations().items():
         for name, annotation in types.items():
@@ -129,6 +131,7 @@ def _check_model(config: Config) -> None:
             raise ConfigError(f"config.model.pattern has {block!r}, which names a mixer twice")
     described = models.architecture(config)
     for mixer in mixers_of(described).values():
+        mixer.configured(described)  # fields of other sections may be missing
         mixer.check(described)
         for field, by in mixer.divisible:
             if not by.startswith("mesh.") and get(config, field) % get(config, by):
