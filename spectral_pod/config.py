@@ -133,15 +133,15 @@ def default() -> Config:
     return cast(Config, config)
 
 
-def annotations() -> dict[str, dict[str, Any]]:
-    """The annotations of all fields, by the dotted names of their sections."""
-    sections = {name: section for name, section in types_of(Config).items() if name != "seed"}
-    sections["model"] = ModelConfig
-    held = {"": {"seed": int}} | {name: types_of(section) for name, section in sections.items()}
-    return held | {
-        f"model.{name}": {option: annotation for option, (annotation, _) in options.items()}
-        for name, options in mixer_options().items()
-    }
+def annotations() -> dict[str, Any]:
+    """The annotations of all fields by their dotted names, without the options of tasks."""
+    sections = types_of(Config) | {"model": ModelConfig}
+    held: dict[str, Any] = {"seed": sections.pop("seed")}
+    held |= flat({name: types_of(section) for name, section in sections.items()})
+    for name, options in mixer_options().items():
+        held |= {f"model.{name}.{option}": kind for option, (kind, _) in options.items()}
+    del held["data.options"]
+    return held
 
 
 def mixer_options() -> dict[str, dict[str, tuple[Any, Any]]]:

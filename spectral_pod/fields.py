@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from spectral_pod.errors import ConfigError
@@ -42,26 +42,15 @@ def types_of(fields: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(fields) if field.init}
 
 
-def check(annotations: Mapping[str, Any], values: Mapping[str, Any], section: str) -> None:
-    """Checks values by the annotations of their fields.
+def check(annotation: Any, value: Any, field: str) -> None:
+    """Checks a value by the annotation of its field.
 
     Args:
-      annotations: of the fields that there are, as `types_of` gives them.
-      section: before the names of the fields in a message, as "config.data.options".
+      field: its whole name, as "config.data.seq_len".
 
     Raises:
       ConfigError: names the field, its value and what it may be.
     """
-    for name in sorted(values.keys() - annotations.keys()):
-        raise ConfigError(
-            f"{section}.{name} is no field of the configuration{hint(name, annotations)}"
-        )
-    for name, value in values.items():
-        check_value(annotations[name], value, f"{section}.{name}")
-
-
-def check_value(annotation: Any, value: Any, field: str) -> None:
-    """As `check`, of one value; `field` is its whole name."""
     if get_origin(annotation) is Literal:
         one_of(field, value, get_args(annotation))
         return
@@ -106,7 +95,7 @@ def parse(annotation: Any, text: str, field: str) -> Any:
         except (ValueError, SyntaxError):
             value = text
     value = conformed(annotation, value)
-    check_value(annotation, value, field)
+    check(annotation, value, field)
     return value
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from spectral_pod import fields, models
-from spectral_pod.config import Config, annotations, default, flat, store_and_weight, to_dict
+from spectral_pod.config import Config, annotations, flat, store_and_weight, to_dict
 from spectral_pod.data.tasks import TASKS, DrawnTask
 from spectral_pod.errors import ConfigError
 from spectral_pod.layers.architecture import Architecture
@@ -30,23 +30,19 @@ def validate(config: Config) -> None:
 
 def _check_fields(config: Config) -> None:
     """Each field by itself."""
-    known = flat(to_dict(default())).keys()
-    values = flat(to_dict(config))
-    names = {field for field in values if not field.startswith("data.options.")}
-    for field in sorted(names - known):
+    known, values = annotations(), flat(to_dict(config))
+    values = {field: x for field, x in values.items() if not field.startswith("data.options.")}
+    for field in sorted(values.keys() - known.keys()):
         hint = fields.hint(f"config.{field}", [f"config.{name}" for name in known])
         raise ConfigError(f"config.{field} is no field of the configuration{hint}")
-    for field in sorted(known - names):
+    for field in sorted(known.keys() - values.keys()):
         raise ConfigError(f"config.{field} is missing; start a config file with config.default()")
     fields.one_of("config.data.task", config.data.task, TASKS)
     fields.one_of("config.model.name", config.model.name, MODELS)
     fields.one_of("config.optimizer.name", config.optimizer.name, OPTIMIZERS)
     fields.one_of("config.model.channel_mixer", config.model.channel_mixer, CHANNEL_MIXERS)
-    for section, types in annotations().items():
-        for name, annotation in types.items():
-            field = f"{section}.{name}".lstrip(".")
-            if field in values:
-                fields.check_value(annotation, values[field], f"config.{field}")
+    for field, annotation in known.items():
+        fields.check(annotation, values[field], f"config.{field}")
 
 
 def _check_training(config: Config) -> None:

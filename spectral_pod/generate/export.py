@@ -92,7 +92,6 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
     config = recorded_config(facts["config"], str(folder / _CONFIG))
     module = models.build(
         fitted(config, mesh, dtype),
-        seq_len=config.data.seq_len,
         num_classes=facts["num_classes"],
         vocab_size=facts["vocab_size"],
         decoding=True,

@@ -55,12 +55,12 @@ def architecture(config: "Config", *, seq_len: int = 0, **resolved: Any) -> Arch
 def build(
     config: "Config",
     *,
-    seq_len: int,
     num_classes: int,
+    seq_len: int = 0,
     vocab_size: int = VOCAB_SIZE,
     decoding: bool = False,
 ) -> Model:
-    """The model of `config.model` for sequences of up to `seq_len` bytes.
+    """The model of `config.model`; `seq_len` is as for `architecture`.
 
     With `decoding` its layers are not stacked; see `layers/block.py` for the parameters then.
     """
@@ -68,9 +68,9 @@ def build(
     return MODELS[config.model.name](architecture(config, **fields), num_classes)
 
 
-def operations(config: "Config", *, seq_len: int) -> dict[str, str]:
+def operations(config: "Config") -> dict[str, str]:
     """The method that each operation takes on the mesh that is set, to be recorded."""
-    described = architecture(config, seq_len=seq_len)
+    described = architecture(config)
     methods: dict[str, str] = {}
     for mixer in mixers_of(described).values():
         methods |= mixer.methods(described)

@@ -105,7 +105,9 @@ class Task(abc.ABC):
     # ---- options
 
     def __post_init__(self) -> None:
-        fields.check(self.annotations(), self.options, _SECTION)
+        types = self.annotations()
+        for name, value in self.options.items():
+            fields.check(types[name], value, f"{_SECTION}.{name}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
