@@ -94,6 +94,8 @@ def parse(annotation: Any, text: str, field: str) -> Any:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
+        if get_origin(annotation) is tuple and not isinstance(value, (tuple, list)):
+            value = (value,)
     value = conformed(annotation, value)
     check(annotation, value, field)
     return value
@@ -126,14 +128,21 @@ def _is(value: Any, annotation: Any) -> bool:
     if origin is float:
         return isinstance(value, (int, float))
     if origin is tuple:
-        return isinstance(value, (tuple, list))
+        kinds = get_args(annotation)
+        if not isinstance(value, (tuple, list)):
+            return False
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        return not kinds or (len(kinds) == len(value) and all(map(_is, value, kinds)))
     return isinstance(value, origin)
 
 
 def _named(annotation: Any) -> str:
-    """A type in a message."""
+    """A type in a message: "an int or None"."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(_named(one) for one in get_args(annotation))
     origin = get_origin(annotation) or annotation
     name = {type(None): "None", None: "None", str: "text", int: "an int", float: "a number"}
-    return name.get(origin, {bool: "True or False", tuple: "a tuple"}.get(origin, str(origin)))
+    return name.get(
+        origin, {bool: "True or False", tuple: f"a {annotation}"}.get(origin, str(origin))
+    )

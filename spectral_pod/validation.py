@@ -108,8 +108,8 @@ def _check_data(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model, scales = MODELS[config.model.name], config.model.coarser_scales
-    if any(not isinstance(ratio, int) or ratio < 2 for ratio in scales):
-        raise ConfigError(f"config.model.coarser_scales is {scales}; a ratio is an int, 2 or more")
+    if any(ratio < 2 for ratio in scales):
+        raise ConfigError(f"config.model.coarser_scales is {scales}; a ratio is 2 or more")
     if scales and model.bytes_per_position == 1:
         raise ConfigError(
             f"config.model.coarser_scales is {scales}; {config.model.name} has no patches"

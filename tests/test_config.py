@@ -62,6 +62,7 @@ def test_the_defaults_pass():
         ({"model__pattern": ("hyna",), "model__name": "spectral_gpt", "data__task": "lm"},
          "model.pattern is 'hyna'.*did you mean 'hyena'"),
         ({"optimizer__name": "adam"}, "config.optimizer.name is 'adam'.*did you mean 'adamw'"),
+        ({"model__pattern": ("spectral", 3)}, "pattern is .*; it must be a tuple.str, ..."),
         ({"model__coarser_scales": (4, 1)}, "coarser_scales is \\(4, 1\\); a ratio"),
         ({"data__task": "lm"}, "'spectral_model', which predicts one class a record; task 'lm'"),
         ({"model__name": "spectral_gpt"}, "every next token; task 'listops' needs one of"),

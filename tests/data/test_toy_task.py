@@ -98,6 +98,8 @@ def parse(tmp_path, monkeypatch):
             {"settings": ((16, 2),)},
         ),
         (["--config.data.task=lm", "--config.data.options.source=a b"], {"source": "a b"}),
+        (["--config.data.task=dna", "--config.data.options.source=3"], {"source": "3"}),
+        (["--config.data.task=records", "--config.data.options.columns=a"], {"columns": ("a",)}),
         (
             ["--config.data.task=records", "--config.data.options.data=('a', 'b')"],
             {"data": ("a", "b")},
@@ -122,6 +124,7 @@ def test_any_option_is_a_flag(parse, arguments, options):
         ("repeats=many", "options.repeats is 'many'; it must be an int"),
         ("repeats=0", "options.repeats is 0; it must be at least 1"),
         ("case=Upper", r"options.case is 'Upper'; known are .*; did you mean 'upper'\?"),
+        ("repeats=(1,)", r"options.repeats is \(1,\); it must be an int"),
         ("case", "--config.data.options.case has no value; write --config.data.options.case=VALUE"),
     ],
 )
@@ -158,3 +161,8 @@ def test_its_store_is_written_once_and_read(parse, monkeypatch):
 def test_a_float_option_given_as_an_int_is_the_same_data():
     one, other = (make("records", {"train": "a.csv", "held_out": zero}) for zero in (0, 0.0))
     assert one.store_path("/data") == other.store_path("/data")
+
+
+def test_the_items_of_a_tuple_are_checked():
+    with pytest.raises(ConfigError, match=r"settings is .*; it must be a tuple\[tuple\[int, int\]"):
+        make("mqar", {"settings": ((16, 2, 3),)})
