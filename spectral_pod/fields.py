@@ -141,8 +141,7 @@ def _named(annotation: Any) -> str:
     """A type in a message: "an int or None"."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(_named(one) for one in get_args(annotation))
-    origin = get_origin(annotation) or annotation
-    name = {type(None): "None", None: "None", str: "text", int: "an int", float: "a number"}
-    return name.get(
-        origin, {bool: "True or False", tuple: f"a {annotation}"}.get(origin, str(origin))
-    )
+    if get_origin(annotation) is tuple:
+        return f"a {annotation}"
+    names = {bool: "True or False", int: "an int", float: "a number", str: "text"}
+    return (names | {None: "None", type(None): "None"}).get(annotation, str(annotation))
