@@ -99,7 +99,6 @@ class Model:
         build = functools.partial(
             models.build,
             fitted(config, mesh, config.model.dtype),
-            seq_len=config.data.seq_len,
             num_classes=num_classes,
             vocab_size=vocab_size,
         )
@@ -232,7 +231,7 @@ class _LanguageModel(Model):
             no UTF-8; of bytes come bytes.
           max_length: most bytes to write; fewer where the document ends.
           temperature, top_k, top_p: see `generate.sampling.Sampling`.
-          seed: of the random draws; the same one gives the same text on every mesh.
+          seed: the sampling seed; the same one gives the same text on every mesh.
           stop: the text ends before this; empty for none.
 
         Raises:

@@ -14,10 +14,12 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from spectral_pod.errors import ConfigError
+
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 class Bound(NamedTuple):
@@ -40,26 +42,15 @@ def types_of(fields: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(fields) if field.init}
 
 
-def check(annotations: Mapping[str, Any], values: Mapping[str, Any], section: str) -> None:
-    """Checks values by the annotations of their fields.
+def check(annotation: Any, value: Any, field: str) -> None:
+    """Checks a value by the annotation of its field.
 
     Args:
-      annotations: of the fields that there are, as `types_of` gives them.
-      section: before the names of the fields in a message, as "config.data.options".
+      field: its whole name, as "config.data.seq_len".
 
     Raises:
       ConfigError: names the field, its value and what it may be.
     """
-    for name in sorted(values.keys() - annotations.keys()):
-        raise ConfigError(
-            f"{section}.{name} is no field of the configuration{hint(name, annotations)}"
-        )
-    for name, value in values.items():
-        check_value(annotations[name], value, f"{section}.{name}")
-
-
-def check_value(annotation: Any, value: Any, field: str) -> None:
-    """As `check`, of one value; `field` is its whole name."""
     if get_origin(annotation) is Literal:
         one_of(field, value, get_args(annotation))
         return
@@ -94,19 +85,29 @@ def parse(annotation: Any, text: str, field: str) -> Any:
     Raises:
       ConfigError: it stands for no value of this type, or for one that the field may not have.
     """
-    if _is("", annotation) and not (text.startswith("(") and _is((), annotation)):
-        value: Any = text
-    elif get_origin(annotation) is Literal and text in get_args(annotation):
+    if annotation is bool and text.lower() in _BOOLEANS:  # as absl reads those of other fields
+        value: Any = _BOOLEANS[text.lower()]
+    elif _is(text, annotation) and not (text.startswith("(") and _is((), annotation)):
         value = text
     else:
         try:
-            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-    if isinstance(value, list):
-        value = tuple(value)
-    check_value(annotation, value, field)
+        if get_origin(annotation) is tuple and not isinstance(value, (tuple, list)):
+            value = (value,)
+    value = conformed(annotation, value)
+    check(annotation, value, field)
     return value
+
+
+def conformed(annotation: Any, value: Any) -> Any:
+    """A tuple in place of a list, and a float of an int where that is meant: neither JSON nor users
+    tell them apart, but what is hashed must be the same."""
+    if isinstance(value, (list, tuple)):
+        return tuple(conformed(Any, item) for item in value)
+    kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return float(value) if kind is float and type(value) is int else value
 
 
 def _is(value: Any, annotation: Any) -> bool:
@@ -127,14 +128,20 @@ def _is(value: Any, annotation: Any) -> bool:
     if origin is float:
         return isinstance(value, (int, float))
     if origin is tuple:
-        return isinstance(value, (tuple, list))
+        kinds = get_args(annotation)
+        if not isinstance(value, (tuple, list)):
+            return False
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        return not kinds or (len(kinds) == len(value) and all(map(_is, value, kinds)))
     return isinstance(value, origin)
 
 
 def _named(annotation: Any) -> str:
-    """A type in a message."""
+    """A type in a message: "an int or None"."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(_named(one) for one in get_args(annotation))
-    origin = get_origin(annotation) or annotation
-    name = {type(None): "None", None: "None", str: "text", int: "an int", float: "a number"}
-    return name.get(origin, {bool: "True or False", tuple: "a tuple"}.get(origin, str(origin)))
+    if get_origin(annotation) is tuple:
+        return f"a {annotation}"
+    names = {bool: "True or False", int: "an int", float: "a number", str: "text"}
+    return (names | {None: "None", type(None): "None"}).get(annotation, str(annotation))

@@ -30,11 +30,6 @@ class _MultiHead(Mixer):
     )
 
     def setup(self) -> None:
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"config.model.attention.num_heads is {self.num_heads} and does not divide "
-                f"config.model.hidden_dim = {self.width}"
-            )
         # Heads first: split over devices they stay so where Dense makes a matrix of its kernel.
         features, axes = (self.num_heads, 3, self.head_dim), ("embed", "head", None, None)
         self.query_key_value = Dense(features, axes, self.dtype)

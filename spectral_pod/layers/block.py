@@ -110,11 +110,27 @@ class BlockGroup(nn.Module):
         return x_BND, None
 
 
-def stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]:
+def all_blocks(
+    config: Architecture, x_BND: jax.Array, mask_BN: jax.Array, train: bool
+) -> jax.Array:
+    """Applies `config.num_layers` blocks, in a stack unless the model is to decode.
+
+    Called inside a module's compact method.
+    """
+    if config.decoding:
+        for block in separate_blocks(config):
+            x_BND = block(x_BND, mask_BN)
+        return x_BND
+    for stack in _stacked_blocks(config, deterministic=not train):
+        x_BND, _ = stack(x_BND, mask_BN)
+    return x_BND
+
+
+def _stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]:
     """`config.num_layers` blocks, the pattern repeating, scanned and rematerialized.
 
-    Called inside a module's compact method. One compiled group serves every repeat; layers beyond
-    the last whole repeat follow as a shorter group of their own. Each module returns (x_BND, None).
+    One compiled group serves every repeat; layers beyond the last whole repeat follow as a shorter
+    group of their own. Each module returns (x_BND, None).
     """
     group, patterns = BlockGroup, config.pattern
     if config.remat != "none":
