@@ -28,8 +28,8 @@ def check(url, intent, seconds=60):
 
 
 def message(command):
-    """The single line that a failing command prints."""
-    done = trainer.run(command, code=1)
+    """The single line that a failing command prints, in an interpreter that imports nothing else."""
+    done = trainer.run(command, code=1, forked=False)
     (line,) = done.stderr.strip().splitlines()
     return line
 
