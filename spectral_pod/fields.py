@@ -1,12 +1,12 @@
-"""Fields of configurations: stated once, in a dataclass whose annotations say what values may be.
+"""Fields of configurations, declared once in dataclasses whose annotations state accepted values.
 
     @dataclasses.dataclass(frozen=True)
     class Options:
         encoding: Literal["symbol", "raw"] = "symbol"
         train: Positive = 96_000
 
-The sections of `config.py`, mixers and models (`layers`, `models`) and tasks (`data/tasks`) state
-theirs so; `check` holds values to it, and `parse` reads them from a command line.
+The sections of `config.py`, mixers (`layers/mixer.py`) and tasks (`data/tasks`) declare fields this
+way; `check` validates values, and `parse` reads them from a command line.
 """
 
 import ast
@@ -21,7 +21,7 @@ from spectral_pod.errors import ConfigError
 
 
 class Bound(NamedTuple):
-    """The numbers that a field may have: `least` <= number, and number < `below`."""
+    """The numbers that a field accepts, `least` <= number < `below`, and how a message says so."""
 
     least: float
     below: float
@@ -35,20 +35,22 @@ Fraction = Annotated[float, Bound(0, 1, "in [0, 1)")]
 
 
 def types_of(fields: Any) -> dict[str, Any]:
-    """The annotation of every field of a dataclass that is an argument of its constructor."""
+    """The annotations of those fields of a dataclass that its constructor takes, by name."""
     hints = typing.get_type_hints(fields, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(fields) if field.init}
 
 
 def check(annotations: Mapping[str, Any], values: Mapping[str, Any], section: str) -> None:
-    """Checks values by the annotations of their fields.
+    """Checks values against the annotations of their fields.
 
     Args:
-      annotations: of the fields that there are, as `types_of` gives them.
-      section: before the names of the fields in a message, as "config.data.options".
+      annotations: the annotations of all fields that exist, by name, as from `types_of`.
+      values: values by the name of their field.
+      section: the prefix of field names in messages, such as "config.data.options".
 
     Raises:
-      ConfigError: names the field, its value and what it may be.
+      ConfigError: a field does not exist or does not accept its value; the message names the field,
+        the value and what is accepted.
     """
     for name in sorted(values.keys() - annotations.keys()):
         raise ConfigError(
@@ -59,7 +61,7 @@ def check(annotations: Mapping[str, Any], values: Mapping[str, Any], section: st
 
 
 def check_value(annotation: Any, value: Any, field: str) -> None:
-    """As `check`, of one value; `field` is its whole name."""
+    """As `check`, for one value; `field` is the full name of its field."""
     if get_origin(annotation) is Literal:
         one_of(field, value, get_args(annotation))
         return
@@ -75,7 +77,7 @@ def check_value(annotation: Any, value: Any, field: str) -> None:
 
 
 def one_of(field: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raises a ConfigError that names the choices, and the one that may have been meant."""
+    """Raises a ConfigError for a value that is no choice; it lists the choices and suggests one."""
     choices = list(choices)
     if value not in choices:
         near = hint(value, choices) if isinstance(value, str) else ""
@@ -83,16 +85,16 @@ def one_of(field: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def hint(word: str, words: Iterable[str]) -> str:
-    """'; did you mean ...?' of the one of `words` that is near, or nothing."""
+    """'; did you mean ...?' with the closest of `words`, or '' if none is close."""
     near = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def parse(annotation: Any, text: str, field: str) -> Any:
-    """The value that a text on the command line stands for.
+    """Parses a value from the command line.
 
     Raises:
-      ConfigError: it stands for no value of this type, or for one that the field may not have.
+      ConfigError: the text is not of the field's type, or the field does not accept its value.
     """
     if _is("", annotation) and not (text.startswith("(") and _is((), annotation)):
         value: Any = text
@@ -110,7 +112,7 @@ def parse(annotation: Any, text: str, field: str) -> Any:
 
 
 def _is(value: Any, annotation: Any) -> bool:
-    """Whether a value is of a type; an int is a float, a list or a config's tuple a tuple."""
+    """Whether a value is of a type; an int also counts as a float, and a list as a tuple."""
     if annotation is Any:
         return True
     if isinstance(annotation, types.UnionType):
@@ -132,7 +134,7 @@ def _is(value: Any, annotation: Any) -> bool:
 
 
 def _named(annotation: Any) -> str:
-    """A type in a message."""
+    """The name of a type in messages."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(_named(one) for one in get_args(annotation))
     origin = get_origin(annotation) or annotation
