@@ -1,4 +1,4 @@
-"""The report finds what was planted, and nothing in random records."""
+"""The report finds planted duplicates and label leaks, and nothing in random records."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_planted_duplicates_are_found(tmp_path, records):
     rng = np.random.default_rng(1)
     edited = bytearray(train[7].data)
     edited[100] ^= 1  # 8 of 293 shingles change
-    half = train[8].data[:150] + rng.bytes(150)  # a similarity of a third
+    half = train[8].data[:150] + rng.bytes(150)  # its similarity is 1/3
     test = [*test, train[3], Record(bytes(edited), 1 - train[7].label), Record(half, 0)]
     counted = []
     found = duplicates.report(make(tmp_path, train, test), counted.append)
