@@ -1,4 +1,4 @@
-"""Workdirs and stores that an earlier version wrote still resume, evaluate, generate and export."""
+"""Workdirs and stores of an earlier version still resume, evaluate, generate and export."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def facts(old):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_used(name, old, facts, tmp_path):
-    """Its parameters to the bit, its logits, and for a language model a text."""
+    """Its parameters bit by bit, its logits, and the text of a language model."""
     trained, want = restore_for_inference(str(old / name), step=4), facts[name]
     export.save(trained, str(tmp_path / "export"))
     exported = (tmp_path / "export" / "model.safetensors").read_bytes()
@@ -58,7 +58,7 @@ def test_it_is_used(name, old, facts, tmp_path):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_evaluated_and_resumed(name, old, facts):
-    """With its own store, which an older version named otherwise, and ends where it would have."""
+    """It uses its own store, which has an older name, and ends as it would have then."""
     stores = sorted(path.name for path in (old / "data").iterdir())
     command = trainer.command(
         old / name, f"data.dir={old / 'data'}", config=f"tests/old_runs.py:{name}"
