@@ -1,4 +1,4 @@
-"""What `tests/worked_example.py` registers by one line each works everywhere without other edits."""
+"""What `tests/worked_example.py` registers by one line each works without edits anywhere else."""
 
 import contextlib
 import importlib
