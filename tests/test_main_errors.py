@@ -189,8 +189,8 @@ def test_interrupted_from_the_keyboard(tmp_path):
         assert child.wait(timeout=60) == 130, log.read_text()
     finally:
         child.kill()
-    told = "Interrupted; the same command continues from the newest checkpoint\n"
-    assert told in log.read_text()
+    message = "Interrupted; the same command continues from the newest checkpoint\n"
+    assert message in log.read_text()
     assert "Traceback" not in log.read_text()
     done = trainer.run(trainer.command(workdir))
     assert "starting at step 0" not in done.stdout

@@ -63,10 +63,10 @@ def test_it_is_evaluated_and_resumed(name, old, facts):
     command = trainer.command(
         old / name, f"data.dir={old / 'data'}", config=f"tests/old_runs.py:{name}"
     )
-    told = trainer.run([*command, "--eval_only"]).stdout
-    assert "step 4 " in told
-    told = trainer.run(command).stdout
-    assert "starting at step 4" in told
+    output = trainer.run([*command, "--eval_only"]).stdout
+    assert "step 4 " in output
+    output = trainer.run(command).stdout
+    assert "starting at step 4" in output
     result, want = trainer.result(old / name), facts[name]
     assert result["step"] == 8
     assert result["eval"]["loss"] == pytest.approx(want["loss_at_8"], rel=1e-4)
@@ -80,5 +80,5 @@ def test_options_that_are_written_out_continue_it_and_others_do_not(old):
     )
     trainer.run([*command, "--config.data.options.seed=0", "--eval_only"])
     command = trainer.command(old / "classifier", config="tests/old_runs.py:classifier")
-    told = trainer.run([*command, "--config.data.options.test=17"], code=2).stderr
-    assert "config.data.options.test: 16 there, 17 now" in told
+    output = trainer.run([*command, "--config.data.options.test=17"], code=2).stderr
+    assert "config.data.options.test: 16 there, 17 now" in output

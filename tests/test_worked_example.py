@@ -78,9 +78,9 @@ def test_the_options_of_its_task_are_flags(workdir, tmp_path):
     recorded = json.loads((workdir / "config.json").read_text())["config"]["data"]
     assert recorded["options"] == {"step": 3, "length": 20}
     wrong = trainer.command(tmp_path / "run", "data.options.stp=3", config=CONFIG)
-    told = trainer.run(wrong, code=2).stderr
-    assert "config.data.options.stp is unknown to count" in told
-    assert "did you mean 'step'" in told
+    message = trainer.run(wrong, code=2).stderr
+    assert "config.data.options.stp is unknown to count" in message
+    assert "did you mean 'step'" in message
     wrong = trainer.command(tmp_path / "run", "data.options.step=0", config=CONFIG)
     assert "options.step is 0; it must be at least 1" in trainer.run(wrong, code=2).stderr
 

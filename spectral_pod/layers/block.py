@@ -120,7 +120,7 @@ def stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]
     group, patterns = BlockGroup, config.pattern
     if config.remat != "none":
         # XLA does not merge the recomputation in a loop's body with the forward pass; if the loop
-        # is unrolled, it must be prevented.
+        # is unrolled, this must be prevented.
         group = nn.remat(BlockGroup, prevent_cse=config.unroll > 1, policy=REMAT[config.remat])
     repeats, rest = divmod(config.num_layers, len(patterns))
     stack = []

@@ -58,9 +58,9 @@ def test_labels_that_are_given_away(tmp_path, records):
     honest = duplicates.report(make(tmp_path / "a", records[:150], records[150:]))["labels"]["test"]
     assert all(0.3 < value < 0.7 for value in honest.values())
     telling = [Record(b"%d" % r.label + b"..." + r.data, r.label) for r in records]
-    told = duplicates.report(make(tmp_path / "b", telling[:150], telling[150:]))["labels"]["test"]
-    assert told["first 4 bytes"] == 1.0
-    assert told["last 4 bytes"] < 0.7
+    leaked = duplicates.report(make(tmp_path / "b", telling[:150], telling[150:]))["labels"]["test"]
+    assert leaked["first 4 bytes"] == 1.0
+    assert leaked["last 4 bytes"] < 0.7
 
 
 def test_pairs_and_short_records(tmp_path):

@@ -279,12 +279,12 @@ def test_a_bad_record_stops_or_is_counted(build, tmp_path):
     options = {"train": train, "classes": ("0", "1", "2"), "held_out": 0.2}
     store, splits = build(on_fault="skip", **options)
     assert sorted(together(splits)) == sorted(as_records(numbered(59 - len(BAD))))
-    told = sources(store)["train"]
-    assert told["rows"] == 59
-    assert told["skipped"] == {
+    source = sources(store)["train"]
+    assert source["rows"] == 59
+    assert source["skipped"] == {
         "invalid JSON": 1, "no field": 2, "no bytes": 2, "unknown label": 1
     }  # fmt: skip
-    assert told["places"]["no bytes"] == [f"{train}:{n}: {BAD[n][1]}" for n in (6, 7)]
+    assert source["places"]["no bytes"] == [f"{train}:{n}: {BAD[n][1]}" for n in (6, 7)]
     for line, reason in BAD.values():
         train.write_text("\n".join([*map(json.dumps, numbered(9)), line]))
         with pytest.raises(DataError, match=rf"a\.jsonl:10: {reason}.*on_fault = 'skip'"):
@@ -295,9 +295,9 @@ def test_only_the_first_places_are_kept(build, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_ITEM_BYTES", 3_000)
     rows = [row for i in range(50) for row in ({"text": "x", "label": f"c{i % 2}"}, {})]
     train = write_lines(tmp_path / "a.jsonl", rows)
-    told = sources(build(train=train, on_fault="skip", held_out=0.0)[0])["train"]
-    assert told["skipped"] == {"no field": 50}
-    assert [p.split(": ")[0] for p in told["places"]["no field"]] == [
+    source = sources(build(train=train, on_fault="skip", held_out=0.0)[0])["train"]
+    assert source["skipped"] == {"no field": 50}
+    assert [p.split(": ")[0] for p in source["places"]["no field"]] == [
         f"{train}:{n}" for n in (2, 4, 6, 8, 10)
     ]
 
