@@ -18,12 +18,13 @@ records.
 
 from ml_collections import ConfigDict
 
+from spectral_pod.config import Config
 from spectral_pod.recipes import learning_rates, long_range, schedule
 
 PRESETS = ("full", "cpu")
 
 
-def get_config(preset: str = "full") -> ConfigDict:
+def get_config(preset: str = "full") -> Config:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {PRESETS}")
     c = long_range()

@@ -7,14 +7,13 @@
 of SpectralGPT.
 """
 
-from ml_collections import ConfigDict
-
+from spectral_pod.config import Config
 from spectral_pod.recipes import small_language_model
 
 MODELS = ("gpt", "llm")
 
 
-def get_config(model: str = "gpt") -> ConfigDict:
+def get_config(model: str = "gpt") -> Config:
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; there are {MODELS}")
     c = small_language_model()

@@ -9,14 +9,13 @@ to less than 1.6 nats a byte (nanoGPT's CPU recipe: 1.88); `:gpu` one of nanoGPT
 standard library.
 """
 
-from ml_collections import ConfigDict
-
+from spectral_pod.config import Config
 from spectral_pod.recipes import learning_rates, small_language_model
 
 SIZES = ("cpu", "gpu")
 
 
-def get_config(size: str = "cpu") -> ConfigDict:
+def get_config(size: str = "cpu") -> Config:
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {SIZES}")
     c = small_language_model()

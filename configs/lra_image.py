@@ -19,6 +19,7 @@ a slice; the small one is one epoch.
 
 from ml_collections import ConfigDict
 
+from spectral_pod.config import Config
 from spectral_pod.recipes import long_range, schedule, small_long_range
 
 PRESETS = ("full", "cpu")
@@ -27,7 +28,7 @@ CLASSES = (
 )  # fmt: skip
 
 
-def get_config(preset: str = "full") -> ConfigDict:
+def get_config(preset: str = "full") -> Config:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {PRESETS}")
     c = long_range()

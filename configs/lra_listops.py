@@ -13,6 +13,7 @@ a slice. Accuracy is reported beside a ladder of baselines that evaluate the top
 
 from ml_collections import ConfigDict
 
+from spectral_pod.config import Config
 from spectral_pod.recipes import long_range, schedule, small_long_range
 
 # The longest record is below 2,000 symbols; as text it has at most about 4,900 and 13,000 bytes.
@@ -20,7 +21,7 @@ SEQ_LEN = {"symbol": 2048, "stripped": 5120, "raw": 16384}
 PRESETS = ("hybrid", "multi_scale", "cpu", "overfit")
 
 
-def get_config(preset: str = "symbol") -> ConfigDict:
+def get_config(preset: str = "symbol") -> Config:
     c = long_range()
     encoding = preset if preset in SEQ_LEN else "symbol"
     c.data.task = "listops"

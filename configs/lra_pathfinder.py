@@ -12,12 +12,13 @@ between the markers alone gives 80%; only accuracy above that comes from followi
 
 from ml_collections import ConfigDict
 
+from spectral_pod.config import Config
 from spectral_pod.recipes import long_range, schedule, small_long_range
 
 PRESETS = ("pathfinder", "path_x", "cpu")
 
 
-def get_config(preset: str = "pathfinder") -> ConfigDict:
+def get_config(preset: str = "pathfinder") -> Config:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {list(PRESETS)}")
     c = long_range()

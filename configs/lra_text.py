@@ -19,12 +19,13 @@ bytes for 6 epochs and reaches 75.8% on half of the test reviews (docs/results.m
 
 from ml_collections import ConfigDict
 
+from spectral_pod.config import Config
 from spectral_pod.recipes import long_range, schedule
 
 PRESETS = ("full", "cpu")
 
 
-def get_config(preset: str = "full") -> ConfigDict:
+def get_config(preset: str = "full") -> Config:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {PRESETS}")
     c = long_range()

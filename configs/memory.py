@@ -8,15 +8,13 @@ some names are assigned again and the last value counts.
 Without a memory: `--config.model.memory_interval=0`.
 """
 
-from ml_collections import ConfigDict
-
-from spectral_pod.config import default
+from spectral_pod.config import Config, default
 from spectral_pod.recipes import learning_rates, schedule
 
 SEQ_LEN = {"copy": 64, "recall": 112, "overwrite": 136}
 
 
-def get_config(task: str = "recall") -> ConfigDict:
+def get_config(task: str = "recall") -> Config:
     if task not in SEQ_LEN:
         raise ValueError(f"unknown task {task!r}; there are {list(SEQ_LEN)}")
     c = default()

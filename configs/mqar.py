@@ -14,16 +14,14 @@ the 256 bytes as symbols, can be learned on a CPU in minutes. Other mixers:
         --config.data.seq_len=1024 --config.data.options.settings="((1024, 256),)"
 """
 
-from ml_collections import ConfigDict
-
-from spectral_pod.config import default
+from spectral_pod.config import Config, default
 from spectral_pod.data.tasks.mqar import TRAIN_SETTINGS
 from spectral_pod.recipes import learning_rates, schedule
 
 SIZES = ("zoology", "bytes")
 
 
-def get_config(size: str = "zoology") -> ConfigDict:
+def get_config(size: str = "zoology") -> Config:
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {SIZES}")
     c = default()

@@ -8,13 +8,11 @@ Cost:     two to three minutes on two CPU cores
 Expected: above 90% of the test windows, from files that training never saw
 """
 
-from ml_collections import ConfigDict
-
-from spectral_pod.config import default
+from spectral_pod.config import Config, default
 from spectral_pod.recipes import learning_rates, schedule
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     c = default()
     c.data.task = "content_type"
     c.model.dtype = "float32"  # CPUs are faster in float32

@@ -99,7 +99,6 @@ class Model:
         build = functools.partial(
             models.build,
             fitted(config, mesh, config.model.dtype),
-            seq_len=config.data.seq_len,
             num_classes=num_classes,
             vocab_size=vocab_size,
         )

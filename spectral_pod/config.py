@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ml_collections import ConfigDict
 
+from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Fraction, NonNegative, NonNegativeFloat, Positive, types_of
 from spectral_pod.layers.architecture import ModelConfig
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
@@ -141,23 +142,41 @@ def default() -> Config:
     return cast(Config, config)
 
 
-def annotations() -> dict[str, dict[str, Any]]:
-    """The annotations of all fields, by the dotted name of their section and their own name."""
-    sections = {name: section for name, section in types_of(Config).items() if name != "seed"}
-    sections["model"] = ModelConfig
-    held = {"": {"seed": int}} | {name: types_of(section) for name, section in sections.items()}
-    return held | {
-        f"model.{name}": {option: annotation for option, (annotation, _) in options.items()}
-        for name, options in mixer_options().items()
-    }
+def annotations() -> dict[str, Any]:
+    """The annotations of all fields by their dotted names, except for the options of tasks."""
+    sections = types_of(Config) | {"model": ModelConfig}
+    held: dict[str, Any] = {"seed": sections.pop("seed")}
+    held |= flat({name: types_of(section) for name, section in sections.items()})
+    for name, options in mixer_options().items():
+        held |= {f"model.{name}.{option}": kind for option, (kind, _) in options.items()}
+    del held["data.options"]
+    return held
 
 
 def mixer_options() -> dict[str, dict[str, tuple[Any, Any]]]:
-    """(annotation, default) of the options of all mixers, by section and name."""
+    """(annotation, default) of the options of all mixers, by section and name.
+
+    Raises:
+      ConfigError: a mixer's section has the name of a field, or two mixers state an option
+        differently.
+    """
     sections: dict[str, dict[str, tuple[Any, Any]]] = {}
+    taken = types_of(ModelConfig)
     for mixer in (*MIXERS.values(), *CHANNEL_MIXERS.values()):
-        if mixer.section:
-            sections.setdefault(mixer.section, {}).update(mixer.options())
+        name, options = mixer.section, mixer.options()
+        if (options and not name) or name in taken:
+            raise ConfigError(
+                f"{mixer.__name__}.section is {name!r}; a mixer's options {list(options)} need a "
+                f"section whose name is no field of config.model"
+            )
+        section = sections.setdefault(name, {})
+        for option, value in options.items():
+            if section.setdefault(option, value) != value:
+                raise ConfigError(
+                    f"{mixer.__name__} states config.model.{name}.{option} otherwise than another "
+                    "mixer of this section: give it a section of its own"
+                )
+    del sections[""]
     return sections
 
 

@@ -14,10 +14,12 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from spectral_pod.errors import ConfigError
+
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 class Bound(NamedTuple):
@@ -40,28 +42,15 @@ def types_of(fields: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(fields) if field.init}
 
 
-def check(annotations: Mapping[str, Any], values: Mapping[str, Any], section: str) -> None:
-    """Checks values against the annotations of their fields.
+def check(annotation: Any, value: Any, field: str) -> None:
+    """Checks a value against the annotation of its field.
 
     Args:
-      annotations: the annotations of all fields that exist, by name, as from `types_of`.
-      values: values by the name of their field.
-      section: the prefix of field names in messages, such as "config.data.options".
+      field: the full name of the field, such as "config.data.seq_len".
 
     Raises:
-      ConfigError: a field does not exist or does not accept its value; the message names the field,
-        the value and what is accepted.
+      ConfigError: the field does not accept the value; the message names both and what is accepted.
     """
-    for name in sorted(values.keys() - annotations.keys()):
-        raise ConfigError(
-            f"{section}.{name} is no field of the configuration{hint(name, annotations)}"
-        )
-    for name, value in values.items():
-        check_value(annotations[name], value, f"{section}.{name}")
-
-
-def check_value(annotation: Any, value: Any, field: str) -> None:
-    """As `check`, for one value; `field` is the full name of its field."""
     if get_origin(annotation) is Literal:
         one_of(field, value, get_args(annotation))
         return
@@ -96,19 +85,29 @@ def parse(annotation: Any, text: str, field: str) -> Any:
     Raises:
       ConfigError: the text is not of the field's type, or the field does not accept its value.
     """
-    if _is("", annotation) and not (text.startswith("(") and _is((), annotation)):
-        value: Any = text
-    elif get_origin(annotation) is Literal and text in get_args(annotation):
+    if annotation is bool and text.lower() in _BOOLEANS:  # as absl reads those of other fields
+        value: Any = _BOOLEANS[text.lower()]
+    elif _is(text, annotation) and not (text.startswith("(") and _is((), annotation)):
         value = text
     else:
         try:
-            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-    if isinstance(value, list):
-        value = tuple(value)
-    check_value(annotation, value, field)
+        if get_origin(annotation) is tuple and not isinstance(value, (tuple, list)):
+            value = (value,)
+    value = conformed(annotation, value)
+    check(annotation, value, field)
     return value
+
+
+def conformed(annotation: Any, value: Any) -> Any:
+    """Converts lists to tuples, and an int to a float if the annotation is float: JSON and users do
+    not distinguish them, but equal values must have equal hashes."""
+    if isinstance(value, (list, tuple)):
+        return tuple(conformed(Any, item) for item in value)
+    kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return float(value) if kind is float and type(value) is int else value
 
 
 def _is(value: Any, annotation: Any) -> bool:
@@ -129,14 +128,20 @@ def _is(value: Any, annotation: Any) -> bool:
     if origin is float:
         return isinstance(value, (int, float))
     if origin is tuple:
-        return isinstance(value, (tuple, list))
+        kinds = get_args(annotation)
+        if not isinstance(value, (tuple, list)):
+            return False
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        return not kinds or (len(kinds) == len(value) and all(map(_is, value, kinds)))
     return isinstance(value, origin)
 
 
 def _named(annotation: Any) -> str:
-    """The name of a type in messages."""
+    """The name of a type in messages, such as "an int or None"."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(_named(one) for one in get_args(annotation))
-    origin = get_origin(annotation) or annotation
-    name = {type(None): "None", None: "None", str: "text", int: "an int", float: "a number"}
-    return name.get(origin, {bool: "True or False", tuple: "a tuple"}.get(origin, str(origin)))
+    if get_origin(annotation) is tuple:
+        return f"a {annotation}"
+    names = {bool: "True or False", int: "an int", float: "a number", str: "text"}
+    return (names | {None: "None", type(None): "None"}).get(annotation, str(annotation))

@@ -79,6 +79,11 @@ class Objective:
     higher_is_better: ClassVar[bool] = True
     formats: ClassVar[dict[str, str]] = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}"}
 
+    def __init_subclass__(cls) -> None:
+        # Copies of the dictionaries: new entries must not change the class it inherits from.
+        for name in ("training_metrics", "evaluation_metrics", "formats"):
+            setattr(cls, name, dict(getattr(cls, name, {})))
+
     @classmethod
     def outputs(
         cls, logits: jax.Array, labels: jax.Array, valid: jax.Array, smoothing: float = 0.0
@@ -111,7 +116,7 @@ class Objective:
     def scores(cls, values: Mapping[str, float]) -> dict[str, float]:
         """What a checkpoint records of its validation; the best has the highest `score`."""
         score = values[cls.ranked_by] if cls.higher_is_better else -values[cls.ranked_by]
-        return {"score": score} | {name: values[name] for name in cls.training_metrics}
+        return {"score": score} | {k: values[k] for k in cls.training_metrics if k in values}
 
     @classmethod
     def line(cls, values: Mapping[str, Any]) -> str:

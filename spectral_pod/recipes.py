@@ -4,12 +4,10 @@ They are part of the package because a config file is loaded by its path, in any
 can import only what is installed.
 """
 
-from ml_collections import ConfigDict
-
-from spectral_pod.config import default
+from spectral_pod.config import Config, default
 
 
-def schedule(c: ConfigDict, *, total: int, every: int, warmup: int | None = None) -> None:
+def schedule(c: Config, *, total: int, every: int, warmup: int | None = None) -> None:
     """Trains `total` steps, and validates and saves every `every` steps.
 
     `warmup` is by default `every`.
@@ -19,12 +17,12 @@ def schedule(c: ConfigDict, *, total: int, every: int, warmup: int | None = None
     c.optimizer.warmup_steps = every if warmup is None else warmup
 
 
-def learning_rates(c: ConfigDict, rate: float) -> None:
+def learning_rates(c: Config, rate: float) -> None:
     """The same peak learning rate for both groups of parameters."""
     c.optimizer.learning_rate = c.optimizer.dynamics_learning_rate = rate
 
 
-def long_range() -> ConfigDict:
+def long_range() -> Config:
     """A classifier of long sequences, 6 layers of width 256, for one accelerator or a slice."""
     c = default()
     c.model.num_layers = 6
@@ -40,7 +38,7 @@ def long_range() -> ConfigDict:
     return c
 
 
-def small_long_range(c: ConfigDict) -> None:
+def small_long_range(c: Config) -> None:
     """Makes the model of `long_range` small enough for CPUs: 4 layers of width 64."""
     c.model.num_layers = 4
     c.model.hidden_dim = 64
@@ -51,7 +49,7 @@ def small_long_range(c: ConfigDict) -> None:
     c.model.remat = "none"
 
 
-def small_language_model() -> ConfigDict:
+def small_language_model() -> Config:
     """SpectralGPT of about 0.7M parameters on 256 bytes, for two CPU cores."""
     c = default()
     c.data.task = "lm"

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from spectral_pod import fields, models
-from spectral_pod.config import Config, annotations, default, flat, store_and_weight, to_dict
+from spectral_pod.config import Config, annotations, flat, store_and_weight, to_dict
 from spectral_pod.data.tasks import TASKS, DrawnTask
 from spectral_pod.errors import ConfigError
 from spectral_pod.layers.architecture import Architecture
@@ -13,6 +13,7 @@ from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.models import MODELS
 from spectral_pod.parallel.mesh import AXES
+from spectral_pod.train.optim import OPTIMIZERS
 
 
 def validate(config: Config) -> None:
@@ -22,29 +23,26 @@ def validate(config: Config) -> None:
       ConfigError: names the field, its value and what it may be.
     """
     _check_fields(config)
-    _check_training(config)
-    _check_data(config)
     _check_model(config)
+    _check_data(config)
+    _check_training(config)
 
 
 def _check_fields(config: Config) -> None:
     """Checks each field by itself."""
-    known = flat(to_dict(default())).keys()
-    values = flat(to_dict(config))
-    names = {field for field in values if not field.startswith("data.options.")}
-    for field in sorted(names - known):
-        hint = fields.hint(f"config.{field}", [f"config.{name}" for name in known])
+    known, values = annotations(), flat(to_dict(config))
+    values = {field: x for field, x in values.items() if not field.startswith("data.options.")}
+    for field in sorted(values.keys() - known.keys()):
+        hint = fields.hint(f"config.{field}", [f"config.{name}" for name in known]).replace("'", "")
         raise ConfigError(f"config.{field} is no field of the configuration{hint}")
-    for field in sorted(known - names):
+    for field in sorted(known.keys() - values.keys()):
         raise ConfigError(f"config.{field} is missing; start a config file with config.default()")
     fields.one_of("config.data.task", config.data.task, TASKS)
     fields.one_of("config.model.name", config.model.name, MODELS)
+    fields.one_of("config.optimizer.name", config.optimizer.name, OPTIMIZERS)
     fields.one_of("config.model.channel_mixer", config.model.channel_mixer, CHANNEL_MIXERS)
-    for section, types in annotations().items():
-        for name, annotation in types.items():
-            field = f"{section}.{name}".lstrip(".")
-            if field in values:
-                fields.check_value(annotation, values[field], f"config.{field}")
+    for field, annotation in known.items():
+        fields.check(annotation, values[field], f"config.{field}")
 
 
 def _check_training(config: Config) -> None:
@@ -110,8 +108,8 @@ def _check_data(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model, scales = MODELS[config.model.name], config.model.coarser_scales
-    if any(not isinstance(ratio, int) or ratio < 2 for ratio in scales):
-        raise ConfigError(f"config.model.coarser_scales is {scales}; a ratio is an int, 2 or more")
+    if any(ratio < 2 for ratio in scales):
+        raise ConfigError(f"config.model.coarser_scales is {scales}; a ratio is 2 or more")
     if scales and model.bytes_per_position == 1:
         raise ConfigError(
             f"config.model.coarser_scales is {scales}; {config.model.name} has no patches"
@@ -129,6 +127,7 @@ def _check_model(config: Config) -> None:
             raise ConfigError(f"config.model.pattern has {block!r}, which names a mixer twice")
     described = models.architecture(config)
     for mixer in mixers_of(described).values():
+        mixer.configured(described)  # fields of other sections may be missing
         mixer.check(described)
         for field, by in mixer.divisible:
             if not by.startswith("mesh.") and get(config, field) % get(config, by):

@@ -76,9 +76,7 @@ def set_up(config: Config, topology: Topology) -> Setup:
     task = tasks.make(config.data.task, config.data.options)
     num_classes, vocab_size = task.num_classes, task.vocab_size
     row_len = config_lib.row_len(config)
-    model = models.build(
-        config, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
-    )
+    model = models.build(config, num_classes=num_classes, vocab_size=vocab_size)
     objective = task.objective
     optimizer = make_optimizer(config, model, mesh)
     abstract = abstract_state(model, optimizer.tx, mesh)

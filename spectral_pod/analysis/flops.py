@@ -46,9 +46,7 @@ def train_flops(
     defined = config_lib.copy(config)
     for mixer in mixers_of(models.architecture(config)).values():
         cast(ConfigDict, defined).update_from_flattened_dict(dict(mixer.definition))
-    model = models.build(
-        defined, seq_len=config.data.seq_len, num_classes=num_classes, vocab_size=vocab_size
-    )
+    model = models.build(defined, num_classes=num_classes, vocab_size=vocab_size)
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, row_len(config)), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
     unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)

@@ -226,6 +226,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+class _DecodedLines:
+    """The lines of a stream as text, for `csv`, whose own count omits those that it cannot read.
+
+    Attributes:
+      number: the number of the last line read.
+    """
+
+    def __init__(self, stream: IO[bytes]):
+        self.number = 0
+        self._lines = _lines(stream)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        self.number, line = next(self._lines)
+        if line is None:
+            raise csv.Error(f"a line of more than {MAX_BYTES:,} bytes")
+        return line.decode(*_ESCAPING)
+
+
 def _csv(
     file: str,
     stream: IO[bytes],
@@ -234,22 +255,13 @@ def _csv(
     delimiter: str = ",",
     quoting: Any = csv.QUOTE_MINIMAL,
 ) -> Iterator[Row | Fault]:
-    number = 0  # of the last line read; `csv`'s own count omits lines that cannot be decoded
-
-    def decoded(numbered: tuple[int, bytes | None]) -> str:
-        nonlocal number
-        number, line = numbered
-        if line is None:
-            raise csv.Error(f"a line of more than {MAX_BYTES:,} bytes")
-        return line.decode(*_ESCAPING)
-
     # This limit is global to the process; by default fields are limited to 131,072 characters.
     csv.field_size_limit(MAX_BYTES)
-    # After an exception, `map` and the reader continue with the next line.
-    lines = map(decoded, _lines(stream))
+    # After an exception, the lines and the reader continue with the next one.
+    lines = _DecodedLines(stream)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     while True:
-        place = f"{file}:{number + 1}"
+        place = f"{file}:{lines.number + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:

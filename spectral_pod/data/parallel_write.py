@@ -15,7 +15,7 @@ import concurrent.futures
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorstore as ts
@@ -66,16 +66,9 @@ def write(
         notes.write("plan.json", encoded_plan).result()
     done = {key.decode() for key in notes.list().result()}
     options = {"num_classes": len(classes), "documents": documents}
-    num_items = 0
-
-    def missing() -> Iterator[tuple[int, Any]]:
-        nonlocal num_items
-        for index, item in enumerate(items):
-            num_items = index + 1
-            if _note(index) not in done:
-                yield index, item
-
-    work = missing()
+    counted = itertools.count()
+    numbered = ((next(counted), item) for item in items)
+    work = ((index, item) for index, item in numbered if _note(index) not in done)
     first = list(itertools.islice(work, 2))
     if len(first) < 2:  # not worth starting a process
         for index, item in first:
@@ -92,7 +85,7 @@ def write(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    written = [json.loads(notes[_note(index)]) for index in range(num_items)]
+    written = [json.loads(notes[_note(index)]) for index in range(next(counted))]
     parts = {
         split: [note["parts"][split] for note in written if split in note["parts"]]
         for split in splits

@@ -27,6 +27,39 @@ from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.checkpoint import check_same_model, described
 
 _PARAMETERS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+_CARD_TEXT = """---
+{fields}
+---
+
+# {cls}, task {task}
+
+A {cls} that reads bytes and predicts {predicts}. Trained with spectral_pod.
+
+- {num_params:,} float32 parameters
+- {model.num_layers} layers of width {model.hidden_dim}, the blocks repeating {pattern}
+- trained for {step:,} steps of {rows} x {seq_len} bytes
+
+## Data
+
+Task `{task}`{options}; sha256 of the data `{digest}`.
+
+## Results
+
+{results}
+
+## Use
+
+```python
+from spectral_pod import {cls}
+
+model = {cls}.from_export("this folder")
+{use}
+```
+
+## License
+
+{license}
+"""
 
 
 def save(
@@ -92,7 +125,6 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
     config = recorded_config(facts["config"], str(folder / _CONFIG))
     module = models.build(
         fitted(config, mesh, dtype),
-        seq_len=config.data.seq_len,
         num_classes=facts["num_classes"],
         vocab_size=facts["vocab_size"],
         decoding=True,
@@ -140,45 +172,22 @@ def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None
         predicts = f"one of {trained.num_classes} symbols at every position"
         use = "print(model(tokens).argmax(-1))  # int tokens [batch, length]"
     options = ", ".join(f"{name}={value!r}" for name, value in config.data.options.items())
-    return "\n".join(
-        [
-            "---",
-            *fields,
-            "---",
-            "",
-            f"# {cls}, task {config.data.task}",
-            "",
-            f"A {cls} that reads bytes and predicts {predicts}. Trained with spectral_pod.",
-            "",
-            f"- {num_params:,} float32 parameters",
-            f"- {config.model.num_layers} layers of width {config.model.hidden_dim}, the blocks "
-            f"repeating {', '.join(models.pattern(config))}",
-            f"- trained for {trained.step:,} steps of {config.train.global_batch_size} x "
-            f"{config.data.seq_len} bytes",
-            "",
-            "## Data",
-            "",
-            f"Task `{config.data.task}`{f' with {options}' if options else ''}; sha256 of the data "
-            f"`{trained.data_digest}`.",
-            "",
-            "## Results",
-            "",
-            *_results(trained, result),
-            "",
-            "## Use",
-            "",
-            "```python",
-            f"from spectral_pod import {cls}",
-            "",
-            f'model = {cls}.from_export("this folder")',
-            use,
-            "```",
-            "",
-            "## License",
-            "",
-            license or "None is stated.",
-            "",
-        ]
+    return _CARD_TEXT.format(
+        fields="\n".join(fields),
+        cls=cls,
+        task=config.data.task,
+        predicts=predicts,
+        num_params=num_params,
+        model=config.model,
+        pattern=", ".join(models.pattern(config)),
+        step=trained.step,
+        rows=config.train.global_batch_size,
+        seq_len=config.data.seq_len,
+        options=f" with {options}" if options else "",
+        digest=trained.data_digest,
+        results="\n".join(_results(trained, result)),
+        use=use,
+        license=license or "None is stated.",
     )
 
 

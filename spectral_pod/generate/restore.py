@@ -100,7 +100,6 @@ def restore_for_inference(
     build = functools.partial(
         models.build,
         fitted(config, mesh, dtype),
-        seq_len=config.data.seq_len,
         num_classes=num_classes,
         vocab_size=vocab_size,
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
+from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Fraction, NonNegative, Positive
 
 
@@ -73,9 +74,16 @@ class Architecture(ModelConfig):
         return cls(**(fields | {"sections": FrozenConfigDict(sections)} | resolved))
 
     def option(self, path: str) -> Any:
-        """The value of 'field' or 'section.field'."""
+        """The value of 'field' or 'section.field'.
+
+        Raises:
+          ConfigError: there is no such field.
+        """
         section, _, name = path.rpartition(".")
-        return self.sections[section][name] if section else getattr(self, name)
+        try:
+            return self.sections[section][name] if section else getattr(self, name)
+        except (KeyError, AttributeError):
+            raise ConfigError(f"a mixer asks for config.model.{path}, which there is not") from None
 
     @property
     def activation_dtype(self) -> Any:

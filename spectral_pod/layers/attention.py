@@ -30,11 +30,6 @@ class _MultiHead(Mixer):
     )
 
     def setup(self) -> None:
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"config.model.attention.num_heads is {self.num_heads} and does not divide "
-                f"config.model.hidden_dim = {self.width}"
-            )
         # The head axis is first, so that it stays split where Dense makes the kernel a matrix.
         features, axes = (self.num_heads, 3, self.head_dim), ("embed", "head", None, None)
         self.query_key_value = Dense(features, axes, self.dtype)

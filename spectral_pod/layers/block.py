@@ -110,12 +110,27 @@ class BlockGroup(nn.Module):
         return x_BND, None
 
 
-def stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]:
+def all_blocks(
+    config: Architecture, x_BND: jax.Array, mask_BN: jax.Array, train: bool
+) -> jax.Array:
+    """Applies `config.num_layers` blocks, stacked unless `config.decoding`.
+
+    To be called in a module's compact method.
+    """
+    if config.decoding:
+        for block in separate_blocks(config):
+            x_BND = block(x_BND, mask_BN)
+        return x_BND
+    for stack in _stacked_blocks(config, deterministic=not train):
+        x_BND, _ = stack(x_BND, mask_BN)
+    return x_BND
+
+
+def _stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]:
     """`config.num_layers` blocks that repeat the pattern, scanned and rematerialized.
 
-    To be called in a module's compact method. The group of one repeat is compiled once for all
-    repeats; layers beyond the last whole repeat form a shorter group. Each module returns
-    (x_BND, None).
+    The group of one repeat is compiled once for all repeats; layers beyond the last whole repeat
+    form a shorter group. Each module returns (x_BND, None).
     """
     group, patterns = BlockGroup, config.pattern
     if config.remat != "none":

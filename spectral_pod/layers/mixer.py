@@ -87,16 +87,24 @@ class Mixer(nn.Module):
         }
 
     @classmethod
-    def from_config(
-        cls, config: Architecture, *, deterministic: bool, name: str, **fixed: Any
-    ) -> "Mixer":
-        """The mixer of a configuration, as a module of this name; `fixed` overrides its fields."""
+    def configured(cls, config: Architecture) -> dict[str, Any]:
+        """The values of the mixer's own fields in a configuration, shared ones included.
+
+        Raises:
+          ConfigError: the configuration has no such field.
+        """
 
         def path(field: Any) -> str:
             own = f"{cls.section}.{field.metadata.get('option', field.name)}"
             return str(field.metadata.get("path", own))
 
-        configured = {field.name: config.option(path(field)) for field in cls._own_fields()}
+        return {field.name: config.option(path(field)) for field in cls._own_fields()}
+
+    @classmethod
+    def from_config(
+        cls, config: Architecture, *, deterministic: bool, name: str, **fixed: Any
+    ) -> "Mixer":
+        """The mixer of a configuration, as a module of this name; `fixed` overrides its fields."""
         return cls(
             width=config.hidden_dim,
             max_positions=config.max_positions,
@@ -104,7 +112,7 @@ class Mixer(nn.Module):
             deterministic=deterministic,
             dtype=config.activation_dtype,
             name=name,
-            **(configured | fixed),
+            **(cls.configured(config) | fixed),
         )
 
     @classmethod

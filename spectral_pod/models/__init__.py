@@ -1,6 +1,6 @@
 """Models by name, and their construction from a configuration."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.block import mixers_of
@@ -10,6 +10,9 @@ from spectral_pod.models.spectral_llm import SpectralLLM
 from spectral_pod.models.spectral_model import SpectralModel
 from spectral_pod.shapes import VOCAB_SIZE
 
+if TYPE_CHECKING:
+    from spectral_pod.config import Config
+
 MODELS: dict[str, type[Model]] = {
     "spectral_model": SpectralModel,
     "spectral_gpt": SpectralGPT,
@@ -17,7 +20,7 @@ MODELS: dict[str, type[Model]] = {
 }
 
 
-def pattern(config: Any) -> tuple[str, ...]:
+def pattern(config: "Config") -> tuple[str, ...]:
     """The pattern that a model's blocks repeat: `config.model.pattern`, or by default the model's
     `mixer`, with a delta memory in every `memory_interval`-th block (0: in none)."""
     model = config.model
@@ -30,7 +33,7 @@ def pattern(config: Any) -> tuple[str, ...]:
     return (mixer,) * (interval - 1) + (f"{mixer}+{memory}",)
 
 
-def architecture(config: Any, *, seq_len: int = 0, **resolved: Any) -> Architecture:
+def architecture(config: "Config", *, seq_len: int = 0, **resolved: Any) -> Architecture:
     """The resolved architecture of a configuration's model, for sequences of up to `seq_len` bytes.
 
     Args:
@@ -41,7 +44,7 @@ def architecture(config: Any, *, seq_len: int = 0, **resolved: Any) -> Architect
     cls = MODELS[config.model.name]
     positions = max(seq_len or config.data.seq_len, config.model.context) // cls.bytes_per_position
     return Architecture.of(
-        config.model.to_dict(),
+        cast(Any, config.model).to_dict(),
         pattern=pattern(config),
         max_positions=positions,
         causal=cls.causal,
@@ -51,14 +54,14 @@ def architecture(config: Any, *, seq_len: int = 0, **resolved: Any) -> Architect
 
 
 def build(
-    config: Any,
+    config: "Config",
     *,
-    seq_len: int,
     num_classes: int,
+    seq_len: int = 0,
     vocab_size: int = VOCAB_SIZE,
     decoding: bool = False,
 ) -> Model:
-    """The model of `config.model` for sequences of up to `seq_len` bytes.
+    """The model of `config.model`; `seq_len` is as for `architecture`.
 
     With `decoding` its layers are not stacked; it takes the parameters of `layers.block.unstack`.
     """
@@ -66,9 +69,9 @@ def build(
     return MODELS[config.model.name](architecture(config, **fields), num_classes)
 
 
-def operations(config: Any, *, seq_len: int) -> dict[str, str]:
+def operations(config: "Config") -> dict[str, str]:
     """The method of each operation on the current mesh, by operation, for the run's record."""
-    described = architecture(config, seq_len=seq_len)
+    described = architecture(config)
     methods: dict[str, str] = {}
     for mixer in mixers_of(described).values():
         methods |= mixer.methods(described)

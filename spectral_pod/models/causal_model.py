@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.layers.block import separate_blocks, stacked_blocks
+from spectral_pod.layers.block import all_blocks, separate_blocks
 from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.mixer import State
 from spectral_pod.layers.parameter import parameter
@@ -54,12 +54,7 @@ class CausalModel(Model):
             x_BND = x_BND + constrain(table_ND[None, : mask_BL.shape[1]], None, "position", None)
         x_BND = self._masked(x_BND, mask_BL)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
-        if config.decoding:
-            for block in separate_blocks(config):
-                x_BND = block(x_BND, mask_BL)
-        else:
-            for stack in stacked_blocks(config, deterministic=not train):
-                x_BND, _ = stack(x_BND, mask_BL)
+        x_BND = all_blocks(config, x_BND, mask_BL, train)
         x_BND = layer_norm(x_BND, "norm")
         if train:
             self.sow_losses(x_BND, embedded_BND, mask_BL)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.layers.block import separate_blocks, stacked_blocks
+from spectral_pod.layers.block import all_blocks
 from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.patching import STRIDE, ByteLatentEncoder, sinusoidal_positions
@@ -44,12 +44,7 @@ class SpectralModel(Model):
             x_BND = MultiScale(config.coarser_scales, dtype, name="scales")(x_BND, mask_BN)
         x_BND += sinusoidal_positions(x_BND.shape[1], config.hidden_dim, dtype)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
-        if config.decoding:
-            for block in separate_blocks(config):
-                x_BND = block(x_BND, mask_BN)
-        else:
-            for stack in stacked_blocks(config, deterministic=not train):
-                x_BND, _ = stack(x_BND, mask_BN)
+        x_BND = all_blocks(config, x_BND, mask_BN, train)
         x_BND = layer_norm(x_BND, "norm")
         pooling: Any = POOLING[config.pooling](name="pooling")
         pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)

@@ -18,7 +18,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     slice. All axes are automatic: XLA places whatever `sharding.py` does not.
 
     Args:
-      sizes: the size of every axis of `AXES`, from `config.validate_mesh`.
+      sizes: the size of every axis of `AXES`, from `validation.validate_mesh`.
       devices: all devices of the run by default.
 
     Raises:

@@ -17,28 +17,18 @@ def evaluate(
     params: Any,
     sets: Mapping[str, Source],
     mesh: Mesh,
-    *,
-    threads: int,
-    prefetch: int,
     before_batch: Callable[[], None] = lambda: None,
+    **loading: int,
 ) -> dict[str, Any]:
     """The metrics of `eval_step` over all sets together, as Python numbers and nested lists.
 
     Of several sets, "sets" holds the metrics of each, by name. An exception that `before_batch`
-    raises ends the evaluation.
+    raises ends the evaluation; `loading` is as for `pipeline.load`.
     """
     totals = {}
     for name, batches in sets.items():
-        steps = load(
-            batches,
-            batch_sharding(mesh),
-            0,
-            batches.steps_per_epoch,
-            threads=threads,
-            prefetch=prefetch,
-        )
         total = None
-        for batch in steps:
+        for batch in load(batches, batch_sharding(mesh), 0, batches.steps_per_epoch, **loading):
             before_batch()
             part = eval_step(params, batch)
             total = part if total is None else total.merge(part)

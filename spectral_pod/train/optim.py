@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from spectral_pod import fields
 from spectral_pod.layers.parameter import Parameter, groups
 from spectral_pod.models.model import Model, abstract_params
 
@@ -40,11 +39,9 @@ def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
     weight decay and learning rate by group; guarded unless `config.train.on_bad_step` is 'stop'.
 
     Raises:
-      ConfigError: there is no optimizer of this name.
       ValueError: a parameter declares no group.
     """
     options = config.optimizer
-    fields.one_of("config.optimizer.name", options.name, OPTIMIZERS)
     boxed, rates = abstract_params(model, mesh), schedules(config)
     group_of = groups(boxed)
     tx = optax.chain(

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import psutil
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from spectral_pod.analysis import flops
-from spectral_pod.config import row_len
+from spectral_pod.config import Config, row_len
 from spectral_pod.errors import NonFiniteError
 from spectral_pod.objectives import computed
 from spectral_pod.parallel import runtime
@@ -40,7 +39,7 @@ class Progress:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         workdir: str,
         mesh: Mesh,
         abstract: TrainState,

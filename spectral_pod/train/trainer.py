@@ -72,7 +72,7 @@ class Trainer:
             self.abstract.params, include_stats=False
         )
         with jax.set_mesh(mesh):
-            self.operations = models.operations(config, seq_len=config.data.seq_len)
+            self.operations = models.operations(config)
         self.checkpointer = Checkpointer(
             f"{workdir}/checkpoints",
             keep_latest=config.checkpoint.keep_latest,
@@ -302,7 +302,6 @@ class Trainer:
     def _build(self, *, decoding: bool = False) -> Any:
         return models.build(
             self.config,
-            seq_len=self.config.data.seq_len,
             num_classes=self.sources.num_classes,
             vocab_size=self.sources.vocab_size,
             decoding=decoding,

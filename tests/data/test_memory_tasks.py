@@ -8,7 +8,7 @@ from scipy import stats
 
 from spectral_pod.data import tasks
 from spectral_pod.data.tasks import mqar
-from spectral_pod.shapes import BOS, EOS, PAD, SEP
+from spectral_pod.shapes import PAD, SEP
 
 NUM_EXAMPLES = 300
 
@@ -129,7 +129,7 @@ def ours(n, seed, vocab_size, length, num_pairs, **options):
 
 
 def symbols_of(tokens):
-    assert not set(tokens.flat) & {PAD, BOS, EOS, SEP}
+    assert not set(tokens.flat) & set(range(PAD, SEP + 1))
     return np.where(tokens > SEP, tokens - 4, tokens)
 
 

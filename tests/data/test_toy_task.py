@@ -84,6 +84,9 @@ def parse(tmp_path, monkeypatch):
         (["-config.data.options.case=upper"], {"case": "upper"}),
         (["--config.data.options.loud", "--config.data.seq_len=9"], {"loud": True}),
         (["--config.data.options.loud=true"], {"loud": True}),
+        (["--config.data.options.loud=1"], {"loud": True}),
+        (["--config.data.options.loud=F"], {"loud": False}),
+        (["--config.data.task=mqar", "--config.data.options.power_a=1"], {"power_a": 1.0}),
         (["--noconfig.data.options.loud"], {"loud": False}),
         (["--config.data.options.repeats=5", "--config.data.options.repeats=6"], {"repeats": 6}),
         (
@@ -95,6 +98,8 @@ def parse(tmp_path, monkeypatch):
             {"settings": ((16, 2),)},
         ),
         (["--config.data.task=lm", "--config.data.options.source=a b"], {"source": "a b"}),
+        (["--config.data.task=dna", "--config.data.options.source=3"], {"source": "3"}),
+        (["--config.data.task=records", "--config.data.options.columns=a"], {"columns": ("a",)}),
         (
             ["--config.data.task=records", "--config.data.options.data=('a', 'b')"],
             {"data": ("a", "b")},
@@ -104,7 +109,7 @@ def parse(tmp_path, monkeypatch):
 )
 def test_any_option_is_a_flag(parse, arguments, options):
     config = parse(*arguments)
-    assert config.data.options.to_dict() == options
+    assert repr(config.data.options.to_dict()) == repr(options)
     assert make(config.data.task, config.data.options).options.items() >= options.items()
     assert (config.seed, config.data.seq_len) == (
         int("--config.seed=1" in arguments),
@@ -119,6 +124,7 @@ def test_any_option_is_a_flag(parse, arguments, options):
         ("repeats=many", "options.repeats is 'many'; it must be an int"),
         ("repeats=0", "options.repeats is 0; it must be at least 1"),
         ("case=Upper", r"options.case is 'Upper'; known are .*; did you mean 'upper'\?"),
+        ("repeats=(1,)", r"options.repeats is \(1,\); it must be an int"),
         ("case", "--config.data.options.case has no value; write --config.data.options.case=VALUE"),
     ],
 )
@@ -150,3 +156,13 @@ def test_its_store_is_written_once_and_read(parse, monkeypatch):
     again = open_sources(parse(*same, "--config.data.options.loud"))
     assert again.digest == sources.digest
     assert again.stores["toy"].path == sources.stores["toy"].path
+
+
+def test_a_float_option_given_as_an_int_is_the_same_data():
+    one, other = (make("records", {"train": "a.csv", "held_out": zero}) for zero in (0, 0.0))
+    assert one.store_path("/data") == other.store_path("/data")
+
+
+def test_the_items_of_a_tuple_are_checked():
+    with pytest.raises(ConfigError, match=r"settings is .*; it must be a tuple\[tuple\[int, int\]"):
+        make("mqar", {"settings": ((16, 2, 3),)})

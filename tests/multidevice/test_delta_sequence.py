@@ -120,7 +120,7 @@ def without_handing_over():
     def hand_over(run, first, **_):
         return run(delta_sequence._varying(first * jnp.nan))
 
-    with mock.patch.object(delta_sequence, "_hand_over", hand_over):
+    with mock.patch.object(delta_sequence, "_pass_along", hand_over):
         program, places = compiled("sequence=2")
     found = {}
     for clips in CLIPS:

@@ -290,7 +290,7 @@ def test_unit_lower_inverse(size):
 
 
 def test_a_gated_layer_starts_out_forgetting_slowly_and_learns_to():
-    layer = DeltaMemoryLayer(4, 8, True, (0.0, 1.0), "recurrent", jnp.float32, gated=True)
+    layer = DeltaMemoryLayer(16, num_heads=4, head_dim=8, method="recurrent", gated=True)
     x = jnp.asarray(np.random.default_rng(11).normal(size=(B, 40, 16)), jnp.float32)
     mask = jnp.ones((B, 40), bool)
     params = nn.unbox(layer.init(jax.random.key(0), x, mask))

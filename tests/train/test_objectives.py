@@ -77,3 +77,22 @@ def test_a_metric_is_one_line(tmp_path):
     printed = f"squared_loss {validation['validation/squared_loss']:.4f}  on 16 records"
     assert re.search(rf"^step 2 validation: .*  {printed}$", done.stdout, re.MULTILINE)
     assert f"squared_loss {result['squared_loss']:.4f}; see" in done.stdout
+
+
+def test_a_metric_belongs_to_its_objective_only():
+    class Own(NextByte):
+        pass
+
+    for own in (Own.training_metrics, Own.evaluation_metrics):
+        own["again"] = own["loss"]
+    for other in (NextByte, LabelledPositions, Classification):
+        assert "again" not in other.training_metrics | other.evaluation_metrics
+
+
+def test_a_metric_of_training_alone_is_no_score():
+    class Own(LabelledPositions):
+        pass
+
+    Own.training_metrics["extra"] = Own.training_metrics["loss"]
+    values = {"loss": 0.5, "accuracy": 0.25, "positions": 3}
+    assert Own.scores(values) == {"score": 0.25, "loss": 0.5, "accuracy": 0.25}

@@ -11,7 +11,6 @@ import pytest
 
 from spectral_pod import models
 from spectral_pod.config import default
-from spectral_pod.errors import ConfigError
 from spectral_pod.generate.restore import one_device
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.layers.parameter import groups
@@ -92,12 +91,6 @@ def test_a_parameter_without_a_group_is_an_error():
         groups(boxed)
     with pytest.raises(ValueError, match="parameter gain declares no optimizer group"):
         groups(Plain().init(jax.random.key(0), jnp.ones(2))["params"])
-
-
-def test_an_optimizer_that_does_not_exist_is_named():
-    config = config_of(**{"optimizer.name": "adamv"})
-    with pytest.raises(ConfigError, match=r"optimizer.name is 'adamv'.*did you mean 'adamw'"):
-        make_optimizer(config, model_of(config), one_device())
 
 
 def stepped(**fields):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spectral_pod.train import loop
+from spectral_pod.train import loop, writers
 from spectral_pod.train.watchdog import Watchdog
 from tests import trainer
 
@@ -17,6 +17,7 @@ def test_a_stall_before_the_first_step_is_reported(tmp_path, monkeypatch):
         raise Stalled
 
     monkeypatch.setattr(Watchdog, "__enter__", stall)
+    monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)  # no TensorFlow
     c = trainer.get_config()
     c.data.dir = str(trainer.home() / "data")
     with pytest.raises(Stalled):

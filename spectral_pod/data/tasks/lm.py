@@ -21,14 +21,15 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectral_pod import objectives
 from spectral_pod.data import byte_store, origin, windows
 from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import DataError
+
+if TYPE_CHECKING:
+    from spectral_pod.config import DataConfig
 
 SPLITS = ("train", "validation", "test")
 _NAMED = {
@@ -110,7 +111,7 @@ class LanguageModelling(StoredTask):
         origin.check(files, described, f"config.data.options.source = {self.source!r}", store.path)
 
     def read(
-        self, split: byte_store.Split, data: ConfigDict, *, num_records: int = 0, **arguments: Any
+        self, split: byte_store.Split, data: "DataConfig", *, num_records: int = 0, **arguments: Any
     ) -> windows.Windows:
         """Batches of windows of the stream of documents: see `StoredTask.read`."""
         return windows.Windows(split, seq_len=data.seq_len, num_documents=num_records, **arguments)

@@ -22,16 +22,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from spectral_pod import fields, objectives, shapes, storage
 from spectral_pod.data import byte_store, pipeline
 from spectral_pod.data.byte_store import ByteStore, Split
 from spectral_pod.data.drawn import Drawn
 from spectral_pod.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spectral_pod.config import Config, DataConfig
 
 Stores = Mapping[str, ByteStore]  # by the names under which they are evaluated
 
@@ -79,7 +81,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def batches(
-        self, config: ConfigDict, split: str, stores: Stores, *, training: bool
+        self, config: "Config", split: str, stores: Stores, *, training: bool
     ) -> dict[str, pipeline.Source]:
         """Batches of a split, of each store by its name, or of the task by its own.
 
@@ -103,7 +105,9 @@ class Task(abc.ABC):
     # ---- options
 
     def __post_init__(self) -> None:
-        fields.check(self.annotations(), self.options, _SECTION)
+        types = self.annotations()
+        for name, value in self.options.items():
+            fields.check(types[name], value, f"{_SECTION}.{name}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -118,7 +122,8 @@ class Task(abc.ABC):
                 f"{_SECTION}.{name} is unknown to {cls.name}; it has {list(attributes)}"
                 + fields.hint(name, attributes)
             )
-        return cls(**{attributes[name]: _as_tuples(value) for name, value in options.items()})
+        types = cls.annotations()
+        return cls(**{attributes[k]: fields.conformed(types[k], x) for k, x in options.items()})
 
     @classmethod
     def annotations(cls) -> dict[str, Any]:
@@ -175,7 +180,7 @@ class StoredTask(Task):
         """
 
     def batches(
-        self, config: ConfigDict, split: str, stores: Stores, *, training: bool
+        self, config: "Config", split: str, stores: Stores, *, training: bool
     ) -> dict[str, pipeline.Source]:
         """See `Task.batches`."""
         train = config.train
@@ -189,7 +194,7 @@ class StoredTask(Task):
             for name, store in stores.items()
         }
 
-    def read(self, split: Split, data: ConfigDict, **arguments: Any) -> pipeline.Source:
+    def read(self, split: Split, data: "DataConfig", **arguments: Any) -> pipeline.Source:
         """Batches of a split of a store; `data` is `config.data`, the rest is for the source."""
         return pipeline.Batches(
             split,
@@ -243,7 +248,7 @@ class DrawnTask(Task):
         """Tokens and labels int32 [n] of one example; label -1 where a position is not scored."""
 
     def batches(
-        self, config: ConfigDict, split: str, stores: Stores, *, training: bool
+        self, config: "Config", split: str, stores: Stores, *, training: bool
     ) -> dict[str, pipeline.Source]:
         """See `Task.batches`."""
         data, train = config.data, config.train
@@ -273,10 +278,6 @@ class DrawnTask(Task):
 
 def _option(field: dataclasses.Field[Any]) -> str:
     return str(field.metadata.get("option", field.name))
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _meaning(task: Task, options: Mapping[str, Any]) -> bytes:
