@@ -1,7 +1,7 @@
 """The models as Python objects: `from spectral_pod import SpectralGPT, Config`.
 
-Thin over `models` and `generate`: each class holds the Linen module that training uses (`module`,
-its layers written out) and its parameters (`params`), and runs them on a mesh.
+A thin wrapper around `models` and `generate`: each class holds the Linen module that training uses
+(`module`, with its layers unstacked) and its parameters (`params`), and runs them on a mesh.
 """
 
 import difflib
@@ -34,8 +34,8 @@ from spectral_pod.validation import validate
 def Config(**fields: Any) -> Any:
     """`config.default()` with some fields changed.
 
-    Keywords are fields of `config.model`, or sections of the configuration; sections take mappings,
-    and names may be dotted.
+    Keywords are fields of `config.model` or sections of the configuration. The value of a section
+    is a mapping, and names may be dotted.
 
     >>> config = Config(num_layers=2, memory={"head_dim": 32}, data={"seq_len": 512})
     >>> config.model.num_layers, config.model.memory.head_dim, config.data.seq_len
@@ -58,7 +58,7 @@ def _set(section: ConfigDict, name: str, value: Any) -> None:
     name, _, rest = name.partition(".")
     if rest:
         value = {rest: value}
-    free = name == "options"  # of a task: checked by the task itself
+    free = name == "options"  # options of a task, which checks them itself
     if name not in section:
         near = difflib.get_close_matches(name, list(section), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(section)}"
@@ -74,20 +74,20 @@ def _set(section: ConfigDict, name: str, value: Any) -> None:
 
 
 class Model:
-    """What the models share.
+    """The base of the models.
 
-    A new one has the parameters that training starts with, by `config.seed`, on a mesh of
-    `parallel.mesh.make_mesh`; by default on one device.
+    A new model has the initial parameters of training for `config.seed`, on a mesh from
+    `parallel.mesh.make_mesh`, by default on one device.
 
     Attributes:
-      config: of the model and its training.
-      module: the Linen module of `models`, with its layers written out.
+      config: the configuration of the model and its training.
+      module: the Linen module of `models`, with its layers unstacked.
       params: its parameters, float32.
-      mesh: that they are on, and that it runs on.
+      mesh: the mesh that holds the parameters and runs the model.
     """
 
     name: str  # in `models.MODELS`
-    default_task: str  # of a configuration that names none
+    default_task: str  # for a configuration that names no task
 
     def __init__(self, config: ConfigDict, *, num_classes: int, mesh: Mesh | None = None):
         config = config_lib.copy(config)
@@ -126,27 +126,27 @@ class Model:
         mesh: Mesh | None = None,
         dtype: str = "float32",
     ) -> Self:
-        """The model of a run; see `generate.restore.restore_for_inference`.
+        """Loads the model of a run; see `generate.restore.restore_for_inference`.
 
         Raises:
           UserError: there is no sound checkpoint, or the model is of another class.
         """
         trained = restore_for_inference(workdir, step=step, mesh=mesh, dtype=dtype)
-        return cls._holding(trained, workdir)
+        return cls._from_trained(trained, workdir)
 
     @classmethod
     def from_export(
         cls, directory: str, *, mesh: Mesh | None = None, dtype: str = "float32"
     ) -> Self:
-        """The model of a folder that `python -m tools.export` wrote.
+        """Loads a model from a folder written by `python -m tools.export`.
 
         Raises:
-          UserError: there is none, it is damaged, or the model is of another class.
+          UserError: there is no model, it is damaged, or it is of another class.
         """
-        return cls._holding(export.load(directory, mesh=mesh, dtype=dtype), directory)
+        return cls._from_trained(export.load(directory, mesh=mesh, dtype=dtype), directory)
 
     @classmethod
-    def _holding(cls, trained: Trained, origin: str) -> Self:
+    def _from_trained(cls, trained: Trained, origin: str) -> Self:
         name = trained.config.model.name
         if name != cls.name:
             raise ConfigError(
@@ -157,7 +157,7 @@ class Model:
         return model
 
     def __call__(self, tokens_BL: Any) -> jax.Array:
-        """float32 logits of int tokens [B, L], `shapes.PAD` where there is none."""
+        """float32 logits of int tokens [B, L]; positions with `shapes.PAD` are padding."""
         with jax.set_mesh(self.mesh):
             return _apply(self.module, self.params, jnp.asarray(tokens_BL, jnp.int32))
 
@@ -184,12 +184,12 @@ class SpectralModel(Model):
         return self._trained.classes
 
     def classify(self, *documents: bytes) -> np.ndarray:
-        """float32 logits [C] of one record, of documents of at most `config.data.seq_len` bytes.
+        """float32 logits [C] of one record; a document has at most `config.data.seq_len` bytes.
 
-        Called with int tokens [B, L], L a multiple of 4, a model gives those of a batch, [B, C].
+        For a batch, call the model with int tokens [B, L], L a multiple of 4: it returns [B, C].
 
         Raises:
-          DataError: a document is empty or too long, or there are too many or too few.
+          DataError: a document is empty or too long, or the number of documents is wrong.
         """
         data = self.config.data
         if len(documents) != data.documents:
@@ -224,15 +224,15 @@ class _LanguageModel(Model):
         seed: int = 0,
         stop: str | bytes = "",
     ) -> AnyStr:
-        """What the model writes after a prompt, without the prompt.
+        """Continues a prompt; returns the continuation without the prompt.
 
         Args:
-          prompt: at least one byte. Of a str comes a str, in which U+FFFD stands for bytes that are
-            no UTF-8; of bytes come bytes.
-          max_length: most bytes to write; fewer where the document ends.
+          prompt: at least one byte. The result has its type; in a str, U+FFFD replaces bytes that
+            are not valid UTF-8.
+          max_length: maximum number of bytes; there are fewer if the document ends.
           temperature, top_k, top_p: see `generate.sampling.Sampling`.
-          seed: the sampling seed; the same one gives the same text on every mesh.
-          stop: the text ends before this; empty for none.
+          seed: sampling seed; equal seeds give equal texts on every mesh.
+          stop: the text ends before the first occurrence of this; empty for none.
 
         Raises:
           ValueError: the prompt is empty.

@@ -1,8 +1,8 @@
 """The configuration: its fields with their defaults.
 
-A file in `configs/` takes `default()` and sets what its experiment needs; any field is overridden
-as `--config.train.total_steps=60`. Annotations say what a value may be (`fields.py`); what depends
-on more than one field is checked in `validation.py`.
+A file in `configs/` starts from `default()` and sets the fields of its experiment. On the command
+line any field can be overridden, as in `--config.train.total_steps=60`. Annotations state which
+values a field accepts (`fields.py`); `validation.py` checks what depends on several fields.
 """
 
 import dataclasses
@@ -20,25 +20,28 @@ from spectral_pod.layers.mixers import MIXERS
 
 @dataclasses.dataclass
 class DataConfig:
-    task: str = ""  # a name in data/tasks
-    options: Any = dataclasses.field(default_factory=ConfigDict)  # fields of the task
-    # Finished stores in place of the task's own: paths, or pairs of a path and its weight.
+    task: str = ""  # a name in data.tasks.TASKS
+    # Options of the task: the fields of its class in data/tasks.
+    options: Any = dataclasses.field(default_factory=ConfigDict)
+    # Existing stores that replace the task's own: paths, or pairs of a path and a mixture weight.
     stores: tuple[Any, ...] = ()
-    dir: str = "~/.cache/spectral_pod"  # byte stores are written once below it; a folder or gs://
-    copies_dir: str = "~/.cache/spectral_pod/copies"  # on disk, of what is read from gs://
+    dir: str = "~/.cache/spectral_pod"  # folder or gs:// URL below which stores are written once
+    copies_dir: str = "~/.cache/spectral_pod/copies"  # local copies of stores read from gs://
     copies_gb: NonNegativeFloat = 0.0  # disk limit for copies, in GB; 0 disables
-    seq_len: Positive = 2048  # bytes of a document; longer ones are an error unless `truncate`
-    documents: int = 1  # in a record; 2 are encoded alike and then compared
-    truncate: bool = False
-    train_records: NonNegative = 0  # use only the first n training records; 0 is all
-    threads: Positive = 2  # that read batches ahead
-    prefetch: Positive = 8  # batches ready ahead of the step
+    # Bytes per document, or per window of a language model. Longer documents are an error, unless
+    # `truncate` cuts them.
+    seq_len: Positive = 2048
+    documents: int = 1  # per record; two are encoded separately and then compared
+    truncate: bool = False  # cuts documents to `seq_len`
+    train_records: NonNegative = 0  # trains on the first n records only; 0: on all
+    threads: Positive = 2  # threads that read batches in advance
+    prefetch: Positive = 8  # batches that are read in advance
 
 
 if TYPE_CHECKING:
 
     class ModelSections(ModelConfig):
-        """With the sections of the mixers of this project (`Mixer.section`)."""
+        """`ModelConfig` with the sections of this project's mixers (`Mixer.section`)."""
 
         spectral: Any
         hyena: Any
@@ -54,54 +57,60 @@ else:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    name: str = "adamw"  # a name in train/optim.py
-    learning_rate: float = 1e-3  # peak, after `warmup_steps`, before cosine decay to zero
-    dynamics_learning_rate: float = 1e-3  # of filters, gates and memory scales
-    warmup_steps: Positive = 100
+    name: str = "adamw"  # a name in train.optim.OPTIMIZERS
+    learning_rate: float = 1e-3  # the peak, between linear warm-up and cosine decay to zero
+    dynamics_learning_rate: float = 1e-3  # the peak for filters, decays, gates and memory scales
+    warmup_steps: Positive = 100  # steps of linear warm-up
     weight_decay: float = 0.05  # of kernels and embeddings only
-    b1: float = 0.9
+    b1: float = 0.9  # decay rates of the averages of gradients and of their squares
     b2: float = 0.98
-    clip_norm: float = 1.0  # global gradient norm
+    clip_norm: float = 1.0  # the largest global norm of a gradient
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    total_steps: Positive = 1000
-    global_batch_size: Positive = 32
-    grad_accumulation: Positive = 1  # micro-batches a step
-    label_smoothing: Fraction = 0.0
-    log_every_steps: Positive = 20
-    eval_every_steps: Positive = 500  # on the validation split
-    eval_batch_size: Positive = 64
-    eval_split: Literal["train", "validation", "test"] = "test"  # of the evaluation at the end
-    eval_records: Positive = 1000  # of tasks whose examples are drawn
-    sample_bytes: NonNegative = 256  # that a language model writes at every validation; 0: none
-    sample_prompt: str = "\n"  # which they continue
-    # What becomes of a step whose loss or update is not finite, or whose loss is a spike: its
-    # update is skipped, or the run goes back to the newest checkpoint and on behind the bad batch.
+    total_steps: Positive = 1000  # optimizer steps
+    global_batch_size: Positive = 32  # records per optimizer step, over all devices
+    grad_accumulation: Positive = 1  # micro-batches per optimizer step
+    label_smoothing: Fraction = 0.0  # weight of the uniform distribution in the labels
+    log_every_steps: Positive = 20  # steps between lines of training metrics
+    eval_every_steps: Positive = 500  # steps between evaluations on the validation split
+    eval_batch_size: Positive = 64  # records per evaluation step, over all devices
+    eval_split: Literal["train", "validation", "test"] = "test"  # split of the final evaluation
+    eval_records: Positive = 1000  # records per evaluation, for tasks that generate their examples
+    sample_bytes: NonNegative = 256  # bytes that a language model samples per validation; 0: none
+    sample_prompt: str = "\n"  # the prompt of these samples
+    # What happens at a step whose loss or update is not finite, or whose loss is a spike: the run
+    # stops; or the update is skipped; or the run restores the newest checkpoint and continues after
+    # the bad batch.
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
-    spike_factor: NonNegativeFloat = 0.0  # a spike exceeds the average loss so many times; 0: none
-    max_bad_steps: Positive = 10  # in a row, or rollbacks to one checkpoint; then the run stops
-    stall_factor: NonNegativeFloat = 20.0  # a hang exceeds a step's time so many times; 0: no watch
-    stall_seconds: NonNegativeFloat = 600.0  # and takes at least so long
-    profile_steps: tuple[int, ...] = ()  # (first, last): traced for XProf; later: `touch PROFILE`
-    wandb_project: str = ""  # Weights & Biases shows the metrics, too
-    compilation_cache: bool = True  # in the workdir: a restart compiles nothing again
+    # A loss is a spike if it exceeds its running average by this factor; 0: no loss is.
+    spike_factor: NonNegativeFloat = 0.0
+    # The run stops at more bad steps in a row, or at more rollbacks to the same checkpoint.
+    max_bad_steps: Positive = 10
+    # The run ends as stalled after this many times the median time between steps without progress,
+    # and at least `stall_seconds`; 0 disables the check.
+    stall_factor: NonNegativeFloat = 20.0
+    stall_seconds: NonNegativeFloat = 600.0
+    # First and last step of a trace for XProf; () is none. `touch WORKDIR/PROFILE` requests others.
+    profile_steps: tuple[int, ...] = ()
+    wandb_project: str = ""  # Weights & Biases project that also receives the metrics; "": none
+    compilation_cache: bool = True  # keeps compiled programs in the workdir, for faster restarts
 
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    every_steps: Positive = 500
-    keep_latest: Positive = 2
-    preemption_seconds: NonNegativeFloat = 25.0  # from SIGTERM to the end of a process, at most
-    keep_best: NonNegative = 1  # by validation accuracy, language models by loss
+    every_steps: Positive = 500  # steps between checkpoints
+    keep_latest: Positive = 2  # newest checkpoints that are kept
+    preemption_seconds: NonNegativeFloat = 25.0  # a process exits at most this long after SIGTERM
+    keep_best: NonNegative = 1  # best ones kept: by validation accuracy, language models by loss
 
 
 @dataclasses.dataclass
 class MeshConfig:
-    data: int = -1  # -1: all devices that the other axes leave
-    fsdp: int = 1  # splits parameters and optimizer state
-    sequence: int = 1
+    data: int = -1  # splits batches; -1: all devices that the other axes leave
+    fsdp: int = 1  # splits batches, and also parameters and optimizer state
+    sequence: int = 1  # splits the positions of a sequence
     tensor: int = 1  # splits channels, hidden widths and heads
 
 
@@ -110,7 +119,7 @@ class Config:
     """All sections, for type checkers: at run time a configuration is a `ConfigDict` with these
     fields, which is what flags and `configs/` work on."""
 
-    seed: int = 0  # decides initial parameters, dropout and the order of the data
+    seed: int = 0  # determines initial parameters, dropout and the order of the data
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelSections = dataclasses.field(default_factory=ModelSections)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -120,7 +129,7 @@ class Config:
 
 
 def default() -> Config:
-    """Every field that exists, with the value it has unless an experiment sets it."""
+    """A configuration with every field at its default, those of all mixers included."""
 
     def config_dict(section: Any) -> ConfigDict:
         values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
@@ -134,7 +143,7 @@ def default() -> Config:
 
 
 def annotations() -> dict[str, Any]:
-    """The annotations of all fields by their dotted names, without the options of tasks."""
+    """The annotations of all fields by their dotted names, except for the options of tasks."""
     sections = types_of(Config) | {"model": ModelConfig}
     held: dict[str, Any] = {"seed": sections.pop("seed")}
     held |= flat({name: types_of(section) for name, section in sections.items()})
@@ -145,7 +154,7 @@ def annotations() -> dict[str, Any]:
 
 
 def mixer_options() -> dict[str, dict[str, tuple[Any, Any]]]:
-    """Annotations and defaults of the options of all mixers, by section.
+    """(annotation, default) of the options of all mixers, by section and name.
 
     Raises:
       ConfigError: a mixer's section has the name of a field, or two mixers state an option
@@ -172,28 +181,28 @@ def mixer_options() -> dict[str, dict[str, tuple[Any, Any]]]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """A configuration as nested dictionaries; changing them does not change it."""
+    """A configuration as nested dictionaries, which are copies."""
     values: dict[str, Any] = cast(ConfigDict, config).to_dict()
     return values
 
 
 def copy(config: Config) -> Config:
-    """A configuration of the same values, to be changed."""
+    """A copy of a configuration, which may be modified."""
     return cast(Config, cast(ConfigDict, config).copy_and_resolve_references())
 
 
 def store_and_weight(entry: Any) -> tuple[Any, ...]:
-    """An entry of `data.stores`, in full."""
+    """The path and the weight of an entry of `data.stores`; the weight is 1 unless given."""
     return tuple(entry) if isinstance(entry, (tuple, list)) else (entry, 1.0)
 
 
 def row_len(config: Config) -> int:
-    """Tokens in a row of a batch: the documents of a record, side by side."""
+    """Tokens per row of a batch, which concatenates the documents of a record."""
     return config.data.seq_len * config.data.documents
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a nested tree by their dotted names."""
+    """The leaves of nested mappings by their dotted names."""
     fields: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,12 +1,12 @@
-"""Fields of configurations: stated once, in a dataclass whose annotations say what values may be.
+"""Fields of configurations, declared once in dataclasses whose annotations state accepted values.
 
     @dataclasses.dataclass(frozen=True)
     class Options:
         encoding: Literal["symbol", "raw"] = "symbol"
         train: Positive = 96_000
 
-The sections of `config.py`, mixers and models (`layers`, `models`) and tasks (`data/tasks`) state
-theirs so; `check` holds values to it, and `parse` reads them from a command line.
+The sections of `config.py`, mixers (`layers/mixer.py`) and tasks (`data/tasks`) declare fields this
+way; `check` validates values, and `parse` reads them from a command line.
 """
 
 import ast
@@ -23,7 +23,7 @@ _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0"
 
 
 class Bound(NamedTuple):
-    """The numbers that a field may have: `least` <= number, and number < `below`."""
+    """The numbers that a field accepts, `least` <= number < `below`, and how a message says so."""
 
     least: float
     below: float
@@ -37,19 +37,19 @@ Fraction = Annotated[float, Bound(0, 1, "in [0, 1)")]
 
 
 def types_of(fields: Any) -> dict[str, Any]:
-    """The annotation of every field of a dataclass that is an argument of its constructor."""
+    """The annotations of those fields of a dataclass that its constructor takes, by name."""
     hints = typing.get_type_hints(fields, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(fields) if field.init}
 
 
 def check(annotation: Any, value: Any, field: str) -> None:
-    """Checks a value by the annotation of its field.
+    """Checks a value against the annotation of its field.
 
     Args:
-      field: its whole name, as "config.data.seq_len".
+      field: the full name of the field, such as "config.data.seq_len".
 
     Raises:
-      ConfigError: names the field, its value and what it may be.
+      ConfigError: the field does not accept the value; the message names both and what is accepted.
     """
     if get_origin(annotation) is Literal:
         one_of(field, value, get_args(annotation))
@@ -66,7 +66,7 @@ def check(annotation: Any, value: Any, field: str) -> None:
 
 
 def one_of(field: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raises a ConfigError that names the choices, and the one that may have been meant."""
+    """Raises a ConfigError for a value that is no choice; it lists the choices and suggests one."""
     choices = list(choices)
     if value not in choices:
         near = hint(value, choices) if isinstance(value, str) else ""
@@ -74,16 +74,16 @@ def one_of(field: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def hint(word: str, words: Iterable[str]) -> str:
-    """'; did you mean ...?' of the one of `words` that is near, or nothing."""
+    """'; did you mean ...?' with the closest of `words`, or '' if none is close."""
     near = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def parse(annotation: Any, text: str, field: str) -> Any:
-    """The value that a text on the command line stands for.
+    """Parses a value from the command line.
 
     Raises:
-      ConfigError: it stands for no value of this type, or for one that the field may not have.
+      ConfigError: the text is not of the field's type, or the field does not accept its value.
     """
     if annotation is bool and text.lower() in _BOOLEANS:  # as absl reads those of other fields
         value: Any = _BOOLEANS[text.lower()]
@@ -102,8 +102,8 @@ def parse(annotation: Any, text: str, field: str) -> Any:
 
 
 def conformed(annotation: Any, value: Any) -> Any:
-    """A tuple in place of a list, and a float of an int where that is meant: neither JSON nor users
-    tell them apart, but what is hashed must be the same."""
+    """Converts lists to tuples, and an int to a float if the annotation is float: JSON and users do
+    not distinguish them, but equal values must have equal hashes."""
     if isinstance(value, (list, tuple)):
         return tuple(conformed(Any, item) for item in value)
     kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
@@ -111,7 +111,7 @@ def conformed(annotation: Any, value: Any) -> Any:
 
 
 def _is(value: Any, annotation: Any) -> bool:
-    """Whether a value is of a type; an int is a float, a list or a config's tuple a tuple."""
+    """Whether a value is of a type; an int also counts as a float, and a list as a tuple."""
     if annotation is Any:
         return True
     if isinstance(annotation, types.UnionType):
@@ -138,7 +138,7 @@ def _is(value: Any, annotation: Any) -> bool:
 
 
 def _named(annotation: Any) -> str:
-    """A type in a message: "an int or None"."""
+    """The name of a type in messages, such as "an int or None"."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(_named(one) for one in get_args(annotation))
     if get_origin(annotation) is tuple:

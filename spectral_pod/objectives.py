@@ -80,7 +80,7 @@ class Objective:
     formats: ClassVar[dict[str, str]] = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}"}
 
     def __init_subclass__(cls) -> None:
-        # Dictionaries of its own: an entry must not change the objective that it inherits from.
+        # Copies of the dictionaries: new entries must not change the class it inherits from.
         for name in ("training_metrics", "evaluation_metrics", "formats"):
             setattr(cls, name, dict(getattr(cls, name, {})))
 

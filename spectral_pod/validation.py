@@ -29,7 +29,7 @@ def validate(config: Config) -> None:
 
 
 def _check_fields(config: Config) -> None:
-    """Each field by itself."""
+    """Checks each field by itself."""
     known, values = annotations(), flat(to_dict(config))
     values = {field: x for field, x in values.items() if not field.startswith("data.options.")}
     for field in sorted(values.keys() - known.keys()):
@@ -187,7 +187,7 @@ def _axis_sizes(config: Config, num_devices: int) -> dict[str, int]:
 def _divisions(
     config: Config, described: Architecture, sizes: dict[str, int]
 ) -> list[tuple[str, int, int, str]]:
-    """What must be divisible by what: a field, its value, the divisor, and where that is from."""
+    """The divisibility constraints: (field, its value, the divisor, the fields that give it)."""
     train, model = config.train, config.model
     rows, sequence = sizes["data"] * sizes["fsdp"], sizes["sequence"]
     stride, scales = MODELS[model.name].bytes_per_position, model.coarser_scales

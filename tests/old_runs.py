@@ -1,7 +1,7 @@
-"""The configs of the runs in `fixtures/workdirs_24bfa95.tar.xz`, as they were when these ran.
+"""The configs of the runs in `fixtures/workdirs_24bfa95.tar.xz`.
 
-They stopped at step 4 of 8, at the commit in the name. `facts.json` beside their workdirs has what
-that version computed from them.
+The runs stopped at step 4 of 8, at the commit in the name. `facts.json`, next to their workdirs,
+has what that version computed from them.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def classifier(c):
 
 def language_model(c):
     c.data.task = "lm"
-    c.data.options = ConfigDict({"source": "speech.txt"})  # which the store does not need
+    c.data.options = ConfigDict({"source": "speech.txt"})  # not needed once there is a store
     c.data.seq_len = 64
     c.model.name = "spectral_gpt"
     c.model.num_layers = 3

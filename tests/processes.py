@@ -135,7 +135,7 @@ def _parent_of(pid):
 
 
 def _serve(fileno):
-    """Forks a process for each request, until whoever asks has ended; returns never in the server.
+    """Forks a process per request until the client has ended; never returns in the server.
 
     In a forked process the command runs from here, so that what it raises ends the interpreter as
     it would by itself.

@@ -1,4 +1,4 @@
-"""The models as Python objects; the examples of their docstrings are run as they stand."""
+"""The Python API of the models; the examples in its docstrings are run unchanged."""
 
 import doctest
 import subprocess

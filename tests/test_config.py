@@ -1,4 +1,4 @@
-"""Checks of the configuration: impossible values are named, possible ones pass."""
+"""Checks of the configuration: errors name invalid values, and valid ones pass."""
 
 import json
 
@@ -123,5 +123,5 @@ def test_a_workdir_of_before_a_field_was_added_continues(tmp_path):
 
 
 def test_every_field_says_what_it_may_be():
-    """And nothing is said of a field that does not exist."""
+    """And there is no annotation of a field that does not exist."""
     assert annotations().keys() == flat(to_dict(default())).keys()

@@ -1,4 +1,4 @@
-"""Every shipped config, in each of its forms, passes the checks and makes a model."""
+"""Every shipped config, in each of its presets, passes the checks and builds a model."""
 
 import importlib.util
 import pathlib

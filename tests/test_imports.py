@@ -1,4 +1,4 @@
-"""The directions of imports: who may import whom, and what stays out of the mathematics."""
+"""The direction of imports: which modules may import which, and what pure modules may not."""
 
 import ast
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "spectral_pod"
 
-# Module prefix -> what of this package it may import. The longest prefix that matches counts.
+# Module prefix -> the modules of this package that it may import. The longest match applies.
 _TRAINABLE = (
     "shapes", "fields", "errors", "storage", "config", "validation", "objectives", "ops", "layers",
     "models", "parallel",
@@ -59,9 +59,9 @@ def modules(root):
 
 
 def imports(path):
-    """(absolute names a module imports, a name imported from a package counting as a module).
+    """The absolute names that a module imports; a name imported from a package counts as a module.
 
-    What only type checkers import is not imported.
+    Imports for type checkers only are left out.
     """
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):

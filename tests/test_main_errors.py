@@ -1,4 +1,4 @@
-"""What a user can do wrong, and what a machine can do to a run: one message, nothing destroyed."""
+"""Mistakes of users and failures of machines: one message each, and nothing is destroyed."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def raising_config(tmp_path):
 
 
 def fails(arguments, *, workdir, **options):
-    """The one line on stderr of a command that leaves no workdir."""
+    """Runs a command that must fail without creating a workdir; returns its one line on stderr."""
     done = trainer.run(arguments, code=2, **options)
     (message,) = done.stderr.strip().splitlines()
     assert not workdir.exists()
@@ -118,7 +118,7 @@ def test_unknown_fields_and_options_are_named(tmp_path):
 
 
 def test_a_record_of_a_later_split_is_measured_before_training(tmp_path, monkeypatch):
-    """All records of the training split fit, one of the validation split doesn't."""
+    """All records of the training split fit, and one of the validation split does not."""
     lengths = {"train": 100, "validation": 300, "test": 100}
     monkeypatch.setattr(
         byte_store.Split, "lengths", property(lambda s: np.full(len(s), lengths[s.name]))
@@ -147,7 +147,7 @@ def test_data_that_changed_under_a_workdir(tmp_path):
     shutil.copytree(trainer.home() / "data", tmp_path / "data")
     for file in (tmp_path / "data").glob("*/manifest.json"):
         manifest = json.loads(file.read_text())
-        manifest["splits"]["train"]["parts"][0]["sha256"]["bytes"] = "0" * 64  # of other records
+        manifest["splits"]["train"]["parts"][0]["sha256"]["bytes"] = "0" * 64  # other records
         file.write_text(json.dumps(manifest))
     before = content(workdir)
     with pytest.raises(UserError, match=f"{workdir} was trained on another version of the data"):
@@ -173,7 +173,7 @@ def test_a_loss_that_is_no_number(tmp_path):
     with Checkpointer(str(workdir / "checkpoints"), keep_latest=2, keep_best=1) as checkpointer:
         state = checkpointer.restore(abstract)
     assert int(state.step) == int(match[1]) - 1
-    # Finite is not enough: the step that blew the parameters up had a finite loss and gradients.
+    # Being finite is not enough: the step that made them diverge had a finite loss and gradients.
     assert all(np.abs(leaf).max() < 1e3 for leaf in jax.tree.leaves(state.params))
     assert not (workdir / "quarantine").exists()
 
@@ -189,8 +189,8 @@ def test_interrupted_from_the_keyboard(tmp_path):
         assert child.wait(timeout=60) == 130, log.read_text()
     finally:
         child.kill()
-    told = "Interrupted; the same command continues from the newest checkpoint\n"
-    assert told in log.read_text()
+    message = "Interrupted; the same command continues from the newest checkpoint\n"
+    assert message in log.read_text()
     assert "Traceback" not in log.read_text()
     done = trainer.run(trainer.command(workdir))
     assert "starting at step 0" not in done.stdout

@@ -1,4 +1,4 @@
-"""Workdirs and stores that an earlier version wrote still resume, evaluate, generate and export."""
+"""Workdirs and stores of an earlier version still resume, evaluate, generate and export."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def facts(old):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_used(name, old, facts, tmp_path):
-    """Its parameters to the bit, its logits, and for a language model a text."""
+    """Its parameters bit by bit, its logits, and the text of a language model."""
     trained, want = restore_for_inference(str(old / name), step=4), facts[name]
     export.save(trained, str(tmp_path / "export"))
     exported = (tmp_path / "export" / "model.safetensors").read_bytes()
@@ -58,15 +58,15 @@ def test_it_is_used(name, old, facts, tmp_path):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_evaluated_and_resumed(name, old, facts):
-    """With its own store, which an older version named otherwise, and ends where it would have."""
+    """It uses its own store, which has an older name, and ends as it would have then."""
     stores = sorted(path.name for path in (old / "data").iterdir())
     command = trainer.command(
         old / name, f"data.dir={old / 'data'}", config=f"tests/old_runs.py:{name}"
     )
-    told = trainer.run([*command, "--eval_only"]).stdout
-    assert "step 4 " in told
-    told = trainer.run(command).stdout
-    assert "starting at step 4" in told
+    output = trainer.run([*command, "--eval_only"]).stdout
+    assert "step 4 " in output
+    output = trainer.run(command).stdout
+    assert "starting at step 4" in output
     result, want = trainer.result(old / name), facts[name]
     assert result["step"] == 8
     assert result["eval"]["loss"] == pytest.approx(want["loss_at_8"], rel=1e-4)
@@ -80,5 +80,5 @@ def test_options_that_are_written_out_continue_it_and_others_do_not(old):
     )
     trainer.run([*command, "--config.data.options.seed=0", "--eval_only"])
     command = trainer.command(old / "classifier", config="tests/old_runs.py:classifier")
-    told = trainer.run([*command, "--config.data.options.test=17"], code=2).stderr
-    assert "config.data.options.test: 16 there, 17 now" in told
+    output = trainer.run([*command, "--config.data.options.test=17"], code=2).stderr
+    assert "config.data.options.test: 16 there, 17 now" in output

@@ -1,4 +1,4 @@
-"""What pyproject.toml, requirements.txt and the Dockerfile say agrees, and a wheel trains."""
+"""pyproject.toml, requirements.txt and the Dockerfile agree, and the wheel can train."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_python_versions():
 
 @pytest.mark.slow
 def test_a_wheel_trains_from_another_folder(tmp_path):
-    """With the packages of this environment; CONTRIBUTING.md has the check in a clean one."""
+    """Uses the packages of this environment; CONTRIBUTING.md has the check in a clean one."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", f"--wheel-dir={tmp_path}", str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,4 +1,4 @@
-"""A forked process is to its parent and to itself what a started one is."""
+"""A forked process behaves like a started one, to its parent and to itself."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ PROGRAMS = {
 
 
 def ended(run, command):
-    """The exit code of a program, what it printed, and the last line of its errors."""
+    """Runs a program; returns its exit code, its output and the last line on stderr."""
     done = run(
         ["env", "A=1=2", *command], env=processes.environment(), cwd="/", capture_output=True,
         text=True, timeout=60,

@@ -1,4 +1,4 @@
-"""What `tests/worked_example.py` registers, a line each, works everywhere without other edits."""
+"""What `tests/worked_example.py` registers by one line each works without edits anywhere else."""
 
 import contextlib
 import importlib
@@ -35,7 +35,7 @@ CONFIG = "tests/worked_example.py"
 
 @pytest.fixture(scope="module", autouse=True)
 def example():
-    """The example's registrations, which other tests are not to see."""
+    """The registrations of the example, which are hidden from other tests."""
     with contextlib.ExitStack() as stack:
         for registry in (MIXERS, tasks.TASKS, OPTIMIZERS, NextByte.evaluation_metrics):
             stack.enter_context(mock.patch.dict(registry))
@@ -50,7 +50,7 @@ def config_of(example, **fields):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a run by the command that users type, with both options of the task as flags."""
+    """The workdir of a run by the command line, with both options of the task as flags."""
     folder = tmp_path_factory.mktemp("example") / "run"
     options = ("data.options.step=3", "data.options.length=20")
     trainer.run(trainer.command(folder, *options, config=CONFIG))
@@ -74,13 +74,13 @@ def test_its_metric_is_reported(workdir):
 
 
 def test_the_options_of_its_task_are_flags(workdir, tmp_path):
-    """That the config file did not mention."""
+    """This holds for options that the config file does not mention."""
     recorded = json.loads((workdir / "config.json").read_text())["config"]["data"]
     assert recorded["options"] == {"step": 3, "length": 20}
     wrong = trainer.command(tmp_path / "run", "data.options.stp=3", config=CONFIG)
-    told = trainer.run(wrong, code=2).stderr
-    assert "config.data.options.stp is unknown to count" in told
-    assert "did you mean 'step'" in told
+    message = trainer.run(wrong, code=2).stderr
+    assert "config.data.options.stp is unknown to count" in message
+    assert "did you mean 'step'" in message
     wrong = trainer.command(tmp_path / "run", "data.options.step=0", config=CONFIG)
     assert "options.step is 0; it must be at least 1" in trainer.run(wrong, code=2).stderr
 
@@ -114,7 +114,7 @@ def model_of(config, **options):
 
 
 def test_its_flops_are_counted(example):
-    """N^2 D products a sequence and layer, beside those of Dense layers."""
+    """There are N^2 D products per sequence and layer, in addition to those of Dense layers."""
     config = config_of(example, **{"model.pattern": ("power_law",)})
     params = nn.unbox(abstract_params(model_of(config), one_device()))
     B, N, D, layers = 8, 24, 16, 2
@@ -132,7 +132,7 @@ def test_its_parameters_are_in_the_groups_that_they_declare(example):
 
 @pytest.mark.parametrize("prompt", [0, BLOCK])
 def test_it_decodes_exactly(example, prompt):
-    """After a prompt, and from the state before the first position."""
+    """Both after a prompt and from the state before the first position."""
     length = 3 * BLOCK
     config = config_of(example, **{"data.seq_len": length})
     model, decoding = model_of(config), model_of(config, decoding=True)

@@ -1,4 +1,4 @@
-"""A workdir as a run leaves it, without the run: perturbed parameters through the real doors."""
+"""Writes a workdir as a run does, but without training: it saves perturbed initial parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ DIGEST = "0123456789abcdef" * 4
 
 
 def tiny_config(**overrides):
-    """Three layers, so that one is beyond the last whole repeat of the pattern."""
+    """A small configuration; its third layer is beyond the last whole repeat of the pattern."""
     config = default()
     small = {
         "data.task": "lm", "data.seq_len": 96, "model.name": "spectral_gpt",
@@ -30,7 +30,7 @@ def tiny_config(**overrides):
 
 
 def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
-    """Writes a workdir; returns the parameters of its last step, stacked as they are trained."""
+    """Writes a workdir; returns the parameters of its last step, stacked as in training."""
     config, mesh = config or tiny_config(), mesh or one_device()
     task = tasks.make(config.data.task, config.data.options)
     starts.claim_workdir(str(workdir), config, DIGEST)
@@ -52,7 +52,7 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
 
 
 def parameters(workdir, config, step):
-    """The parameters that a run of ten classes ended with at `step`, by name, on one device."""
+    """The final parameters, at `step`, of a run with ten classes, by name, on one device."""
     model = models.build(config, seq_len=config.data.seq_len, num_classes=10)
     tx = make_optimizer(config, model, one_device()).tx
     abstract = abstract_state(model, tx, one_device())
@@ -67,7 +67,7 @@ def parameters(workdir, config, step):
 
 @jax.jit
 def _perturbed(params, seed):
-    """Trained parameters are not at their symmetric starts."""
+    """Adds noise, since trained parameters do not have their symmetric initial values."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     noisy = [x + 0.05 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]

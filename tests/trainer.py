@@ -63,7 +63,7 @@ def command(workdir, *overrides, config="tests/trainer.py"):
 
 
 def environment(tensorflow=False):
-    """Of the processes that tests start; without TensorFlow, which takes seconds to import."""
+    """The environment of tests' processes; without TensorFlow, which takes seconds to import."""
     path = {"PYTHONPATH": str(ROOT)} if tensorflow else {}
     return processes.environment() | path | {"PJRT_NPROC": "16", "XLA_FLAGS": FLAGS}
 
@@ -91,14 +91,14 @@ def start(arguments, log, *, forked=True):
 
 @functools.cache
 def uninterrupted(*overrides):
-    """The workdir of a run that nothing disturbed; not to be written to."""
+    """The workdir of an undisturbed run, which must not be written to."""
     workdir = home() / f"uninterrupted-{len(list(home().iterdir()))}"
     run(command(workdir, *overrides), forked=False)
     return workdir
 
 
 def with_compiled(workdir, *overrides):
-    """A workdir that holds no more than the programs the uninterrupted run has compiled."""
+    """A workdir with nothing but the compiled programs of the uninterrupted run."""
     shutil.copytree(uninterrupted(*overrides) / "compilation_cache", workdir / "compilation_cache")
     return workdir
 
@@ -113,7 +113,7 @@ def metrics(workdir):
 
 
 def curves(workdir):
-    """Every line of `metrics.jsonl`, less what the speed of the machine decides."""
+    """Every line of `metrics.jsonl`, without what depends on the machine's speed."""
     return [{k: v for k, v in line.items() if not _is_timing(k)} for line in metrics(workdir)]
 
 

@@ -1,7 +1,7 @@
-"""A mixer, a task, a metric and an optimizer of somebody's own, each registered by one line.
+"""A new mixer, task, metric and optimizer, each registered by one line.
 
 `tests/test_worked_example.py` trains, decodes and exports with them. This file is also the config
-of that run, `--config=tests/worked_example.py`: nothing else names what is defined here.
+of that run, `--config=tests/worked_example.py`; no other file names what is defined here.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from spectral_pod.train.optim import OPTIMIZERS
 
 
 class Inputs(GrowingState):
-    """All inputs so far, zero where there is none."""
+    """All inputs so far, zero where a position is invalid or has not been read."""
 
     x_BND: jax.Array
 
@@ -40,8 +40,8 @@ class PowerLaw(Mixer):
     """`W sum_{s <= t} (t - s + 1)^-p x_s` with a power p per group of channels.
 
     Attributes:
-      groups: of neighbouring channels.
-      reach: positions of the device before that it asks for, where the mesh splits positions.
+      groups: number of groups of adjacent channels.
+      reach: positions that a device needs from the preceding one, if the mesh splits positions.
     """
 
     groups: Positive = 4
@@ -93,7 +93,7 @@ class PowerLaw(Mixer):
         return self.out(y_BD[:, None]), Inputs(x_BND)
 
     def _weights(self, length):
-        """[N, N, D]; zero where a position would see a later one."""
+        """[N, N, D], indexed by output and input position; zero for later inputs."""
         lag_NM = jnp.arange(length)[:, None] - jnp.arange(length)[None]
         power_D = jnp.repeat(self.power_G, self.width // self.groups)
         base_NM = jnp.maximum(lag_NM + 1, 1).astype(jnp.float32)
@@ -107,7 +107,7 @@ class PowerLaw(Mixer):
 
 @dataclasses.dataclass(frozen=True)
 class Count(DrawnTask):
-    """Count on from a random number, by a step."""
+    """Counts from a random number in equal steps, modulo 256."""
 
     name = "count"
     version = 1
@@ -126,7 +126,7 @@ class Count(DrawnTask):
 
 
 def confidence(*, loss, **_):
-    """The probability of the right class."""
+    """The probability of the correct class."""
     return jnp.exp(-loss)
 
 

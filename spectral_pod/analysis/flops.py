@@ -21,7 +21,7 @@ PEAK_FLOPS = {
     kind: chip.peak_flops
     for chip in CHIPS.values()
     for kind in chip.device_kinds
-    if kind != "cpu"  # whose figure is nominal
+    if kind != "cpu"  # its figure is nominal
 } | {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -31,17 +31,17 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None where it isn't known (CPUs)."""
+    """Peak bfloat16 FLOP/s of a device, or None where it is not known, as for CPUs."""
     return PEAK_FLOPS.get(device.device_kind)
 
 
 def train_flops(
     config: Config, params: Any, num_classes: int, vocab_size: int = VOCAB_SIZE
 ) -> float:
-    """Model FLOPs of one training step: the forward pass, and twice that for the backward.
+    """Model FLOPs of one training step: those of the forward pass, and twice as many backward.
 
-    Those of the definitions, with FFTs and recurrences, whatever methods compute them. `params` may
-    be `jax.ShapeDtypeStruct`s.
+    They are counted for the defining form of each operation, with FFTs and recurrences, whichever
+    method computes it. `params` may be `jax.ShapeDtypeStruct`s.
     """
     defined = config_lib.copy(config)
     for mixer in mixers_of(models.architecture(config)).values():
@@ -59,11 +59,11 @@ def train_flops(
 
 
 def forward_flops(fn: Callable[..., Any], *args: Any) -> float:
-    """FLOPs of one call: products 2mnk, real FFTs 2.5 n log2 n, complex ones 5 n log2 n.
+    """FLOPs of one call: 2mnk per product, 2.5 n log2 n per real FFT, 5 n log2 n per complex FFT.
 
-    Elementwise work is left out, as in the usual definition of model FLOPs. `fn` is traced on
-    abstract arguments without a mesh, so shapes are global. A scan counts its body every time; of
-    a branch the cheapest side counts, since the other ones here are rare fall-backs.
+    Elementwise operations do not count, as in the usual definition of model FLOPs. `fn` is traced
+    on abstract arguments without a mesh, so shapes are global. The body of a scan counts once per
+    iteration; a conditional counts its cheapest branch, as the others here are rare fall-backs.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -87,7 +87,7 @@ def _equation(equation: Any) -> float:
         return math.prod(whole.shape) * math.log2(max(length, 2)) * (2.5 if real else 5.0)
     if name == "scan":
         return params["length"] * _count(params["jaxpr"].jaxpr)
-    if name == "pallas_call":  # once for every cell of its grid
+    if name == "pallas_call":  # its body runs once per cell of its grid
         return math.prod(params["grid_mapping"].grid) * _count(params["jaxpr"])
     if name == "cond":
         return min(_count(branch.jaxpr) for branch in params["branches"])

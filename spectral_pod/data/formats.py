@@ -230,7 +230,7 @@ class _DecodedLines:
     """The lines of a stream as text, for `csv`, whose own count omits those that it cannot read.
 
     Attributes:
-      number: of the last line read.
+      number: the number of the last line read.
     """
 
     def __init__(self, stream: IO[bytes]):

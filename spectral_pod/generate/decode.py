@@ -1,22 +1,22 @@
 """Exact incremental decoding: prompts in one pass, then byte after byte.
 
-The same numbers as the model on the whole sequence, at a cost per byte that does not grow with the
-position, or, for long convolutions, as log^2 N (`ops/online_conv.py`). What layers keep of the past
-is their decode state (`layers/mixer.py`): `prefill` makes it from the prompts, `advance` takes and
-returns it. Between the two, states of three kinds are made ready for the positions to come:
+It gives the numbers of the model on the whole sequence. The cost per byte is constant for recurrent
+layers and local attention, O(log^2 N) for long convolutions (`ops/online_conv.py`), and linear in
+the positions for full attention. A layer's decode state (`layers/mixer.py`) is created by `prefill`
+and updated by `advance`. In between, the decoder prepares three kinds of states:
 
-    GrowingState     has room made for them
+    GrowingState     is extended to all positions to come
     FilterInputs     of a long convolution, becomes a FilterCache
     ProductInputs    of a product of two sequences, becomes a ProductBlock
 
-The last two have sums over all positions besides, which the decoder holds outside of the model.
+For the last two the decoder also holds partial sums over all positions, outside of the model.
 
-A program of `BLOCK` positions, compiled once and driven from the host, takes and returns the states
-in place; between two of them the tiles of the convolutions that end there are added, each size by a
-small program of its own. No Python runs per byte, and no program touches all of the past.
+One compiled program reads `BLOCK` positions and updates the states in place. Between its calls, a
+small program per tile size adds the tiles of the convolutions that end there. No Python code runs
+per byte.
 
-Prompts of different lengths are aligned at their ends: positions before a prompt are invalid, and
-invalid positions change nothing.
+Prompts are left-padded to equal lengths. Padding positions are invalid, and invalid positions do
+not affect valid ones.
 """
 
 import functools
@@ -43,14 +43,14 @@ _KINDS = (GrowingState, FilterInputs, ProductInputs, FilterCache, ProductBlock)
 
 
 class _Filters(NamedTuple):
-    """Long convolutions of equal width, decoded together: where they are among the states."""
+    """Long convolutions of equal shapes, decoded together; `places` are indices of their states."""
 
     places: tuple[int, ...]
     plan: online_conv.FilterPlan
     sums: online_conv.FilterState
 
     def advance(self, caches: list[FilterCache], position: int) -> tuple[Any, list[FilterCache]]:
-        """Ends the blocks of all these layers."""
+        """Finishes the block that ends at `position`, for all of these layers."""
         block = _stack([cache.block for cache in caches])
         sums, block = online_conv.filter_advance(self.plan, self.sums, block, position)
         blocks = _unstack(block, len(caches))
@@ -59,7 +59,7 @@ class _Filters(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """Products of two sequences, likewise."""
+    """Products of two sequences of equal shapes, likewise."""
 
     places: tuple[int, ...]
     sums: online_conv.ProductState
@@ -72,7 +72,7 @@ class _Products(NamedTuple):
 class Decoder:
     """Continues one batch of sequences, `BLOCK` positions at a time.
 
-    After construction `logits_BC` are those after the prompts; `extend` appends positions.
+    After construction `logits_BC` are the float32 logits after the prompts; `extend` continues.
     """
 
     def __init__(
@@ -83,14 +83,17 @@ class Decoder:
         *,
         num_positions: int,
     ):
-        """Runs the prompts.
+        """Prefills the prompts.
 
         Args:
-          model: of `models.build(..., decoding=True)`.
-          params: of `layers.block.unstack`.
-          tokens_BP: the prompts, PAD before them; P a multiple of `BLOCK`. With P = 0 sequences
-            have no position yet, and `logits_BC` are None.
-          num_positions: most positions to come.
+          model: from `models.build(..., decoding=True)`.
+          params: its parameters, from `layers.block.unstack`.
+          tokens_BP: int prompts, left-padded with PAD. With P = 0 the sequences start empty, and
+            `logits_BC` is None.
+          num_positions: maximum number of positions after the prompts.
+
+        Raises:
+          ValueError: P is not a multiple of `BLOCK`.
         """
         tokens_BP = jnp.asarray(tokens_BP, jnp.int32)
         batch, self.position = tokens_BP.shape
@@ -116,15 +119,16 @@ class Decoder:
     def extend(
         self, tokens_B: jax.Array, keys_B: jax.Array, drawn: int, sampling: Sampling
     ) -> jax.Array:
-        """Reads `BLOCK` tokens, the first given and each later one drawn after the one before.
+        """Reads `BLOCK` tokens: the given one, then each one sampled after the one before.
 
         Args:
-          tokens_B: the token at the next position.
-          keys_B: random keys of the sequences.
-          drawn: how many tokens were drawn before; token n of a sequence is drawn by (key, n).
+          tokens_B: int32, the token at the next position.
+          keys_B: random keys, one per sequence.
+          drawn: the number of tokens sampled before; the key of a sequence's n-th is (key, n).
+          sampling: temperature, top-k and top-p.
 
         Returns:
-          int32 [B, BLOCK]: the tokens drawn after each of the positions. The last one has not been
+          int32 [B, BLOCK]: the token sampled after each of the positions. The last one has not been
           read: it is the first of the next block.
         """
         tokens_BT, self._state = _draw_block(
@@ -134,7 +138,7 @@ class Decoder:
         return tokens_BT
 
     def force(self, tokens_BT: jax.Array) -> jax.Array:
-        """Reads `BLOCK` given tokens; the logits [B, BLOCK, C] after each of them."""
+        """Reads `BLOCK` given tokens; returns float32 logits [B, BLOCK, C], after each of them."""
         logits_BTC, self._state = _read_block(
             self._model, self._params, self._state, tokens_BT, self.position
         )
@@ -165,19 +169,20 @@ def generate(
     context: int | None = None,
     rows: int = 1,
 ) -> Iterator[list[bytes]]:
-    """Continues every prompt; yields what was appended to each, as it comes.
+    """Continues prompts; yields the bytes appended to each of them, as they are sampled.
 
-    Sequence b draws its n-th byte by a key of (seed, b, n): what is written depends neither on
-    other prompts nor on the mesh. A sequence ends after `num_bytes` or at the end of a document.
-    Beyond `context` positions the last half of it is read again as a new prompt.
+    The n-th byte of sequence b is sampled with a key derived from (seed, b, n), so a text depends
+    neither on other prompts nor on the mesh. A sequence ends after `num_bytes` bytes or at the end
+    of a document. When it reaches `context` positions, the last half of them becomes a new prompt.
 
     Args:
       model, params: as for `Decoder`.
       prompts: at least one byte each.
-      num_bytes: most bytes to append.
-      sampling: how bytes are drawn.
-      context: positions that the model was made for; None has no limit.
-      rows: sequences are computed in multiples of this, the devices that share a batch.
+      num_bytes: maximum number of bytes to append.
+      seed: sampling seed.
+      sampling: temperature, top-k and top-p.
+      context: the number of positions that the model was built for; None for no limit.
+      rows: the batch is padded to a multiple of this, the number of devices that share it.
 
     Raises:
       ValueError: a prompt is empty.
@@ -195,7 +200,7 @@ def generate(
         tokens_BP = _aligned(texts, num_rows, context)
         room = num_bytes - drawn
         if context is not None:
-            # Rows have their own counts of positions, of which the longest has the least room.
+            # Each row counts its own positions; the longest one has the fewest left.
             longest = int((tokens_BP != PAD).sum(1).max())
             room = min(room, context - longest)
         decoder = Decoder(model, params, tokens_BP, num_positions=room)
@@ -211,7 +216,7 @@ def generate(
 
 
 def context_of(model: CausalModel) -> int | None:
-    """Positions that a model was made for; without learned positions there is no limit."""
+    """The number of positions that a model was built for; None without learned positions."""
     return model.config.max_positions if model.config.positions == "learned" else None
 
 
@@ -230,13 +235,13 @@ def _append(texts: list[bytearray], ended: list[bool], tokens_BT: np.ndarray) ->
 
 
 def _aligned(texts: Sequence[bytes | bytearray], rows: int, context: int | None) -> np.ndarray:
-    """Prompts with PAD before them, [rows, P]; P is a power of two: few shapes are compiled."""
+    """Left-padded prompts, int32 [rows, P]; P is a power of two, to compile for few shapes."""
     if context is not None:
         texts = [text if len(text) < context else text[-max(1, context // 2) :] for text in texts]
     longest = max(len(text) for text in texts)
     length = max(BLOCK, 1 << (longest - 1).bit_length())
     tokens_BP = np.full((rows, length), PAD, np.int32)
-    tokens_BP[len(texts) :, -1] = 0  # rows that only fill up the devices
+    tokens_BP[len(texts) :, -1] = 0  # rows without a prompt, which are discarded
     for row, text in enumerate(texts):
         tokens_BP[row, length - len(text) :] = np.frombuffer(bytes(text), np.uint8)
     return tokens_BP
@@ -313,11 +318,11 @@ def _read_block(
     return jnp.swapaxes(logits_TBC, 0, 1), state
 
 
-# ---- From the states that prompts leave to those that steps take --------------------------------
+# ---- States after prefill become states of steps ------------------------------------------------
 
 
 def _filters(leaves: list[Any], capacity: int) -> list[_Filters]:
-    """Replaces every `FilterInputs` by a `FilterCache`; layers with equal shapes go together."""
+    """Replaces every `FilterInputs` by a `FilterCache`; groups layers of equal shapes."""
     groups = []
     for places in _by_shape(leaves, FilterInputs):
         taps_JDT, x_JBPD = _stack([leaves[place] for place in places])
@@ -350,7 +355,7 @@ def _products(leaves: list[Any], capacity: int) -> list[_Products]:
 
 
 def _by_shape(leaves: Sequence[Any], kind: type) -> list[tuple[int, ...]]:
-    """The places of the states of a kind, those of equal shapes together."""
+    """The indices of the states of a kind, grouped by shape."""
     groups: dict[Any, list[int]] = {}
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, kind):

@@ -1,7 +1,7 @@
-"""A trained model, ready for use: read from the workdir of a run, onto any mesh.
+"""Restores a trained model for inference from the workdir of a run, onto any mesh.
 
-A model that is used has its layers by themselves (`layers.block.unstack`), whichever form it was
-trained in: that is what decoding needs, and it names the parameters of an export plainly.
+For inference its layers are unstacked (`layers.block.unstack`), as decoding requires; this also
+gives exported parameters plain names.
 """
 
 import functools
@@ -32,19 +32,19 @@ from spectral_pod.validation import validate, validate_mesh
 
 
 class Trained(NamedTuple):
-    """A model that is used and no longer trained.
+    """A trained model for inference.
 
     Attributes:
-      config: of its run.
-      mesh: that the parameters are on; to be set where the module is applied.
-      module: of `models.build(..., decoding=True)`; also reads whole sequences.
-      params: float32, of `layers.block.unstack`.
-      step: of training.
-      num_classes: of its logits.
-      vocab_size: rows of the embedding.
-      data_digest: of what it was trained on.
-      classes: the names of what it predicts; empty where these are bytes or symbols, and of a
-        model that has not been trained.
+      config: the configuration of its run.
+      mesh: the mesh that holds the parameters; it must be set where the module is applied.
+      module: from `models.build(..., decoding=True)`; it also maps whole sequences.
+      params: float32, from `layers.block.unstack`.
+      step: training steps taken.
+      num_classes: C, the number of logits.
+      vocab_size: rows of the embedding table.
+      data_digest: digest of the training data.
+      classes: the names of the classes; empty if the classes are bytes or symbols, or if the model
+        has not been trained.
     """
 
     config: Config
@@ -59,7 +59,7 @@ class Trained(NamedTuple):
 
     @property
     def objective(self) -> type[Objective]:
-        """That of its task."""
+        """The objective of its task."""
         return tasks.TASKS[self.config.data.task].objective
 
 
@@ -70,20 +70,20 @@ def restore_for_inference(
     mesh: Mesh | None = None,
     dtype: str = "float32",
 ) -> Trained:
-    """The model of a run; reads its configuration and parameters and changes nothing there.
+    """Restores the model of a run from its configuration and parameters; writes nothing there.
 
-    In one process, whatever the number of those that trained.
+    To be called in a single process, however many processes trained the model.
 
     Args:
-      workdir: a folder or a gs:// URL. Its run may still be training, on any mesh.
-      step: of a checkpoint; None is the newest sound one.
-      mesh: where the parameters go; None is the first device alone.
-      dtype: of activations and products, whatever the run had.
+      workdir: a folder or a gs:// URL. The run may still be training, on any mesh.
+      step: the step of a checkpoint; None for the newest sound one.
+      mesh: the mesh for the parameters; None for the first device only.
+      dtype: dtype of activations and products, in place of the run's.
 
     Raises:
       DataError: there is no run in the workdir.
-      ConfigError: its configuration is that of another version, or does not fit the mesh.
-      CheckpointError: it has no such sound checkpoint, or one of another model.
+      ConfigError: its configuration is of another version, or does not fit the mesh.
+      CheckpointError: there is no such sound checkpoint, or it is another model's.
     """
     storage.check_access(workdir, write=False)
     file = epath.Path(workdir) / "config.json"
@@ -93,7 +93,7 @@ def restore_for_inference(
     config = recorded_config(recorded["config"], str(file))
     saved = SealedSteps(f"{workdir}/checkpoints")
     step = saved.choose(step)
-    # Of classes a task knows only the most there can be; how many there were is in the data.
+    # A task knows only the maximum number of its classes; the actual one depends on the data.
     num_classes = saved.shapes(step)["params/head/bias"][0]
     vocab_size = tasks.make(config.data.task, config.data.options).vocab_size
     mesh = mesh or one_device()
@@ -118,18 +118,18 @@ def restore_for_inference(
         num_classes,
         vocab_size,
         recorded["data_digest"],
-        recorded.get("classes", []),  # older workdirs do not say
+        recorded.get("classes", []),  # missing in older workdirs
     )
 
 
 def recorded_config(fields: dict[str, Any], file: str) -> Config:
-    """The configuration that a file has recorded, checked.
+    """The validated configuration from the fields that a file recorded.
 
-    Fields that are newer than the file get their defaults, which are to leave older models as they
-    were, and are logged.
+    Fields that are newer than the file get their defaults, which keep the behaviour of older
+    models, and are logged.
 
     Raises:
-      ConfigError: it has fields or values that this version does not know.
+      ConfigError: it has fields or values that this version does not support.
     """
     newer = _fill(fields, config_lib.to_dict(config_lib.default()))
     if newer:
@@ -145,7 +145,7 @@ def recorded_config(fields: dict[str, Any], file: str) -> Config:
 
 
 def _fill(fields: dict[str, Any], defaults: Mapping[str, Any], prefix: str = "config") -> list[str]:
-    """Puts defaults where fields are missing; returns the names of these."""
+    """Adds missing fields with their defaults, in place; returns the names of these fields."""
     missing = []
     for name, value in defaults.items():
         if name not in fields:
@@ -157,12 +157,12 @@ def _fill(fields: dict[str, Any], defaults: Mapping[str, Any], prefix: str = "co
 
 
 def one_device() -> Mesh:
-    """The first device alone."""
+    """A mesh of the first device only."""
     return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
 
 
 def fitted(config: Config, mesh: Mesh, dtype: str) -> Config:
-    """The configuration of a run for the use of its model on a mesh, in a dtype.
+    """The configuration of a run, adapted to inference on a mesh in a dtype.
 
     Raises:
       ConfigError: the mesh cannot split the model.
@@ -171,7 +171,7 @@ def fitted(config: Config, mesh: Mesh, dtype: str) -> Config:
     config.model.dtype = cast(Any, dtype)
     for axis, size in mesh.shape.items():
         setattr(config.mesh, axis, size)
-    # The mesh need not split training's batches.
+    # The mesh need not be able to split the batches of training.
     config.train.grad_accumulation = 1
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     config.train.global_batch_size = config.train.eval_batch_size = rows

@@ -1,4 +1,4 @@
-"""What a model is made of: `config.model`, and the same as its modules see it."""
+"""The configuration of a model, `config.model`, and the resolved form from which it is built."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,41 +13,50 @@ from spectral_pod.fields import Fraction, NonNegative, Positive
 
 @dataclasses.dataclass
 class ModelConfig:
-    """The fields of `config.model` that no mixer owns; mixers add sections (`layers/mixer.py`)."""
+    """The fields of `config.model` itself; mixers add their sections to it (`layers/mixer.py`)."""
 
-    name: str = "spectral_model"
+    name: str = "spectral_model"  # a name in models.MODELS
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; parameters are float32
-    pattern: tuple[str, ...] = ()  # blocks, repeating: ('hyena', 'hyena+delta'); () is the model's
-    channel_mixer: str = "gated"  # or 'frequency', with a causal long filter beside it
-    context: NonNegative = 0  # positions that a causal model is made for; 0: data.seq_len
-    positions: Literal["learned", "none"] = "learned"  # of causal models
-    consistency_weight: float = 0.0  # of spectral_llm's loss between spectra
-    num_layers: Positive = 6
-    hidden_dim: Positive = 256
+    # The mixers of each block, repeated over the layers, as in ('hyena', 'hyena+delta'). (): the
+    # model's default mixer, with a delta memory in every `memory_interval`-th block.
+    pattern: tuple[str, ...] = ()
+    # 'gated' is GEGLU; 'frequency' mixes it with a causal convolution as long as the sequence.
+    channel_mixer: str = "gated"
+    # Bytes that position embeddings and long filters cover, if more than data.seq_len.
+    context: NonNegative = 0
+    positions: Literal["learned", "none"] = "learned"  # position embeddings of causal models
+    consistency_weight: float = 0.0  # weight of the spectral consistency loss of spectral_llm
+    num_layers: Positive = 6  # number of blocks
+    hidden_dim: Positive = 256  # model width
     embed_dim: Positive = 256  # width of byte embeddings before patching
-    coarser_scales: tuple[int, ...] = ()  # of spectral_model: (4, 4) adds views by 4 and 16 patches
-    mlp_expansion: float = 1.0  # hidden width of the channel mixer over hidden_dim
+    # Merge ratios of coarser scales in spectral_model: (4, 4) adds scales of 4 and of 16 patches.
+    coarser_scales: tuple[int, ...] = ()
+    mlp_expansion: float = 1.0  # hidden width of the channel mixer, as a multiple of hidden_dim
     memory_interval: NonNegative = 2  # every n-th block has a delta memory; 0: none
-    norm: Literal["pre", "post"] = "pre"
-    pooling: Literal["attention", "mean", "last"] = "attention"
-    dropout: Fraction = 0.0
-    unroll: Positive = 1  # repeats of the pattern written out: faster on CPUs, slow to compile
-    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass computes again
-    long_conv: Literal["auto", "right_angle", "real", "matmul"] = "auto"  # see ops/long_conv.py
+    norm: Literal["pre", "post"] = "pre"  # x + f(norm(x)) or norm(x + f(x))
+    pooling: Literal["attention", "mean", "last"] = "attention"  # over positions, in spectral_model
+    dropout: Fraction = 0.0  # of embeddings, feed-forward hidden layers and residual branches
+    # Repeats of the pattern per iteration of the scan over layers: higher values are faster on CPUs
+    # and slower to compile.
+    unroll: Positive = 1
+    # What the backward pass recomputes: nothing, everything, or all but products with parameters.
+    remat: Literal["none", "full", "dots"] = "none"
+    # Method of long convolutions, see ops/long_conv.py.
+    long_conv: Literal["auto", "right_angle", "real", "matmul"] = "auto"
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class Architecture(ModelConfig):
-    """A `ModelConfig` resolved for the data and the use of one model; hashed, so never changed.
+    """A `ModelConfig` resolved for one model and its data. It is hashed, so it must never change.
 
     Attributes:
       sections: the options of mixers, by section and name.
-      pattern: never empty.
-      max_positions: N, positions that the blocks are made for.
-      causal: whether a position sees none after it.
-      documents: in a record, encoded alike and then compared.
-      vocab_size: rows of the embedding.
-      decoding: whether layers are modules of their own rather than stacked (`layers/block.py`).
+      pattern: as in `ModelConfig`, but never empty.
+      max_positions: N, the number of positions that the blocks are built for.
+      causal: whether positions must not see later ones.
+      documents: documents per record; two are encoded separately and then compared.
+      vocab_size: rows of the embedding table.
+      decoding: whether each layer is a module of its own, not stacked (`layers/block.py`).
     """
 
     sections: FrozenConfigDict
@@ -59,16 +68,16 @@ class Architecture(ModelConfig):
 
     @classmethod
     def of(cls, model: Mapping[str, Any], **resolved: Any) -> "Architecture":
-        """From the values of `config.model`, some of them replaced or added by `resolved`."""
+        """Builds it from `config.model`; `resolved` adds fields and overrides others."""
         sections = {name: x for name, x in model.items() if isinstance(x, Mapping)}
-        fields = {name: _fixed(x) for name, x in model.items() if name not in sections}
+        fields = {name: _hashable(x) for name, x in model.items() if name not in sections}
         return cls(**(fields | {"sections": FrozenConfigDict(sections)} | resolved))
 
     def option(self, path: str) -> Any:
         """The value of 'field' or 'section.field'.
 
         Raises:
-          ConfigError: there is none.
+          ConfigError: there is no such field.
         """
         section, _, name = path.rpartition(".")
         try:
@@ -81,5 +90,5 @@ class Architecture(ModelConfig):
         return jnp.dtype(self.dtype)
 
 
-def _fixed(value: Any) -> Any:
+def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Attention as mixers: over all positions, over a window of them, and in linear time."""
+"""Attention mixers: over all positions, over a window, in linear time, and of low rank."""
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,10 @@ from spectral_pod.parallel.sharding import constrain
 
 
 class _MultiHead(Mixer):
-    """Queries, keys and values by one product, and the product of the heads' results.
+    """The projections of multi-head attention: to queries, keys and values, and from the heads.
 
     Attributes:
-      num_heads: H, a divisor of the width.
+      num_heads: H, which must divide the width.
     """
 
     num_heads: Positive = 4
@@ -30,7 +30,7 @@ class _MultiHead(Mixer):
     )
 
     def setup(self) -> None:
-        # Heads first: split over devices they stay so where Dense makes a matrix of its kernel.
+        # The head axis is first, so that it stays split where Dense makes the kernel a matrix.
         features, axes = (self.num_heads, 3, self.head_dim), ("embed", "head", None, None)
         self.query_key_value = Dense(features, axes, self.dtype)
         self.out = Dense(self.width, ("head", None, "embed"), self.dtype)
@@ -40,18 +40,18 @@ class _MultiHead(Mixer):
         return self.width // self.num_heads
 
     def project(self, x_BND: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values [B, N, H, K] with H K = D."""
+        """[B, N, D] to queries, keys and values, each [B, N, H, K] in `dtype` with H K = D."""
         qkv_BNH3K = self.query_key_value(x_BND)
         qkv_BNH3K = constrain(qkv_BNH3K, "batch", "position", "head", None, None)
         return [qkv_BNH3K[:, :, :, i] for i in range(3)]
 
     def merge(self, o_BNHK: jax.Array) -> jax.Array:
-        """The heads' results to [B, N, D]."""
+        """Projects the heads' outputs to [B, N, D] in `dtype`."""
         return constrain(self.out(o_BNHK), "batch", "position", "width")
 
 
 class KeyValues(GrowingState):
-    """The keys and values of all positions so far, with room for those to come."""
+    """The key-value cache: positions up to now and, after `extend`, space for later ones."""
 
     keys_BNHK: jax.Array
     values_BNHK: jax.Array
@@ -69,7 +69,7 @@ class AttentionLayer(_MultiHead):
 
     @property
     def reach(self) -> int | None:
-        """Positions that one sees, itself included; None is all."""
+        """The number of positions that a query sees, its own included; None means all."""
         return None
 
     def init_state(self, batch: int) -> KeyValues:
@@ -91,7 +91,7 @@ class AttentionLayer(_MultiHead):
             return jax.lax.dynamic_update_slice_in_dim(x, x_new, position, axis=1)
 
         state = jax.tree.map(write, state, new)
-        # Beyond the window, or at the beginning of what is not valid yet.
+        # The window ends at `position`. Near the start it reaches later positions, not valid yet.
         capacity = state.valid_BN.shape[1]
         count = min(self.reach or capacity, capacity)
         start = jnp.maximum(position + 1 - count, 0)
@@ -113,8 +113,8 @@ class LocalAttentionLayer(AttentionLayer):
     """Multi-head softmax attention over a window.
 
     Attributes:
-      window: positions that one sees, itself included: if causal the last ones, else
-        `window // 2` before and `(window - 1) // 2` after it.
+      window: the number of positions that a query sees, its own included: if causal the preceding
+        ones, otherwise `window // 2` before and `(window - 1) // 2` after it.
     """
 
     window: Positive = 128
@@ -136,9 +136,9 @@ class LocalAttentionLayer(AttentionLayer):
 
 
 class LinearAttentionLayer(_MultiHead):
-    """Multi-head attention in linear time, with the features elu + 1.
+    """Multi-head linear attention with the feature map elu + 1 (Katharopoulos et al. 2020).
 
-    Its decode state is that of `ops/linear_attention.py`.
+    The decode state is S of `ops/linear_attention.py`, float32 [B, H, K, K + 1].
     """
 
     def init_state(self, batch: int) -> jax.Array:
@@ -161,11 +161,11 @@ class LinearAttentionLayer(_MultiHead):
 class LinformerLayer(_MultiHead):
     """Attention to learned combinations of positions (Wang et al. 2020, "Linformer").
 
-    The projections of keys and of values are shared between heads; sequences shorter than
-    `max_positions` use the first rows. A combination mixes all positions: never causal.
+    The combinations are shared by all heads, but differ for keys and values; sequences shorter than
+    `max_positions` use the first rows. As they mix all positions, the layer cannot be causal.
 
     Attributes:
-      rank: R, the combinations.
+      rank: R, the number of combinations.
     """
 
     rank: Positive = 64

@@ -13,7 +13,7 @@ from spectral_pod.layers.mixer import Mixer, State
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.parallel.sharding import constrain
 
-# Rematerialization of a block in the backward pass: what is kept instead of computed again.
+# Rematerialization of a block: what is stored for the backward pass rather than recomputed.
 REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -22,7 +22,7 @@ REMAT: dict[str, Any] = {
 
 
 def mixers_of(config: Architecture) -> dict[str, type[Mixer]]:
-    """The classes of all mixers that a model has, channel mixers too, by their names."""
+    """The classes of a model's mixers, its channel mixer included, by name."""
     names = {name: MIXERS[name] for block in config.pattern for name in block.split("+")}
     return names | {config.channel_mixer: CHANNEL_MIXERS[config.channel_mixer]}
 
@@ -30,7 +30,7 @@ def mixers_of(config: Architecture) -> dict[str, type[Mixer]]:
 class Block(nn.Module):
     """The mixers of `pattern`, e.g. 'spectral' or 'spectral+delta', then the channel mixer.
 
-    The decode state is a tuple of theirs.
+    The decode state is the tuple of the mixers' states.
     """
 
     config: Architecture
@@ -90,12 +90,12 @@ class Block(nn.Module):
         x_BND = x_BND + self.drops[i](y_BND)
         if self.config.norm == "post":
             x_BND = self.norms[i](x_BND).astype(dtype)
-        # Whole between layers: XLA would split it over tensor and gather it for every product.
+        # Left to itself, XLA would split the width over `tensor` and gather it for every product.
         return constrain(x_BND, "batch", "position", "width")
 
 
 class BlockGroup(nn.Module):
-    """The blocks of one repeat of a model's pattern; what the scan over layers repeats."""
+    """The blocks of one repeat of a model's pattern: the body of the scan over layers."""
 
     config: Architecture
     patterns: tuple[str, ...]
@@ -113,9 +113,9 @@ class BlockGroup(nn.Module):
 def all_blocks(
     config: Architecture, x_BND: jax.Array, mask_BN: jax.Array, train: bool
 ) -> jax.Array:
-    """Applies `config.num_layers` blocks, in a stack unless the model is to decode.
+    """Applies `config.num_layers` blocks, stacked unless `config.decoding`.
 
-    Called inside a module's compact method.
+    To be called in a module's compact method.
     """
     if config.decoding:
         for block in separate_blocks(config):
@@ -127,14 +127,15 @@ def all_blocks(
 
 
 def _stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]:
-    """`config.num_layers` blocks, the pattern repeating, scanned and rematerialized.
+    """`config.num_layers` blocks that repeat the pattern, scanned and rematerialized.
 
-    One compiled group serves every repeat; layers beyond the last whole repeat follow as a shorter
-    group of their own. Each module returns (x_BND, None).
+    The group of one repeat is compiled once for all repeats; layers beyond the last whole repeat
+    form a shorter group. Each module returns (x_BND, None).
     """
     group, patterns = BlockGroup, config.pattern
     if config.remat != "none":
-        # Inside a loop nothing merges what is computed twice; layers written out need to be told.
+        # XLA does not merge the recomputation in a loop's body with the forward pass; if the loop
+        # is unrolled, this must be prevented.
         group = nn.remat(BlockGroup, prevent_cse=config.unroll > 1, policy=REMAT[config.remat])
     repeats, rest = divmod(config.num_layers, len(patterns))
     stack = []
@@ -155,9 +156,9 @@ def _stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module
 
 
 def separate_blocks(config: Architecture) -> list[Block]:
-    """The same layers as modules of their own, to decode with the parameters of `unstack`.
+    """The same blocks, each a module of its own, for decoding with parameters from `unstack`.
 
-    Called inside a module's compact method.
+    To be called in a module's compact method.
     """
     patterns = config.pattern
     return [
@@ -167,7 +168,7 @@ def separate_blocks(config: Architecture) -> list[Block]:
 
 
 def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a model with a stack of blocks, every layer's by itself as `layer_i`."""
+    """Splits the parameters of stacked blocks into those of each layer, under `layer_i`."""
     rest = {name: value for name, value in params.items() if name not in ("blocks", "last_blocks")}
     layers = []
     if "blocks" in params:

@@ -1,4 +1,4 @@
-"""Associative memory that corrects its errors: the delta rule as a layer."""
+"""Delta memory: an associative memory updated by the delta rule (`ops/delta_rule.py`)."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -16,31 +16,32 @@ from spectral_pod.layers.short_convolution import ShortConvolution
 from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.parallel.sharding import constrain
 
-FORGETTING_RATES = (0.001, 0.1)  # of the first and the last head
+FORGETTING_RATES = (0.001, 0.1)  # initial rates of the first and the last head, per position
 
 
 class DeltaState(NamedTuple):
     memory_BHVK: jax.Array  # float32
-    short: tuple[jax.Array, ...]  # of the convolutions of q, k and v, if any
+    short: tuple[jax.Array, ...]  # states of the short convolutions of q, k and v, if any
 
 
 class DeltaMemoryLayer(Mixer):
-    """Writes every position's value under its key and reads with its query, in order.
+    """At each position in turn, writes its value under its key, then reads with its query.
 
     Attributes:
-      num_heads, head_dim: H memories of [K, K].
-      normalize_keys: L2-normalises q and k; without it (the original design) the recurrence
-        diverges on Gaussian keys but for its clip.
-      gated: forgets a learned part of the memory at every position and head (Gated DeltaNet). Its
-        log is -softplus(.) and starts near -r, with the rates r of the heads log-spaced over the
-        range of Mamba's step sizes: `FORGETTING_RATES`, memories of 1000 to 10 positions. In the
-        configuration it decides which memories a model's own pattern has (`models/`); in a pattern
-        that is written out 'delta' never forgets and 'gated_delta' does.
-      short_conv: width of a depthwise causal convolution of q, k and v, with which a key can be
-        that of the position before its value; 1 has none.
-      beta_min, beta_max: the learning rate beta = sigmoid(.) is scaled into this range. The
-        original 0.01 to 0.3 cannot overwrite: after one write a key recalls 0.7 old + 0.3 new.
-      method: 'chunked' or 'recurrent', the same numbers (`ops/delta_rule.py`).
+      num_heads, head_dim: H and K; there are H memories of [K, K].
+      normalize_keys: L2-normalises q and k. Without it (the original design) the recurrence would
+        diverge on Gaussian keys if writes were not clipped.
+      gated: multiplies the memory by a learned gate at every position and head (Yang et al. 2024,
+        "Gated Delta Networks"). The log of the gate is -softplus(.) and starts near -r, with the
+        rates r of the heads log-spaced over `FORGETTING_RATES`, the range of Mamba's step sizes:
+        memories of 1000 to 10 positions. In the configuration this field selects the memories of a
+        model's default pattern (`models/`); in an explicit pattern 'delta' has no gate and
+        'gated_delta' has one.
+      short_conv: taps of a depthwise causal convolution of q, k and v, which allows a value to be
+        written under the key of an earlier position; 1 disables it.
+      beta_min, beta_max: the range of the write strength beta, a scaled sigmoid. With the original
+        0.01 to 0.3 no write can replace a value: the key then recalls 0.7 old + 0.3 new at best.
+      method: 'chunked' or 'recurrent', which compute the same function (`ops/delta_rule.py`).
     """
 
     num_heads: Positive = 1
@@ -123,7 +124,7 @@ class DeltaMemoryLayer(Mixer):
         return tuple(self.shorts) if self.short_conv > 1 else ()
 
     def _qkv(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> list[jax.Array]:
-        """Queries, keys and values; zero where invalid, if short convolutions are to read them."""
+        """q, k and v [B, N, H, K]; with short convolutions, zero at invalid positions."""
         qkv = [project(x_BND) for project in (self.query, self.key, self.value)]
         if mask_BN is None or self.short_conv == 1:
             return qkv
@@ -132,7 +133,7 @@ class DeltaMemoryLayer(Mixer):
     def _memory(
         self, x_BND: jax.Array, qkv: list[jax.Array], **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Reads and the memory after them, of queries, keys and values [B, N, H, K]."""
+        """The values read, [B, N, H, V], and the memory after the last position, [B, H, V, K]."""
         q_BNHK, k_BNHK, v_BNHV = qkv
         if self.normalize_keys:
             q_BNHK, k_BNHK = _unit(q_BNHK), _unit(k_BNHK)
@@ -149,13 +150,13 @@ class DeltaMemoryLayer(Mixer):
         )  # fmt: skip
 
     def _read(self, o_BNHV: jax.Array) -> jax.Array:
-        # Before the projection, where there is less to sum for the scale's gradient.
+        # Scaled before the projection, where the gradient of the scale has fewer terms.
         y_BND = self.out(o_BNHV * self.scale.astype(o_BNHV.dtype))
         return constrain(y_BND, "batch", "position", "width")
 
 
 class GatedDeltaMemoryLayer(DeltaMemoryLayer):
-    """A `DeltaMemoryLayer` that forgets."""
+    """A `DeltaMemoryLayer` with gates."""
 
     @classmethod
     def from_config(cls, config: Architecture, **fixed: Any) -> Mixer:

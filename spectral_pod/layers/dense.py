@@ -17,7 +17,7 @@ class Dense(nn.Module):
     """`x @ kernel + bias` over the last axes of x; products in `dtype`, float32 parameters.
 
     Attributes:
-      features: the output's last axes.
+      features: sizes of the output's last axes, which replace the contracted axes of x.
       axes: logical axes of the kernel, contracted ones first; the bias has those of the features.
       dtype: of the product and the result.
     """
@@ -37,14 +37,14 @@ class Dense(nn.Module):
         kernel = self.param("kernel", boxed_kernel, shape)
         boxed_bias = parameter(zeros, *self.axes[num_in:], group="undecayed")
         bias = self.param("bias", boxed_bias, features)
-        # Parameters split over `embed` are gathered here, so that the product is each device's own.
+        # A kernel split over `embed` is gathered here, so that each device multiplies its own rows.
         kernel = constrain(kernel.astype(self.dtype), *(_gathered(axis) for axis in self.axes))
         x = x.astype(self.dtype)
         bias = bias.astype(self.dtype)
-        if num_shards("position") > 1:  # rows and positions, both split, have no joint axis
+        if num_shards("position") > 1:  # batch and positions, both split, cannot be one axis
             y = jnp.tensordot(x, kernel, num_in)
             return y + jnp.broadcast_to(bias, y.shape)
-        # XLA on CPUs takes three times as long to differentiate x of rank 3.
+        # As a matrix: with x of rank 3, the gradient takes XLA three times as long on CPUs.
         rows = x.reshape(-1, math.prod(x.shape[-num_in:]))
         y = affine(rows, kernel.reshape(rows.shape[-1], -1), bias.reshape(-1))
         return y.reshape(*x.shape[:-num_in], *features)
@@ -55,7 +55,7 @@ def _gathered(axis: str | None) -> str | None:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the model width; computed and returned in float32 whatever comes in."""
+    """LayerNorm over the model width, computed and returned in float32 for any input dtype."""
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
@@ -67,5 +67,5 @@ class LayerNorm(nn.Module):
 
 
 def layer_norm(x_BND: jax.Array, name: str) -> jax.Array:
-    """`LayerNorm` by this name in the module that calls it."""
+    """Applies a `LayerNorm` that is a submodule of the calling module, under this name."""
     return LayerNorm(name=name)(x_BND)

@@ -1,4 +1,4 @@
-"""Channel mixers by name: mixers whose positions need not meet (`layers/mixer.py`)."""
+"""Channel mixers by name: mixers (`layers/mixer.py`) that may treat each position on its own."""
 
 from typing import Literal
 
@@ -30,7 +30,7 @@ class GatedFeedForward(Mixer):
         self.out = Dense(self.width, ("hidden", "embed"), self.dtype)
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; positions don't meet, so their mask has no effect."""
+        """[B, N, D] to [B, N, D] in `dtype`; per position, so that the mask has no effect."""
         h_BNM = self.value(x_BND) * gelu(self.gate(x_BND))
         h_BNM = self.drop(constrain(h_BNM, "batch", "position", "hidden"))
         return constrain(self.out(h_BNM), "batch", "position", "width")
@@ -46,13 +46,13 @@ class GatedFeedForward(Mixer):
 
 
 class FrequencyFeedForward(Mixer):
-    """`(1 - alpha) MLP(x) + alpha (h conv x)` with learned long filters h and alpha = sigmoid(.).
+    """`(1 - alpha) MLP(x) + alpha (h conv x)`, with learned long filters h and a learned alpha.
 
-    Its decode state is that of the `LongConvolution`.
+    The decode state is that of the `LongConvolution`.
 
     Attributes:
-      padding: 'linear'; 'circular' is the original design, which sees the future.
-      expansion, dropout: of the `GatedFeedForward` that is the MLP.
+      padding: 'linear' is causal; with 'circular' (the original design) positions see later ones.
+      expansion, dropout: of the MLP, a `GatedFeedForward`.
       filter, decay, method: see `LongConvolution`.
     """
 

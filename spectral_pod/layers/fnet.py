@@ -1,4 +1,4 @@
-"""FNet's mixer without parameters (Lee-Thorp et al. 2021): a Fourier transform of the sequence."""
+"""The parameter-free mixer of FNet (Lee-Thorp et al. 2021): a Fourier transform of the sequence."""
 
 import flax.linen as nn
 import jax
@@ -12,9 +12,10 @@ from spectral_pod.parallel.sharding import constrain, num_shards, shard_op
 class FNetLayer(Mixer):
     """`Re(FFT over positions of FFT over width)`, both orthonormal.
 
-    Shorter sequences are transformed as if padded to `max_positions`, so that their result does not
-    depend on how far a batch is padded. Every position sees all: never causal. The paper's sums are
-    not scaled; in a pre-norm block they would drown the residual stream.
+    Shorter sequences are transformed as if padded to `max_positions`, so that the result does not
+    depend on the padding of a batch. Every position sees all others, so the mixer cannot be causal.
+    The paper's transforms are unnormalised, which in a pre-norm block would dominate the residual
+    stream.
     """
 
     can_be_causal = False
@@ -24,8 +25,8 @@ class FNetLayer(Mixer):
         """[B, N, D] to [B, N, D] in `dtype`; masked positions count as zeros.
 
         Raises:
-          ValueError: positions are split over devices and a device's channels do not divide by
-            them.
+          ValueError: positions are split over devices, whose number does not divide a device's
+            channels.
         """
         shards = num_shards("position")
         if (x_BND.shape[2] // num_shards("channel")) % shards:

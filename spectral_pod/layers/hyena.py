@@ -21,11 +21,11 @@ class HyenaState(NamedTuple):
 
 
 class HyenaLayer(Mixer):
-    """`W_o (u * (h conv v))` with u, v short convolutions of projections of x.
+    """`W_o (u * (h conv v))`, where u and v are short convolutions of projections of x.
 
     Attributes:
       filter, decay: see `CausalFilter`.
-      short_conv: width of the depthwise causal convolution of u and v; 1 has none (the original
+      short_conv: taps of the depthwise causal convolution of u and v; 1 disables it (the original
         design).
       method: see `ops/long_conv.py`.
     """

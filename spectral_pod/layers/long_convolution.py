@@ -12,20 +12,21 @@ from spectral_pod.ops.online_conv import FilterBlock, filter_step
 from spectral_pod.parallel.sharding import filter_axis
 
 FIXED_DECAY = 0.01  # of the original design: e^-4.6 after 460 positions
-_BANDS = 16  # of the positional features of an implicit filter: 33 features, as Hyena has
-_ORDER = 64  # width of its MLP
-_FREQUENCY = 10.0  # of its sines
+_BANDS = 16  # frequencies of an implicit filter's positional features, 33 in all as in Hyena
+_ORDER = 64  # hidden width of an implicit filter's MLP
+_FREQUENCY = 10.0  # of the sine activations of that MLP
 
 
 class CausalFilter(nn.Module):
-    """A long filter per channel, under an exponential envelope `e^{-alpha t}`.
+    """A long filter per channel, multiplied by an exponential envelope `e^{-alpha t}`.
 
     Attributes:
       num_taps: T.
-      parametrization: 'explicit' learns the taps; 'implicit' an MLP of t with sines, as Hyena.
-      decay: 'learned' learns alpha per channel, log-spaced at first from 1 to 1 / T, so that the
-        slowest channel reaches the whole context; 'fixed' is 0.01 (the original design), which
-        forgets everything past some 460 positions.
+      parametrization: 'explicit' learns the taps; 'implicit' learns an MLP of t with sine
+        activations, as in Hyena.
+      decay: 'learned' learns alpha per channel, initially log-spaced from 1 to 1 / T, so that the
+        slowest channel reaches the whole context; 'fixed' is alpha = 0.01 (the original design),
+        which forgets everything past about 460 positions.
     """
 
     num_taps: int
@@ -34,14 +35,14 @@ class CausalFilter(nn.Module):
 
     @nn.compact
     def __call__(self, width: int) -> jax.Array:
-        """float32 [D, T], of unit energy at first."""
+        """The filters, float32 [D, T], initially of unit energy on average."""
         t_T = jnp.arange(self.num_taps, dtype=jnp.float32)
         alpha_D = self._alpha(width)
         taps_TD = {"explicit": self._explicit, "implicit": self._implicit}[self.parametrization](
             width
         )
         envelope_DT = jnp.exp(-alpha_D[:, None] * t_T[None])
-        # Of the initial envelope: the norm of the taps is the optimizer's.
+        # The energy of the envelope alone: the norm of the taps is left to the optimizer.
         energy_D = jnp.sum(jnp.square(jax.lax.stop_gradient(envelope_DT)), axis=1)
         return taps_TD.T * envelope_DT * jax.lax.rsqrt(energy_D)[:, None]
 
@@ -61,13 +62,13 @@ class CausalFilter(nn.Module):
         return self.param("filter", init, (self.num_taps, width))
 
     def _implicit(self, width: int) -> jax.Array:
-        """Features t / T, cos and sin of bands, through two layers of sines."""
+        """Taps [T, D]: an MLP of t / T and its sines and cosines, with sine activations."""
         t_T1 = jnp.arange(self.num_taps, dtype=jnp.float32)[:, None] / self.num_taps
         angles = 2 * jnp.pi * t_T1 * jnp.linspace(1e-4, _BANDS - 1, _BANDS)[None]
         x = jnp.concatenate([t_T1, jnp.cos(angles), -jnp.sin(angles)], axis=1)
         for i, features in enumerate((_ORDER, _ORDER)):
             x = jnp.sin(_FREQUENCY * self._linear(f"filter_{i}", x, features, "width"))
-        # Sines have a mean square of 1/2.
+        # Makes the mean square 1: that of the last sines is 1/2.
         return jnp.sqrt(2.0) * self._linear("filter_out", x, width, filter_axis(width))
 
     def _linear(self, name: str, x: jax.Array, features: int, axis: str) -> jax.Array:
@@ -76,9 +77,9 @@ class CausalFilter(nn.Module):
 
 
 class FilterInputs(NamedTuple):
-    """The state of a long convolution after its prompts: all that it has read.
+    """The state of a long convolution after prefill: its filters and all inputs so far.
 
-    The decoder plans the filters of all layers together and continues with `FilterCache`.
+    The decoder prepares the filters of all layers together and continues with a `FilterCache`.
     """
 
     taps_DT: jax.Array  # float32 [D, T]
@@ -86,20 +87,20 @@ class FilterInputs(NamedTuple):
 
 
 class FilterCache(NamedTuple):
-    """What a step needs of the past; `generate/decode.py` renews the block when it ends."""
+    """The state between decoding steps; `generate/decode.py` replaces the block when it ends."""
 
-    taps_TD: jax.Array  # the first taps of the filter
+    taps_TD: jax.Array  # float32, the first `online_conv.BLOCK` taps of the filters
     block: FilterBlock
 
 
 class LongConvolution(nn.Module):
-    """Every channel convolved with a filter of its own. Invalid positions must be zero already.
+    """Convolves each channel with its own filter. Inputs must be zero at invalid positions.
 
     Attributes:
       width: D.
       num_taps, parametrization, decay: see `CausalFilter`.
-      padding: 'linear', or 'circular', with which positions see later ones and nothing can be
-        decoded.
+      padding: 'linear' is causal; with 'circular' positions see later ones, which rules out
+        decoding.
       method: see `ops/long_conv.py`.
     """
 
@@ -128,7 +129,7 @@ class LongConvolution(nn.Module):
         return FilterInputs(self.filter(self.width), jnp.zeros((batch, 0, self.width)))
 
     def prefill(self, v_BPD: jax.Array) -> tuple[jax.Array, FilterInputs]:
-        """The convolution of prompts, and the state after them.
+        """Convolves prompts; returns [B, P, D] in the dtype of v, and the state after them.
 
         Raises:
           ValueError: the convolution is circular.

@@ -1,16 +1,16 @@
-"""What a mixer is: a layer through which positions see one another.
+"""The interface of a mixer: a layer in which positions depend on one another.
 
-A mixer is one class. Its fields, annotated as in `fields.py`, are its options: the fields of
-`config.model.SECTION` with their defaults, but for `shared` ones, which another section has. What
-else the project must know of a mixer, such as what must divide what on a mesh, the class says too:
-one line in `layers/mixers.py` is all that adds a mixer.
+A mixer is one class. Its fields, annotated as in `fields.py`, are its options: they define the
+fields of `config.model.SECTION` and their defaults, except for `shared` fields, which belong to
+another section. The class also declares what else the project needs to know about the mixer, such
+as which mesh axes must divide which dimensions. A mixer is added by one line in `layers/mixers.py`.
 
-Every mixer maps a whole sequence, `mixer(x_BND, mask_BN)`. One that can be causal also decodes:
+Every mixer maps whole sequences, `mixer(x_BND, mask_BN)`. One that can be causal also decodes:
 
-    y_BPD, state = mixer.prefill(x_BPD, mask_BP)            # prompts, with padding before them
-    y_B1D, state = mixer.advance(x_B1D, state, position)    # the next position, and so on
+    y_BPD, state = mixer.prefill(x_BPD, mask_BP)            # left-padded prompts
+    y_B1D, state = mixer.advance(x_B1D, state, position)    # then one position at a time
 
-gives the rows of the whole sequence. `init_state` is the state before the first position.
+These return the outputs of the whole sequence. `init_state` is the state before the first position.
 """
 
 import dataclasses
@@ -24,25 +24,27 @@ import jax.numpy as jnp
 from spectral_pod import fields
 from spectral_pod.layers.architecture import Architecture
 
-State: TypeAlias = Any  # a pytree of arrays, of a type of the mixer's own
+State: TypeAlias = Any  # a pytree of arrays; each mixer has a type of its own
 
 
 class GrowingState(flax.struct.PyTreeNode):
-    """A state that needs room for every position to come."""
+    """A state whose size grows with the number of positions, such as a key-value cache."""
 
     def extend(self, capacity: int) -> "GrowingState":
-        """The state with room for `capacity` positions, those that it holds included."""
+        """The state with space for `capacity` positions, including those that it holds."""
         raise NotImplementedError
 
 
 def shared(path: str, default: Any) -> Any:
-    """A field of a mixer that has the value of 'field' or 'section.field' of `config.model`; the
-    default counts where a mixer is made without a configuration."""
+    """A field of a mixer with the value of `path`, a 'field' or 'section.field' of `config.model`.
+
+    The default applies where a mixer is built without a configuration.
+    """
     return dataclasses.field(default=default, metadata={"path": path})
 
 
 def option(name: str, default: Any) -> Any:
-    """A field of a mixer that has another name in its section of the configuration."""
+    """A field of a mixer that is called `name` in its section of the configuration."""
     return dataclasses.field(default=default, metadata={"option": name})
 
 
@@ -50,11 +52,11 @@ class Mixer(nn.Module):
     """The base of all mixers, and of the channel mixers (`layers/feed_forward.py`).
 
     Attributes:
-      width: D.
-      max_positions: N, the positions that the mixer is made for.
-      causal: whether a position must see none after it.
+      width: D, the model width.
+      max_positions: N, the number of positions that the mixer is built for.
+      causal: whether positions must not see later ones.
       deterministic: whether dropout is off.
-      dtype: of activations and products.
+      dtype: of activations and matrix products.
     """
 
     width: int
@@ -64,19 +66,19 @@ class Mixer(nn.Module):
     dtype: Any = jnp.float32
 
     section: ClassVar[str] = ""
-    # Without this the mixer sees the whole sequence, whatever the model.
+    # If False, positions see the whole sequence, whatever `causal` is.
     can_be_causal: ClassVar[bool] = True
-    # Pairs of fields of the configuration of which the second must divide the first.
+    # Pairs of configuration fields, of which the second must divide the first.
     divisible: ClassVar[tuple[tuple[str, str], ...]] = ()
-    # Fields and the values with which positions see later ones, so that nothing can be decoded.
+    # Configuration fields and values with which positions see later ones, which rules out decoding.
     sees_future: ClassVar[tuple[tuple[str, str], ...]] = ()
-    # Fields and the values with which operations are computed as they are defined: their FLOPs are
-    # the model's, whatever method computes them.
+    # Configuration fields and values that select the defining form of each operation. Model FLOPs
+    # are those of this form, whichever method computes the operation.
     definition: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @classmethod
     def options(cls) -> dict[str, tuple[Any, Any]]:
-        """Annotation and default of every field of `config.model.SECTION` that the mixer has."""
+        """(annotation, default) of the mixer's fields of `config.model.SECTION`, by name."""
         annotations = fields.types_of(cls)
         return {
             field.metadata.get("option", field.name): (annotations[field.name], field.default)
@@ -86,7 +88,7 @@ class Mixer(nn.Module):
 
     @classmethod
     def configured(cls, config: Architecture) -> dict[str, Any]:
-        """The values of all fields of its own, shared ones too.
+        """The values of the mixer's own fields in a configuration, shared ones included.
 
         Raises:
           ConfigError: the configuration has no such field.
@@ -102,8 +104,7 @@ class Mixer(nn.Module):
     def from_config(
         cls, config: Architecture, *, deterministic: bool, name: str, **fixed: Any
     ) -> "Mixer":
-        """The mixer that a configuration describes, as a module of this name; `fixed` are fields
-        that it has whatever the configuration says."""
+        """The mixer of a configuration, as a module of this name; `fixed` overrides its fields."""
         return cls(
             width=config.hidden_dim,
             max_positions=config.max_positions,
@@ -121,22 +122,22 @@ class Mixer(nn.Module):
 
     @classmethod
     def check(cls, config: Architecture) -> None:
-        """Raises a ConfigError for options that annotations and `divisible` cannot rule out."""
+        """Raises a ConfigError for invalid options that annotations and `divisible` allow."""
 
     @classmethod
     def halo(cls, config: Architecture) -> int:
-        """Positions before a device's own that it asks of the device before."""
+        """The number of positions that a device needs from the preceding one, if they are split."""
         return 0
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
-        """The method of each operation, as dispatch picks it on the mesh that is set."""
+        """The method that dispatch selects on the current mesh, by operation."""
         return {}
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; invalid positions change nothing at valid ones.
+        """[B, N, D] to [B, N, D] in `dtype`; invalid positions do not affect valid ones.
 
-        By default `prefill` without its state, which the compiler drops.
+        By default this is `prefill`; the compiler removes its state, which is not used.
         """
         return self.prefill(x_BND, mask_BN)[0]
 
@@ -145,11 +146,20 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not decode")
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, State]:
-        """Prompts, invalid before their first position: the result of a call, and the state."""
+        """Reads left-padded prompts; returns the result of a call, and the state after them."""
         raise NotImplementedError(f"{type(self).__name__} does not decode")
 
     def advance(
         self, x_B1D: jax.Array, state: State, position: jax.Array
     ) -> tuple[jax.Array, State]:
-        """One more position, valid in every sequence, counted from the start of the prompts."""
+        """Reads one more position, which is valid in every sequence.
+
+        Args:
+          x_B1D: the input there.
+          state: the state of all earlier positions.
+          position: int32 scalar, counted from the start of the padded prompts.
+
+        Returns:
+          The output [B, 1, D] in `dtype`, and the new state.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not decode")

@@ -1,4 +1,4 @@
-"""Mixers by name; `layers/mixer.py` says what a mixer is."""
+"""Mixers by name; `layers/mixer.py` defines their interface."""
 
 from spectral_pod.layers.attention import (
     AttentionLayer,

@@ -1,4 +1,4 @@
-"""Coarser views of a sequence of patches, added to the finer ones."""
+"""Coarser scales of a sequence of patches, added to the finer ones."""
 
 from typing import Any
 
@@ -12,10 +12,11 @@ from spectral_pod.parallel.sharding import constrain
 
 
 class MultiScale(nn.Module):
-    """Merges patches scale by scale, and adds what the coarser see to the finer, coarse to fine.
+    """Merges patches scale by scale, then adds each scale to the next finer one, coarsest first.
 
     Attributes:
-      ratios: patches of a scale that one of the next coarser scale merges.
+      ratios: for each coarser scale, how many patches of the previous scale one of its patches
+        merges.
     """
 
     ratios: tuple[int, ...]
@@ -23,9 +24,9 @@ class MultiScale(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        """[B, N, D] to [B, N, D] in `dtype`; invalid patches count as zero, as do those past N.
+        """[B, N, D] to [B, N, D] in `dtype`; invalid patches and those past N count as zero.
 
-        A patch sees the whole coarse patch that it lies in, later patches too.
+        A patch depends on the whole of the coarsest patch that contains it, so on later ones too.
         """
         B, _, D = x_BND.shape
         x_BND = jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype))

@@ -1,4 +1,4 @@
-"""Parameters: their place on the mesh and their optimizer group, declared where they are made."""
+"""Parameters, which declare their logical axes and optimizer group where they are created."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,17 +9,18 @@ import jax
 
 from spectral_pod.parallel.sharding import spec
 
-# Filters, decays, gates and scales of memories have a learning rate of their own and no weight
-# decay, as in the recipes of S4 and S5; of the others kernels and embeddings decay.
+# 'dynamics' are filters, decays, gates and memory scales: they have their own learning rate and no
+# weight decay, as in the recipes of S4 and S5. Of the others, kernels and embeddings are decayed.
 Group = Literal["dynamics", "decayed", "undecayed"]
 
 
 class Parameter(nn.LogicallyPartitioned):
-    """The box of a parameter: the logical axes of its dimensions, and its optimizer group.
+    """A parameter boxed with the logical axes of its dimensions and its optimizer group.
 
     Attributes:
-      inputs: of a matrix, its first axes over which it is multiplied, stacked layers aside; 0 for
-        other parameters.
+      group: the optimizer group, a `Group`.
+      inputs: how many of its leading axes a matrix product contracts, the axis of stacked layers
+        not counted; 0 if the parameter is not a matrix.
     """
 
     group: str = flax.struct.field(default="", pytree_node=False)
@@ -30,7 +31,7 @@ def parameter(
     init: Callable[..., jax.Array], *axes: str | None, group: Group, inputs: int = 0
 ) -> Callable[..., Parameter]:
     """A Flax initializer of a `Parameter` with these logical axes and this optimizer group."""
-    spec(*axes)  # an axis that is not in the table is an error here
+    spec(*axes)  # raises for an axis that is not in the table
 
     def boxed(*args: Any) -> Parameter:
         return Parameter(init(*args), axes, group=group, inputs=inputs)
@@ -42,7 +43,7 @@ def groups(boxed: Any) -> Any:
     """The optimizer group of every parameter of a boxed tree, as a tree of names.
 
     Raises:
-      ValueError: a parameter was made without `parameter`; names it.
+      ValueError: a parameter was created without `parameter`; the message names it.
     """
 
     def group(path: Any, box: Any) -> str:

@@ -1,4 +1,4 @@
-"""Bytes to patches: the byte-latent encoder, and positions."""
+"""Bytes to patches: the byte-latent encoder, and sinusoidal position embeddings."""
 
 import functools
 from typing import Any
@@ -20,10 +20,10 @@ KERNEL = 6  # with padding 2 on both sides: patch p sees bytes 4p - 2 .. 4p + 3
 
 
 class ByteConvolution(nn.Module):
-    """A convolution over embedded bytes: at every tap, a row of a table for the byte there.
+    """A convolution of embedded bytes, computed as a sum of table rows, one per tap.
 
-    There are few bytes and many positions, so embedding and kernel are multiplied once, to a row
-    per byte and tap, and a position only adds up rows.
+    As there are few byte values and many positions, the embedding table is multiplied by the kernel
+    once, into a row per byte value and tap; each position then only sums rows.
     """
 
     features: int
@@ -31,16 +31,16 @@ class ByteConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, table_VE: jax.Array, ids_BNT: jax.Array) -> jax.Array:
-        """[B, N, D] in `dtype` from the bytes at every tap, or V for none, which embeds to zero."""
+        """[B, N, D] in `dtype` from the byte at every tap; id V is no byte and embeds to zero."""
         (V, E), T, D = table_VE.shape, ids_BNT.shape[2], self.features
         init, zeros = nn.initializers.lecun_normal((0, 1)), nn.initializers.zeros_init()
         kernel = parameter(init, "tap", "embed", None, group="decayed", inputs=2)
         kernel_TED = self.param("kernel", kernel, (T, E, D))
         bias_D = self.param("bias", parameter(zeros, None, group="undecayed"), (D,))
-        # Split over `embed`, the kernel is gathered here, as in a Dense layer.
+        # A kernel split over `embed` is gathered here, as in a Dense layer.
         kernel_TED = constrain(kernel_TED.astype(self.dtype), None, None, None)
         kernel_EM = jnp.swapaxes(kernel_TED, 0, 1).reshape(E, T * D)
-        bias_M = jnp.pad(bias_D.astype(self.dtype), (0, (T - 1) * D))  # in the rows of one tap
+        bias_M = jnp.pad(bias_D.astype(self.dtype), (0, (T - 1) * D))  # in one tap's rows only
         rows = affine(jnp.pad(table_VE, ((0, 1), (0, 0))), kernel_EM, bias_M)
         return _sum_rows(rows.reshape(V + 1, T, D), ids_BNT)
 
@@ -62,7 +62,7 @@ def _sum_rows_forward(
 def _sum_rows_backward(
     residuals: tuple[jax.Array, jax.Array], dy_BND: jax.Array
 ) -> tuple[jax.Array, None]:
-    """A matrix product with one-hot ids: for so few rows faster than adding them up in turn."""
+    """A matrix product with one-hot ids, for so few rows faster than a scatter-add."""
     like_VTD, ids_BNT = residuals
     ids_TBN = jnp.moveaxis(ids_BNT, 2, 0)
     one_hot_VTBN = jnp.arange(len(like_VTD))[:, None, None, None] == ids_TBN[None]
@@ -86,8 +86,10 @@ class ByteLatentEncoder(nn.Module):
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the patches [B, N, D] in `dtype` and their validity [B, N].
 
-        A patch is valid when one of its own four bytes is; padded bytes embed to zero. L must be a
-        multiple of 4 (ValueError).
+        A patch is valid if any of its own four bytes is; padding bytes embed to zero.
+
+        Raises:
+          ValueError: L is not a multiple of 4.
         """
         B, L = tokens_BL.shape
         if L % STRIDE:
@@ -115,14 +117,14 @@ def _windows(ids_BL: jax.Array) -> jax.Array:
     B, L = ids_BL.shape
     before = KERNEL - STRIDE
     own_BNT = ids_BL.reshape(B, L // STRIDE, STRIDE)
-    # What comes before a sequence is zero: counted down from VOCAB_SIZE, that is no byte.
+    # `previous` gives 0 before a sequence; counted down from VOCAB_SIZE, this stands for no byte.
     first_BNT = VOCAB_SIZE - previous(VOCAB_SIZE - ids_BL, before)[:, None]
     before_BNT = jnp.concatenate([first_BNT, own_BNT[:, :-1, STRIDE - before :]], axis=1)
     return jnp.concatenate([before_BNT, own_BNT], axis=2)
 
 
 def sinusoidal_positions(length: int, width: int, dtype: Any) -> jax.Array:
-    """[1, N, D]: sines in the first half of the width, cosines in the second (Vaswani et al.)."""
+    """[1, N, D]: sines in the first half of D, cosines in the second (Vaswani et al. 2017)."""
     rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * rates[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[None, :, :width].astype(

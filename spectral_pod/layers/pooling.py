@@ -1,4 +1,4 @@
-"""From a sequence to one vector."""
+"""Pooling: a sequence to one vector."""
 
 from typing import Any
 
@@ -44,15 +44,15 @@ class LastPooling(nn.Module):
     def __call__(self, x_BND: Positions, mask_BN: PositionMask) -> Pooled:
         """[B, N, D] to float32 [B, D]; a sequence without a valid position pools to zero."""
         place_N = jnp.arange(1, mask_BN.shape[1] + 1)
-        place_BN = jnp.where(mask_BN, place_N[None], 0)  # counted from one
+        place_BN = jnp.where(mask_BN, place_N[None], 0)  # counted from one; 0 where invalid
         last_B1 = jnp.max(place_BN, axis=1, keepdims=True)
         last_BN = (mask_BN & (place_BN == last_B1)).astype(jnp.float32)
         return jnp.einsum("bn,bnd->bd", last_BN, x_BND.astype(jnp.float32))
 
 
 class Comparison(nn.Module):
-    """Two pooled vectors a, b to one: a hidden layer of [a, b, a * b, a - b], as in the Long Range
-    Arena's retrieval (Tay et al. 2020)."""
+    """Two pooled vectors a, b to one by a hidden layer on [a, b, a * b, a - b], as in the retrieval
+    task of the Long Range Arena (Tay et al. 2020)."""
 
     dtype: Any
 

@@ -11,20 +11,20 @@ from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.diagonal_scan import diagonal_scan
 from spectral_pod.parallel.sharding import constrain
 
-STEP_SIZES = (0.001, 0.1)  # first steps are drawn log-uniformly between these
-_MAX_REAL = -1e-4  # states cannot grow
+STEP_SIZES = (0.001, 0.1)  # initial step sizes are drawn log-uniformly between these
+_MAX_REAL = -1e-4  # the largest real part of an eigenvalue, so that states cannot grow
 
 
 def hippo(state_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and -vectors of HiPPO-LegS-N, one of each conjugate pair.
+    """Eigenvalues and eigenvectors of the normal part of HiPPO-LegS, one of each conjugate pair.
 
-    HiPPO-LegS plus its low-rank term is normal: -1/2 on the diagonal and skew-symmetric off it,
-    `sqrt((n + 1/2) (k + 1/2))` in absolute value (Gu et al. 2022, "On the Parameterization and
-    Initialization of Diagonal State Space Models").
+    HiPPO-LegS plus a low-rank term is normal: -1/2 on the diagonal and skew-symmetric off it, with
+    entries of absolute value `sqrt((n + 1/2) (k + 1/2))` (Gu et al. 2022, "On the Parameterization
+    and Initialization of Diagonal State Space Models").
 
     Returns:
-      lambda_K, complex, with positive imaginary parts from small to large; v_MK with
-      M = 2 `state_dim` and K = `state_dim`.
+      complex128 lambda_K, with positive imaginary parts in ascending order, and complex128 v_MK,
+      where M = 2 `state_dim` and K = `state_dim`.
     """
     p_M = np.sqrt(np.arange(2 * state_dim) + 0.5)
     skew_MM = np.triu(np.outer(p_M, p_M), 1)
@@ -34,13 +34,13 @@ def hippo(state_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class S5Layer(Mixer):
-    """`x' = Lambda x + B u`, `y = 2 Re(C x) + D u`, by zero-order hold with learned steps.
+    """`x' = Lambda x + B u`, `y = 2 Re(C x) + D u`, by zero-order hold with learned step sizes.
 
-    The states stand for conjugate pairs, of which the real parts add up twice. Without `causal` a
-    second scan runs from the end, with a C of its own. The decode state is x, complex64 [B, 1, K].
+    Each state stands for a conjugate pair, hence the factor of 2. If not `causal`, a second scan
+    runs from the end, with its own C. The decode state is x, complex64 [B, 1, K].
 
     Attributes:
-      state_dim: K complex states.
+      state_dim: K, the number of complex states.
     """
 
     state_dim: Positive = 64
@@ -93,7 +93,7 @@ class S5Layer(Mixer):
     def _output(
         self, x_BNK: jax.Array, u_BND: jax.Array, reverse_BNK: jax.Array | None = None
     ) -> jax.Array:
-        """y of the states and the input; `reverse_BNK` is B u for a scan from the end, if any."""
+        """y from the states and the input; `reverse_BNK` is B u for a scan from the end, if any."""
         y_BND = self._read(self.c_2KD, x_BNK)
         if reverse_BNK is not None:
             x_BNK = diagonal_scan(self.log_a_K, reverse_BNK, reverse=True)
@@ -102,14 +102,14 @@ class S5Layer(Mixer):
         return constrain(y_BND, "batch", "position", "width")
 
     def _dynamics(self) -> tuple[jax.Array, jax.Array]:
-        """`Lambda Delta` [K] and the discrete B, real and imaginary [D, 2, K], in float32."""
+        """`Lambda Delta`, complex64 [K], and the discretised B, float32 [D, 2 (re, im), K]."""
         lambda_K, v_MK = hippo(self.state_dim)
 
         def init_lambda(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return jnp.stack([jnp.float32(lambda_K.real), jnp.float32(lambda_K.imag)])
 
         def init_b(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            """Rows of unit variance a state, in the eigenvectors' coordinates."""
+            """B in the coordinates of the eigenvectors; B u has unit variance if u has."""
             b_DM = jax.random.normal(key, (shape[0], len(v_MK))) / jnp.sqrt(jnp.float32(shape[0]))
             b_DK = jnp.dot(b_DM.astype(jnp.complex64), jnp.complex64(v_MK.conj()))
             return jnp.stack([b_DK.real, b_DK.imag], axis=1)

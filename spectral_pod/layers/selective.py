@@ -1,4 +1,4 @@
-"""The selective spectral mixer: filters that depend on what the sequence holds."""
+"""The selective spectral mixer: filters that depend on the content of the sequence."""
 
 from typing import Literal, NamedTuple
 
@@ -16,29 +16,30 @@ from spectral_pod.layers.spectral import decaying_noise
 from spectral_pod.ops import fft, long_conv
 from spectral_pod.parallel.sharding import constrain, filter_axis
 
-BLOCK = 64  # valid positions that share a causal context, the mean of all those before them
+BLOCK = 64  # valid positions that share a causal context, the mean of all before their block
 
 
 class SelectiveState(NamedTuple):
-    count_B1: jax.Array  # int32, valid positions
-    sum_B1D: jax.Array  # float32, of their inputs
-    weights_B1R: jax.Array  # float32, of the current block
-    long: FilterInputs | FilterCache | None  # None of the form 'broadcast'
+    count_B1: jax.Array  # int32, the number of valid positions so far
+    sum_B1D: jax.Array  # float32, the sum of their inputs
+    weights_B1R: jax.Array  # float32, c of the current block
+    long: FilterInputs | FilterCache | None  # None for the form 'broadcast'
 
 
 class SelectiveLayer(Mixer):
-    """`W[b] = W_0 + sum_r c[b, r] U_r` applied to x, with `c = MLP(mean of x)`.
+    """Filters sequence b by `W[b] = W_0 + sum_r c[b, r] U_r`, with `c = MLP(mean of x)`.
 
-    The R + 1 filters are the same for all sequences; their results are mixed, so that no sequence
-    needs a filter of its own. If `causal`, the filters are causal convolutions and c is that of the
-    position's block: of the mean over the valid positions before it, zero for the first block.
+    The R + 1 filters are shared by all sequences and their outputs are mixed by c, so that no
+    sequence needs a filter of its own. If `causal`, the filters are causal convolutions and each
+    block of positions has its own c, from the mean over the valid positions before the block (zero
+    for the first block).
 
     Attributes:
-      form: 'low_rank'; or 'broadcast' (the original design): W[b] is one number a channel, the same
-        for all frequencies. That is no filter but the product of x with it.
+      form: 'low_rank', or 'broadcast' (the original design), where W[b] is one number per channel
+        for all frequencies, which is a gain rather than a filter.
       rank: R.
       filter, decay, long_conv: of the causal filters, see `LongConvolution`.
-      method: of the others, see `ops/fft.py`.
+      method: of the filters that are not causal, see `ops/fft.py`.
     """
 
     form: Literal["low_rank", "broadcast"] = "low_rank"
@@ -122,17 +123,17 @@ class SelectiveLayer(Mixer):
         return jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype)).astype(self.dtype)
 
     def _weights(self, sum_BGD: jax.Array, count_BG: jax.Array) -> jax.Array:
-        """c, float32 [B, G, R] (or D, of the form 'broadcast'), of sums over so many positions."""
+        """c, float32 [B, G, R] ([B, G, D] if 'broadcast'), from sums over `count_BG` positions."""
         mean_BGD = sum_BGD / jnp.maximum(count_BG, 1)[..., None].astype(jnp.float32)
         mean_BGD = constrain(mean_BGD, "batch", None, None)
         c_BGR = self.context_out(nn.gelu(self.context_hidden(mean_BGD))).astype(jnp.float32)
         return constrain(c_BGR, "batch", None, None)
 
     def _whole_weights(self, x_BND: jax.Array, mask_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """c of all positions, [B, N, R], or of the sequence, [B, 1, R]; and the valid positions up
-        to each one, [B, N]."""
+        """c of each position, [B, N, R], if causal, else of the sequence, [B, 1, R]; and the number
+        of valid positions up to each one, [B, N]."""
         x_BND = x_BND.astype(jnp.float32)
-        # Positions whole, [B, N] is small: XLA would otherwise exchange at every step of the sum.
+        # Not split, as [B, N] is small: XLA would communicate at every step of the cumulative sum.
         count_BN = jnp.cumsum(constrain(mask_BN, "batch", None), axis=1)
         if not self.causal:
             return self._weights(jnp.sum(x_BND, axis=1)[:, None], count_BN[:, -1:]), count_BN
@@ -147,9 +148,9 @@ class SelectiveLayer(Mixer):
         return jnp.einsum("bng,bgr->bnr", is_in_BNG, c_BGR, precision="highest"), count_BN
 
     def _repeated(self, x_BND: jax.Array) -> jax.Array:
-        """[B, N, D (R + 1)]: the channels that the filters read.
+        """The filters' inputs [B, N, D (R + 1)]: every channel R + 1 times.
 
-        The filters of a channel are neighbours, so that channels split over devices stay so.
+        The copies of a channel are adjacent, so that channels split over devices stay split.
         """
         return jnp.repeat(constrain(x_BND, "batch", "position", "channel"), self.rank + 1, axis=2)
 

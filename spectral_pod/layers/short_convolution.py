@@ -12,13 +12,13 @@ from spectral_pod.parallel.sharding import Axes, shard_op
 
 
 class ShortConvolution(nn.Module):
-    """`sum_i k_i x_{t - i}` for i < taps, per channel. Invalid positions must be zero already.
+    """`sum_i k_i x_{t - i}` for i < taps, per channel. Inputs must be zero at invalid positions.
 
-    Its decode state is the last `taps - 1` inputs, [B, taps - 1, ...].
+    The decode state is the last `taps - 1` inputs, [B, taps - 1, ...].
 
     Attributes:
-      features: the axes of x after [B, N].
-      taps: of every filter, at least 2.
+      features: sizes of the axes of x after [B, N].
+      taps: the number of taps of each filter, at least 2.
       axes: logical axes of the features.
     """
 
@@ -37,7 +37,7 @@ class ShortConvolution(nn.Module):
         """[B, N, ...] to the same in `dtype`."""
         before = self.taps - 1
 
-        # By shifts: XLA would gather the channels of a grouped convolution.
+        # A sum of shifts, since XLA would gather the channels for a grouped convolution.
         def op(x: jax.Array, kernel: jax.Array) -> jax.Array:
             length = x.shape[1]
             x = jnp.concatenate([previous(x, before), x], axis=1)

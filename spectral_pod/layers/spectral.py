@@ -1,4 +1,4 @@
-"""The bidirectional spectral mixer: a learned filter per channel, and a gate by its energy."""
+"""The bidirectional spectral mixer: a learned filter per channel, and an energy gate."""
 
 from functools import partial
 from typing import Any, Literal
@@ -18,13 +18,13 @@ from spectral_pod.parallel.sharding import constrain, filter_axis, shard_op
 class SpectralLayer(Mixer):
     """`gate(u) * u` with `u = irfft(rfft(x_masked) . W)[:N]`.
 
-    The filter is made for `max_positions`; shorter sequences use its shorter lags.
+    The filter covers `max_positions`; shorter sequences use its shorter lags.
 
     Attributes:
-      padding: 'linear' filters at 2N points, so the ends don't wrap into each other; 'circular'
-        at N points (the original design).
-      parametrization: 'frequency' learns W itself; 'time' learns the kernel, which is
-        soft-thresholded and dropped out before its transform.
+      padding: 'linear' uses FFTs of 2N points, so that the ends do not wrap around; 'circular' uses
+        N points (the original design).
+      parametrization: 'frequency' learns W itself; 'time' learns the kernel, to which soft
+        thresholding and dropout are applied before its transform.
       method: how the filter is computed, see `ops/fft.py`.
       energy_gate: 'rms' is `sigmoid(a log rms(u) + b)` with a, b learned per channel; 'norm' is
         `sigmoid(|u|)` (the original design: at least 0.999999 for unit variance and D = 256);
@@ -74,7 +74,7 @@ class SpectralLayer(Mixer):
         kernel = self.param("filter", init, (fft_length, width))
         shrunk = jnp.maximum(jnp.abs(kernel) - self.kernel_threshold, 0.0) * jnp.sign(kernel)
         shrunk = nn.Dropout(self.kernel_dropout, deterministic=self.deterministic)(shrunk)
-        # A transform of the whole kernel: small, the same on every device, and never of the batch.
+        # Every device transforms the whole kernel, which is small; no batch is involved.
         return jnp.fft.rfft(constrain(shrunk, None, None), axis=0)
 
     def _gated(self, u_BND: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def rms_gate(u_BND: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.Arr
 
 @jax.custom_vjp
 def rms_gated(u_BND: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-    """`rms_gate(u) * u` in float32, with a gradient by hand that writes out fewer arrays."""
+    """`rms_gate(u) * u` in float32, with a hand-written gradient that stores fewer arrays."""
     return rms_gate(u_BND, slope_D, bias_D) * u_BND
 
 
@@ -134,15 +134,16 @@ def _gate(log_rms_BN1: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.
 
 
 def norm_gate(u_BND: jax.Array) -> jax.Array:
-    """`sigmoid(|u|)`, [B, N, 1]: the original gate, which is 1 for any u of ordinary size."""
+    """`sigmoid(|u|)`, [B, N, 1]: the original gate, nearly 1 for any u of ordinary size."""
     return jax.nn.sigmoid(jnp.sqrt(jnp.sum(jnp.square(u_BND), axis=-1, keepdims=True) + 1e-12))
 
 
 def decaying_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Transfer functions of unit-energy noise kernels, from short to full-length channels.
+    """An initializer: transfer functions [2, F, D] (real, imaginary) of decaying noise.
 
-    The envelopes `exp(-|lag| / tau_d)` have tau_d log-spaced over the channels from one position to
-    the whole context: local and global filters are both there at the start.
+    The kernels have unit energy on average and envelopes `exp(-|lag| / tau_d)`, with tau_d
+    log-spaced over the channels from one position to the whole context, so that there are local and
+    global filters from the start.
     """
     _, num_bins, width = shape
     fft_length = 2 * (num_bins - 1)
@@ -153,6 +154,6 @@ def decaying_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.floa
     envelope_TD = jnp.exp(-lag_T[:, None] / tau_D[None])
     envelope_TD /= jnp.linalg.norm(envelope_TD, axis=0, keepdims=True)
     noise_TD = constrain(envelope_TD * jax.random.normal(key, envelope_TD.shape, dtype), *axes)
-    # Each device transforms the channels it will hold: no filter is whole anywhere.
+    # Each device transforms its own channels only, so that no device holds all of the filters.
     w_FD = shard_op(partial(jnp.fft.rfft, axis=0), [axes], axes)(noise_TD)
     return jnp.stack([w_FD.real, w_FD.imag])

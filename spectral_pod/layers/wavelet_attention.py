@@ -1,4 +1,4 @@
-"""Convolutional attention on the levels of a wavelet transform: the mixer of SpectralLLM."""
+"""Convolutional attention on the bands of a wavelet transform: the mixer of SpectralLLM."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -22,46 +22,46 @@ from spectral_pod.parallel.sharding import constrain
 
 
 class ProductInputs(NamedTuple):
-    """Both factors of a product of sequences, of all prompts, and where they begin.
+    """The state of the convolution of q with k after prefill: both, and where sequences start.
 
-    The decoder starts the products of all layers together and continues with `ProductBlock`.
+    The decoder prepares the products of all layers together and continues with a `ProductBlock`.
     """
 
     q_BPD: jax.Array  # float32
     k_BPD: jax.Array  # float32
-    start_B: jax.Array  # int32
+    start_B: jax.Array  # int32, the first valid position
 
 
 class WaveletState(NamedTuple):
     product: ProductInputs | ProductBlock
-    products_BTD: jax.Array  # the last products, as far back as two filters reach
-    values_BTD: jax.Array  # the last values, as far back as one reaches
-    count_B1: jax.Array  # int32, valid positions
+    products_BTD: jax.Array  # float32, the last products, as far back as two filters reach
+    values_BTD: jax.Array  # float32, the last values, as far back as one filter reaches
+    count_B1: jax.Array  # int32, the number of valid positions so far
 
 
 class WaveletAttention(Mixer):
     """`W_o sum_j w_j c_j * v_j` with `c_j[t] = sum_{s <= t} q_j[s] k_j[t - s] / sqrt(t + 1)`.
 
-    q, k and v, projections of x, are all decomposed into the bands j of the causal undecimated
-    wavelet transform. Projecting a decomposed x, as the original design does, is the same, but
-    for biases: the transform is linear and per channel. w_j is learned per band and head. Every
-    position's q and k have a mean square of 1 in each head, so that c is of order 1 at any
-    position where they are incoherent. t counts valid positions.
+    q, k and v are projections of x, each decomposed into the bands j of the causal undecimated
+    wavelet transform. The original design projects a decomposed x; as the transform is linear and
+    acts per channel, this differs in the biases only. w_j is learned per band and head. q and k are
+    normalised to a mean square of 1 per position and head, so that c is of order 1 wherever they
+    are incoherent. t counts valid positions.
 
-    A band is a filter h_j, and filters commute with products of sequences:
+    A band is a filter h_j, and filters commute with convolutions of sequences:
 
         q_j conv k_j = (h_j conv q) conv (h_j conv k) = h_j conv h_j conv (q conv k).
 
-    So one product of sequences serves all bands; it is decomposed twice. A step needs that product,
-    from `ops/online_conv.py`, and its last values, as far back as two filters reach.
+    So one product, q conv k, serves all bands; it is decomposed twice. A decoding step needs that
+    product, from `ops/online_conv.py`, and its last values, as far back as two filters reach.
 
     Attributes:
       wavelet: name of an orthogonal wavelet of PyWavelets.
-      levels: of the transform, which has one band more.
-      num_heads: H, a divisor of the width.
-      padding: 'linear', or 'circular' as in the original design: positions see later ones, and
-        nothing can be decoded.
-      method: of the linear product, see `ops/long_conv.py`.
+      levels: levels of the transform, which has one more band than levels.
+      num_heads: H, which must divide the width.
+      padding: 'linear' is causal; with 'circular' (the original design) positions see later ones,
+        which rules out decoding.
+      method: how the linear product is computed, see `ops/long_conv.py`.
     """
 
     wavelet: str = option("name", "db4")
@@ -115,7 +115,7 @@ class WaveletAttention(Mixer):
         return WaveletState(inputs, zeros(2 * before), zeros(before), count_B1)
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, WaveletState]:
-        """Prompts and the state after them.
+        """The outputs at the prompts' positions, and the state after them.
 
         Raises:
           ValueError: the product is circular.
@@ -175,8 +175,8 @@ class WaveletAttention(Mixer):
     def _decomposed(
         self, c_BND: jax.Array, v_BND: jax.Array
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Products and values of every band, [B, N, D]."""
-        # Of the transform of a band only the band itself; the compiler drops the others.
+        """Products and values of every band, each [B, N, D]."""
+        # Only band i of the transform of band i is used; the compiler removes the others.
         products = tuple(
             causal_wavedec(band_BND, self.wavelet, self.levels)[i]
             for i, band_BND in enumerate(causal_wavedec(c_BND, self.wavelet, self.levels))
@@ -195,7 +195,7 @@ class WaveletAttention(Mixer):
 
 
 def _counted(mask_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where each sequence begins, int32 [B], and its valid positions up to each one, at least 1."""
+    """The start of each sequence, int32 [B], and its valid positions so far, [B, N], at least 1."""
     start_B = jnp.argmax(mask_BN, axis=1).astype(jnp.int32)
     position_1N = jnp.arange(1, mask_BN.shape[1] + 1)[None]
     return start_B, jnp.maximum(position_1N - start_B[:, None], 1)
@@ -204,7 +204,7 @@ def _counted(mask_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _respond(
     recent_BTD: jax.Array, x_B1D: jax.Array, taps_ST: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
-    """[S, B, 1, D], the newest outputs of filters of an input, and its last T - 1 values."""
+    """The outputs of S filters for one more input, [S, B, 1, D], and the last T - 1 inputs."""
     recent_BTD = jnp.concatenate([recent_BTD, x_B1D], axis=1)
     reversed_ST = jnp.asarray(taps_ST[:, ::-1], jnp.float32)
     y_SBD = jnp.einsum("btd,st->sbd", recent_BTD, reversed_ST, precision="highest")
@@ -212,13 +212,13 @@ def _respond(
 
 
 def _last(x_BND: jax.Array, count: int) -> jax.Array:
-    """The last positions, zeros before the first."""
+    """The last `count` positions, with zeros before the first."""
     padded = jnp.pad(x_BND, ((0, 0), (count, 0), (0, 0)))
     return padded[:, padded.shape[1] - count :]
 
 
 def _responses(wavelet: str, levels: int) -> np.ndarray:
-    """The bands of `causal_wavedec` as filters, [S, T]: their outputs for an impulse at 0."""
+    """The impulse responses of the bands of `causal_wavedec`, float64 [S, T]."""
     low = np.asarray(pywt.Wavelet(wavelet).rec_lo)
     num_taps = reach(wavelet, levels) + 1
     a_T = np.eye(1, num_taps)[0]

@@ -1,4 +1,4 @@
-"""Models by name, and how one is made from a configuration."""
+"""Models by name, and their construction from a configuration."""
 
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +21,8 @@ MODELS: dict[str, type[Model]] = {
 
 
 def pattern(config: "Config") -> tuple[str, ...]:
-    """The blocks of a model, repeating: the config's own, or the model's `mixer` with a delta
-    memory in every `memory_interval`-th block (0: in none)."""
+    """The pattern that a model's blocks repeat: `config.model.pattern`, or by default the model's
+    `mixer`, with a delta memory in every `memory_interval`-th block (0: in none)."""
     model = config.model
     if model.pattern:
         return tuple(model.pattern)
@@ -34,11 +34,12 @@ def pattern(config: "Config") -> tuple[str, ...]:
 
 
 def architecture(config: "Config", *, seq_len: int = 0, **resolved: Any) -> Architecture:
-    """What the model of a configuration is made of, for sequences of up to `seq_len` bytes.
+    """The resolved architecture of a configuration's model, for sequences of up to `seq_len` bytes.
 
     Args:
-      seq_len: `config.data.seq_len` unless given; the model's `context` counts if it is longer.
-      resolved: fields of `Architecture` that the configuration doesn't know.
+      config: the configuration.
+      seq_len: 0 means `config.data.seq_len`; `config.model.context` applies if it is longer.
+      resolved: fields of `Architecture` that the configuration does not have.
     """
     cls = MODELS[config.model.name]
     positions = max(seq_len or config.data.seq_len, config.model.context) // cls.bytes_per_position
@@ -62,14 +63,14 @@ def build(
 ) -> Model:
     """The model of `config.model`; `seq_len` is as for `architecture`.
 
-    With `decoding` its layers are not stacked; see `layers/block.py` for the parameters then.
+    With `decoding` its layers are not stacked; it takes the parameters of `layers.block.unstack`.
     """
     fields = {"seq_len": seq_len, "vocab_size": vocab_size, "decoding": decoding}
     return MODELS[config.model.name](architecture(config, **fields), num_classes)
 
 
 def operations(config: "Config") -> dict[str, str]:
-    """The method that each operation takes on the mesh that is set, to be recorded."""
+    """The method of each operation on the current mesh, by operation, for the run's record."""
     described = architecture(config)
     methods: dict[str, str] = {}
     for mixer in mixers_of(described).values():

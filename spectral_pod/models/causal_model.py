@@ -1,4 +1,4 @@
-"""What the causal models share: bytes -> embeddings -> causal blocks -> the next byte."""
+"""The base of the causal models: bytes -> embeddings -> causal blocks -> the next byte."""
 
 from typing import ClassVar, NamedTuple
 
@@ -16,11 +16,11 @@ from spectral_pod.shapes import Positions, SequenceLogits, TokenMask, Tokens
 
 
 class DecodeState(NamedTuple):
-    """What a causal model keeps of the positions that it has read.
+    """The decode state of a causal model.
 
     Attributes:
-      count_B1: int32, the valid ones; None without learned positions.
-      layers: a state of every layer (`layers/block.py`).
+      count_B1: int32, the number of valid positions so far; None without learned positions.
+      layers: the state of every layer (`layers/block.py`).
     """
 
     count_B1: jax.Array | None
@@ -28,9 +28,9 @@ class DecodeState(NamedTuple):
 
 
 class CausalModel(Model):
-    """A model whose logits at a position depend on tokens up to it, and on no later one.
+    """A model whose logits at a position depend on the tokens up to it, and on no later one.
 
-    It has a logit for every byte, and as the last, the 257th, one for the end of a document.
+    A language model has 257 classes: the byte values, and last the end of a document.
     """
 
     bytes_per_position: ClassVar[int] = 1
@@ -42,9 +42,8 @@ class CausalModel(Model):
     ) -> SequenceLogits:
         """int tokens and their validity, [B, L], to float32 logits [B, L, C].
 
-        Invalid positions, before or after the valid ones, change nothing at valid ones. Dropout
-        draws from the rng `dropout`. Whatever is minimised besides the cross-entropy is sown into
-        the collection `losses`, [B].
+        Invalid positions, before or after the valid ones, do not affect valid ones. Dropout uses
+        the rng `dropout`. Auxiliary losses, [B] each, are sown into the collection `losses`.
         """
         config = self.config
         tokens_BL, mask_BL = (constrain(x, "batch", "position") for x in (tokens_BL, mask_BL))
@@ -71,10 +70,10 @@ class CausalModel(Model):
 
     @nn.compact
     def prefill(self, tokens_BP: Tokens, mask_BP: TokenMask) -> tuple[SequenceLogits, DecodeState]:
-        """Reads prompts, with padding before their first token; needs `config.decoding`.
+        """Reads left-padded prompts; needs `config.decoding`.
 
         Returns:
-          float32 logits [B, P, C] and the state, with which the decoder continues
+          float32 logits [B, P, C] and the state after the prompts, from which the decoder continues
           (`generate/decode.py`).
         """
         x_BPD, count_B1 = self.embed(tokens_BP), None
@@ -92,13 +91,15 @@ class CausalModel(Model):
     def advance(
         self, tokens_B1: Tokens, state: DecodeState, position: jax.Array
     ) -> tuple[SequenceLogits, DecodeState]:
-        """Reads one more token a sequence.
+        """Reads one more token per sequence; needs `config.decoding`.
 
         Args:
-          position: int32 scalar, counted from the start of the (padded) prompts.
+          tokens_B1: int32, the tokens at `position`.
+          state: the state of all earlier positions.
+          position: int32 scalar, counted from the start of the padded prompts.
 
         Returns:
-          float32 logits [B, 1, C] and the state after it.
+          float32 logits [B, 1, C] and the new state.
         """
         x_B1D, count_B1 = self.embed(tokens_B1), state.count_B1
         if count_B1 is not None:
@@ -115,7 +116,7 @@ class CausalModel(Model):
         raise NotImplementedError
 
     def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:
-        """Sows what is minimised besides the cross-entropy; nothing here."""
+        """Sows auxiliary losses; by default there are none."""
 
     def _position_table(self) -> jax.Array:
         """[N, D] in the model's dtype."""

@@ -6,7 +6,7 @@ from spectral_pod.shapes import Positions, Tokens
 
 
 class SpectralGPT(CausalModel):
-    """Learned embeddings; by default Hyena blocks, every second with a delta memory."""
+    """Learned embeddings; by default Hyena blocks, every second one with a delta memory."""
 
     mixer = "hyena"
 

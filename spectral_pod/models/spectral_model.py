@@ -22,16 +22,18 @@ class SpectralModel(Model):
     mixer = "spectral"
     bytes_per_position = STRIDE
     causal = False
-    max_documents = 2  # that are compared
+    max_documents = 2  # which are compared
 
     @nn.compact
     def __call__(self, tokens_BL: Tokens, mask_BL: TokenMask, train: bool = False) -> Logits:
         """int tokens and their validity, [B, L], to float32 logits [B, C].
 
-        Where a record is two documents, [B, 2 * L]: each is encoded by itself.
+        If a record is two documents, the inputs are [B, 2 * L] and each document is encoded
+        separately.
 
-        Padded positions never change a logit: [B, L] and [B, L'] with the same valid bytes agree
-        for every multiple of 4 up to 4 * max_positions. Dropout draws from the rng `dropout`.
+        Padding does not affect logits: [B, L] and [B, L'] with the same valid bytes give the same
+        ones, for L and L' any multiples of 4 up to 4 * max_positions. Dropout uses the rng
+        `dropout`.
         """
         config, dtype = self.config, self.config.activation_dtype
         if config.documents == 2:

@@ -1,8 +1,8 @@
 """Optimizers by name, with two learning rates, warm-up and cosine decay, global-norm clipping, and
-a guard against steps that are bad.
+a guard against bad steps.
 
-Each parameter declares its group where it is made (`layers/parameter.py`): `dynamics` has its own
-peak rate and no weight decay, `decayed` and `undecayed` share the other rate.
+Each parameter declares its group where it is created (`layers/parameter.py`): 'dynamics' has its
+own peak learning rate and no weight decay; 'decayed' and 'undecayed' share the other rate.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Optimizer(NamedTuple):
-    """How a model is trained.
+    """The optimizer of a model.
 
     Attributes:
-      tx: from gradients to updates.
-      groups: the group of every parameter, a tree of names.
-      schedules: the learning rates by step, of 'dynamics' and of all other 'weights'.
+      tx: the transformation of gradients to updates.
+      groups: the group of every parameter, as a tree of names.
+      schedules: learning rates by step, for 'dynamics' and for all other parameters, 'weights'.
     """
 
     tx: optax.GradientTransformation
@@ -35,8 +35,8 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
-    """clip by global norm -> the optimizer of the config's name -> decay and rate by group; guarded
-    where the config says so.
+    """The optimizer of a configuration: clipping by global norm, `config.optimizer.name`, then
+    weight decay and learning rate by group; guarded unless `config.train.on_bad_step` is 'stop'.
 
     Raises:
       ValueError: a parameter declares no group.
@@ -79,7 +79,7 @@ def _lion(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransformatio
 
 
 def _adafactor(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransformation:
-    """Shazeer and Stern 2018, with updates relative to the size of a parameter."""
+    """Shazeer and Stern 2018, with updates relative to the root mean square of a parameter."""
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -88,8 +88,8 @@ def _adafactor(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransfor
 
 
 def _muon(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransformation:
-    """Jordan et al. 2024 for matrices, at the root mean square of Adam's updates (Liu et al. 2025),
-    which counts for all other parameters."""
+    """Jordan et al. 2024 for matrices, scaled to the root mean square of Adam's updates (Liu et al.
+    2025); Adam for all other parameters."""
 
     def dimensions(box: Parameter) -> optax.contrib.MuonDimensionNumbers | None:
         if not box.inputs or "class" in box.names:
@@ -106,7 +106,7 @@ def _muon(options: "OptimizerConfig", boxed: Any) -> optax.GradientTransformatio
             dimensions, boxed, is_leaf=lambda x: isinstance(x, Parameter)
         ),
     )
-    return optax.chain(muon, optax.scale(-1.0))  # which is a descent already
+    return optax.chain(muon, optax.scale(-1.0))  # optax's muon returns descent steps
 
 
 OPTIMIZERS: dict[str, Callable[["OptimizerConfig", Any], optax.GradientTransformation]] = {
@@ -139,9 +139,12 @@ def _decay_and_rate_by_group(
 
 
 def norms(tree: Any, group_of: Any) -> dict[str, jax.Array]:
-    """The Euclidean norms of parameters or gradients, by top-level module, dynamics apart.
+    """Euclidean norms of parameters or gradients, float32 [], by top-level module.
+
+    Those of the optimizer group 'dynamics' are separate, under NAME.dynamics.
 
     Args:
+      tree: parameters or gradients.
       group_of: the optimizer group of every parameter.
     """
     squares: dict[str, jax.Array] = {}
@@ -157,18 +160,18 @@ def norms(tree: Any, group_of: Any) -> dict[str, jax.Array]:
 
 
 class GuardState(NamedTuple):
-    """Of `guard`; saved with the rest, so that a resumed run judges as an undisturbed one."""
+    """The state of `guard`, saved in checkpoints so that a resumed run makes the same decisions."""
 
     inner: Any
-    loss: jax.Array  # float32 []: the average of sound losses, newer ones weigh more; 0: none yet
-    bad: jax.Array  # int32 []: bad steps in a row, up to now
+    loss: jax.Array  # float32 []: the running average of the losses of good steps; 0: none yet
+    bad: jax.Array  # int32 []: the number of consecutive bad steps up to now
 
 
 def guard(
     inner: optax.GradientTransformation, spike_factor: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves parameters and `inner` as they were in a step whose loss or update is not finite, or
-    whose `loss` exceeds `spike_factor` times the average before (0: any finite loss will do).
+    """Skips a step whose loss or update is not finite, or whose `loss` exceeds `spike_factor` times
+    the running average (0: no limit): parameters and the state of `inner` stay as they are.
     """
 
     def init(params: Any) -> GuardState:

@@ -1,4 +1,4 @@
-"""The training state: what a checkpoint holds, and how it comes to be, sharded from the start."""
+"""The training state, which checkpoints contain, and its initialisation, sharded from the start."""
 
 import hashlib
 from typing import Any
@@ -27,7 +27,7 @@ class TrainState(flax.struct.PyTreeNode):
 def abstract_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with their shardings; allocates nothing."""
     boxed = abstract_params(model, mesh)
-    state = jax.eval_shape(lambda params: _started(params, tx), nn.unbox(boxed))
+    state = jax.eval_shape(lambda params: _initial(params, tx), nn.unbox(boxed))
     params = tree_shardings(boxed, mesh)
     shardings = TrainState(
         replicated(mesh), params, _like_parameters(state.opt_state, state.params, params, mesh)
@@ -40,23 +40,23 @@ def abstract_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -
 
 
 def init_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """The state of step 0; each device computes its own shards, no array is ever whole."""
+    """The state of step 0; each device computes only its own shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
 
     def init(key: jax.Array) -> TrainState:
-        return _started(nn.unbox(init_params(model, key, num_shards("batch"))), tx)
+        return _initial(nn.unbox(init_params(model, key, num_shards("batch"))), tx)
 
     with jax.set_mesh(mesh):
         return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def _started(params: Any, tx: optax.GradientTransformation) -> TrainState:
+def _initial(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
 def _like_parameters(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """The sharding of every array of an optimizer's state: that of the parameter whose path its own
-    ends in and whose shape it has; what is like no parameter is small, and whole everywhere."""
+    """The shardings of an optimizer's state. An array whose path ends in that of a parameter of the
+    same shape is sharded like the parameter; all others are small, and replicated."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     of_parameter = {
         (path, x.shape): sharding
@@ -71,7 +71,7 @@ def _like_parameters(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) ->
 
 
 def params_digest(params: Any) -> str:
-    """sha256 over the bytes of all parameters, in the order of their names; of all processes."""
+    """sha256 of the bytes of all parameters in the order of their names; call on every process."""
     digest = hashlib.sha256()
     leaves = {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(params)}
     for name in sorted(leaves):

@@ -111,7 +111,7 @@ def test_a_spectral_model_without_memory_is_its_products_and_ffts():
     ],
 )  # fmt: skip
 def test_a_model_has_the_same_flops_whatever_method_computes_it(name, pattern, fields):
-    """The utilisation of a chip would otherwise grow with the work that a method wastes."""
+    """Otherwise a method with redundant work would increase the reported utilisation."""
     counts = set()
     for chosen in fields:
         config = default()

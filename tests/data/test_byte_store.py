@@ -1,4 +1,4 @@
-"""The store returns what was written, and damage is an error that names the place."""
+"""A store returns what was written, and damage is an error that names its location."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every window is traced back to the file it was cut from, found by searching all files for it."""
+"""Every window is traced back to the file that it was cut from, by a search of all files."""
 
 import collections
 import os
@@ -20,7 +20,7 @@ from spectral_pod.errors import DataError
 
 FILES = 48
 SUFFIXES = {"c": ".h", "text": ".md", "table": ".csv", "cython": ".pyx", "json": ".json"}
-FEW = 20  # files of the scarce kind, html
+FEW = 20  # files of the rare kind, html
 SIZES = {"window": 512, "windows_per_class": 64, "max_windows_per_file": 6}
 QUOTAS = {"train": 64, "validation": 8, "test": 8}
 
@@ -33,13 +33,13 @@ def python_source(rng):
     return "\n".join(lines).encode()
 
 
-# Its bytecode depends on whether the process has interned these characters.
+# The bytecode of this depends on whether the process has interned these characters.
 UNSTABLE_SOURCE = b"\ndef unstable(x):\n    return '?' if x else '/'\n"
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Random files of eight kinds with a name; some are short, copied, scarce, or broken Python."""
+    """Random files of eight kinds; some are short, copied, of a rare kind, or broken Python."""
     rng, root = random.Random(0), tmp_path / "tree"
     for i in range(FILES):
         folder = root / f"package_{i % 5}"
@@ -71,7 +71,7 @@ def read(store, name):
 
 
 def contents(root, scratch):
-    """Kind -> {identity: content}; copies share an identity, as do the forms of one source."""
+    """Kind -> {identity: content}; copies share an identity, and so do the forms of one source."""
     found = collections.defaultdict(dict)
     for path in sorted(root.rglob("*")):
         if path.is_file():
@@ -203,7 +203,7 @@ def test_the_running_interpreter_has_enough_of_every_kind(installation):
 
 
 def test_byte_counts_tell_kinds_apart_but_not_all(installation):
-    """Nearest mean byte histogram: far above chance, and there is something left to learn."""
+    """The nearest mean byte histogram is far above chance, and far below 100%."""
     store, splits = installation
 
     def histograms(split):

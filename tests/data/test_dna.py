@@ -1,4 +1,4 @@
-"""Shuffles are compared with a list of all sequences that have the same counts."""
+"""The DNA task; shuffles are compared with a list of all sequences that have the same counts."""
 
 import collections
 import gzip
@@ -25,7 +25,7 @@ def counts(sequence, k):
 
 
 def alike(sequence, k):
-    """Every sequence with the same counts and ends, by trying all orders of its letters."""
+    """All sequences with the same counts and ends, from all permutations of the letters."""
     m = k - 1
     orders = {bytes(order) for order in itertools.permutations(sequence)}
     return {
@@ -130,7 +130,7 @@ def test_the_same_seed_is_the_same_store(tmp_path):
 
 
 def test_letters(tmp_path):
-    """Case and U do not matter; windows with ambiguous letters and of a single letter are left
+    """Case is ignored and U counts as T; windows with ambiguous letters or a single letter are left
     out."""
     (sequence,) = genome(np.random.default_rng(2), 8000)
     plain = build(write_fasta(tmp_path / "plain.fa", [sequence]), tmp_path / "plain")[1]
@@ -187,7 +187,7 @@ def test_a_source_is_needed(tmp_path):
 
 @pytest.mark.skipif(not LAMBDA.exists(), reason=f"there is no {LAMBDA}")
 def test_codons_tell_a_real_genome(tmp_path):
-    """The power at period 3 over the mean power; genes fill most of a phage."""
+    """Real windows have more power at period 3, as genes fill most of a phage's genome."""
     _, splits = build(LAMBDA, tmp_path / "store", window=510, train=400, test=200)
 
     def share(data):

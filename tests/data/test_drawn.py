@@ -1,4 +1,4 @@
-"""An example is a function of (seed, split, index), whoever draws it, whenever."""
+"""An example is a pure function of (seed, split, index)."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ DRAWN = [name for name, task in tasks.TASKS.items() if issubclass(task, tasks.Dr
 
 
 def draw_numbers(rng):
-    """Up to 7 large random numbers; every second is scored."""
+    """Up to 7 large random numbers, of which every second one is scored."""
     tokens = rng.integers(1 << 30, size=1 + rng.integers(7), dtype=np.int32)
     return tokens, np.where(np.arange(len(tokens)) % 2, -1, tokens)
 

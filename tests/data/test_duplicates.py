@@ -1,4 +1,4 @@
-"""The report finds what was planted, and nothing in random records."""
+"""The report finds planted duplicates and label leaks, and nothing in random records."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_planted_duplicates_are_found(tmp_path, records):
     rng = np.random.default_rng(1)
     edited = bytearray(train[7].data)
     edited[100] ^= 1  # 8 of 293 shingles change
-    half = train[8].data[:150] + rng.bytes(150)  # a similarity of a third
+    half = train[8].data[:150] + rng.bytes(150)  # its similarity is 1/3
     test = [*test, train[3], Record(bytes(edited), 1 - train[7].label), Record(half, 0)]
     counted = []
     found = duplicates.report(make(tmp_path, train, test), counted.append)
@@ -58,9 +58,9 @@ def test_labels_that_are_given_away(tmp_path, records):
     honest = duplicates.report(make(tmp_path / "a", records[:150], records[150:]))["labels"]["test"]
     assert all(0.3 < value < 0.7 for value in honest.values())
     telling = [Record(b"%d" % r.label + b"..." + r.data, r.label) for r in records]
-    told = duplicates.report(make(tmp_path / "b", telling[:150], telling[150:]))["labels"]["test"]
-    assert told["first 4 bytes"] == 1.0
-    assert told["last 4 bytes"] < 0.7
+    leaked = duplicates.report(make(tmp_path / "b", telling[:150], telling[150:]))["labels"]["test"]
+    assert leaked["first 4 bytes"] == 1.0
+    assert leaked["last 4 bytes"] < 0.7
 
 
 def test_pairs_and_short_records(tmp_path):

@@ -1,4 +1,4 @@
-"""What is written in any format is read again, byte for byte, and what is wrong is named."""
+"""Files of all formats are read back byte for byte, and errors name what is wrong."""
 
 import bz2
 import csv
@@ -58,7 +58,7 @@ def as_bytes(text):
 any_text = st.binary(max_size=12).map(lambda data: data.decode("utf-8", "surrogateescape"))
 
 
-# ---- every format, there and back
+# ---- round trips of every format
 
 
 @hypothesis.given(
@@ -70,7 +70,7 @@ any_text = st.binary(max_size=12).map(lambda data: data.decode("utf-8", "surroga
     deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 def test_json_lines(read, values, compression, ascii):
-    """Bytes that are no UTF-8 come back, be they raw or, as Python escapes them, spelt \\udc80."""
+    """Invalid UTF-8 survives, be it raw or escaped as Python does, \\udc80."""
     lines = [json.dumps(dict(zip("tif", value)), ensure_ascii=ascii) for value in values]
     content = COMPRESS[compression](as_bytes("\n".join(lines)))
     rows = read(f"x.jsonl{compression}", content)
@@ -124,7 +124,7 @@ def test_tsv_has_no_quotes(read, values):
     deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 def test_text(read, lines):
-    """Empty lines are records too."""
+    """Empty lines are records as well."""
     rows = read("x.txt", b"".join(line + b"\n" for line in lines), format="text")
     assert [fields["text"] for _, fields in rows] == lines
 
@@ -136,7 +136,7 @@ def test_parquet(tmp_path, read):
         {
             "text": pa.array(texts, pa.binary()).view(
                 pa.string()
-            ),  # invalid UTF-8, as others write
+            ),  # invalid UTF-8, as other writers produce
             "kind": pa.array([f"k{i % 3}" for i in range(n)]).dictionary_encode(),
             "label": pa.array([None if i == 7 else i for i in range(n)], pa.int32()),
             "score": [i / 2 for i in range(n)],
@@ -232,7 +232,7 @@ def test_whole_files_in_folders_of_classes(tmp_path):
     ]
 
 
-# ---- what is unusual
+# ---- unusual files
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n", b"\n \t\n"])
@@ -298,7 +298,7 @@ def test_columns_may_be_named(read):
 
 
 def test_a_field_may_be_long(read):
-    text = b"x" * 300_000  # more than the csv module takes by default
+    text = b"x" * 300_000  # more than the csv module allows by default
     assert read("x.csv", b"t,u\n%s,1" % text)[0][1]["t"] == text
 
 
@@ -308,7 +308,7 @@ def test_a_line_of_100_mb(read):
     assert fields["text"] == text
 
 
-# ---- what cannot be read
+# ---- unreadable files
 
 
 def test_faults_are_named_and_what_follows_is_read(read):
@@ -386,7 +386,7 @@ def test_truncated_compression_is_damage(read, compression, suffix):
         with pytest.raises(DataError, match=rf"{name} is damaged or cut short after") as error:
             read(name, content[:cut])
         found += f"{name}:" in str(error.value)
-    assert found  # the last good record is named where there is one
+    assert found  # the last good record is named if there is one
     with pytest.raises(DataError, match="is damaged"):
         read(f"x.{suffix}{compression}", content + b"more")
     assert len(read(f"y.{suffix}{compression}", content)) >= 5999
@@ -490,7 +490,7 @@ def test_files_of_folders_and_globs(tmp_path, monkeypatch):
 
 
 def test_gs_goes_through_its_file_system(tmp_path, monkeypatch):
-    """All that differs for `gs://` is fsspec's file system; a folder stands for the storage."""
+    """Only fsspec's file system differs for `gs://`; a folder stands in for the storage."""
     cloud, real = DirFileSystem(str(tmp_path)), fsspec.filesystem
     monkeypatch.setattr(fsspec, "filesystem", lambda name: cloud if name == "gs" else real(name))
     (tmp_path / "bucket/set/a").mkdir(parents=True)
@@ -512,7 +512,7 @@ def test_gs_goes_through_its_file_system(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
 def test_memory_holds_a_record(tmp_path, compression):
-    """16 MB of lines need a few, however they are compressed."""
+    """Reading 16 MB of lines takes less than 5 MB, with any compression."""
     rng = np.random.default_rng(0)
     lines = [json.dumps({"t": rng.bytes(8_000).hex()}).encode() + b"\n" for _ in range(1000)]
     path = tmp_path / f"x.jsonl{compression}"

@@ -1,4 +1,4 @@
-"""Every document is found again in one split, whole and in order."""
+"""Every document is in exactly one split, whole and in order."""
 
 import pathlib
 import sysconfig
@@ -93,7 +93,7 @@ def test_a_folder_is_split_by_a_hash_of_its_paths(build, tmp_path):
     for part in splits.values():  # in the order of their paths
         assert part == [data for _, data in sorted(files.items()) if data in part]
 
-    # The contents do not decide, nor does the place; the seed and the paths do.
+    # Splits depend on the seed and the relative paths, not on the contents or the folder's path.
     other = random_files(files, seed=1)
     _, moved = build(write(tmp_path / "elsewhere", other))
     path_of = {data: name for files in (files, other) for name, data in files.items()}
@@ -124,7 +124,7 @@ def test_names_may_say_the_split(build, tmp_path, names):
 
 
 def test_names_that_are_words_for_something_else_do_not_count(build, tmp_path):
-    """Without a validation set there is nothing that names are about."""
+    """If no name says validation, names do not decide the splits."""
     files = random_files(["train.py", "test.py", "latest.txt", "trainer/valid8.txt", "a", "b"])
     del files["trainer/valid8.txt"]
     _, splits = build(write(tmp_path / "source", files))
@@ -160,7 +160,7 @@ def test_the_library_by_modules(build):
     LanguageModelling().check(store)  # never stale
 
 
-# ---- a source that is not there, or not the same any more
+# ---- missing and changed sources
 
 
 def test_what_cannot_be_split_is_an_error(build, tmp_path):
@@ -194,7 +194,7 @@ def test_a_store_is_stale_once_its_source_has_changed(build, tmp_path, where):
     before = file.read_bytes()
     file.write_bytes(bytes([before[0] ^ 1]) + before[1:])
     if where == "source/c":
-        check()  # that was another file
+        check()  # the store was made from another file
         return
     with pytest.raises(DataError, match=rf"options\.source = .*changed since {store.path}"):
         check()

@@ -1,6 +1,6 @@
-"""Copies give what the store gives, never take more room than they may, and never end a run.
+"""Copies have the content of the store, never exceed their disk limit, and never end a run.
 
-The stores are folders here, which a process would read as they are; `copied` makes them be copied.
+The stores here are local folders, which would be read directly; `copied` has them copied.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def make_store(path, seed=0):
 
 
 def copied(path, copies):
-    """The training split of a store, with its parts copied as those of a remote one are."""
+    """The training split of a store, whose parts are copied as if it were remote."""
     store = ByteStore(path, cache_bytes=0)
     store.copies = copies
     return store.split("train")
@@ -60,7 +60,7 @@ def wait_until(condition):
 
 
 def wait_for_copies(split):
-    """Returns when all parts are copied, or no more will be."""
+    """Returns when all parts are copied, or copying has stopped."""
     stopped = split._store.copies._stopped
     wait_until(lambda: stopped.is_set() or len(split._copied) == PARTS)
 
@@ -74,7 +74,7 @@ def digest(split):
 
 @pytest.fixture
 def open_copies(tmp_path):
-    """LocalCopies by their limit, of a folder that they share; closed at the end."""
+    """Makes `LocalCopies` with a given limit in a shared folder; closes them at the end."""
     opened = []
 
     def open_copies(limit=10**9):
@@ -90,12 +90,12 @@ def test_reads_go_to_the_copies(tmp_path, open_copies):
     path = make_store(tmp_path / "store")
     expected = digest(ByteStore(path).split("train"))
     split = copied(path, open_copies())
-    assert digest(split) == expected  # whatever is copied by now
+    assert digest(split) == expected  # however many parts are copied by now
     wait_for_copies(split)
     for shard in (tmp_path / "store").glob("train/*/bytes/c/*"):
         shard.unlink()
     assert digest(split) == expected
-    assert digest(copied(path, open_copies())) == expected  # as of a next process, at once
+    assert digest(copied(path, open_copies())) == expected  # as in a later process
 
 
 def damage_byte(part):
@@ -123,10 +123,10 @@ def test_a_damaged_copy_is_dropped(tmp_path, open_copies, caplog, damage, opened
     sound = parts_in(tmp_path / "copies")
     damaged = sound.pop(2)
     DAMAGES[damage](damaged)
-    # With metadata that is in memory, damage to its file does no harm.
+    # Damage to the file of metadata is harmless once they are in memory.
     harmless = (damage, opened) == ("metadata", "before")
     if opened == "after":
-        split = copied(path, open_copies(limit=1))  # no room to copy it again
+        split = copied(path, open_copies(limit=1))  # too small to copy it again
     assert digest(split) == expected
     assert digest(split) == expected
     if not harmless:
@@ -155,7 +155,7 @@ def test_a_store_larger_than_the_limit_keeps_what_fits(tmp_path, open_copies, ca
 
 @pytest.mark.parametrize("seed", range(8))
 def test_never_above_the_limit(tmp_path, open_copies, seed):
-    """Stores come and go; those in use stay whole, the others go by when they were used."""
+    """Stores in use stay complete; others are evicted, least recently used first."""
     rng = random.Random(seed)
     limit = rng.randint(PART_BYTES, 12 * PART_BYTES)
     folder = tmp_path / "copies"
@@ -172,13 +172,13 @@ def test_never_above_the_limit(tmp_path, open_copies, seed):
         mine = len([part for part in parts_in(folder) if split._store.digest in part.parts])
         assert mine == min(PARTS, limit // size_of(tmp_path / f"store-{i}/train/00000/bytes"))
         ages = {}
-        for part in parts_in(folder):  # a clock that tells any two of them apart
+        for part in parts_in(folder):  # distinct times of last use
             used = rng.randint(1, 10**6)
             os.utime(part, ns=(0, used * 10**9))
             ages[part] = used
         copies.close()
         for held in copies._in_use.values():
-            held.close()  # as when its process ends
+            held.close()  # as at the end of its process
 
 
 def test_a_store_that_another_process_reads_is_not_evicted(tmp_path, open_copies):
@@ -282,6 +282,6 @@ def test_processes_share_a_folder(tmp_path):
     path, folder = make_store(tmp_path / "store"), tmp_path / "copies"
     children = [start_child(path, folder, killed_at=0) for _ in range(2)]
     digests = {child.communicate(timeout=60)[0].strip() for child in children}
-    assert [child.returncode for child in children] == [0, 0]  # and they have ended
+    assert [child.returncode for child in children] == [0, 0]
     assert digests == {digest(ByteStore(path).split("train"))}
     assert len(parts_in(folder)) == PARTS

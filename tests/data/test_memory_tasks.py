@@ -1,4 +1,4 @@
-"""Answers of memory tasks against readers of their own; MQAR against its official generator."""
+"""Answers of memory tasks against independent parsers; MQAR against its official generator."""
 
 import re
 
@@ -37,8 +37,8 @@ def test_copy_says_its_bytes_again():
 
 
 def read_text(tokens, labels):
-    """(assignments in order, {name: answer}, the places of all digits of answers) of a text."""
-    # What is scored is put after each position; the tokens must say the same.
+    """(assignments in order, {name: answer}, positions of the digits of answers) of a text."""
+    # Scored labels follow their positions; they must agree with the next tokens.
     following = np.where(labels >= 0, labels, np.append(tokens[1:], -1))
     assert list(following[:-1]) == list(tokens[1:])
     text = bytes(tokens[:1].astype(np.uint8)) + bytes(following.astype(np.uint8))
@@ -60,7 +60,7 @@ def test_recall_answers_what_was_given(num_pairs):
         assert len(assignments) == len(given) == len(set(given.values())) == num_pairs
         assert len(answers) == num_questions
         assert answers == {name: given[name] for name in answers}
-        # The label of a digit stands where the byte before it is read.
+        # The label of a digit is at the position of the preceding byte.
         assert {i + 1 for i in np.flatnonzero(labels >= 0)} == places
         names |= answers.keys()
     assert len(names) == 26
@@ -82,13 +82,13 @@ def test_overwrite_answers_the_newest():
         assert any(again)
         shares.append(np.mean(again))
         latest.append(max(names[::-1].index(name) for name in answers))
-    # Neither is every question about such a name, nor is the answer always among the last writes.
+    # Not every question is about an overwritten name, and answers are not always the last writes.
     assert 0.5 < np.mean(shares) < 0.9
     assert max(latest) >= 8
 
 
 def test_overwritten_names_are_asked_at_any_place():
-    """A question's place does not tell whether its name was overwritten."""
+    """The position of a question does not reveal whether its name was overwritten."""
     first = []
     options = {"num_pairs": 10, "num_overwrites": 1, "num_questions": 4}
     for tokens, labels in drawn("overwrite", 400, **options):
@@ -102,7 +102,7 @@ def test_overwritten_names_are_asked_at_any_place():
 
 
 def official(n, seed, vocab_size, length, num_pairs, power_a=0.01, fill=True):
-    """Zoology's generator, rewritten: symbols and labels [n, length], -100 where not scored."""
+    """Zoology's generator, reimplemented: symbols and labels [n, length], -100 if not scored."""
     rng = np.random.RandomState(seed)
     inputs, labels = np.zeros((n, length), int), np.full((n, length), -100)
     spaces = (length - 2 * num_pairs) // 2
@@ -134,12 +134,12 @@ def symbols_of(tokens):
 
 
 def statistics(symbols, labels, num_pairs):
-    """Samples that two generators of one distribution agree in."""
+    """Samples of several statistics, to compare the distributions of two generators."""
     rows, places = np.nonzero(labels >= 0)
     keys = symbols[:, 0 : 2 * num_pairs : 2]
     whose = np.array([list(keys[row]).index(symbols[row, i]) for row, i in zip(rows, places)])
     return {
-        "place": places,  # the power law
+        "place": places,  # follows a power law
         "gap": places - 2 * whose,
         "farthest": [places[rows == row].max() for row in range(len(symbols))],
         "nearest": [places[rows == row].min() for row in range(len(symbols))],

@@ -1,4 +1,4 @@
-"""A mixture hands out what its sources hand out, in their order and in the given proportions."""
+"""A mixture returns the rows of its sources, in their order and in the given proportions."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ BATCH = 8
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    """Stores whose label says which store it is, and whose bytes which record."""
+    """Splits of several stores; a label is the number of its store, a byte that of its record."""
     made = []
     for i, size in enumerate(SIZES):
         path = str(tmp_path_factory.mktemp("store"))

@@ -1,4 +1,4 @@
-"""Parallel writes equal serial ones, whatever the number of workers and however often killed."""
+"""Parallel writes equal serial ones, with any number of workers and of kills."""
 
 import functools
 import json

@@ -1,5 +1,5 @@
-"""Pathfinder against the published procedure, written again below, slowly and on whole images;
-and what can be read off the pixels against what the generator says of them."""
+"""Pathfinder against the published procedure, which is reimplemented below on whole images, and
+images against the geometry that their generator reports."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def path_x():
     return list(Pathfinder(seed=1, size=128, num_workers=1).generate(8))
 
 
-# --- the published procedure, slowly: whole images, Pillow's lines, scipy's dilation
+# --- the published procedure, with whole images, Pillow's lines and scipy's dilation
 
 
 def step(place, angle, distance):
@@ -70,7 +70,7 @@ def pasted(patch, place, size):
 
 
 def room(p, margin, angle, mask):
-    """Where no mask is under the certain part of a paddle, moved by one."""
+    """The pixels with room for a paddle: no mask is under its solid part, moved by one pixel."""
     kernel = draw_paddle(p, margin, angle)[1] == 1
     blocked = np.zeros_like(mask)
     limit = p.paddle_length + margin
@@ -205,7 +205,7 @@ class Reference:
         raise Stuck
 
 
-# --- what is drawn
+# --- images
 
 
 @pytest.mark.parametrize(("size", "margin"), [(32, 1), (128, 2), (128, 3)])
@@ -239,7 +239,7 @@ def test_image_is_what_the_geometry_says(examples, path_x):
     for example in [*examples[:40], *path_x[:6]]:
         p = pathfinder.PARAMETERS[len(example.image)]
         pixels = np.stack(np.mgrid[: p.size, : p.size], -1).astype(float)
-        distance = np.full((p.size, p.size), np.inf)  # to the nearest thing
+        distance = np.full((p.size, p.size), np.inf)  # to the nearest paddle or marker
         for near, far in np.concatenate([*example.targets, *example.distractors]):
             along = np.clip(((pixels - near) @ (far - near)) / ((far - near) ** 2).sum(), 0, 1)
             to_paddle = np.linalg.norm(pixels - near - along[..., None] * (far - near), axis=-1)
@@ -256,7 +256,7 @@ def test_image_is_what_the_geometry_says(examples, path_x):
 
 
 def found_markers(image):
-    """Centres [n, 2] and ink [n] of what paddles are too thin for."""
+    """Centres [n, 2] and ink [n] of the shapes that are thicker than paddles."""
     opened = ndimage.binary_opening(image > 140, disc(2))
     labels, n = ndimage.label(opened)
     centres = ndimage.center_of_mass(opened, labels, range(1, n + 1))
@@ -264,14 +264,14 @@ def found_markers(image):
 
 
 def test_markers_are_on_one_contour_where_the_label_says_so(path_x):
-    """The places of markers are read off the pixels of Path-X."""
+    """The markers are located in the pixels of Path-X."""
     for example in path_x:
         centres, areas = found_markers(example.image)
         assert len(centres) == 2
         np.testing.assert_allclose(areas, math.pi * 3**2, rtol=0.2)
         starts = np.array([target[0, 0] for target in example.targets])
         ends = np.array([target[-1, 1] for target in example.targets])
-        # Which of the four ends of the targets is nearest to each marker?
+        # The index of the end of a target, of four, that is nearest to each marker.
         tips = np.concatenate([starts, ends])
         distances = np.linalg.norm(centres[:, None] - tips, axis=-1)
         assert (distances.min(1) < 1.5).all()
@@ -289,7 +289,7 @@ def test_contours_are_dashed_lines_that_bend_as_published(examples, path_x):
             assert (np.abs(length - p.paddle_length) <= math.sqrt(2)).all()
             steps = np.linalg.norm(contour[1:, 0] - contour[:-1, 1], axis=-1)
             assert (np.abs(steps - gap) <= 0.3 * gap + 2).all()
-        # The far ends are a paddle and two margins apart, so that pixels matter little in turns.
+        # Far ends are a paddle and two margins apart, so rounding to pixels hardly affects turns.
         if p.size == 128:
             for contour in example.targets:
                 course = np.diff(contour[:, 1], axis=0)
@@ -298,8 +298,8 @@ def test_contours_are_dashed_lines_that_bend_as_published(examples, path_x):
 
 
 def test_contours_do_not_cross(examples, path_x):
-    """Save for the last paddle of the first target, the newest ones of both targets, and the first
-    ones of distractors, whose room is looked for a pixel away."""
+    """Except for the last paddle of the first target, the newest ones of both targets, and the
+    first ones of distractors, whose place is searched for one pixel away."""
 
     def left_of(line, point):  # [..., 2, 2], [..., 2]
         (dy, dx), to = (
@@ -341,7 +341,7 @@ def test_published_parameters(examples, path_x):
 
 
 def test_targets_have_the_published_contrast(examples, path_x):
-    """2 * 0.75 beside distractors of 2 in Pathfinder; the same as theirs in Path-X."""
+    """Targets have 0.75 of the brightness of distractors in Pathfinder, and the same in Path-X."""
 
     def brightness(image, contours):
         places = np.concatenate(contours)[:, 0]
@@ -365,7 +365,7 @@ def same_from_reference():
 
 
 def test_distribution_is_that_of_the_published_procedure(same_from_reference):
-    """Two-sample tests with short contours, of which the slow procedure draws enough."""
+    """Two-sample tests with short contours, which the slow procedure draws in reasonable time."""
     ours = list(Pathfinder(seed=3, contour_length=6, num_workers=1).generate(700))
     for name, measure in {
         "ink": lambda e: float(e.image.sum()),

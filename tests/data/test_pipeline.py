@@ -1,4 +1,4 @@
-"""Every batch is a function of (seed, step), whoever reads it, whenever and in how many parts."""
+"""Every batch is a pure function of (seed, step), however many processes read it."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ SEQ_LEN = 8
 
 
 class CountingSplit:
-    """Records of 0 to 8 bytes, each of them its own index and class; remembers what was read."""
+    """Records of 0 to 8 bytes, which are the record's index and class; remembers what was read."""
 
     name = "test"
 
@@ -72,7 +72,7 @@ sizes = st.integers(1, 40)
 @given(num_records=sizes, batch_size=sizes, seed=st.integers(0, 2**40))
 @settings(max_examples=30, deadline=None)
 def test_every_epoch_has_every_record_once(num_records, batch_size, seed):
-    """Also where a batch crosses from one epoch into the next, or spans several."""
+    """This includes batches that cross into the next epoch or span several."""
     steps = -(-3 * num_records // batch_size)
     epochs = stream(make(num_records, batch_size, seed), steps)[: 3 * num_records]
     for epoch in epochs.reshape(3, num_records):
@@ -86,13 +86,13 @@ def test_epochs_and_seeds_have_orders_of_their_own():
         for epoch in stream(make(100, 50, seed), steps=6).reshape(3, 100)
     ]
     assert len({*orders, tuple(range(100))}) == 10
-    # Nothing is a shift of another: they agree by chance only, in 1 of 100 places.
+    # No order is a shift of another: two agree by chance only, at 1 of 100 positions.
     agreements = [np.equal(a, b).mean() for i, a in enumerate(orders) for b in orders[:i]]
     assert np.mean(agreements) < 0.03
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for():
-    """In a new object, in any order, and after 10^12 steps, in no more memory or time."""
+    """In a new object, in any order, and after 10^12 steps without more memory or time."""
     first, other = make(), make()
     assert_same(first.rows(7, np.arange(4)), other.rows(7, np.arange(4)))
     expected = [other.records(step) for step in range(20)]
@@ -103,7 +103,7 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
 
 @pytest.mark.parametrize("num_records", [1, 2, 13, 10_000])
 def test_an_epoch_is_in_the_order_of_a_dataset_that_grain_shuffles(num_records):
-    """Runs that were started with another release go on as they would have."""
+    """So runs that were started with another release continue with the same order."""
     records = stream(make(num_records, batch_size=num_records, seed=5), steps=2)
     for epoch, order in enumerate(records.reshape(2, num_records)):
         seed = int(np.random.SeedSequence([5, epoch]).generate_state(1)[0])
@@ -191,7 +191,7 @@ def test_steps_come_in_order_however_long_their_reads_take():
     batches._split._wait = lambda index: time.sleep(delays[index])
     labels = [batch["labels"] for batch in loaded(batches, 0, 20, threads=4, prefetch=8)]
     np.testing.assert_array_equal(np.concatenate(labels), range(40))
-    assert batches._split.reads != list(range(40))  # they were read in another order
+    assert batches._split.reads != list(range(40))  # the order of reads is another
 
 
 def test_reading_ahead_has_a_bound():

@@ -1,4 +1,4 @@
-"""Every record of a user's files is in one split, or counted, or named in an error."""
+"""Every record of a user's files is in one split, or counted as skipped, or named in an error."""
 
 import collections
 import csv
@@ -69,7 +69,7 @@ def sources(store):
     return store.manifest["provenance"]["sources"]
 
 
-# ---- what becomes a record
+# ---- rows to records
 
 
 def test_all_formats_hold_the_same_records(build, tmp_path):
@@ -123,7 +123,7 @@ def test_luma_is_that_of_the_standard():
 
 
 def test_pairs_of_documents(build, tmp_path):
-    """LRA's retrieval: tab-separated, without a header."""
+    """As in LRA's retrieval task: tab-separated, without a header."""
     rows = [(i % 2, f"id{i}", f"first {i}", f'second {i} "') for i in range(50)]
     (tmp_path / "a.tsv").write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
     store, splits = build(
@@ -145,7 +145,7 @@ def test_records_are_cut_and_counted(build, tmp_path):
     store, splits = build(train=file, max_bytes=5, held_out=0.4, seed=3)
     assert sources(store)["train"]["cut"] == 14
     assert {len(data) for part in splits.values() for data, _ in part} == set(range(6))
-    # What is equal once it is cut is in one split.
+    # Records that are equal after being cut are in the same split.
     assert sum(b"xxxxx" in dict(part) for part in splits.values()) == 1
 
 
@@ -171,7 +171,7 @@ def test_held_out_records(build, tmp_path):
     assert sorted(together(splits)) == sorted(as_records(rows + rows[:500]))
     for name in ("validation", "test"):
         assert abs(len(splits[name]) / 1500 - 0.1) < 0.04
-    # Equal records are on one side.
+    # Equal records are in the same split.
     for first, second in itertools.combinations(splits.values(), 2):
         assert not set(first) & set(second)
     for part in splits.values():  # in the order of the source
@@ -180,7 +180,7 @@ def test_held_out_records(build, tmp_path):
 
     assert build(train=train)[1] == splits
     assert build(train=train, seed=1)[1]["test"] != splits["test"]
-    # A source for one does not change who is in the other.
+    # A source for one split does not change which records are held out for the other.
     other = write_lines(tmp_path / "b.jsonl", numbered(9, 9000))
     _, with_test = build(train=train, test=other)
     assert with_test["validation"] == splits["validation"]
@@ -279,12 +279,12 @@ def test_a_bad_record_stops_or_is_counted(build, tmp_path):
     options = {"train": train, "classes": ("0", "1", "2"), "held_out": 0.2}
     store, splits = build(on_fault="skip", **options)
     assert sorted(together(splits)) == sorted(as_records(numbered(59 - len(BAD))))
-    told = sources(store)["train"]
-    assert told["rows"] == 59
-    assert told["skipped"] == {
+    source = sources(store)["train"]
+    assert source["rows"] == 59
+    assert source["skipped"] == {
         "invalid JSON": 1, "no field": 2, "no bytes": 2, "unknown label": 1
     }  # fmt: skip
-    assert told["places"]["no bytes"] == [f"{train}:{n}: {BAD[n][1]}" for n in (6, 7)]
+    assert source["places"]["no bytes"] == [f"{train}:{n}: {BAD[n][1]}" for n in (6, 7)]
     for line, reason in BAD.values():
         train.write_text("\n".join([*map(json.dumps, numbered(9)), line]))
         with pytest.raises(DataError, match=rf"a\.jsonl:10: {reason}.*on_fault = 'skip'"):
@@ -295,15 +295,15 @@ def test_only_the_first_places_are_kept(build, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_ITEM_BYTES", 3_000)
     rows = [row for i in range(50) for row in ({"text": "x", "label": f"c{i % 2}"}, {})]
     train = write_lines(tmp_path / "a.jsonl", rows)
-    told = sources(build(train=train, on_fault="skip", held_out=0.0)[0])["train"]
-    assert told["skipped"] == {"no field": 50}
-    assert [p.split(": ")[0] for p in told["places"]["no field"]] == [
+    source = sources(build(train=train, on_fault="skip", held_out=0.0)[0])["train"]
+    assert source["skipped"] == {"no field": 50}
+    assert [p.split(": ")[0] for p in source["places"]["no field"]] == [
         f"{train}:{n}" for n in (2, 4, 6, 8, 10)
     ]
 
 
 def test_bad_labels_stop_before_anything_is_written(tmp_path, monkeypatch):
-    """While the classes are looked for."""
+    """They are found when the classes are collected."""
     train = write_lines(tmp_path / "a.jsonl", [{"text": "x", "label": 0}, {"text": "x"}])
     monkeypatch.setattr(records.byte_store, "write", pytest.fail)
     with pytest.raises(DataError, match=r"a\.jsonl:2: no field: 'label'"):
@@ -330,7 +330,7 @@ def test_options_are_checked(build, options, message):
 
 
 def test_items_may_be_converted_anywhere(build, tmp_path, monkeypatch):
-    """The same items each time; each alone gives its part of the store, in order."""
+    """Items are the same each time, and each by itself gives its part of the store, in order."""
     monkeypatch.setattr(records, "_ITEM_BYTES", 10_000)
     (tmp_path / "set").mkdir()
     for i, rows in enumerate(np.array_split(numbered(500), 7)):
@@ -353,7 +353,7 @@ def test_items_may_be_converted_anywhere(build, tmp_path, monkeypatch):
     assert sum(converted.tally.rows for converted in done.values()) == 500
 
 
-# ---- a source that has changed
+# ---- changed sources
 
 
 def change(file):
@@ -380,7 +380,7 @@ def test_a_store_is_stale_once_its_source_has_changed(build, tmp_path, monkeypat
     change(file)
     with pytest.raises(DataError, match=rf"options\.{which} = .*has changed since {store.path}"):
         Records(**options).check(store)
-    change(file)  # back again, at another time
+    change(file)  # the old content, with another time
     if hashed:
         Records(**options).check(store)
     else:

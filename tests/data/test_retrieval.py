@@ -1,4 +1,4 @@
-"""Every document is traced back to the file or the line that it is from."""
+"""Every document is traced back to the file or the line that it comes from."""
 
 import collections
 import itertools
@@ -120,7 +120,7 @@ def test_a_changed_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Folders of random files; some are alone, some too short, and some are copies."""
+    """Folders of random files, of which some are alone, some too short, and some copies."""
     rng, root = random.Random(0), tmp_path_factory.mktemp("tree")
     for i in range(60):
         folder = root / f"package_{i}"
@@ -157,7 +157,7 @@ def test_the_stand_in(tree, tmp_path):
         assert len(records) == SIZES[split]
         pairs += [pair for pair, _ in records]
         sides = {label: [pair for pair, held in records if held == label] for label in (0, 1)}
-        for side in (0, 1):  # no document tells its label
+        for side in (0, 1):  # no document reveals its label
             documents = [collections.Counter(p[side] for p in sides[label]) for label in (0, 1)]
             assert documents[0] == documents[1]
             assert set(documents[0].values()) == {1}

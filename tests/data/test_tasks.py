@@ -1,4 +1,4 @@
-"""What every task owes, and what its options are checked for."""
+"""What every task must satisfy, and the checks of its options."""
 
 import dataclasses
 import hashlib
@@ -47,7 +47,7 @@ def test_misspelt_names_have_a_hint():
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_options_are_what_the_command_line_says(name):
-    """Every option's default survives being written as text, or as JSON, and read again."""
+    """The default of every option survives conversion to text or JSON and back."""
     options = tasks.make(name, {}).options
     annotations = tasks.TASKS[name].annotations()
     assert options.keys() == annotations.keys()
@@ -80,7 +80,7 @@ def test_values_of_another_kind_are_named(name, options, message):
 
 
 def old_path(directory, task, options):
-    """Where version 0.1.0 put the store of a task, by its options as they were given."""
+    """The path at which version 0.1.0 wrote a task's store, from its options as given."""
     meaning = byte_store.FORMAT + json.dumps([task.version, options], sort_keys=True)
     return f"{directory}/{task.name}-{hashlib.sha256(meaning.encode()).hexdigest()[:8]}"
 
@@ -132,7 +132,7 @@ def test_stores_of_older_versions_are_found(tmp_path, then, now):
 
 
 def test_the_digest_of_a_drawn_task_is_what_workdirs_have_recorded():
-    """Digests of version 0.1.0, of the same options as they were given."""
+    """Version 0.1.0 digested the options as they were given."""
     recorded = {
         ("copy", "{}"): "43ae443fa6e43a1311736a39eb01003ee4d9c445cac2df81f6f0b46cc5ba3bc4",
         (

@@ -1,4 +1,4 @@
-"""A store that went through TFDS and back is the same records."""
+"""A store that is converted to TFDS and back has the same records."""
 
 import numpy as np
 import pytest

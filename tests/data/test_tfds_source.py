@@ -1,4 +1,4 @@
-"""A TFDS set that is built here is read again, from either of its file formats."""
+"""A TFDS dataset that is built here is read back, from either of its file formats."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def example(i):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """{file format: the folder of the sets}; TensorFlow takes seconds to import, so only here."""
+    """{file format: the folder of datasets}; imports TensorFlow here only, as it takes seconds."""
     import tensorflow_datasets as tfds
 
     class TinyPets(tfds.core.GeneratorBasedBuilder):
@@ -119,7 +119,7 @@ def test_records_of_a_set(use, tmp_path, file_format):
 
 
 def test_array_records_are_read_without_tensorflow(prepared):
-    """And without the code that wrote them."""
+    """They are read without the code that wrote them, too."""
     code = (
         "import sys\n"
         "from spectral_pod.data.tasks import records\n"

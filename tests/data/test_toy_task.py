@@ -21,7 +21,7 @@ from spectral_pod.train.sources import open_sources
 
 @dataclasses.dataclass(frozen=True)
 class Toy(StoredTask):
-    """Is a letter before the middle of the alphabet, repeated a number of times?"""
+    """Is a repeated letter in the first half of the alphabet?"""
 
     name = "toy"
     version = 1
@@ -48,7 +48,7 @@ def toy(monkeypatch):
 
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
-    """From arguments to the configuration, as `app.run` with `command_line.parser` does."""
+    """Parses arguments to a configuration, as `app.run` with `command_line.parser` does."""
     file = tmp_path / "toy_config.py"
     file.write_text(
         "from spectral_pod.config import default\n"

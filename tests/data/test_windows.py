@@ -1,4 +1,4 @@
-"""Windows against a stream that is written out as a list of tokens."""
+"""Windows against the stream of documents as a list of tokens."""
 
 import collections
 
@@ -19,7 +19,7 @@ from spectral_pod.shapes import EOS, PAD
 
 
 class MemorySplit:
-    """A split of these documents; remembers what was read."""
+    """A split of given documents in memory; remembers what was read."""
 
     name = "test"
 
@@ -77,7 +77,7 @@ def test_every_token_but_the_first_is_predicted_once(documents, batch_size, seq_
     np.testing.assert_array_equal(tokens[valid], stream[:-1])
     assert (tokens[~valid] == PAD).all()
     assert (labels[~valid] == 0).all()
-    # Windows are whole but for the last, and batches but for the last.
+    # All windows but the last are full, and so are all batches but the last.
     assert valid[: source.num_records - 1].all()
     assert valid[source.num_records - 1].any()
     assert not valid[source.num_records :].any()
@@ -134,10 +134,10 @@ def test_shuffled_windows_are_pieces_of_the_stream(documents, seq_len, seed):
 
 
 def test_starts_are_uniform_and_independent():
-    source = make([bytes(24), b""], batch_size=8, seq_len=5, shuffle_seed=3)  # a stream of 26
+    source = make([bytes(24), b""], batch_size=8, seq_len=5, shuffle_seed=3)  # 26 tokens
     starts = np.stack([source.starts(step, np.arange(8)) for step in range(4000)])
     counts = collections.Counter(starts.ravel().tolist())
-    assert set(counts) == set(range(26 - 5))  # the last of them predicts the last token
+    assert set(counts) == set(range(26 - 5))  # the last window predicts the last token
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
     for other in (np.roll(starts, 1, axis=0), np.roll(starts, 1, axis=1)):
         assert abs(np.corrcoef(starts.ravel(), other.ravel())[0, 1]) < 0.02
@@ -148,7 +148,7 @@ def test_starts_are_uniform_and_independent():
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 @pytest.mark.parametrize("seed", [None, 5])
 def test_processes_read_their_own_rows_of_the_same_batch(num_processes, seed):
-    """In objects of their own, and in any order of steps."""
+    """With an object per process, and in any order of steps."""
     documents = random_documents(1)
     whole = make(documents, batch_size=8, seq_len=9, shuffle_seed=seed)
     for step in np.random.default_rng(0).permutation(whole.steps_per_epoch):

@@ -1,4 +1,4 @@
-"""Decoding gives the numbers of the whole sequence, and a text depends on its own prompt alone."""
+"""Decoding gives the logits of the whole sequence, and a text depends only on its own prompt."""
 
 import functools
 
@@ -18,13 +18,13 @@ from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.ops.online_conv import BLOCK
 from spectral_pod.shapes import PAD
 
-LENGTH = 160  # five blocks: tiles of one, two and four of them
+LENGTH = 160  # five blocks, so that there are tiles of one, two and four blocks
 CAUSAL = sorted(name for name, mixer in MIXERS.items() if mixer.can_be_causal)
 
 
 @functools.cache
 def make(name="spectral_gpt", length=LENGTH, **overrides):
-    """(the model as it is trained, the model that decodes, its parameters in both forms)."""
+    """(the model for training, the model for decoding, the parameters, stacked)."""
     config = default()
     small = {
         "name": name, "dtype": "float32", "num_layers": 3, "hidden_dim": 16,
@@ -37,7 +37,7 @@ def make(name="spectral_gpt", length=LENGTH, **overrides):
     build = functools.partial(models.build, config, seq_len=length, num_classes=257)
     tokens = jnp.zeros((1, length), jnp.int32)
     params = nn.unbox(jax.jit(build().init)(jax.random.key(0), tokens, tokens != PAD)["params"])
-    # Trained parameters are not at their symmetric starts.
+    # Perturbed, since trained parameters do not have their symmetric initial values.
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
     return build(), build(decoding=True), params
@@ -48,7 +48,7 @@ def whole(model, params, tokens_BL):
     return model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
 
 
-# Their steps are compared with the whole in tests/layers too, or are parts of models below.
+# These are also compared with the whole sequence in tests/layers, or are parts of models below.
 SLOW = (
     "linear_attention", "local_attention", "s5", "hyena", "delta", "gated_delta", "wavelet",
 )  # fmt: skip
@@ -56,7 +56,7 @@ CASES = [
     pytest.param({"pattern": (name,)}, marks=[pytest.mark.slow] if name in SLOW else [])
     for name in CAUSAL
 ] + [
-    {},  # the models' own
+    {},  # the model's default pattern
     {"name": "spectral_llm", "channel_mixer": "frequency"},
     {"pattern": ("hyena", "hyena+gated_delta"), "hyena__filter": "implicit", "norm": "post"},
     {"pattern": ("hyena",), "hyena__short_conv": 1, "hyena__decay": "fixed", "positions": "none"},
@@ -65,7 +65,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_incremental_is_the_whole(case):
-    """Prompts of several lengths in one batch, then given bytes: every logit as in one pass."""
+    """A batch of prompts of several lengths, then given bytes: all logits are those of one pass."""
     rng = np.random.default_rng(0)
     model, decoding, params = make(**case)
     lengths = np.asarray([BLOCK + 3, 1, 2 * BLOCK])
@@ -78,7 +78,7 @@ def test_incremental_is_the_whole(case):
     decoder = Decoder(decoding, unstack(params), tokens, num_positions=LENGTH - prompt)
 
     def check(logits_BC, after):
-        """`after`: how many of its bytes each text has had."""
+        """`after` is the number of bytes read of each text."""
         want = expected[np.arange(len(after)), after - 1]
         np.testing.assert_allclose(logits_BC, want, atol=1e-4 * np.abs(expected).max())
 
@@ -120,12 +120,12 @@ def test_a_text_depends_on_its_own_prompt_and_place():
     assert together == text_of(prompts, num_bytes=40, seed=3, rows=4)
     assert together != text_of(prompts, num_bytes=40, seed=4)
     assert together[:1] == text_of(prompts[:1], num_bytes=40, seed=3)
-    # Fewer bytes are the same ones.
+    # A shorter text is a prefix.
     assert [text[:7] for text in together] == text_of(prompts, num_bytes=7, seed=3)
 
 
 def test_more_than_the_context():
-    """Past its positions a model reads the last half of them again, as often as needed."""
+    """Whenever a model reaches its context, it reads the last half of it again."""
     (text,) = text_of([b"x" * 300], num_bytes=400, context=LENGTH, sampling=Sampling(top_k=200))
     assert len(text) <= 400
     (same,) = text_of([b"x" * 80], num_bytes=40, context=LENGTH, sampling=Sampling(top_k=200))

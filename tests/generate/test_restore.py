@@ -1,4 +1,4 @@
-"""A trained model is restored from its workdir alone, to the bit, and nothing there changes."""
+"""A trained model is restored from its workdir alone, bit by bit, and nothing there changes."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.slow  # trains and saves small models first
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(a workdir with steps 1 and 2, the parameters of step 2 as they were trained)."""
+    """(a workdir with steps 1 and 2, the parameters of step 2, stacked)."""
     workdir = tmp_path_factory.mktemp("run")
     return workdir, write_run(workdir, steps=(1, 2))
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """The same of a classifier whose data have fewer classes than its task knows."""
+    """The same for a classifier whose data have fewer classes than its task can have."""
     workdir = tmp_path_factory.mktemp("classifier")
     config = tiny_config(**{"model.name": "spectral_model", "data.task": "content_type"})
     return workdir, write_run(workdir, config, num_classes=4)
@@ -58,7 +58,7 @@ def test_parameters_are_those_of_the_run(run):
 
 @pytest.mark.parametrize("fixture", ["run", "classifier"])
 def test_logits_are_those_of_the_trained_model(request, fixture):
-    """Layers by themselves compute what the scanned stack does."""
+    """Unstacked layers compute the same as the scanned stack."""
     workdir, params = request.getfixturevalue(fixture)
     trained = restore_for_inference(str(workdir))
     config = trained.config.copy_and_resolve_references()
@@ -79,7 +79,7 @@ def test_bfloat16_when_asked(run):
     assert {x.dtype for x in jax.tree.leaves(trained.params)} == {jnp.dtype("float32")}
 
 
-# ---- what can be wrong
+# ---- errors
 
 
 def test_no_workdir(tmp_path):
@@ -158,7 +158,7 @@ def test_a_classifier_writes_no_text(classifier):
 
 
 def cuts(data, rng):
-    """`data` in pieces, some of them empty."""
+    """Cuts `data` into pieces, of which some are empty."""
     places = sorted(rng.integers(0, len(data) + 1, rng.integers(0, 6)).tolist())
     return [data[a:b] for a, b in zip([0, *places], [*places, len(data)])]
 

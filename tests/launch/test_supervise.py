@@ -1,4 +1,4 @@
-"""launch/supervise.sh: which exit codes restart, how patiently, and what signals do."""
+"""launch/supervise.sh: which exit codes restart, after what delays, and the effect of signals."""
 
 import os
 import pathlib
@@ -62,20 +62,20 @@ def test_codes_that_restart_with_growing_pauses(tmp_path, bin_folder):
     )
     lines = process.communicate()[1].splitlines()
     assert (process.returncode, starts(tmp_path)) == (3, len(codes) + 1)
-    told = [
+    restarts = [
         re.fullmatch(r"supervise: (\S+) exit code (\d+) \((.*)\); starting again in (\d+) s", line)
         for line in lines
     ]
-    assert [int(t[2]) for t in told] == codes
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", t[1]) for t in told)
-    assert [t[3] for t in told[:4]] == [
+    assert [int(t[2]) for t in restarts] == codes
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", t[1]) for t in restarts)
+    assert [t[3] for t in restarts[:4]] == [
         "preempted, state saved",
         "lost a peer",
         "stalled",
         "killed by signal 6",
     ]
     delays = [1, 2, 4, 8, 16, 32, 60, 60]
-    assert [int(t[4]) for t in told] == delays
+    assert [int(t[4]) for t in restarts] == delays
     assert [int(line) for line in (tmp_path / "sleeps").read_text().splitlines()] == delays
 
 
@@ -87,9 +87,9 @@ def test_gives_up(tmp_path, bin_folder, limit):
         *ending_with(tmp_path, *[76] * 9),
         env={"PATH": f"{bin_folder}:{os.environ['PATH']}"},
     )
-    told = process.communicate()[1].splitlines()[-1]
+    last_line = process.communicate()[1].splitlines()[-1]
     assert (process.returncode, starts(tmp_path)) == (76, limit + 1)
-    assert told.endswith(f"giving up: it ended within a minute {limit + 1} times in a row")
+    assert last_line.endswith(f"giving up: it ended within a minute {limit + 1} times in a row")
 
 
 def test_long_runs_restart_at_once_and_for_ever(tmp_path, bin_folder):

@@ -68,7 +68,7 @@ def future_share(module, length, i):
 
 @pytest.mark.parametrize(("length", "i"), [(37, 20), (101, 63)])
 def test_nothing_comes_from_the_future(length, i):
-    """But for the rounding of transforms."""
+    """Up to the rounding errors of FFTs."""
     assert future_share(layer(), length, i) <= 1e-6
 
 

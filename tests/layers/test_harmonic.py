@@ -33,12 +33,12 @@ def test_vectors_have_unit_variance_and_differ(width):
     norms = np.linalg.norm(e_VD, axis=1) / np.sqrt(width)
     assert np.abs(norms - 1).max() <= 0.4
     cosines = e_VD @ e_VD.T / np.outer(norms, norms) / width
-    # Of random vectors the largest of 33,670 is near 4.2 / sqrt(D).
+    # For random vectors the largest of 33,670 cosines is near 4.2 / sqrt(D).
     assert (cosines - np.eye(VOCAB_SIZE)).max() <= 6 / np.sqrt(width)
 
 
 def test_the_table_is_as_well_conditioned_as_a_random_one():
-    """Of which the ratio of singular values is (1 + sqrt r) / (1 - sqrt r), r = V / D."""
+    """A random table has the condition number (1 + sqrt r) / (1 - sqrt r), where r = V / D."""
     width = 512
     e_VD = np.asarray(make(width)[0], np.float64).reshape(VOCAB_SIZE, width)
     root = np.sqrt(VOCAB_SIZE / width)

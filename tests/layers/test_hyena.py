@@ -1,4 +1,4 @@
-"""Long filters: their energy, their reach, and what the original design forgets."""
+"""Long filters: their energy, their reach, and the limits of the original design."""
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ def taps(**attributes):
 @pytest.mark.parametrize("parametrization", ["explicit", "implicit"])
 @pytest.mark.parametrize("decay", ["learned", "fixed"])
 def test_filters_have_unit_energy(parametrization, decay):
-    """In the mean over channels: the shortest have a single tap."""
+    """On average over channels, as the shortest have a single tap."""
     energy_D = np.sum(np.square(taps(parametrization=parametrization, decay=decay)), axis=1)
     assert energy_D.mean() == pytest.approx(1, rel=0.35)
 
 
 def test_the_original_decay_forgets_and_the_default_reaches_the_whole_context():
-    """Of what is older than 460 positions the fixed decay keeps e^-9.2 of the energy, 1e-4."""
+    """The fixed decay keeps e^-9.2 = 1e-4 of the energy of positions more than 460 back."""
     old = slice(460, None)
     fixed, learned = taps(decay="fixed"), taps()
     assert np.sum(np.square(fixed[:, old])) < 1e-3 * np.sum(np.square(fixed))
@@ -40,7 +40,7 @@ def test_the_original_decay_forgets_and_the_default_reaches_the_whole_context():
 
 
 def test_the_original_rate_cannot_overwrite():
-    """A key written twice recalls, with beta = 0.3, 0.7 old + 0.3 new; with 1 the new."""
+    """A key that is written twice recalls 0.7 old + 0.3 new if beta is 0.3, and new if it is 1."""
     key = jnp.zeros((1, 3, 1, 4)).at[..., 0].set(1.0)
     old, new = jnp.ones((1, 1, 1, 4)), 5 * jnp.ones((1, 1, 1, 4))
     values = jnp.concatenate([old, new, new], axis=1)
@@ -51,7 +51,7 @@ def test_the_original_rate_cannot_overwrite():
 
 
 def test_a_short_convolution_sees_two_positions_more():
-    """With a filter of one tap, what is left of the past is the short convolution's."""
+    """If the long filter has one tap, only the short convolution sees earlier positions."""
 
     def seen(short_conv):
         layer = HyenaLayer(8, max_positions=1, short_conv=short_conv)

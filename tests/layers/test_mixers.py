@@ -1,4 +1,4 @@
-"""What every mixer owes (causality, masks, decoding), and naive float64 forms of the baselines."""
+"""Every mixer: causality, masks and decoding; the baselines against references in float64."""
 
 import functools
 
@@ -26,21 +26,21 @@ SMALL = {
     "selective.rank": 3,
     "memory.num_heads": HEADS,
     "memory.head_dim": 4,
-    "memory.method": "recurrent",  # compiles fastest; both are the same function (tests/ops)
+    "memory.method": "recurrent",  # compiles fastest; both methods agree (tests/ops)
 }
 CAUSAL = sorted(name for name, mixer in MIXERS.items() if mixer.can_be_causal)
 NOT_CAUSAL = MIXERS.keys() - set(CAUSAL)
-# They look at `causal`; of the rest, those in NOT_CAUSAL never are, the others always.
+# These depend on `causal`; of the others, those in NOT_CAUSAL are never causal, the rest always.
 EITHER = ["attention", "linear_attention", "local_attention", "s5", "selective"]
 ALL = [*((name, True) for name in CAUSAL), *((name, False) for name in sorted(NOT_CAUSAL))]
 ALL += [(name, False) for name in EITHER]
-# An FFT spreads its rounding over all positions; the others leak exactly nothing.
+# FFTs spread rounding errors over all positions; the other mixers have exactly zero gradient.
 BY_FFT = ("hyena", "selective", "wavelet")
 
 
 @functools.cache
 def make(name, causal, **overrides):
-    """(jitted apply(variables, ...), parameters off their initial values, the module)."""
+    """(the module, its perturbed initial parameters, jitted apply(x, mask) with them)."""
     model = default().model
     model.update_from_flattened_dict(
         SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
@@ -70,7 +70,7 @@ def assert_close(actual, expected, where=None, tolerance=1e-4):
 
 
 def leak(name, causal, rows, length, **overrides):
-    """The largest gradient that the outputs up to a random position have after it, and before."""
+    """The largest gradients of the outputs up to a random position, by later and other inputs."""
     module, params, _ = make(name, causal, **overrides)
     last = np.random.default_rng(length).integers(length // 3, length - 1)
 
@@ -107,7 +107,7 @@ def test_the_others_see_it(name):
 
 @pytest.mark.parametrize(("name", "causal"), ALL)
 def test_padding_changes_nothing(name, causal):
-    """On the right for all, on the left too for causal ones; garbage in it or not."""
+    """Right padding for all mixers, left padding for causal ones too, whatever its content."""
     _, _, apply = make(name, causal)
     x, places = draw(2, 137, WIDTH), np.arange(137)
     lengths = np.array([[101], [70]])
@@ -137,7 +137,7 @@ def test_bfloat16_stays_finite_and_near(name, causal):
 
 @pytest.mark.parametrize("name", ["delta", "gated_delta", *EITHER])
 def test_steps_continue_a_prompt(name):
-    """Long convolutions are the decoder's; of the selective mixer this is the form without one."""
+    """Mixers with long convolutions need the decoder; 'selective' is tested in its form without."""
     overrides = {"selective__form": "broadcast"} if name == "selective" else {}
     module, params, apply = make(name, True, **overrides)
     prompt, length = 50, 80
@@ -163,7 +163,7 @@ def test_steps_continue_a_prompt(name):
     assert_close(outputs, apply(x, np.ones_like(mask)), tolerance=1e-5)
 
 
-# ---- Naive forms, in float64
+# ---- References in float64
 
 
 def dense(params, x, num_in=1):
@@ -255,7 +255,7 @@ def context(params, mean):
 
 
 def contexts(params, x, mask, causal):
-    """[B, N, R], by definition: each position by itself."""
+    """[B, N, R] by definition, one position at a time."""
     rows = []
     for row, valid in zip(x, mask):
         c = []
@@ -268,7 +268,7 @@ def contexts(params, x, mask, causal):
 
 
 def selective(params, x, mask, causal, taps=None):
-    """The filter of every position, mixed first, then applied."""
+    """Mixes the filters of every position first, then applies the result."""
     x = x * mask[..., None]
     length = x.shape[1]
     if causal:
@@ -310,7 +310,7 @@ def test_equals_its_definition(name, causal):
 
 
 def test_a_filter_without_frequencies_is_a_product():
-    """The original selective block, w tiled over frequencies, is x times w: nothing is filtered."""
+    """The original selective block, with w tiled over frequencies, only multiplies x by w."""
     _, params, apply = make("selective", False, selective__form="broadcast")
     x, mask = draw(2, 139, WIDTH), np.arange(139) < [[139], [70]]
     x *= mask[..., None]

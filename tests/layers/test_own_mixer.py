@@ -1,4 +1,4 @@
-"""A mixer of somebody's own that is never causal, and what its author is told of mistakes."""
+"""A new mixer that cannot be causal, and the messages about mistakes in such a mixer."""
 
 from typing import Literal
 
@@ -42,7 +42,7 @@ class Mean(Mixer):
 
 
 def registered(monkeypatch, mixer, **fields):
-    """A configuration with that mixer, under the name 'own'."""
+    """A configuration with the mixer, registered under the name 'own'."""
     monkeypatch.setitem(MIXERS, "own", mixer)
     config = default()
     small = {

@@ -17,7 +17,7 @@ def _ours(params, ids_BL):
 
 
 def _by_xla(params, ids_BL):
-    table_VE = jnp.pad(params["table"], ((0, 1), (0, 0)))  # what is no byte embeds to zero
+    table_VE = jnp.pad(params["table"], ((0, 1), (0, 0)))  # id V, no byte, embeds to zero
     kernel_TED, bias_D = (params["convolution"][name] for name in ("kernel", "bias"))
     before = KERNEL - STRIDE
     y_BND = jax.lax.conv_general_dilated(

@@ -1,4 +1,4 @@
-"""The energy gate's gradient by hand against JAX's."""
+"""The hand-written gradient of the energy gate against JAX's."""
 
 import jax
 import jax.numpy as jnp

@@ -23,7 +23,7 @@ def layer(dtype="float32", padding="linear"):
 
 @functools.cache
 def parameters():
-    """Also of biases and weights of levels, which are all equal at first."""
+    """Perturbed, as the initial biases are all equal, and so are the weights of bands."""
     with jax.ensure_compile_time_eval():
         x_BND = jnp.zeros((1, 9, WIDTH))
         params = nn.unbox(layer().init(jax.random.key(0), x_BND, everything(x_BND))["params"])
@@ -55,7 +55,7 @@ def everything(x_BND):
 
 
 def definition(x_BND):
-    """Every band's q, k and v on their own, sums term by term."""
+    """The definition, with q, k and v of each band separately and direct sums, in float64."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters())
     low = np.asarray(pywt.Wavelet("db4").rec_lo)
     low /= low.sum()
@@ -83,7 +83,7 @@ def test_equals_its_definition(length):
 
 
 def future_share(module, length, i):
-    """The gradient of a position's output by later inputs, relative to that by earlier ones."""
+    """The largest gradient of output i by later inputs, relative to that by other inputs."""
 
     def output(x_ND):
         return jnp.sum(apply(x_ND[None], jnp.ones((1, length), bool), module)[0, i])
@@ -94,7 +94,7 @@ def future_share(module, length, i):
 
 @pytest.mark.parametrize(("length", "i"), [(101, 0), (101, 63), (257, 100)])
 def test_nothing_comes_from_the_future(length, i):
-    """But for the rounding of transforms."""
+    """Up to the rounding errors of FFTs."""
     assert future_share(layer(), length, i) <= 1e-5
 
 
@@ -120,7 +120,7 @@ def test_positions_before_a_prompt_change_nothing():
 
 
 def decode(x_BND, mask_BN, prompt):
-    """The outputs of a prompt at once and of the positions after it one by one."""
+    """The outputs of a prompt in one pass, then of the positions after it one by one."""
     length = x_BND.shape[1]
     y_BND, state = prefill(x_BND[:, :prompt], mask_BN[:, :prompt], layer())
     _, sums, block = product_prefill(*(x[None] for x in state.product), length)
@@ -179,7 +179,7 @@ def test_bfloat16_is_near_float32_and_has_finite_gradients():
 
 
 def test_a_long_coherent_sequence_stays_within_bounds():
-    """Equal positions are the worst case: c grows as the root of the length."""
+    """Equal positions are the worst case: c grows as the square root of the length."""
     x_BND = jnp.ones((1, 4096, WIDTH))
     y_BND = apply(x_BND, everything(x_BND), layer())
     assert jnp.isfinite(y_BND).all()

@@ -66,12 +66,12 @@ def test_logits_do_not_depend_on_later_bytes():
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(model, params, tokens):
-    """Of a model that decodes, whose parameters are not stacked."""
+    """Logits of prompts, from a model for decoding and its unstacked parameters."""
     return model.apply({"params": params}, tokens, tokens != PAD, method="prefill")[0]
 
 
 def test_padding_changes_no_logit():
-    """After a sequence, and before a prompt."""
+    """Neither padding after a sequence nor padding before a prompt does."""
     model, params = make()
     tokens = random_tokens(1, 77)
     want = apply(model, params, tokens)
@@ -83,7 +83,7 @@ def test_padding_changes_no_logit():
 
 
 def test_decoding_equals_the_whole():
-    """Prompts of different lengths, over the ends of blocks and tiles."""
+    """Prompts have different lengths, and decoding crosses the ends of blocks and tiles."""
     model, params = make()
     tokens = random_tokens(2, 128).at[1, :21].set(PAD)
     decoder = Decoder(make(decoding=True)[0], unstack(params), tokens[:, :32], num_positions=96)
@@ -108,7 +108,7 @@ def test_what_leaks_is_chosen_by_the_config_and_cannot_decode(field):
 
 
 def spectral_distance(x_ND, y_ND, points):
-    """Bin by bin, in float64."""
+    """The definition, bin by bin, in float64."""
     x_ND, y_ND = np.float64(x_ND), np.float64(y_ND)
     found = []
     for f in range(points // 2 + 1):
@@ -139,7 +139,7 @@ def intermediates(model, params, tokens):
 
 
 def test_consistency_compares_hidden_states_with_the_next_embeddings():
-    """Independent of how the model gets them: captured, shifted and cut here."""
+    """Hidden states and embeddings are captured here, then shifted and cut without the model."""
     model, params = make()
     tokens = random_tokens(2, 60).at[1, 41:].set(PAD)
     seen = intermediates(model, params, tokens)
@@ -151,7 +151,7 @@ def test_consistency_compares_hidden_states_with_the_next_embeddings():
 
 
 def test_the_embeddings_to_be_predicted_are_constants():
-    """A loss of embeddings alone would only teach them to be alike."""
+    """Gradients to the targets would only make all embeddings similar."""
     model, params = make()
     tokens = random_tokens(1, 40).at[:, -1].set(255).at[:, :-1].set(7)
 
@@ -159,7 +159,7 @@ def test_the_embeddings_to_be_predicted_are_constants():
         return jnp.sum(sown(model, params, tokens)["consistency"][0])
 
     gradient = jax.jit(jax.grad(loss))(params)["embedding"]["phase"]
-    # The last byte is only ever predicted; what is left is the rounding of transforms.
+    # The last byte is never an input, only a target; what remains is the rounding error of FFTs.
     assert np.abs(gradient[255]).max() <= 1e-5 * np.abs(gradient[7]).max()
 
 
@@ -185,7 +185,7 @@ def test_it_learns_a_repeated_pattern():
             return jnp.mean(by_position) + sum(map(jnp.sum, jax.tree.leaves(variables)))
 
         value, gradient = jax.value_and_grad(loss)(params)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             updates, state = tx.update(gradient, state)
         return value, optax.apply_updates(params, updates), state
 

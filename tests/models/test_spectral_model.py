@@ -1,4 +1,4 @@
-"""SpectralModel: shapes, masks, and options that change what they should."""
+"""SpectralModel: shapes, masks, and the effects of its options."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from spectral_pod.shapes import PAD
 def make(seq_len=128, documents=1, **overrides):
     config = default()
     config.data.documents = documents
-    # The recurrence compiles fastest; both forms are the same function (tests/ops).
+    # The recurrent method compiles fastest; both methods agree (tests/ops).
     small = {"dtype": "float32", "num_layers": 2, "hidden_dim": 16, "embed_dim": 8}
     small |= {"memory_interval": 2, "memory.head_dim": 4, "memory.method": "recurrent"}
     config.update_from_flattened_dict({f"model.{k}": v for k, v in (small | overrides).items()})
@@ -137,12 +137,12 @@ def test_dropout_is_drawn_only_in_training(rows):
 
     one, other = train_logits(jax.random.key(1)), train_logits(jax.random.key(2))
     assert np.abs(one - other).max() > 1e-3
-    assert np.abs(one[0] - one[1]).max() > 1e-3  # rows draw their own
+    assert np.abs(one[0] - one[1]).max() > 1e-3  # each row has its own mask
     np.testing.assert_array_equal(one, train_logits(jax.random.key(1)))
 
 
 def test_the_original_energy_gate_does_nothing_and_the_default_does():
-    """sigmoid(|u|) of unit-variance u at D = 256 is 1; the rms gate halves it, and can learn."""
+    """For u of unit variance and D = 256, sigmoid(|u|) is 1; the rms gate is 1/2 and can learn."""
     u_BND = jax.random.normal(jax.random.key(0), (1, 64, 256))
     assert norm_gate(u_BND).min() > 0.999999
     ones, zeros = jnp.ones(256), jnp.zeros(256)
@@ -167,7 +167,7 @@ def test_memory_stands_where_the_interval_says():
 
 
 def test_coarser_scales_see_further():
-    """Without mixers a patch depends on its own bytes; with scales on its whole coarse patch."""
+    """Without mixers a patch depends on its bytes only, and with scales on its coarse patch."""
     rng = np.random.default_rng(0)
     x_BND = jnp.asarray(rng.normal(size=(2, 13, 8)), jnp.float32)
     module = MultiScale((2, 3), jnp.float32)
@@ -179,7 +179,7 @@ def test_coarser_scales_see_further():
 
 
 def test_the_documents_of_a_pair_are_encoded_by_themselves(rows):
-    """What pads the first document, and what the second one is, never reaches its encoding."""
+    """The encoding of the first document depends neither on its padding nor on the second one."""
     model, params = make(documents=2)
     a, b, c, d = rows
 
@@ -194,7 +194,7 @@ def test_the_documents_of_a_pair_are_encoded_by_themselves(rows):
     np.testing.assert_allclose(both[0], pairs((a, b), (d, b))[0], atol=1e-6)
     np.testing.assert_allclose(both, pairs((a, b), (c, d), length=128), atol=1e-5)
     assert np.abs(both[0] - pairs((b, a))[0]).max() > 1e-3
-    _, encode = make()  # the same encoder, but for the head
+    _, encode = make()  # a model of one document, which differs in the head only
     same = {name: params[name] for name in encode if name != "head"}
     assert jax.tree.map(jnp.shape, same) == jax.tree.map(
         jnp.shape, {name: encode[name] for name in same}

@@ -1,8 +1,8 @@
 """Runs a test file as a script on eight fake CPU devices, in a process of its own.
 
-Such a file is two things: pytest collects its tests, and the process that `run` starts calls
-`main` with the functions that the tests may ask for. One process serves many meshes, each of the
-first so many devices.
+Such a file has two roles: pytest collects its tests, and the process that `run` starts calls `main`
+with the functions that the tests may request. One process serves many meshes, each of as many of
+the first devices as it needs.
 """
 
 import json

@@ -1,7 +1,7 @@
 """No collective moves more bytes per chip when the mesh and the global batch grow together.
 
-Read from compiled steps that never run: what the chips of a larger mesh would send each other.
-XLA gathers the whole batch for a plain FFT; that step is compiled too, to see that it is caught.
+Collectives are read from compiled steps that never run. XLA gathers the whole batch for a plain
+FFT; such a step is compiled as well, to check that the test detects it.
 """
 
 import functools

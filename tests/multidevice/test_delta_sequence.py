@@ -1,4 +1,4 @@
-"""Splitting positions over devices changes no number of the delta rule, and only states travel."""
+"""Splitting positions changes no result of the delta rule, and only states are communicated."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.parallel.sharding import spec
 from tests.multidevice import fake_devices
 
-B, N, H, K, V = 2, 600, 2, 8, 6  # stretches of 300, 150 and 75 positions
+B, N, H, K, V = 2, 600, 2, 8, 6  # blocks of 300, 150 and 75 positions
 CLIPS = ("never", "once", "everywhere", "overflow")
 # Meshes, and whether there are gates.
 QUICK = (("sequence=2", True), ("sequence=8", True), ("data=2 sequence=2 tensor=2", False))
@@ -37,8 +37,8 @@ AXES |= {"mask": AXES["q"][:2], "o": AXES["q"]}
 def problem(clips="never", gated=True, length=N):
     """Inputs in float32 whose clip of 10 fires as often as `clips` says.
 
-    The memory is long: what a stretch passes on of what it got is not lost in rounding.
-    'overflow': long keys, on which the states without clips are NaN from the first stretch on.
+    The memory is long: what a block passes on of its incoming state is not lost in rounding.
+    'overflow': long keys, with which the states without clips are NaN from the first block on.
     """
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, B, length, H, K))

@@ -28,7 +28,7 @@ MODELS = {
     "spectral_llm": {
         "model.name": "spectral_llm",
         "model.memory_interval": 0,
-        # Without its loss between spectra, whose logarithms enlarge the rounding of empty bins.
+        # Without the consistency loss, whose logarithms amplify rounding errors of empty bins.
         "model.channel_mixer": "frequency",
     },
 }

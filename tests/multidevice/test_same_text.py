@@ -1,4 +1,4 @@
-"""A checkpoint of one mesh writes the same bytes, from the same seed, on every other mesh."""
+"""A checkpoint of one mesh generates the same bytes from the same seed on every other mesh."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Filters of sequences whose positions are split give the same numbers, and only swap positions."""
+"""Filters give the same numbers where positions are split, and only exchange positions."""
 
 import functools
 

@@ -129,7 +129,7 @@ def test_equals_one_device(sizes, case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "attention" in case or "s5" in case])
 def test_rows_and_heads_never_travel(case):
-    """Sums do: of the heads' results, and of gradients over rows."""
+    """Only sums are communicated: of the heads' results, and of gradients over rows."""
     collectives = compared(QUICK)["data=2 tensor=2"][case]["collectives"]
     assert {kind for kind, _ in collectives} == {"all-reduce"}
 

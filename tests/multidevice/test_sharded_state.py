@@ -1,4 +1,4 @@
-"""The state is split from the moment it comes to be: no chip ever holds a whole large array."""
+"""The state is sharded from its initialisation on: no chip ever holds a whole large array."""
 
 import functools
 import math

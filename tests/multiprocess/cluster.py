@@ -1,7 +1,7 @@
-"""A pod on this machine: supervised trainer processes that meet over loopback, and harm to them.
+"""A pod on this machine: supervised trainer processes on loopback, and faults for them.
 
-This file is also the config of those runs: `tests/trainer.py`, with data that come late at times
-or a host that takes its time. A configuration is code.
+This file is also the config of those runs: `tests/trainer.py`, optionally with data that are
+sometimes late or with a slow host.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class Cluster:
         self.logs = []
 
     def start(self, supervised=True, of_one=(), env_of_one=(), forked=True):
-        """Starts all processes; the last one with the options and the environment `of_one`, too."""
+        """Starts all processes; the last one also with the options and the environment `of_one`."""
         address, self._starts = f"127.0.0.1:{free_port()}", self._starts + 1
         flags = f"--xla_force_host_platform_device_count={self.num_devices} {trainer.FLAGS}"
         env = (
@@ -110,7 +110,7 @@ class Cluster:
         self._supervised = supervised
 
     def trainers(self):
-        """The pid of each process's trainer that runs now, or None."""
+        """The pid of each process's running trainer, or None."""
         if not self._supervised:
             return [p.pid if p.poll() is None else None for p in self.supervisors]
         return [_trainer_of(supervisor.pid) for supervisor in self.supervisors]
@@ -119,12 +119,12 @@ class Cluster:
         return self.logs[process].read_text()
 
     def step(self):
-        """The last step that the leader told of, in this start of the cluster."""
-        told = re.findall(r"^step (\d+)/", self.text(), re.MULTILINE)
-        return int(told[-1]) if told else 0
+        """The last step that the leader printed since the cluster was started."""
+        steps = re.findall(r"^step (\d+)/", self.text(), re.MULTILINE)
+        return int(steps[-1]) if steps else 0
 
     def wait_until(self, condition, seconds=120):
-        """The value of `condition` once it is true; fails with the logs if it isn't in time."""
+        """Returns `condition()` once it is true; fails with the logs after `seconds`."""
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < deadline, "\n\n".join(self.tails())
@@ -170,7 +170,7 @@ def gone(pid):
 
 
 def seconds_until_gone(pids, limit):
-    """How long each of some processes still lives; `limit` for those that live longer."""
+    """The seconds until each process has ended; `limit` for those that take longer."""
     started, left, lived = time.monotonic(), set(pids), {}
     while left and time.monotonic() - started < limit:
         for pid in list(left):

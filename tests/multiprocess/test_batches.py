@@ -1,4 +1,4 @@
-"""The data never depend on the number of processes, nor does a run that goes on with another."""
+"""The data do not depend on the number of processes, even if it changes during a run."""
 
 import socket
 import subprocess

@@ -1,4 +1,4 @@
-"""Processes that meet: who is missing is named, who differs is named, what is shared is there."""
+"""Processes that join: errors name those that are missing or differ, and values are shared."""
 
 import subprocess
 import sys
@@ -50,11 +50,11 @@ def ended():
             for i in range(3)
         ]  # fmt: skip
         try:
-            told = [process.communicate(timeout=60) for process in started]
+            outputs = [process.communicate(timeout=60) for process in started]
         finally:
             for process in started:
                 process.kill()
-        return [(p.returncode, *texts) for p, texts in zip(started, told)]
+        return [(p.returncode, *texts) for p, texts in zip(started, outputs)]
 
     return run
 

@@ -1,4 +1,4 @@
-"""Two processes over loopback do what one does: the same training, each record evaluated once."""
+"""Two processes on loopback are equivalent to one: equal training, each record evaluated once."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ import pytest
 from tests import tiny_run, trainer
 
 STEPS, RECORDS, BATCH = 10, 19, 8
-# The last evaluation batch has five rows of padding: one of the processes gets nothing else.
+# The last evaluation batch has five rows of padding: one of the processes gets padding only.
 OPTIONS = (
     "data.options.validation=17",
     f"data.options.test={RECORDS}",
@@ -74,7 +74,7 @@ def parameters(workdir):
 
 
 def assert_same_results(run, reference):
-    """To 1e-5 of each parameter's norm; evaluation counts exactly."""
+    """Parameters agree to 1e-5 of each one's norm, and evaluation counts exactly."""
     expected = parameters(reference)
     for name, value in parameters(run).items():
         difference = np.linalg.norm(value - expected[name])

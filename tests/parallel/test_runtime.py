@@ -1,4 +1,4 @@
-"""Joining, and comparing the facts of processes, without starting any."""
+"""How processes join, and how their facts are compared, without starting any."""
 
 import pytest
 from jax._src import cloud_tpu_init
@@ -16,7 +16,7 @@ ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
 
 @pytest.fixture
 def joined(monkeypatch):
-    """The arguments that `initialize` passes to JAX in an environment; None if it joins nobody."""
+    """The arguments that `initialize` passes to JAX in an environment; None if it joins no one."""
 
     def ask(variables, *arguments, tpu=False, **options):
         asked = []
@@ -45,7 +45,7 @@ class Unheard:
 def test_one_process_joins_nobody(joined):
     assert joined({}) is None
     assert joined({}, None, 1, 0) is None
-    assert joined(NUMBERED | ADDRESS, None, 1, 0) is None  # a tool beside a run
+    assert joined(NUMBERED | ADDRESS, None, 1, 0) is None  # as a tool does, next to a run
 
 
 def test_flags_go_before_the_environment(joined):
@@ -91,7 +91,7 @@ def test_the_odd_one_out_is_named():
 
 
 def test_another_platform_than_was_asked_for_is_an_error(monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # of which JAX would take the second
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # JAX would fall back to the second
     with pytest.raises(ConfigError, match="asks for cuda"):
         runtime.check_platform()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -1,4 +1,4 @@
-"""The table: every parameter is in it, and nothing is silently unsharded or split twice."""
+"""The sharding rules: they cover every parameter, and none is silently unsharded or split twice."""
 
 import jax
 import jax.numpy as jnp

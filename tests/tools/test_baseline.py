@@ -37,12 +37,12 @@ def by_histogram(rng, label):
 
 
 def by_order(rng, label):
-    """As many of each letter, in runs of one or of two."""
+    """Letters with equal counts, in runs of one or of two."""
     return (b"ab" * 100, b"aabb" * 50)[label]
 
 
 def by_comparison(rng, label):
-    """Both documents are of one kind, or each of its own; either alone says nothing."""
+    """Both documents are of the same kind or of different kinds; one alone reveals nothing."""
     one = rng.integers(2)
     other = one if label else 1 - one
     return tuple(letters(rng, (0.3, 0.7)[kind]) for kind in (one, other))

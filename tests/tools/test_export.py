@@ -1,4 +1,4 @@
-"""A folder to give away: the same model comes back, to the bit, or one message says why not."""
+"""Export: the same model is loaded, bit by bit, or one message says why not."""
 
 import json
 import os
@@ -22,7 +22,7 @@ RESULT = {"step": 1, "eval": {"split": "validation", "loss": 1.25, "confusion": 
 
 
 def run_tool(home, *arguments, code=0):
-    """The tool's stderr, as nobody who has a login."""
+    """Runs the tool without a login; returns its stderr."""
     command = [sys.executable, "-m", "tools.export", *arguments]
     environment = trainer.environment() | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"], "HF_HOME": str(home), "HF_TOKEN": "",
@@ -124,7 +124,7 @@ def test_no_exported_model(exported, tmp_path):
 
 
 class FakeHub:
-    """Notes what is asked of it; fails where it is told to."""
+    """Records the calls of its methods; some fail on request."""
 
     def __init__(self, failing="", error=None):
         self.failing, self.error, self.calls = failing, error, []

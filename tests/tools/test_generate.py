@@ -1,6 +1,6 @@
-"""Generating as a user does, in processes of its own.
+"""Text generation by the command line, in separate processes.
 
-Flags of several tools cannot live in one process: this file is also the script that tries them.
+The flags of several tools conflict within a process, so this file is also a script that tests them.
 """
 
 import json
@@ -120,14 +120,14 @@ def answers(folder):
         mesh = tool.mesh_of(text)
         return mesh and dict(mesh.shape)
 
-    def told(function, case):
+    def outcome(function, case):
         try:
             return function(case)
         except UserError as error:
             return str(error)
 
     cases = [(batch, BATCHES), (prompt, PROMPTS), (mesh, MESHES)]
-    return [told(function, case) for function, table in cases for case in table]
+    return [outcome(function, case) for function, table in cases for case in table]
 
 
 def test_what_the_flags_may_be(tmp_path):

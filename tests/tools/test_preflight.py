@@ -1,4 +1,4 @@
-"""Preflight as a user runs it, for fake CPUs: exit codes, the report, and what it remembers."""
+"""Preflight as a user runs it, for fake CPUs: exit codes, the report, and what it stores."""
 
 import functools
 import json

@@ -50,7 +50,7 @@ def write_lines(workdir, *lines):
     at(file, lines[-1]["wall_time"])
 
 
-def told(workdir, now):
+def facts_at(workdir, now):
     return status.facts(str(workdir), status.read_lines(str(workdir)), now)
 
 
@@ -69,12 +69,12 @@ def told(workdir, now):
 def test_the_state_is_by_the_age_of_the_metrics(workdir, last, age, state):
     lines = [*map(line, range(1, STEPS)), line(STEPS, **last)]
     write_lines(workdir, *lines)
-    assert told(workdir, lines[-1]["wall_time"] + age)["state"] == state
+    assert facts_at(workdir, lines[-1]["wall_time"] + age)["state"] == state
 
 
 def test_a_run_without_metrics(workdir):
-    assert told(workdir, START + 60)["state"] == "starting"
-    assert told(workdir, START + 86_400)["state"] == "stopped"
+    assert facts_at(workdir, START + 60)["state"] == "starting"
+    assert facts_at(workdir, START + 86_400)["state"] == "stopped"
 
 
 def test_a_restart_is_neither_a_pause_nor_slow(workdir):
@@ -85,23 +85,23 @@ def test_a_restart_is_neither_a_pause_nor_slow(workdir):
         for at, step in ((START, 0), (later, STEPS - 1))
     ]
     (workdir / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
-    found = told(workdir, later + 60)
+    found = facts_at(workdir, later + 60)
     assert found["state"] == "starting"
     assert "starts      2, the last at step 49; 8 TPU v5e of 2 process(es)" in status.report(found)
-    assert told(workdir, later + 3600)["state"] == "stopped"
+    assert facts_at(workdir, later + 3600)["state"] == "stopped"
     with open(workdir / "metrics.jsonl", "a") as file:
         for step in range(STEPS, STEPS + 3):
             file.write(json.dumps(line(step, wall_time=later + 20 * (step - STEPS + 1))) + "\n")
-    found = told(workdir, later + 61)
+    found = facts_at(workdir, later + 61)
     assert found["state"] == "running"
     assert found["eta_seconds"] == pytest.approx(20 * (100 - STEPS - 2))
-    assert told(workdir, later + 60 + 201)["state"] == "stalled"
+    assert facts_at(workdir, later + 60 + 201)["state"] == "stalled"
 
 
 def test_a_finished_run(workdir):
     write_lines(workdir, line(100))
     (workdir / "result.json").write_text(json.dumps({"eval": {"loss": 1.0}}))
-    assert told(workdir, START + 1e6)["state"] == "finished"
+    assert facts_at(workdir, START + 1e6)["state"] == "finished"
 
 
 def test_a_stall_is_told(workdir):
@@ -110,12 +110,12 @@ def test_a_stall_is_told(workdir):
     report = workdir / "stalls" / "0.txt"
     report.write_text("stacks")
     at(report, START + 10 * STEPS)
-    found = told(workdir, START + 10 * STEPS + 1)
+    found = facts_at(workdir, START + 10 * STEPS + 1)
     assert found["state"] == "stalled"
     assert str(report) in found["why"]
     assert [fault for fault in found["faults"] if str(report) in fault]
     write_lines(workdir, *map(line, range(1, STEPS + 20)))  # restarted since
-    assert told(workdir, START + 10 * STEPS + 200)["state"] == "running"
+    assert facts_at(workdir, START + 10 * STEPS + 200)["state"] == "running"
 
 
 def test_figures_of_a_healthy_run(workdir):
@@ -127,7 +127,7 @@ def test_figures_of_a_healthy_run(workdir):
         for step, loss in ((20, 0.5), (40, 0.75))
     ]
     write_lines(workdir, *lines[:-1], *evaluations, lines[-1] | more)
-    found = told(workdir, START + 10 * STEPS)
+    found = facts_at(workdir, START + 10 * STEPS)
     assert (found["step"], found["total_steps"]) == (STEPS, 100)
     assert found["eta_seconds"] == pytest.approx(10 * (100 - STEPS))
     assert found["speed"]["bytes_per_second"] == {"now": 1050.0, "median": 1025.5}
@@ -153,7 +153,7 @@ def test_faults_are_told(workdir):
     write_lines(workdir, *lines[:8], *bad, *back, *lines[8:])
     (workdir / "quarantine").mkdir()
     (workdir / "quarantine" / "20-0.txt").write_text("d/1 is altered\nmore\n")
-    faults = told(workdir, START + 1e6)["faults"]
+    faults = facts_at(workdir, START + 1e6)["faults"]
     for part in (
         "2 bad step(s) were skipped, the last is 8", "1 time(s), last from step 8 to 5",
         "1 line(s) of metrics are not finite, the last of step 41",
@@ -181,7 +181,7 @@ def test_checkpoints_are_those_of_the_trainer(workdir):
         for step, score in scores.items():
             checkpointer.save(step, state, {"score": score, "loss": 1.0})
     at(workdir / "seals" / "9.json", START + 90)
-    checkpoint = told(workdir, START + 100)["checkpoint"]
+    checkpoint = facts_at(workdir, START + 100)["checkpoint"]
     assert checkpoint["step"] == 9
     assert checkpoint["age_seconds"] == pytest.approx(10)
     assert checkpoint["best"] == {"step": 6, "score": 0.75, "loss": 1.0}
@@ -189,7 +189,7 @@ def test_checkpoints_are_those_of_the_trainer(workdir):
     files = [file for file in (folder / "9").rglob("*") if file.is_file()]
     assert checkpoint["bytes"] == sum(file.stat().st_size for file in files)
     (workdir / "seals" / "9.json").rename(workdir / "seals" / "12.json")  # a seal of nothing
-    found = told(workdir, START + 1e6)
+    found = facts_at(workdir, START + 1e6)
     assert (found["checkpoint"]["step"], found["checkpoint"]["unsealed"]) == (6, [9])
     assert [fault for fault in found["faults"] if "[9] have no seal" in fault]
 

@@ -135,7 +135,7 @@ def test_only_what_is_declared_so_decays_and_dynamics_have_their_own_rate(name):
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_optimizer_descends(name):
-    """On a quadratic bowl around other parameters."""
+    """On a quadratic function with its minimum elsewhere."""
     config = config_of(**{"optimizer.name": name, "optimizer.weight_decay": 0.0,
                           "optimizer.learning_rate": 3e-2, "train.total_steps": 200,
                           "optimizer.dynamics_learning_rate": 3e-2})  # fmt: skip
