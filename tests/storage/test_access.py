@@ -28,7 +28,7 @@ def check(url, intent, seconds=60):
 
 
 def message(command):
-    """The single line that a failing command prints, in an interpreter that imports nothing else."""
+    """The single line that a failing command prints, in an interpreter of its own."""
     done = trainer.run(command, code=1, forked=False)
     (line,) = done.stderr.strip().splitlines()
     return line
