@@ -201,7 +201,7 @@ def test_interrupted_from_the_keyboard(tmp_path):
 @contextlib.contextmanager
 def small_disk(mount):
     mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
