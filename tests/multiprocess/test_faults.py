@@ -4,6 +4,7 @@
 
 import os
 import re
+import shutil
 import signal
 import statistics
 
@@ -18,7 +19,9 @@ OPTIONS = ("train.total_steps=2000", "train.eval_every_steps=1000")
 @pytest.fixture
 def cluster(tmp_path):
     """Starts two processes that train, each ended by its own exit code."""
-    opened = []
+    opened, compiled = [], trainer.home() / "compiled-by-two"
+    if compiled.exists():
+        shutil.copytree(compiled, tmp_path / "run/compilation_cache")
 
     def start(*options, until_step=0, **of_one):
         opened.append(Cluster(tmp_path, tmp_path / "run", *OPTIONS, *options))
@@ -28,6 +31,8 @@ def cluster(tmp_path):
 
     yield start
     opened[0].kill()
+    if (tmp_path / "run/compilation_cache").exists() and not compiled.exists():
+        shutil.copytree(tmp_path / "run/compilation_cache", compiled)
 
 
 def test_sigterm_to_one_saves_the_step_of_all_and_one_process_goes_on(cluster, tmp_path):

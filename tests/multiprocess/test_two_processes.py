@@ -21,7 +21,6 @@ OPTIONS = (
     f"train.total_steps={STEPS}",
     "checkpoint.every_steps=5",
     "train.compilation_cache=False",
-    "model.num_layers=2",
 )
 NUM_DEVICES = 2  # of each process
 SECONDS = 240  # that a run may take
@@ -68,9 +67,7 @@ def two_processes(*options):
 
 
 def parameters(workdir):
-    config = trainer.get_config()
-    config.model.num_layers = 2
-    return tiny_run.parameters(workdir, config, STEPS)
+    return tiny_run.parameters(workdir, trainer.get_config(), STEPS)
 
 
 def assert_same_results(run, reference):
