@@ -10,9 +10,11 @@ Objects in storage cannot be appended to, and TensorFlow accesses gs:// through 
 
 import html
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
+import socket
 import tempfile
 import time
 import uuid
@@ -26,6 +28,7 @@ from etils import epath
 from spectral_pod import storage
 from spectral_pod.errors import UserError
 
+_EVENT_FILES = itertools.count()  # numbers those of this process
 _COPY_SECONDS = 30.0  # between copies to storage, if none is requested
 
 
@@ -210,29 +213,39 @@ class _Uploader:
 
 
 class _TensorBoardWriter:
-    """A CLU-like writer, as far as needed here, without TensorFlow."""
+    """A CLU-like writer, as far as needed here, without TensorFlow.
+
+    TensorBoard's own `EventFileWriter` writes on a thread that dies with a traceback when the disk
+    is full; here the calling thread writes, and raises.
+    """
 
     def __init__(self, workdir: str):
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._file = EventFileWriter(workdir)
+        self._event = Event
+        folder = pathlib.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        process = f"{socket.gethostname()}.{os.getpid()}.{next(_EVENT_FILES)}"
+        file = folder / f"events.out.tfevents.{int(time.time()):010}.{process}"
+        self._file = RecordWriter(file.open("wb"))
+        self._write(file_version="brain.Event:2")
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
         for name, value in values.items():
-            self._add(step, scalar_pb(name, value))
+            self._write(step=step, summary=scalar_pb(name, value))
 
     def write_texts(self, step: int, values: Mapping[str, str]) -> None:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         for name, text in values.items():
-            self._add(step, text_pb(name, text))
+            self._write(step=step, summary=text_pb(name, text))
 
-    def _add(self, step: int, summary: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self._file.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+    def _write(self, **content: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
 
     def flush(self) -> None:
         self._file.flush()
