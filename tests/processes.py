@@ -154,11 +154,14 @@ def _serve(fileno):
             for stream in streams:
                 os.close(stream)
             os.waitpid(between, 0)
-        elif pid := os.fork():
+            continue
+        between = os.getpid()
+        if pid := os.fork():
             listening.send(str(pid).encode())
             os._exit(0)
-        else:
-            break
+        while os.getppid() == between:  # until the kernel has made this a child of the tests
+            time.sleep(0.001)
+        break
     listening.close()
     request = json.loads(message)
     for own, stream in enumerate(streams):
