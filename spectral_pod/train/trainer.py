@@ -258,7 +258,7 @@ class Trainer:
         self._num_rollbacks[newest] += 1
         if self._num_rollbacks[newest] > limit:
             raise NonFiniteError(
-                f"{bad}; step {newest} was gone back to {limit} times, as "
+                f"{bad}; step {newest} has been restored {limit} times, as "
                 "often as config.train.max_bad_steps allows. Its checkpoint is kept"
             )
         self.progress.restart(bad.step)

@@ -52,18 +52,16 @@ def model_of(config):
 @functools.cache
 def found():
     """The groups of all parameters of all models and mixers, by the last part of their names."""
-    every = [
-        config_of(**{"model.name": name, "model.pattern": (mixer,), **fields})
-        for name, cls in models.MODELS.items()
-        for mixer in MIXERS
-        if MIXERS[mixer].can_be_causal or not cls.causal
-        for fields in (
-            {},
-            {"model.hyena.filter": "implicit", "model.memory.short_conv": 3,
-             "model.channel_mixer": "frequency", "model.spectral.parametrization": "time",
-             "data.documents": cls.max_documents},
-        )
-    ]  # fmt: skip
+    every = []
+    for name, cls in models.MODELS.items():
+        pattern = tuple(m for m in MIXERS if MIXERS[m].can_be_causal or not cls.causal)
+        blocks = {"model.name": name, "model.pattern": pattern, "model.num_layers": len(pattern)}
+        others = {
+            "model.hyena.filter": "implicit", "model.memory.short_conv": 3,
+            "model.channel_mixer": "frequency", "model.spectral.parametrization": "time",
+            "data.documents": cls.max_documents,
+        }  # fmt: skip
+        every += [config_of(**blocks), config_of(**blocks, **others)]
     by_name = {}
     for config in every:
         tree = groups(abstract_params(model_of(config), one_device()))
