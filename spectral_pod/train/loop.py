@@ -1,6 +1,8 @@
 """A run from its configuration to its result, in order."""
 
 import json
+import os
+import sys
 import time
 from typing import Any
 
@@ -114,5 +116,6 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
     if runtime.is_leader():
         storage.write_whole(file, json.dumps(result, indent=1))
     print_once(f"{split} {objective.line(evaluation)}; see {file}")
-    print_once(f"curves: .venv/bin/tensorboard --logdir={trainer.workdir}")
+    folder = os.path.relpath(os.path.dirname(sys.executable))
+    print_once(f"curves: {folder}/tensorboard --logdir={trainer.workdir}")
     return result
