@@ -145,9 +145,8 @@ class DeltaMemoryLayer(Mixer):
             rates_H = jnp.geomspace(*FORGETTING_RATES, self.num_heads)
             start_BNH = jnp.broadcast_to(jnp.log(jnp.expm1(rates_H)), logits_BNH.shape)
             log_gate_BNH = -jax.nn.softplus(logits_BNH.astype(jnp.float32) + start_BNH)
-        return delta_rule(
-            q_BNHK, k_BNHK, v_BNHV, beta_BNH, log_gate_BNH=log_gate_BNH, **options
-        )  # fmt: skip
+        inputs = q_BNHK, k_BNHK, v_BNHV, beta_BNH
+        return delta_rule(*inputs, log_gate_BNH=log_gate_BNH, **options)
 
     def _read(self, o_BNHV: jax.Array) -> jax.Array:
         # Scaled before the projection, where the gradient of the scale has fewer terms.
