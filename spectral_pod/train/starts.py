@@ -1,4 +1,4 @@
-"""What must agree between the processes of a run, and a record of the run's starts."""
+"""A run's start: what its processes must agree on, its claim of the workdir, and its record."""
 
 import contextlib
 import hashlib
