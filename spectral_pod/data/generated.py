@@ -4,13 +4,12 @@ import contextlib
 import hashlib
 import itertools
 import math
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
+from spectral_pod.data import workers
 from spectral_pod.data.progress import Progress
 
 Example = TypeVar("Example")
@@ -31,8 +30,8 @@ def distinct(
       draw: from the number of a chunk to its `chunk` examples; picklable.
       content: the bytes in which two examples differ.
       what: the name in the progress report.
-      num_workers: processes that draw, by default one a core; they change nothing else. They are
-        spawned, so a script that calls this needs the usual `if __name__ == "__main__"`.
+      num_workers: processes that draw (`workers.pool`), by default one a core; they change nothing
+        else.
     """
     num_workers = min(num_workers or os.cpu_count() or 1, math.ceil(num_examples / chunk))
     seen: set[bytes] = set()
@@ -70,7 +69,7 @@ def _chunks(
     if num_workers == 1:
         yield from map(draw, itertools.count())
         return
-    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = workers.pool(num_workers)
     try:
         ahead = deque(pool.submit(draw, index) for index in range(2 * num_workers))
         for index in itertools.count(2 * num_workers):

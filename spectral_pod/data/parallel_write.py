@@ -14,13 +14,12 @@ no manifest, so it is never mistaken for a store, and a repeated write skips the
 import concurrent.futures
 import itertools
 import json
-import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorstore as ts
 
-from spectral_pod.data import byte_store
+from spectral_pod.data import byte_store, workers
 from spectral_pod.data.byte_store import Record
 
 # Records by split, and JSON-serializable facts about the conversion.
@@ -53,8 +52,7 @@ def write(
       documents: the number of documents per record.
       provenance: a function from the facts of all items, in order and after a round trip through
         JSON, to the manifest's provenance; may raise.
-      num_workers: number of converting processes. They are spawned, so a script that calls this
-        function needs the usual `if __name__ == "__main__"`.
+      num_workers: number of converting processes, see `workers.pool`.
 
     Raises:
       DataError: an item cannot be converted.
@@ -74,8 +72,7 @@ def write(
         for index, item in first:
             _write_item(path, index, item, convert, options)
     else:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        with workers.pool(num_workers) as pool:
             pending: set[concurrent.futures.Future[None]] = set()
             try:
                 for index, item in itertools.chain(first, work):
