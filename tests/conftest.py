@@ -1,23 +1,35 @@
-"""JAX at its strictest for every test, and compiled quickly rather than well."""
+"""JAX at its strictest for every test, and compiled quickly rather than well, and once."""
 
+import atexit
 import gc
 import os
 import pathlib
+import shutil
+import signal
+import tempfile
 
 import pytest
 
+from tests import processes
+
 # XLA sizes its thread pool by this; collectives between fake devices starve with fewer threads.
 os.environ["PJRT_NPROC"] = "16"
-# Tests compile much and run little. Processes that tests start choose their own flags.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+# Processes that tests start choose their own flags.
+os.environ.setdefault("XLA_FLAGS", processes.xla_flags())
+# Programs that several processes need are compiled by one of them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="spectral_pod-compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 
 from spectral_pod.parallel import runtime
 
 runtime.initialize(None, 1, 0)
+# A shell starts what runs in the background with SIGINT ignored, which processes inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("tests.trainer")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

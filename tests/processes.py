@@ -71,6 +71,19 @@ def run(command, *, timeout, capture_output=False, **options):
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+def xla_flags(num_devices=1):
+    """XLA's flags in tests, which compile much and run little.
+
+    Compiling takes a third of the time with less optimization and the code of a program in one
+    piece. It changes only machine code, not how programs are split over devices.
+    """
+    return (
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+        f" --xla_force_host_platform_device_count={num_devices}"
+    )
+
+
 def environment():
     """The environment of a test's processes; `tensorflow` is a module that cannot be imported."""
     inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}

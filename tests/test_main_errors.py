@@ -179,7 +179,7 @@ def test_a_loss_that_is_no_number(tmp_path):
 
 
 def test_interrupted_from_the_keyboard(tmp_path):
-    workdir, log = trainer.with_compiled(tmp_path / "run"), tmp_path / "log"
+    workdir, log = tmp_path / "run", tmp_path / "log"
     child = trainer.start(trainer.command(workdir), log, forked=False)
     try:
         while log.read_text().count("accuracy") < 8:
@@ -214,7 +214,6 @@ def test_a_full_disk(tmp_path):
     workdir = mount / "run"
     uninterrupted = trainer.uninterrupted()
     with small_disk(mount):
-        trainer.with_compiled(workdir)
         command = trainer.command(workdir, "checkpoint.every_steps=4", "checkpoint.keep_latest=99")
         done = trainer.run(command, code=2)
         (message,) = re.findall("^(?:Checkpoint|User|OS)Error: .*", done.stderr, re.MULTILINE)

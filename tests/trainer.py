@@ -7,7 +7,6 @@ one can be.
 import functools
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,8 +18,6 @@ from spectral_pod.config import default
 from tests import processes
 
 ROOT = processes.ROOT
-# Compiling is most of what a tiny run does; explained in multidevice/fake_devices.py.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def get_config() -> ConfigDict:
@@ -40,6 +37,7 @@ def get_config() -> ConfigDict:
     c.train.grad_accumulation = 2
     c.train.eval_batch_size = 16
     c.train.eval_every_steps = 20
+    c.train.compilation_cache = False  # that of all tests is used instead
     c.train.log_every_steps = 2  # two windows of steps and one cut short by each checkpoint
     c.checkpoint.every_steps = 5
     c.optimizer.warmup_steps = 5
@@ -65,7 +63,7 @@ def command(workdir, *overrides, config="tests/trainer.py"):
 def environment(tensorflow=False):
     """The environment of tests' processes; without TensorFlow, which takes seconds to import."""
     path = {"PYTHONPATH": str(ROOT)} if tensorflow else {}
-    return processes.environment() | path | {"PJRT_NPROC": "16", "XLA_FLAGS": FLAGS}
+    return processes.environment() | path | {"PJRT_NPROC": "16", "XLA_FLAGS": processes.xla_flags()}
 
 
 def run(arguments, code=0, *, tensorflow=False, forked=True):
@@ -94,12 +92,6 @@ def uninterrupted(*overrides):
     """The workdir of an undisturbed run, which must not be written to."""
     workdir = home() / f"uninterrupted-{len(list(home().iterdir()))}"
     run(command(workdir, *overrides), forked=False)
-    return workdir
-
-
-def with_compiled(workdir, *overrides):
-    """A workdir with nothing but the compiled programs of the uninterrupted run."""
-    shutil.copytree(uninterrupted(*overrides) / "compilation_cache", workdir / "compilation_cache")
     return workdir
 
 

@@ -157,6 +157,6 @@ def get_config():
     c.train.eval_every_steps = 20
     c.train.sample_bytes = 4
     c.train.log_every_steps = 10
-    c.train.compilation_cache = False
+    c.train.compilation_cache = False  # that of all tests is used instead
     c.checkpoint.every_steps = 20
     return c

@@ -79,7 +79,7 @@ class Cluster:
     def start(self, supervised=True, of_one=(), env_of_one=(), forked=True):
         """Starts all processes; the last one also with the options and the environment `of_one`."""
         address, self._starts = f"127.0.0.1:{free_port()}", self._starts + 1
-        flags = f"--xla_force_host_platform_device_count={self.num_devices} {trainer.FLAGS}"
+        flags = processes.xla_flags(self.num_devices)
         env = (
             trainer.environment() | {"XLA_FLAGS": flags, "SUPERVISE_QUICK_SECONDS": "0"} | self.env
         )

@@ -4,7 +4,6 @@
 
 import os
 import re
-import shutil
 import signal
 import statistics
 
@@ -19,9 +18,7 @@ OPTIONS = ("train.total_steps=2000", "train.eval_every_steps=1000")
 @pytest.fixture
 def cluster(tmp_path):
     """Starts two processes that train, each ended by its own exit code."""
-    opened, compiled = [], trainer.home() / "compiled-by-two"
-    if compiled.exists():
-        shutil.copytree(compiled, tmp_path / "run/compilation_cache")
+    opened = []
 
     def start(*options, until_step=0, **of_one):
         opened.append(Cluster(tmp_path, tmp_path / "run", *OPTIONS, *options))
@@ -31,8 +28,6 @@ def cluster(tmp_path):
 
     yield start
     opened[0].kill()
-    if (tmp_path / "run/compilation_cache").exists() and not compiled.exists():
-        shutil.copytree(tmp_path / "run/compilation_cache", compiled)
 
 
 def test_sigterm_to_one_saves_the_step_of_all_and_one_process_goes_on(cluster, tmp_path):
@@ -80,7 +75,7 @@ def test_a_host_with_another_configuration_is_named_everywhere(cluster):
 
 
 def test_a_hang_is_ended_and_every_thread_of_every_host_told(cluster, tmp_path):
-    watched = ("train.stall_seconds=4.0", "train.stall_factor=5.0")
+    watched = ("train.stall_seconds=10.0", "train.stall_factor=5.0")
     two = cluster(*watched, env_of_one={"LATE_DATA": "8:1000"})
     assert two.wait(60) == [77, 77]
     stacks = sorted((tmp_path / "run/stalls").iterdir())

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import tiny_run, trainer
+from tests import processes, tiny_run, trainer
 
 STEPS, RECORDS, BATCH = 10, 19, 8
 # The last evaluation batch has five rows of padding: one of the processes gets padding only.
@@ -20,15 +20,14 @@ OPTIONS = (
     f"train.eval_batch_size={BATCH}",
     f"train.total_steps={STEPS}",
     "checkpoint.every_steps=5",
-    "train.compilation_cache=False",
 )
 NUM_DEVICES = 2  # of each process
 SECONDS = 240  # that a run may take
 
 
 def command(workdir, num_devices, *options):
-    flags = f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} {trainer.FLAGS}"
-    return ["env", flags, *trainer.command(workdir, *OPTIONS, *options)]
+    flags = processes.xla_flags(num_devices)
+    return ["env", f"XLA_FLAGS={flags}", *trainer.command(workdir, *OPTIONS, *options)]
 
 
 @functools.cache

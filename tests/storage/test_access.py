@@ -99,7 +99,7 @@ def test_credentials_of_a_user_without_a_project(tmp_path):
 
 
 def test_outages_shorter_and_longer_than_the_start_timeout(proxy, bucket):
-    proxy.set(outage_s=1)
+    proxy.set(outage_s=3)
     trainer.run(proxy.used_by(check(f"{bucket.url}/run", "write")))
     assert proxy.counts()["outage"] >= 1
     proxy.set(unavailable=1)

@@ -28,7 +28,7 @@ STEPS, EVAL_EVERY, LATE_EVERY = 330, 55, 40
 OPTIONS = (
     f"train.total_steps={STEPS}", f"train.eval_every_steps={EVAL_EVERY}",
     "data.options.validation=512", "checkpoint.keep_latest=3", "train.global_batch_size=24",
-    "train.eval_batch_size=48",
+    "train.eval_batch_size=48", "train.compilation_cache=True",
 )  # fmt: skip
 LATE = {"LATE_DATA": f"{LATE_EVERY}:1.5"}
 AS_USERS_HAVE_IT = {"PYTHONPATH": str(trainer.ROOT)}  # with TensorFlow

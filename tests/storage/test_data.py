@@ -69,7 +69,7 @@ def run(tmp_path, bucket, store):
         workdir = tmp_path / "run"
         options = [f"data.dir={bucket.url}/data", f"data.copies_gb={int(copies)}"]
         options += [f"data.copies_dir={tmp_path}/copies"]
-        command = trainer.command(trainer.with_compiled(workdir, *OPTIONS), *OPTIONS, *options)
+        command = trainer.command(workdir, *OPTIONS, *options)
         done = trainer.run(storage.used_by(command), code)
         return done.stderr.strip().splitlines()[-1] if code else workdir
 

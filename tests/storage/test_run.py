@@ -14,7 +14,7 @@ OPTIONS = (
     "train.total_steps=12",
     "train.eval_every_steps=8",
     "checkpoint.every_steps=4",
-    "model.num_layers=1",
+    "train.compilation_cache=True",
 )
 
 

@@ -49,7 +49,7 @@ def test_a_spike_is_not_a_slope():
 
 
 CONFIG = "tests/train/bad_steps.py"
-SHORT = ("train.total_steps=14", "train.eval_every_steps=7", "train.compilation_cache=False")
+SHORT = ("train.total_steps=14", "train.eval_every_steps=7")
 
 
 def points(workdir, tag):

@@ -77,7 +77,7 @@ def run_with_kills(workdir, moments, *overrides):
 
 
 def test_the_same_command_twice_gives_the_same_run(tmp_path):
-    workdir = trainer.with_compiled(tmp_path / "run")
+    workdir = tmp_path / "run"
     trainer.run(trainer.command(workdir))
     trainer.assert_same_run(workdir, trainer.uninterrupted())
     steps = [line["step"] for line in trainer.curves(workdir) if "train/loss" in line]
@@ -85,16 +85,17 @@ def test_the_same_command_twice_gives_the_same_run(tmp_path):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    workdir = trainer.with_compiled(tmp_path / "run")
+    workdir = tmp_path / "run"
     run_with_kills(workdir, ["step", "save"])
     trainer.assert_same_run(workdir, trainer.uninterrupted())
 
 
 @pytest.mark.slow
 def test_ten_kills(tmp_path):
-    """Without a compilation cache from another run, so that some kills fall into compilation."""
+    """With a compilation cache of its own, so that some kills fall into compilation."""
     moments = ["any", "compile", "step", "save", "any", "step", "save", "compile", "save", "step"]
-    phases = run_with_kills(tmp_path / "run", moments, "train.total_steps=160")
+    own = ("train.total_steps=160", "train.compilation_cache=True")
+    phases = run_with_kills(tmp_path / "run", moments, *own)
     assert sum(phase.startswith("writing") for phase in phases) >= 3
     trainer.assert_same_run(tmp_path / "run", trainer.uninterrupted("train.total_steps=160"))
 

@@ -283,7 +283,7 @@ main.run()
 @functools.cache
 def by_clu():
     """The workdir of a run with TensorFlow, and what it printed of importing that."""
-    workdir = trainer.with_compiled(trainer.home() / "by-clu")
+    workdir = trainer.home() / "by-clu"
     python, _, module, *flags = trainer.command(workdir)
     assert module == "spectral_pod.main"
     done = trainer.run([python, "-c", WATCH, *flags], tensorflow=True)

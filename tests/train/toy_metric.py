@@ -12,5 +12,4 @@ def get_config() -> ConfigDict:
     Classification.evaluation_metrics["squared_loss"] = Average.from_fun(lambda loss, **_: loss**2)
     c = trainer.get_config()
     c.train.total_steps = c.train.eval_every_steps = 2
-    c.train.compilation_cache = False
     return c
