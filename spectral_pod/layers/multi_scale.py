@@ -38,6 +38,8 @@ class MultiScale(nn.Module):
             merged = fine_BND.reshape(B, -1, ratio * D)
             y_BND = Dense(D, ("embed", None), self.dtype, name=f"merge_{i}")(merged)
             y_BND = layer_norm(gelu(y_BND), f"norm_{i}").astype(self.dtype)
+            mask_BN = jnp.pad(mask_BN, ((0, 0), (0, missing))).reshape(B, -1, ratio).any(axis=2)
+            y_BND = jnp.where(mask_BN[..., None], y_BND, jnp.zeros((), self.dtype))
             scales.append(constrain(y_BND, "batch", "position", "width"))
         x_BND = scales.pop()
         for i, ratio in reversed(list(enumerate(self.ratios))):
