@@ -41,15 +41,15 @@ gc.set_threshold(50_000, 20, 20)
 # Folders and files by the time that they take. The workers take them in this order, so that neither
 # is left alone with a long file at the end.
 LONGEST = (
-    "multidevice", "multiprocess", "test_main_errors.py", "train", "storage", "tools", "generate",
-    "data", "models", "layers", "launch",
+    "test_chaos.py", "multidevice", "multiprocess", "test_main_errors.py", "train", "storage",
+    "tools", "generate", "data", "models", "layers", "launch",
 )  # fmt: skip
 TESTS = pathlib.Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
     def place(item):
-        first = item.path.relative_to(TESTS).parts[0]
-        return LONGEST.index(first) if first in LONGEST else len(LONGEST)
+        names = item.path.name, item.path.relative_to(TESTS).parts[0]
+        return min((LONGEST.index(name) for name in names if name in LONGEST), default=len(LONGEST))
 
     items.sort(key=place)

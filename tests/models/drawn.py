@@ -1,10 +1,14 @@
-"""Parameters of any model, drawn here: to compile a model's own initialisation takes seconds."""
+"""Parameters of models, drawn here: to compile the initialisation of a model takes longer."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import numpy as np
 
 from spectral_pod.generate.restore import one_device
-from spectral_pod.models.model import abstract_params
+from spectral_pod.layers.parameter import Parameter
+from spectral_pod.models.model import abstract_params, init_params
 
 # What the values of a parameter lie around, if not 0, and how far from it, if not 0.1.
 CENTRES = {
@@ -17,8 +21,21 @@ SPREADS = {
 }  # fmt: skip
 
 
+def initial_params(model):
+    """The parameters that training starts with."""
+    return nn.unbox(jax.jit(functools.partial(init_params, model))(jax.random.key(0)))
+
+
 def drawn_params(model, seed=0):
-    """Parameters as large as initial ones, without their symmetries and zeros, float32 in NumPy."""
+    return drawn(abstract_params(model, one_device()), seed)
+
+
+def drawn(boxed, seed=0):
+    """Parameters as large as initial ones, without their symmetries and zeros, float32 in NumPy.
+
+    Args:
+      boxed: a tree of `layers.parameter.Parameter`s, of which only the shapes are used.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(path, box):
@@ -29,6 +46,4 @@ def drawn_params(model, seed=0):
             spread = np.prod(shape[first : first + box.inputs]) ** -0.5
         return np.float32(CENTRES.get(name, 0.0) + spread * rng.normal(size=shape))
 
-    return jax.tree_util.tree_map_with_path(
-        draw, abstract_params(model, one_device()), is_leaf=lambda x: hasattr(x, "inputs")
-    )
+    return jax.tree_util.tree_map_with_path(draw, boxed, is_leaf=lambda x: isinstance(x, Parameter))

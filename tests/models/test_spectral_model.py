@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +12,8 @@ from spectral_pod.config import default
 from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.spectral import norm_gate, rms_gate
 from spectral_pod.models import pattern
-from spectral_pod.models.model import init_params
 from spectral_pod.shapes import PAD
-from tests.models.drawn import drawn_params
+from tests.models.drawn import drawn_params, initial_params
 
 
 @functools.cache
@@ -29,11 +27,6 @@ def make(documents=1, **overrides):
     config.update_from_flattened_dict({f"model.{k}": v for k, v in (small | overrides).items()})
     model = models.build(config, seq_len=128, num_classes=5)
     return model, drawn_params(model)
-
-
-def initial(model, seed=0):
-    """The parameters that training starts with."""
-    return nn.unbox(jax.jit(functools.partial(init_params, model))(jax.random.key(seed)))
 
 
 def padded(rows, length):
@@ -99,7 +92,7 @@ def test_byte_zero_is_data(rows):
 
 def test_initial_gradients_reach_every_parameter_and_are_finite_for_empty_records(rows):
     model, _ = make()
-    params = initial(model)
+    params = initial_params(model)
 
     @jax.jit
     def value_and_gradients(tokens):

@@ -25,6 +25,7 @@ SLOW = (
     ("data=2 sequence=2", True),
     ("sequence=4 tensor=2", True),
 )
+PROGRAMS = (("sequence=2", N), ("sequence=2", 4 * N), ("sequence=8", 4 * N))  # mesh, positions
 TOLERANCE = 1e-5  # relative to the largest entry; measured: at most 2e-6
 AXES = {"q": ("batch", "position", "head", None), "state": ("batch", "head", None, None)}
 AXES |= {"k": AXES["q"], "v": AXES["q"], "beta": AXES["q"][:3], "log_gate": AXES["q"][:3]}
@@ -77,7 +78,8 @@ def results(inputs):
     return {"o": o, "last": state} | {f"d{name}": x for name, x in gradients.items()}
 
 
-def compiled(sizes, gated=True, length=N):
+@functools.cache
+def compiled(sizes, gated, length):
     """`results` as a program for a mesh, and the shardings of its inputs."""
     inputs = problem(gated=gated, length=length)
     mesh = fake_devices.mesh_of(sizes)
@@ -89,19 +91,21 @@ def compiled(sizes, gated=True, length=N):
 def compare(sizes, gated):
     """By kind of clips and result, the largest difference from one device, relative to the largest
     entry; NaN where an entry is."""
-    program, places = compiled(sizes, gated)
+    program, places = compiled(sizes, gated, N)
     found = {}
     for clips in CLIPS:
-        inputs = problem(clips, gated)
-        expected = jax.device_get(on_one(gated)(inputs))
-        actual = jax.device_get(program(jax.device_put(inputs, places)))
-        found[clips] = {name: distance(actual[name], x) for name, x in expected.items()}
+        actual = jax.device_get(program(jax.device_put(problem(clips, gated), places)))
+        expected = on_one_device(clips, gated)
+        found[clips] = {name: distance(x, expected[name]) for name, x in actual.items()}
     return found
 
 
 @functools.cache
-def on_one(gated):
-    return compiled("", gated)[0]
+def on_one_device(clips, gated):
+    """No gates are gates of one: a single program gives both."""
+    inputs = problem(clips, gated)
+    ones = {"log_gate": np.zeros(inputs["beta"].shape, np.float32)}
+    return jax.device_get(compiled("", True, N)[0](ones | inputs))
 
 
 def distance(actual, expected):
@@ -114,6 +118,11 @@ def compare_all(cases):
     return [compare(*case) for case in cases]
 
 
+def compare_quick():
+    """The distances of the quick cases, and `programs`, which share a program."""
+    return compare_all(QUICK), programs(PROGRAMS)
+
+
 def without_handing_over():
     """Whether results are finite where handing states over gives NaN, by kind of clips."""
 
@@ -121,7 +130,7 @@ def without_handing_over():
         return run(delta_sequence._varying(first * jnp.nan))
 
     with mock.patch.object(delta_sequence, "_pass_along", hand_over):
-        program, places = compiled("sequence=2")
+        program, places = compiled("sequence=2", True, N)
     found = {}
     for clips in CLIPS:
         actual = jax.device_get(program(jax.device_put(problem(clips), places)))
@@ -133,7 +142,7 @@ def programs(cases):
     """Of each (mesh, positions): the collectives as [kind, type], and bytes of temporaries."""
     found = []
     for sizes, length in cases:
-        program, _ = compiled(sizes, length=length)
+        program, _ = compiled(sizes, True, length)
         pattern = r"= (\(.*?\)|\S+) ([a-z-]+)\(.*channel_id="
         collectives = re.findall(pattern, program.as_text())
         found.append((sorted(collectives), program.memory_analysis().temp_size_in_bytes))
@@ -144,8 +153,13 @@ def programs(cases):
 
 
 @functools.cache
-def compared(cases):
-    return dict(zip(cases, fake_devices.run(__file__, "compare_all", cases), strict=True))
+def quick():
+    return fake_devices.run(__file__, "compare_quick")
+
+
+@functools.cache
+def slow():
+    return fake_devices.run(__file__, "compare_all", SLOW)
 
 
 @pytest.mark.parametrize("clips", CLIPS)
@@ -155,7 +169,8 @@ def compared(cases):
     ids=lambda case: f"{case[0]}, {'gated' if case[1] else 'not gated'}",
 )
 def test_equals_one_device(case, clips):
-    distances = compared(QUICK if case in QUICK else SLOW)[case][clips]
+    cases, found = (QUICK, quick()[0]) if case in QUICK else (SLOW, slow())
+    distances = found[cases.index(case)][clips]
     assert len(distances) == 8 if case[1] else 7
     assert not np.isnan([*distances.values()]).any(), distances
     assert max(distances.values()) <= TOLERANCE, distances
@@ -167,12 +182,11 @@ def test_states_are_handed_over_only_where_a_clip_fires():
 
 
 def test_only_states_travel_and_memory_is_split():
-    cases = ("sequence=2", N), ("sequence=2", 4 * N), ("sequence=8", 4 * N)
-    (few, _), (many, memory), (_, split_memory) = fake_devices.run(__file__, "programs", cases)
+    (few, _), (many, memory), (_, split_memory) = quick()[1]
     assert {kind for _, kind in few} == {"all-gather", "all-reduce", "collective-permute"}
     assert few == many
     assert split_memory < memory / 2
 
 
 if __name__ == "__main__":
-    fake_devices.main(compare_all, without_handing_over, programs)
+    fake_devices.main(compare_quick, compare_all, without_handing_over)

@@ -21,7 +21,7 @@ from spectral_pod.train.state import init_state
 from spectral_pod.train.step import jit_train_step
 from tests.multidevice import fake_devices
 
-STEPS, ROWS, SEQ_LEN = 20, 16, 256
+STEPS, ROWS, SEQ_LEN = 20, 16, 128
 MODELS = {
     "spectral_model": {"model.num_layers": 2, "model.memory_interval": 1},
     "spectral_gpt": {"model.name": "spectral_gpt"},
@@ -72,9 +72,9 @@ def make_batch(seed, by_position=False):
     return {"tokens": tokens, "labels": labels, "valid": valid}
 
 
-def make_step(sizes, **overrides):
-    """(a new state, the jitted step on numpy batches) on a mesh."""
-    s = fake_devices.setup(sizes, **overrides)
+def make_step(sizes, start=None, **overrides):
+    """(a new state or `start`, the jitted step on numpy batches) on a mesh."""
+    s = fake_devices.setup(sizes, **{"data.seq_len": SEQ_LEN} | overrides)
     objective = NextByte if s.model.causal else Classification
     step = jit_train_step(s.model, s.optimizer, objective, s.config, s.mesh, s.abstract)
 
@@ -83,6 +83,8 @@ def make_step(sizes, **overrides):
             state, (averages, _) = step(state, jax.device_put(batch, batch_sharding(s.mesh)))
         return state, float(jax.device_get(averages).compute()["loss"])
 
+    if start is not None:
+        return jax.device_put(start, jax.tree.map(lambda x: x.sharding, s.abstract)), on_mesh
     return init_state(s.model, s.optimizer.tx, s.mesh, s.config.seed), on_mesh
 
 
@@ -138,9 +140,10 @@ def padding():
     other["labels"][~batch["valid"]] = 0
     twice = {k: np.concatenate([v[rows], v[rows]]) for k, v in batch.items()}
     start, step = make_step("data=2 fsdp=2", **overrides)
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))  # a step consumes its state
     found = []
     for each in (batch, other, twice):
-        state, loss = step(jax.tree.map(jnp.copy, start), each)
+        state, loss = step(copy(start), each)
         moments = fake_devices.leaves(state.opt_state[1].mu)
         found.append({"loss": loss, "moments": {k: v.tolist() for k, v in moments.items()}})
     return found

@@ -46,13 +46,18 @@ def product_layers(block, q_JBD, k_JBD, position):
     return jax.vmap(product_step, (0, 0, 0, None))(block, q_JBD, k_JBD, position)
 
 
+plan_of = jax.jit(plan_filter, static_argnums=1)
+prefill_filter = jax.jit(filter_prefill)
+prefill_product = jax.jit(product_prefill, static_argnums=3)
+
+
 def filter_online(h_JND, x_JBND, prompt):
     """All outputs: those of the prompt by the prefill, the others one by one."""
     N = x_JBND.shape[2]
-    plan = plan_filter(h_JND, N)
+    plan = plan_of(h_JND, N)
     if prompt:
-        y_JBPD, state, block = filter_prefill(plan, x_JBND[:, :, :prompt])
-        outputs = list(jnp.moveaxis(y_JBPD, 2, 0))
+        y_JBPD, state, block = prefill_filter(plan, x_JBND[:, :, :prompt])
+        outputs = list(np.moveaxis(y_JBPD, 2, 0))
     else:
         state, block = filter_init(plan, x_JBND.shape[1])
         outputs = []
@@ -67,10 +72,10 @@ def filter_online(h_JND, x_JBND, prompt):
 def product_online(q_JBND, k_JBND, prompt, starts=(0,) * B):
     J, B, N, D = q_JBND.shape
     if prompt:
-        start_JB = jnp.broadcast_to(jnp.int32(starts)[None], (J, B))
+        start_JB = np.broadcast_to(np.int32(starts), (J, B))
         prompts = q_JBND[:, :, :prompt], k_JBND[:, :, :prompt]
-        y_JBPD, state, block = product_prefill(*prompts, start_JB, N)
-        outputs = list(jnp.moveaxis(y_JBPD, 2, 0))
+        y_JBPD, state, block = prefill_product(*prompts, start_JB, N)
+        outputs = list(np.moveaxis(y_JBPD, 2, 0))
     else:
         state, block = product_init(J, B, N, D)
         outputs = []
@@ -83,7 +88,7 @@ def product_online(q_JBND, k_JBND, prompt, starts=(0,) * B):
 
 
 def random(*shape, seed=0):
-    return jnp.float32(np.random.default_rng(seed).normal(size=shape))
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def assert_every_position_agrees(actual, expected):
@@ -111,7 +116,7 @@ def test_growing_product_equals_the_whole_convolution(N, prompt):
 def test_products_of_sequences_that_begin_later(N, prompt, starts):
     """A late start delays the output by the same amount, wherever it is in blocks and tiles."""
     begun = np.arange(N) >= np.reshape(starts, (B, 1))
-    q_JBND, k_JBND = jnp.where(begun[None, None, ..., None], random(2, J, B, N, D), 0)
+    q_JBND, k_JBND = np.where(begun[..., None], random(2, J, B, N, D), np.float32(0))
     actual = product_online(q_JBND, k_JBND, prompt, starts)
     for b, start in enumerate(starts):
         alone = reference.causal_convolution(q_JBND[:, b, start:], k_JBND[:, b, start:])
@@ -130,18 +135,18 @@ def test_a_filter_shorter_or_longer_than_the_sequence(taps):
 
 def test_a_prompt_can_be_given_layer_by_layer():
     N, P = 64, 40
-    plan, x_JBPD = plan_filter(random(J, N, D, seed=1), N), random(J, B, P, D)
-    whole = filter_prefill(plan, x_JBPD)
+    plan, x_JBPD = plan_of(random(J, N, D, seed=1), N), random(J, B, P, D)
+    whole = prefill_filter(plan, x_JBPD)
     parts = []
     for layer in (slice(0, 1), slice(1, 2)):
         plan_of_one = jax.tree.map(operator.itemgetter(layer), plan)
-        parts.append(filter_prefill(plan_of_one, x_JBPD[layer]))
+        parts.append(prefill_filter(plan_of_one, x_JBPD[layer]))
     joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), joined, whole)
 
 
 def test_bfloat16_inputs_are_summed_in_float32():
-    plan = plan_filter(random(J, 2, D), 2)
+    plan = plan_of(random(J, 2, D), 2)
     _, block = filter_init(plan, B)
     x_JBD = random(J, B, D).astype(jnp.bfloat16)
     y_JBD, block = filter_layers(plan.h_JTD, block, x_JBD, 0)
@@ -152,16 +157,22 @@ def test_bfloat16_inputs_are_summed_in_float32():
 
 
 def tile_program(form, N, size, position):
-    """The jitted program of a tile for one layer and channel, and its arguments."""
-    if form == "filter":
+    """The jitted program of a tile for one layer and channel, and its arguments' shapes."""
+
+    def filter_arguments():
         plan = plan_filter(jnp.zeros((1, N, 1)), N)
         state, block = filter_init(plan, 1)
-        spectrum = plan.spectra[(size // BLOCK).bit_length() - 1]
-        arguments = (spectrum, state, block.x_JBTD, position)
-        return functools.partial(online_conv._filter_tile, size=size, reach=size), arguments
-    state, block = product_init(1, 1, N, 1)
-    arguments = (state, (block.q_JBTD, block.k_JBTD), position)
-    return functools.partial(online_conv._product_tile, size=size, reach=size), arguments
+        return plan.spectra[(size // BLOCK).bit_length() - 1], state, block.x_JBTD, position
+
+    def product_arguments():
+        state, block = product_init(1, 1, N, 1)
+        return state, (block.q_JBTD, block.k_JBTD), position
+
+    if form == "filter":
+        program, arguments = online_conv._filter_tile, filter_arguments
+    else:
+        program, arguments = online_conv._product_tile, product_arguments
+    return functools.partial(program, size=size, reach=size), jax.eval_shape(arguments)
 
 
 def tiles(N):
@@ -200,7 +211,7 @@ def test_a_tile_updates_the_state_in_place(form):
         program, arguments = tile_program(form, N, BLOCK, 3 * BLOCK)
         memory = program.func.lower(*arguments, **program.keywords).compile().memory_analysis()
         state = arguments[1] if form == "filter" else arguments[0]
-        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in state if leaf.ndim == 4)
+        assert memory.alias_size_in_bytes >= sum(4 * leaf.size for leaf in state if leaf.ndim == 4)
         temporary[N] = memory.temp_size_in_bytes
     assert temporary[4096] <= temporary[512]
 

@@ -9,7 +9,10 @@ import pytest
 from tests import processes, trainer
 from tools.bench.timing import Case, Comparison, Group, Ratio, Seconds, measure, met
 
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 ROW = {
     "name", "what", "shape", "baseline", "speedup", "repeats", "ms", "ms_min", "wall_ms", "cpu_ms",
     "temporaries", "rates",

@@ -13,7 +13,7 @@ from spectral_pod import SpectralGPT
 from spectral_pod.errors import UserError
 from tests import processes, trainer
 from tests.multidevice import fake_devices
-from tests.tiny_run import write_run
+from tests.tiny_run import tiny_config, write_run
 
 
 def generate(*arguments, code=0):
@@ -31,20 +31,20 @@ def generate(*arguments, code=0):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    write_run(workdir)
+    write_run(workdir, tiny_config(**{"model.num_layers": 1}))
     return workdir
 
 
 @pytest.fixture(scope="module")
 def expected(workdir):
-    return SpectralGPT.from_checkpoint(str(workdir)).generate("é\n", max_length=70, top_k=200)
+    return SpectralGPT.from_checkpoint(str(workdir)).generate("é\n", max_length=60, top_k=200)
 
 
 def test_a_batch(workdir, expected, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "\\u00e9\\n"}\n{"prompt": "another, longer one", "id": 1}\n')
     stdout, stderr = generate(
-        f"--workdir={workdir}", f"--batch={prompts}", "--num_bytes=70", "--top_k=200"
+        f"--workdir={workdir}", f"--batch={prompts}", "--num_bytes=60", "--top_k=200"
     )
     lines = [json.loads(line) for line in stdout.splitlines()]
     assert [line["prompt"] for line in lines] == ["é\n", "another, longer one"]
@@ -55,7 +55,7 @@ def test_a_batch(workdir, expected, tmp_path):
 
 def test_a_stream(workdir, expected):
     stop = next(c for c in expected[20:] if c.isascii() and c.isprintable())
-    flags = f"--workdir={workdir}", "--prompt=é\n", "--num_bytes=70", "--top_k=200", "--stream"
+    flags = f"--workdir={workdir}", "--prompt=é\n", "--num_bytes=60", "--top_k=200", "--stream"
     assert generate(*flags)[0] == expected + "\n"
     assert generate(*flags, f"--stop={stop}")[0] == expected.partition(stop)[0] + "\n"
 

@@ -14,7 +14,10 @@ from spectral_pod.errors import ConfigError
 from tests import processes, trainer
 
 # Only to compile quickly; fake devices are preflight's own business.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def preflight(home, *arguments, code=0, config="tests/tools/tiny.py"):

@@ -1,7 +1,5 @@
 """Optimizers: the group of every parameter, what decays, and every optimizer by its name."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,10 @@ from spectral_pod.config import default
 from spectral_pod.generate.restore import one_device
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.layers.parameter import groups
-from spectral_pod.models.model import abstract_params, init_params
+from spectral_pod.models.model import abstract_params
 from spectral_pod.train import optim
 from spectral_pod.train.optim import OPTIMIZERS, make_optimizer
+from tests.models.drawn import drawn_params
 
 # The group of every parameter that a model can have, by its name.
 DYNAMICS = {
@@ -46,27 +45,34 @@ def config_of(**fields):
 
 
 def model_of(config):
-    return models.build(config, seq_len=64, num_classes=10)
+    return models.build(config, num_classes=10)
 
 
-@functools.cache
+# Mixers whose parameters depend on the second configuration below.
+CHOOSING = ("spectral", "hyena", "delta", "gated_delta")
+
+
 def found():
     """The groups of all parameters of all models and mixers, by the last part of their names."""
-    every = []
+    # Only shapes are computed, in the methods that trace fastest.
+    fast = {"data.seq_len": 16, "model.memory.method": "recurrent", "model.long_conv": "real",
+            "model.spectral.method": "real"}  # fmt: skip
+    others = {
+        "model.hyena.filter": "implicit", "model.memory.short_conv": 3,
+        "model.channel_mixer": "frequency", "model.spectral.parametrization": "time",
+    }  # fmt: skip
+    by_name = {}
     for name, cls in models.MODELS.items():
         pattern = tuple(m for m in MIXERS if MIXERS[m].can_be_causal or not cls.causal)
-        blocks = {"model.name": name, "model.pattern": pattern, "model.num_layers": len(pattern)}
-        others = {
-            "model.hyena.filter": "implicit", "model.memory.short_conv": 3,
-            "model.channel_mixer": "frequency", "model.spectral.parametrization": "time",
-            "data.documents": cls.max_documents,
-        }  # fmt: skip
-        every += [config_of(**blocks), config_of(**blocks, **others)]
-    by_name = {}
-    for config in every:
-        tree = groups(abstract_params(model_of(config), one_device()))
-        for path, group in jax.tree_util.tree_leaves_with_path(tree):
-            by_name.setdefault(path[-1].key, set()).add(group)
+        documents = {"data.documents": cls.max_documents}
+        for mixers, fields in (
+            (pattern, {}), (tuple(m for m in pattern if m in CHOOSING), others | documents),
+        ):  # fmt: skip
+            blocks = {"model.name": name, "model.pattern": mixers, "model.num_layers": len(mixers)}
+            model = model_of(config_of(**fast, **blocks, **fields))
+            tree = groups(abstract_params(model, one_device()))
+            for path, group in jax.tree_util.tree_leaves_with_path(tree):
+                by_name.setdefault(path[-1].key, set()).add(group)
     return by_name
 
 
@@ -95,40 +101,42 @@ def stepped(**fields):
     """(parameters, updates of one step from equal gradients, groups) of an optimizer."""
     config = config_of(**fields)
     model = model_of(config)
-    optimizer = make_optimizer(config, model, one_device())
-    params = nn.unbox(jax.jit(functools.partial(init_params, model))(jax.random.key(0)))
+    optimizer, params = make_optimizer(config, model, one_device()), drawn_params(model)
+    grads = jax.tree.map(lambda x: np.full_like(x, 1e-3), params)
+    state = jax.jit(optimizer.tx.init)(params)
+    update = jax.jit(updated, static_argnums=0)
+    _, state = update(optimizer.tx, grads, state, params)  # with a learning rate of zero
+    updates, _ = update(optimizer.tx, grads, state, params)
+    return params, jax.device_get(updates), optimizer.groups
 
-    @jax.jit
-    def run(params):
-        with jax.numpy_dtype_promotion("standard"):
-            state = optimizer.tx.init(params)
-            grads = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), params)
-            for _ in range(2):  # the first has a learning rate of zero
-                updates, state = optimizer.tx.update(grads, state, params)
-        return updates
 
-    return params, run(params), optimizer.groups
+def updated(tx, grads, state, params):
+    with jax.numpy_dtype_promotion("standard"):
+        return tx.update(grads, state, params)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_only_what_is_declared_so_decays_and_dynamics_have_their_own_rate(name):
-    fields = {"optimizer.name": name, "optimizer.learning_rate": 1e-2}
-    params, with_decay, group_of = stepped(**fields, **{"optimizer.weight_decay": 0.5})
-    _, without, _ = stepped(**fields, **{"optimizer.weight_decay": 0.0})
-    _, slower, _ = stepped(
+    """Two runs differ in the decay and in the rate of dynamics only."""
+    rate = 1e-2  # at the second step, the end of the warm-up
+    fields = {"optimizer.name": name, "optimizer.learning_rate": rate}
+    params, updates, group_of = stepped(
+        **fields, **{"optimizer.weight_decay": 0.5, "optimizer.dynamics_learning_rate": 1e-3}
+    )
+    _, others, _ = stepped(
         **fields, **{"optimizer.weight_decay": 0.0, "optimizer.dynamics_learning_rate": 5e-4}
     )
-    rate = 1e-2  # at the second step, the end of the warm-up
 
-    def check(group, p, u, u_plain, u_slow):
-        decay = -rate * 0.5 * np.asarray(p) if group == "decayed" else 0
-        np.testing.assert_allclose(u - u_plain, decay, rtol=1e-3, atol=1e-7)
-        factor = 0.5 if group == "dynamics" else 1
-        np.testing.assert_allclose(u_slow, factor * np.asarray(u_plain), rtol=1e-5)
+    def check(group, p, u, other):
         assert np.isfinite(u).all()
+        assert np.abs(other).max() > 0
+        if group == "decayed":
+            np.testing.assert_allclose(u - other, -rate * 0.5 * p, rtol=1e-3, atol=1e-7)
+        else:
+            factor = 0.5 if group == "dynamics" else 1
+            np.testing.assert_allclose(other, factor * u, rtol=1e-5)
 
-    jax.tree.map(check, group_of, params, with_decay, without, slower)
-    assert all(np.abs(u).max() > 0 for u in jax.tree.leaves(without))
+    jax.tree.map(check, group_of, params, updates, others)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
@@ -138,9 +146,8 @@ def test_every_optimizer_descends(name):
                           "optimizer.learning_rate": 3e-2, "train.total_steps": 200,
                           "optimizer.dynamics_learning_rate": 3e-2})  # fmt: skip
     model = model_of(config)
-    optimizer = make_optimizer(config, model, one_device())
-    init = jax.jit(lambda key: nn.unbox(init_params(model, key)))
-    params, goal = init(jax.random.key(0)), init(jax.random.key(1))
+    tx = make_optimizer(config, model, one_device()).tx
+    params, goal = drawn_params(model, 0), drawn_params(model, 1)
 
     def loss(params):
         return sum(
@@ -149,14 +156,15 @@ def test_every_optimizer_descends(name):
 
     @jax.jit
     def step(params, state):
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = updated(tx, grads, state, params)
+        return value, optax.apply_updates(params, updates), state
 
-    before, state = float(loss(params)), optimizer.tx.init(params)
-    for _ in range(60):
-        params, state = step(params, state)
-    assert float(loss(params)) < 0.7 * before
+    values, state = [], jax.jit(tx.init)(params)
+    for _ in range(61):
+        value, params, state = step(params, state)
+        values.append(value)
+    assert values[60] < 0.7 * values[0]
 
 
 def test_an_optimizer_is_added_by_one_line(monkeypatch):
