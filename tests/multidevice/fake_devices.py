@@ -20,21 +20,13 @@ from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state
 from tests import conftest, processes, trainer
 
-# All but the first only make compilation four times as fast: they change the machine code of each
-# device, not how programs are split over them.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
 NUM_CLASSES = 10
 
 
 def run(file, function, *arguments):
     """What `function(*arguments)` of a test file returns in a process of its own, as JSON."""
     command = [sys.executable, file, function, json.dumps(arguments)]
-    environment = trainer.environment() | {"XLA_FLAGS": " ".join(FLAGS)}
+    environment = trainer.environment() | {"XLA_FLAGS": processes.xla_flags(8)}
     done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -28,8 +28,7 @@ def start(store, folder, num_processes, first, stop):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    environment = processes.environment() | flags
+    environment = processes.environment() | {"XLA_FLAGS": processes.xla_flags()}
     outputs = [folder / f"{first}-{i}.npz" for i in range(num_processes)]
     children = [
         processes.Popen(

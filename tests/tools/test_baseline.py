@@ -1,7 +1,6 @@
 """Baselines of stores whose best accuracies are known by construction."""
 
 import json
-import os
 import re
 import sys
 
@@ -55,9 +54,13 @@ def by_the_end(rng, label):
 def baseline(*arguments, code=0):
     """(stdout, stderr) of the tool, which must end with `code`."""
     command = [sys.executable, "-m", "tools.baseline", "--config=tests/trainer.py", *arguments]
-    environment = trainer.environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
     done = processes.run(
-        command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=trainer.ROOT,
+        env=trainer.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stderr}"
     assert "Traceback" not in done.stderr

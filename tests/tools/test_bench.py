@@ -9,10 +9,6 @@ import pytest
 from tests import processes, trainer
 from tools.bench.timing import Case, Comparison, Group, Ratio, Seconds, measure, met
 
-FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
 ROW = {
     "name", "what", "shape", "baseline", "speedup", "repeats", "ms", "ms_min", "wall_ms", "cpu_ms",
     "temporaries", "rates",
@@ -22,9 +18,13 @@ ROW = {
 def bench(*arguments, code=0):
     """Runs the benchmarks to their end, which must be `code`."""
     command = [sys.executable, "-m", "tools.bench", *arguments]
-    environment = trainer.environment() | {"XLA_FLAGS": FLAGS}
     done = processes.run(
-        command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
+        command,
+        cwd=trainer.ROOT,
+        env=trainer.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -114,7 +114,7 @@ def scaling(tmp_path, *arguments, code=0):
     """Runs the measurement of scaling to its end, which must be `code`; the rows that it wrote."""
     path = tmp_path / "rows.json"
     command = [sys.executable, "-m", "tools.bench.scaling", *arguments, f"--json={path}"]
-    environment = trainer.environment() | {"XLA_FLAGS": FLAGS, "HOME": str(tmp_path)}
+    environment = trainer.environment() | {"HOME": str(tmp_path)}
     done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -1,7 +1,6 @@
 """Export: the same model is loaded, bit by bit, or one message says why not."""
 
 import json
-import os
 import shutil
 import sys
 
@@ -24,9 +23,7 @@ RESULT = {"step": 1, "eval": {"split": "validation", "loss": 1.25, "confusion": 
 def run_tool(home, *arguments, code=0):
     """Runs the tool without a login; returns its stderr."""
     command = [sys.executable, "-m", "tools.export", *arguments]
-    environment = trainer.environment() | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"], "HF_HOME": str(home), "HF_TOKEN": "",
-    }  # fmt: skip
+    environment = trainer.environment() | {"HF_HOME": str(home), "HF_TOKEN": ""}
     done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=300
     )

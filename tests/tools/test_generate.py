@@ -4,7 +4,6 @@ The flags of several tools conflict within a process, so this file is also a scr
 """
 
 import json
-import os
 import sys
 
 import pytest
@@ -19,9 +18,8 @@ from tests.tiny_run import tiny_config, write_run
 def generate(*arguments, code=0):
     """What the tool prints, (stdout, stderr), which must end with `code`."""
     command = [sys.executable, "-m", "tools.generate", *map(str, arguments)]
-    environment = trainer.environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
     done = processes.run(
-        command, cwd=trainer.ROOT, env=environment, capture_output=True, timeout=300
+        command, cwd=trainer.ROOT, env=trainer.environment(), capture_output=True, timeout=300
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stderr.decode()}"
     assert b"Traceback" not in done.stderr

@@ -13,17 +13,11 @@ from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError
 from tests import processes, trainer
 
-# Only to compile quickly; fake devices are preflight's own business.
-FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
-
 
 def preflight(home, *arguments, code=0, config="tests/tools/tiny.py"):
     """Runs preflight to its end, which must be `code`, with what it remembers below `home`."""
     command = [sys.executable, "-m", "tools.preflight", f"--config={config}", *arguments]
-    environment = trainer.environment() | {"XLA_FLAGS": FLAGS, "HOME": str(home)}
+    environment = trainer.environment() | {"HOME": str(home)}
     del environment["PJRT_NPROC"]  # preflight sets it by itself
     done = processes.run(
         command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=1800

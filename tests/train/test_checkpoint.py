@@ -402,7 +402,7 @@ CHILDREN = {"mesh": mesh_child, "endless": endless_child, "process": process_chi
 def start_child(*args, devices=1):
     environment = processes.environment() | {
         "PJRT_NPROC": "16",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": processes.xla_flags(devices),
     }
     return processes.Popen(
         [sys.executable, __file__, *map(str, args)],
