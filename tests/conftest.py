@@ -38,11 +38,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
-# Folders and files by the time that they take. The workers take them in this order, so that neither
-# is left alone with a long file at the end.
+# Folders and files by the time that they take. The workers take them in this order, so that none is
+# left alone with a long file at the end.
 LONGEST = (
     "test_chaos.py", "multidevice", "multiprocess", "test_main_errors.py", "train", "storage",
-    "tools", "generate", "data", "models", "layers", "launch",
+    "test_old_runs.py", "tools", "test_worked_example.py", "generate", "launch", "test_api.py",
+    "models", "ops", "layers", "data",
 )  # fmt: skip
 TESTS = pathlib.Path(__file__).parent
 

@@ -49,7 +49,7 @@ def model_of(config):
 
 
 # Mixers whose parameters depend on the second configuration below.
-CHOOSING = ("spectral", "hyena", "delta", "gated_delta")
+CHOOSING = ("spectral", "hyena", "selective", "delta", "gated_delta")
 
 
 def found():
