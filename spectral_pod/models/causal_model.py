@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from spectral_pod.layers.block import all_blocks, separate_blocks
 from spectral_pod.layers.dense import Dense, layer_norm
+from spectral_pod.layers.embedding import Embedding, HarmonicEmbedding
 from spectral_pod.layers.mixer import State
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.models.model import Model
@@ -31,7 +32,12 @@ class CausalModel(Model):
     """A model whose logits at a position depend on the tokens up to it, and on no later one.
 
     A language model has 257 classes: the byte values, and last the end of a document.
+
+    Attributes:
+      embedding: the module that maps tokens to vectors.
     """
+
+    embedding: ClassVar[type[Embedding | HarmonicEmbedding]]
 
     bytes_per_position: ClassVar[int] = 1
     causal: ClassVar[bool] = True
@@ -47,7 +53,7 @@ class CausalModel(Model):
         """
         config = self.config
         tokens_BL, mask_BL = (constrain(x, "batch", "position") for x in (tokens_BL, mask_BL))
-        embedded_BND = self.embed(tokens_BL)
+        embedded_BND = self._embed(tokens_BL)
         x_BND = embedded_BND
         if config.positions == "learned":
             table_ND = self._position_table()
@@ -76,7 +82,7 @@ class CausalModel(Model):
           float32 logits [B, P, C] and the state after the prompts, from which the decoder continues
           (`generate/decode.py`).
         """
-        x_BPD, count_B1 = self.embed(tokens_BP), None
+        x_BPD, count_B1 = self._embed(tokens_BP), None
         if self.config.positions == "learned":
             count_BP = jnp.cumsum(mask_BP, axis=1)
             x_BPD = x_BPD + self._position_table()[jnp.maximum(count_BP - 1, 0)]
@@ -101,7 +107,7 @@ class CausalModel(Model):
         Returns:
           float32 logits [B, 1, C] and the new state.
         """
-        x_B1D, count_B1 = self.embed(tokens_B1), state.count_B1
+        x_B1D, count_B1 = self._embed(tokens_B1), state.count_B1
         if count_B1 is not None:
             x_B1D = x_B1D + self._position_table()[count_B1]
             count_B1 = count_B1 + 1
@@ -111,12 +117,13 @@ class CausalModel(Model):
             layers.append(after)
         return self._logits(layer_norm(x_B1D, "norm")), DecodeState(count_B1, tuple(layers))
 
-    def embed(self, tokens_BL: Tokens) -> Positions:
-        """Tokens [B, L] to [B, L, D] in the model's dtype."""
-        raise NotImplementedError
-
     def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:
         """Sows auxiliary losses; by default there are none."""
+
+    def _embed(self, tokens_BL: Tokens) -> jax.Array:
+        config = self.config
+        arguments = config.vocab_size, config.hidden_dim, config.activation_dtype
+        return self.embedding(*arguments, name="embedding")(tokens_BL)
 
     def _position_table(self) -> jax.Array:
         """[N, D] in the model's dtype."""

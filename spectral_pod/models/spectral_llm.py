@@ -10,19 +10,14 @@ import jax.numpy as jnp
 from spectral_pod.layers.embedding import HarmonicEmbedding
 from spectral_pod.models.causal_model import CausalModel
 from spectral_pod.ops.log_spectra import log_spectral_distance
-from spectral_pod.shapes import Positions, TokenMask, Tokens
+from spectral_pod.shapes import Positions, TokenMask
 
 
 class SpectralLLM(CausalModel):
     """Harmonic embeddings, wavelet attention, and a spectral consistency loss."""
 
+    embedding = HarmonicEmbedding
     mixer = "wavelet"
-
-    def embed(self, tokens_BL: Tokens) -> Positions:
-        config = self.config
-        return HarmonicEmbedding(
-            config.vocab_size, config.hidden_dim, config.activation_dtype, name="embedding"
-        )(tokens_BL)
 
     def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:
         """Sows the spectral consistency loss, which is `consistency_weight` times the distance

@@ -27,6 +27,7 @@ MODELS = {
     "spectral_gpt": {"model.name": "spectral_gpt"},
     "spectral_llm": {
         "model.name": "spectral_llm",
+        "data.seq_len": 256,  # so that a device of four holds the 49 positions that filters reach back
         "model.memory_interval": 0,
         # Without the consistency loss, whose logarithms amplify rounding errors of empty bins.
         "model.channel_mixer": "frequency",
@@ -59,13 +60,13 @@ SLOW = (
 # ---- in a process with fake devices
 
 
-def make_batch(seed, by_position=False):
+def make_batch(seed, by_position=False, seq_len=SEQ_LEN):
     """Records of all lengths; some rows are padding. Labels are by row, or by position."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 256, (ROWS, SEQ_LEN)).astype(np.int32)
-    lengths = rng.integers(1, SEQ_LEN + 1, ROWS)
+    tokens = rng.integers(0, 256, (ROWS, seq_len)).astype(np.int32)
+    lengths = rng.integers(1, seq_len + 1, ROWS)
     valid = rng.random(ROWS) < 0.8
-    tokens[np.arange(SEQ_LEN) >= (lengths * valid)[:, None]] = PAD
+    tokens[np.arange(seq_len) >= (lengths * valid)[:, None]] = PAD
     labels = rng.integers(0, fake_devices.NUM_CLASSES, ROWS).astype(np.int32)
     if by_position:
         labels, valid = tokens % fake_devices.NUM_CLASSES, tokens != PAD
@@ -92,8 +93,9 @@ def train(sizes, num_micro, model="spectral_model"):
     """The parameters before and after training, by name, and the loss of every step."""
     state, step = make_step(sizes, **MODELS[model], **{"train.grad_accumulation": num_micro})
     before, losses = fake_devices.leaves(state.params), []
+    seq_len = MODELS[model].get("data.seq_len", SEQ_LEN)
     for seed in range(STEPS):
-        state, loss = step(state, make_batch(seed, by_position=model != "spectral_model"))
+        state, loss = step(state, make_batch(seed, model != "spectral_model", seq_len))
         losses.append(loss)
     return before, fake_devices.leaves(state.params), losses
 
