@@ -27,7 +27,7 @@ MODELS = {
     "spectral_gpt": {"model.name": "spectral_gpt"},
     "spectral_llm": {
         "model.name": "spectral_llm",
-        "data.seq_len": 256,  # so that a device of four holds the 49 positions that filters reach back
+        "data.seq_len": 256,  # four devices hold 64 each: a layer reaches 49 back
         "model.memory_interval": 0,
         # Without the consistency loss, whose logarithms amplify rounding errors of empty bins.
         "model.channel_mixer": "frequency",

@@ -97,7 +97,7 @@ def test_ten_kills(tmp_path):
     own = ("train.total_steps=160", "train.compilation_cache=True")
     phases = run_with_kills(tmp_path / "run", moments, *own)
     assert sum(phase.startswith("writing") for phase in phases) >= 3
-    trainer.assert_same_run(tmp_path / "run", trainer.uninterrupted("train.total_steps=160"))
+    trainer.assert_same_run(tmp_path / "run", trainer.uninterrupted(*own))
 
 
 def test_a_damaged_checkpoint_is_reported_and_left_out(tmp_path):
