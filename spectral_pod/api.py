@@ -168,10 +168,10 @@ class Model:
 class SpectralModel(Model):
     """A classifier of byte sequences.
 
-    >>> config = Config(num_layers=1, hidden_dim=16, embed_dim=8, data={"seq_len": 64})
+    >>> config = Config(num_layers=2, hidden_dim=16, embed_dim=8, data={"seq_len": 64})
     >>> model = SpectralModel(config, num_classes=10)
     >>> f"{model.count_parameters():,} parameters"
-    '4,842 parameters'
+    '10,652 parameters'
     >>> model.classify(b"a record of bytes").shape
     (10,)
     """
@@ -255,9 +255,9 @@ class _LanguageModel(Model):
 class SpectralGPT(_LanguageModel):
     """A language model of bytes: causal long convolutions with delta memories.
 
-    >>> model = SpectralGPT(Config(num_layers=1, hidden_dim=16, data={"seq_len": 64}))
+    >>> model = SpectralGPT(Config(num_layers=2, hidden_dim=16, data={"seq_len": 64}))
     >>> f"{model.count_parameters():,} parameters"
-    '12,417 parameters'
+    '19,603 parameters'
     >>> len(model.generate(b"The signal processing approach", max_length=8))
     8
     """

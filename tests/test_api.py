@@ -35,8 +35,10 @@ def gpt():
 
 @pytest.fixture(scope="module")
 def classifier():
-    small = {"num_layers": 1, "hidden_dim": 16, "embed_dim": 8, "dtype": "float32"}
-    return SpectralModel(Config(**small, data={"seq_len": 64}), num_classes=3)
+    small = {"num_layers": 2, "hidden_dim": 16, "embed_dim": 8, "dtype": "float32"}
+    return SpectralModel(
+        Config(**small, memory={"head_dim": 4}, data={"seq_len": 64}), num_classes=3
+    )
 
 
 def test_the_package_itself_is_light():

@@ -66,7 +66,7 @@ def environment(tensorflow=False):
     return processes.environment() | path | {"PJRT_NPROC": "16", "XLA_FLAGS": processes.xla_flags()}
 
 
-def run(arguments, code=0, *, tensorflow=False, forked=True):
+def run(arguments, code=0, *, tensorflow=False, forked=True, timeout=300):
     """Runs a command to its end, which must be `code`; returns what it printed.
 
     Not `forked`, the interpreter is started as a user's shell does; so it is with TensorFlow.
@@ -74,7 +74,7 @@ def run(arguments, code=0, *, tensorflow=False, forked=True):
     start = processes.run if forked and not tensorflow else subprocess.run
     done = start(
         arguments, cwd=ROOT, env=environment(tensorflow), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, timeout=300,
+        stderr=subprocess.PIPE, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

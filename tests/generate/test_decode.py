@@ -119,7 +119,7 @@ def test_a_text_depends_on_its_own_prompt_and_place():
     assert together == text_of(prompts, num_bytes=40, seed=3)
     assert together == text_of(prompts, num_bytes=40, seed=3, rows=4)
     assert together != text_of(prompts, num_bytes=40, seed=4)
-    assert together[:1] == text_of(prompts[:1], num_bytes=40, seed=3, rows=3)
+    assert together[:1] == text_of(prompts[:1], num_bytes=40, seed=3)
     # A shorter text is a prefix.
     assert [text[:7] for text in together] == text_of(prompts, num_bytes=7, seed=3)
 

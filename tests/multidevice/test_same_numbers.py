@@ -21,13 +21,12 @@ from spectral_pod.train.state import init_state
 from spectral_pod.train.step import jit_train_step
 from tests.multidevice import fake_devices
 
-STEPS, ROWS, SEQ_LEN = 20, 16, 128
+STEPS, ROWS, SEQ_LEN = 20, 16, 256
 MODELS = {
     "spectral_model": {"model.num_layers": 2, "model.memory_interval": 1},
     "spectral_gpt": {"model.name": "spectral_gpt"},
     "spectral_llm": {
         "model.name": "spectral_llm",
-        "data.seq_len": 256,  # four devices hold 64 each: a layer reaches 49 back
         "model.memory_interval": 0,
         # Without the consistency loss, whose logarithms amplify rounding errors of empty bins.
         "model.channel_mixer": "frequency",
@@ -60,22 +59,22 @@ SLOW = (
 # ---- in a process with fake devices
 
 
-def make_batch(seed, by_position=False, seq_len=SEQ_LEN):
+def make_batch(seed, by_position=False):
     """Records of all lengths; some rows are padding. Labels are by row, or by position."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 256, (ROWS, seq_len)).astype(np.int32)
-    lengths = rng.integers(1, seq_len + 1, ROWS)
+    tokens = rng.integers(0, 256, (ROWS, SEQ_LEN)).astype(np.int32)
+    lengths = rng.integers(1, SEQ_LEN + 1, ROWS)
     valid = rng.random(ROWS) < 0.8
-    tokens[np.arange(seq_len) >= (lengths * valid)[:, None]] = PAD
+    tokens[np.arange(SEQ_LEN) >= (lengths * valid)[:, None]] = PAD
     labels = rng.integers(0, fake_devices.NUM_CLASSES, ROWS).astype(np.int32)
     if by_position:
         labels, valid = tokens % fake_devices.NUM_CLASSES, tokens != PAD
     return {"tokens": tokens, "labels": labels, "valid": valid}
 
 
-def make_step(sizes, start=None, **overrides):
-    """(a new state or `start`, the jitted step on numpy batches) on a mesh."""
-    s = fake_devices.setup(sizes, **{"data.seq_len": SEQ_LEN} | overrides)
+def make_step(sizes, **overrides):
+    """(a new state, the jitted step on numpy batches) on a mesh."""
+    s = fake_devices.setup(sizes, **overrides)
     objective = NextByte if s.model.causal else Classification
     step = jit_train_step(s.model, s.optimizer, objective, s.config, s.mesh, s.abstract)
 
@@ -84,8 +83,6 @@ def make_step(sizes, start=None, **overrides):
             state, (averages, _) = step(state, jax.device_put(batch, batch_sharding(s.mesh)))
         return state, float(jax.device_get(averages).compute()["loss"])
 
-    if start is not None:
-        return jax.device_put(start, jax.tree.map(lambda x: x.sharding, s.abstract)), on_mesh
     return init_state(s.model, s.optimizer.tx, s.mesh, s.config.seed), on_mesh
 
 
@@ -93,9 +90,8 @@ def train(sizes, num_micro, model="spectral_model"):
     """The parameters before and after training, by name, and the loss of every step."""
     state, step = make_step(sizes, **MODELS[model], **{"train.grad_accumulation": num_micro})
     before, losses = fake_devices.leaves(state.params), []
-    seq_len = MODELS[model].get("data.seq_len", SEQ_LEN)
     for seed in range(STEPS):
-        state, loss = step(state, make_batch(seed, model != "spectral_model", seq_len))
+        state, loss = step(state, make_batch(seed, by_position=model != "spectral_model"))
         losses.append(loss)
     return before, fake_devices.leaves(state.params), losses
 

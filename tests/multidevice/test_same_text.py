@@ -5,17 +5,10 @@ import math
 import tempfile
 
 import jax
-import numpy as np
 import pytest
 
-from spectral_pod import models
-from spectral_pod.data import tasks
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.text import continuations
-from spectral_pod.train import starts
-from spectral_pod.train.checkpoint import Checkpointer
-from spectral_pod.train.optim import make_optimizer
-from spectral_pod.train.state import abstract_state, init_state
 from tests import tiny_run
 from tests.multidevice import fake_devices
 
@@ -40,29 +33,13 @@ def texts(cases):
         }
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as home:
-        write_runs(home, config, {written_on for written_on, _ in cases})
+        for written_on in {written_on for written_on, _ in cases}:
+            mesh = fake_devices.mesh_of(written_on)
+            tiny_run.write_run(f"{home}/{written_on}", config, mesh=mesh)
         return [
             continued(f"{home}/{written_on}", fake_devices.mesh_of(read_on))
             for written_on, read_on in cases
         ]
-
-
-def write_runs(home, config, meshes):
-    """Writes a workdir from each mesh. The parameters are the same, and those of no initialization:
-    trained parameters do not have its symmetric values."""
-    task = tasks.make(config.data.task, config.data.options)
-    model = models.build(config, seq_len=config.data.seq_len, num_classes=task.num_classes)
-    mesh, rng = fake_devices.mesh_of(""), np.random.default_rng(0)
-    tx = make_optimizer(config, model, mesh).tx
-    state = jax.device_get(init_state(model, tx, mesh, config.seed))
-    params = jax.tree.map(lambda x: x + np.float32(0.05 * rng.normal(size=x.shape)), state.params)
-    state = state.replace(step=np.int32(1), params=params)
-    for sizes in meshes:
-        workdir, mesh = f"{home}/{sizes}", fake_devices.mesh_of(sizes)
-        starts.claim_workdir(workdir, config, tiny_run.DIGEST)
-        places = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
-        with Checkpointer(f"{workdir}/checkpoints", keep_latest=1, keep_best=0) as checkpointer:
-            checkpointer.save(1, jax.device_put(state, places), None)
 
 
 def continued(workdir, mesh):

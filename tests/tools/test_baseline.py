@@ -10,7 +10,7 @@ import pytest
 from spectral_pod.data import byte_store
 from spectral_pod.data.byte_store import Record
 from spectral_pod.data.pipeline import Batches
-from tests import processes, trainer
+from tests import trainer
 from tests.multidevice import fake_devices
 
 SIZES = {"train": 400, "validation": 100, "test": 203}
@@ -54,15 +54,7 @@ def by_the_end(rng, label):
 def baseline(*arguments, code=0):
     """(stdout, stderr) of the tool, which must end with `code`."""
     command = [sys.executable, "-m", "tools.baseline", "--config=tests/trainer.py", *arguments]
-    done = processes.run(
-        command,
-        cwd=trainer.ROOT,
-        env=trainer.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stderr}"
+    done = trainer.run(command, code)
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
 

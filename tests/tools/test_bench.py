@@ -17,17 +17,7 @@ ROW = {
 
 def bench(*arguments, code=0):
     """Runs the benchmarks to their end, which must be `code`."""
-    command = [sys.executable, "-m", "tools.bench", *arguments]
-    done = processes.run(
-        command,
-        cwd=trainer.ROOT,
-        env=trainer.environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+    return trainer.run([sys.executable, "-m", "tools.bench", *arguments], code, timeout=600)
 
 
 def report(tmp_path, *arguments):

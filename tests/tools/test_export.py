@@ -14,7 +14,7 @@ from spectral_pod import SpectralGPT, SpectralLLM
 from spectral_pod.errors import CheckpointError, ConfigError, DataError
 from spectral_pod.generate import export, hub
 from spectral_pod.generate.restore import restore_for_inference
-from tests import processes, trainer
+from tests import trainer
 from tests.tiny_run import DIGEST, write_run
 
 RESULT = {"step": 1, "eval": {"split": "validation", "loss": 1.25, "confusion": [[1]]}}
@@ -22,12 +22,8 @@ RESULT = {"step": 1, "eval": {"split": "validation", "loss": 1.25, "confusion": 
 
 def run_tool(home, *arguments, code=0):
     """Runs the tool without a login; returns its stderr."""
-    command = [sys.executable, "-m", "tools.export", *arguments]
-    environment = trainer.environment() | {"HF_HOME": str(home), "HF_TOKEN": ""}
-    done = processes.run(
-        command, cwd=trainer.ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stderr}"
+    without_login = ["env", f"HF_HOME={home}", "HF_TOKEN="]
+    done = trainer.run([*without_login, sys.executable, "-m", "tools.export", *arguments], code)
     assert "Traceback" not in done.stderr
     return done.stderr
 

@@ -48,10 +48,6 @@ def model_of(config):
     return models.build(config, num_classes=10)
 
 
-# Mixers whose parameters depend on the second configuration below.
-CHOOSING = ("spectral", "hyena", "selective", "delta", "gated_delta")
-
-
 def found():
     """The groups of all parameters of all models and mixers, by the last part of their names."""
     # Only shapes are computed, in the methods that trace fastest.
@@ -64,11 +60,8 @@ def found():
     by_name = {}
     for name, cls in models.MODELS.items():
         pattern = tuple(m for m in MIXERS if MIXERS[m].can_be_causal or not cls.causal)
-        documents = {"data.documents": cls.max_documents}
-        for mixers, fields in (
-            (pattern, {}), (tuple(m for m in pattern if m in CHOOSING), others | documents),
-        ):  # fmt: skip
-            blocks = {"model.name": name, "model.pattern": mixers, "model.num_layers": len(mixers)}
+        blocks = {"model.name": name, "model.pattern": pattern, "model.num_layers": len(pattern)}
+        for fields in ({}, others | {"data.documents": cls.max_documents}):
             model = model_of(config_of(**fast, **blocks, **fields))
             tree = groups(abstract_params(model, one_device()))
             for path, group in jax.tree_util.tree_leaves_with_path(tree):
