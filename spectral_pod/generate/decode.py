@@ -21,8 +21,9 @@ not affect valid ones.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,13 +40,14 @@ from spectral_pod.shapes import EOS, PAD
 PLAIN = Sampling()
 END_OF_DOCUMENT = 256  # the class that is not a byte
 
+# A decode state's parts that are prepared or advanced as a whole.
 _KINDS = (GrowingState, FilterInputs, ProductInputs, FilterCache, ProductBlock)
 
 
-class _Filters(NamedTuple):
+class _Filters(flax.struct.PyTreeNode):
     """Long convolutions of equal shapes, decoded together; `places` are indices of their states."""
 
-    places: tuple[int, ...]
+    places: tuple[int, ...] = flax.struct.field(pytree_node=False)
     plan: online_conv.FilterPlan
     sums: online_conv.FilterState
 
@@ -55,18 +57,18 @@ class _Filters(NamedTuple):
         sums, block = online_conv.filter_advance(self.plan, self.sums, block, position)
         blocks = _unstack(block, len(caches))
         caches = [FilterCache(cache.taps_TD, block) for cache, block in zip(caches, blocks)]
-        return self._replace(sums=sums), caches
+        return self.replace(sums=sums), caches
 
 
-class _Products(NamedTuple):
+class _Products(flax.struct.PyTreeNode):
     """Products of two sequences of equal shapes, likewise."""
 
-    places: tuple[int, ...]
+    places: tuple[int, ...] = flax.struct.field(pytree_node=False)
     sums: online_conv.ProductState
 
     def advance(self, blocks: list[ProductBlock], position: int) -> tuple[Any, list[ProductBlock]]:
         sums, block = online_conv.product_advance(self.sums, _stack(blocks), position)
-        return self._replace(sums=sums), _unstack(block, len(blocks))
+        return self.replace(sums=sums), _unstack(block, len(blocks))
 
 
 class Decoder:
@@ -106,15 +108,7 @@ class Decoder:
             self.logits_BC, state = _prefill(model, params, tokens_BP)
         else:
             state = _init_state(model, params, batch)
-        leaves, self._tree = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, _KINDS))
-        self._sums: list[_Filters | _Products] = [
-            *_filters(leaves, self._capacity),
-            *_products(leaves, self._capacity),
-        ]
-        for i, leaf in enumerate(leaves):
-            if isinstance(leaf, GrowingState):
-                leaves[i] = leaf.extend(self._capacity)
-        self._state: DecodeState = jax.tree.unflatten(self._tree, leaves)
+        self._state, self._sums = _prepare(state, self._capacity)
 
     def extend(
         self, tokens_B: jax.Array, keys_B: jax.Array, drawn: int, sampling: Sampling
@@ -149,13 +143,13 @@ class Decoder:
         self.position += BLOCK
         if self.position == self._capacity:  # no later position needs this block
             return
-        leaves = jax.tree.leaves(self._state, is_leaf=lambda x: isinstance(x, _KINDS))
+        leaves, tree = _leaves(self._state)
         for i, group in enumerate(self._sums):
             caches: list[Any] = [leaves[place] for place in group.places]
             self._sums[i], caches = group.advance(caches, self.position)
             for place, cache in zip(group.places, caches):
                 leaves[place] = cache
-        self._state = jax.tree.unflatten(self._tree, leaves)
+        self._state = jax.tree.unflatten(tree, leaves)
 
 
 def generate(
@@ -319,6 +313,23 @@ def _read_block(
 
 
 # ---- States after prefill become states of steps ------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _prepare(state: DecodeState, capacity: int) -> tuple[DecodeState, list[_Filters | _Products]]:
+    """The state of the first step after a prompt, and the sums beside it, as one program."""
+    leaves, tree = _leaves(state)
+    sums: list[_Filters | _Products] = [
+        *_filters(leaves, capacity),
+        *_products(leaves, capacity),
+    ]
+    leaves = [leaf.extend(capacity) if isinstance(leaf, GrowingState) else leaf for leaf in leaves]
+    return jax.tree.unflatten(tree, leaves), sums
+
+
+def _leaves(state: DecodeState) -> tuple[list[Any], Any]:
+    """The parts of a state that the decoder treats as one, and how they make up the state."""
+    return jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, _KINDS))
 
 
 def _filters(leaves: list[Any], capacity: int) -> list[_Filters]:
