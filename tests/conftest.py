@@ -16,11 +16,13 @@ from tests import processes
 os.environ["PJRT_NPROC"] = "16"
 # Processes that tests start choose their own flags.
 os.environ.setdefault("XLA_FLAGS", processes.xla_flags())
-# Programs that several processes need are compiled by one of them.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.mkdtemp(prefix="spectral_pod-compiled-")
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+# Programs that several processes need are compiled by one of them, and so are runs made. The first
+# process of a session makes this folder, and all others inherit it.
+if "SPECTRAL_POD_TESTS" not in os.environ:
+    shared = tempfile.mkdtemp(prefix="spectral_pod-tests-")
+    atexit.register(shutil.rmtree, shared, ignore_errors=True)
+    os.environ["SPECTRAL_POD_TESTS"] = shared
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{shared}/compiled")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax

@@ -56,17 +56,25 @@ def test_it_is_used(name, old, facts, tmp_path):
             assert 0 < len(b"".join(piece for (piece,) in pieces)) <= 40
 
 
+def command(old, name, *overrides):
+    overrides = f"data.dir={old / 'data'}", *overrides
+    return trainer.command(old / name, *overrides, config=f"tests/old_runs.py:{name}")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "gpt" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
+def test_it_is_evaluated(name, old):
+    """Also with an option written out that it left at its default."""
+    done = trainer.run([*command(old, name, "data.options.seed=0"), "--eval_only"])
+    assert "step 4 " in done.stdout
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_it_is_evaluated_and_resumed(name, old, facts):
+def test_it_is_resumed(name, old, facts):
     """It uses its own store, which has an older name, and ends as it would have then."""
     stores = sorted(path.name for path in (old / "data").iterdir())
-    command = trainer.command(
-        old / name, f"data.dir={old / 'data'}", config=f"tests/old_runs.py:{name}"
-    )
-    output = trainer.run([*command, "--eval_only"]).stdout
-    assert "step 4 " in output
-    output = trainer.run(command).stdout
-    assert "starting at step 4" in output
+    assert "starting at step 4" in trainer.run(command(old, name)).stdout
     result, want = trainer.result(old / name), facts[name]
     assert result["step"] == 8
     assert result["eval"]["loss"] == pytest.approx(want["loss_at_8"], rel=1e-4)
@@ -74,11 +82,6 @@ def test_it_is_evaluated_and_resumed(name, old, facts):
     assert sorted(path.name for path in (old / "data").iterdir()) == stores
 
 
-def test_options_that_are_written_out_continue_it_and_others_do_not(old):
-    command = trainer.command(
-        old / "gpt", f"data.dir={old / 'data'}", config="tests/old_runs.py:gpt"
-    )
-    trainer.run([*command, "--config.data.options.seed=0", "--eval_only"])
-    command = trainer.command(old / "classifier", config="tests/old_runs.py:classifier")
-    output = trainer.run([*command, "--config.data.options.test=17"], code=2).stderr
-    assert "config.data.options.test: 16 there, 17 now" in output
+def test_other_options_do_not_continue_it(old):
+    done = trainer.run(command(old, "classifier", "data.options.test=17"), code=2)
+    assert "config.data.options.test: 16 there, 17 now" in done.stderr

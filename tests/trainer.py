@@ -4,8 +4,10 @@ This file is also the config of those runs, `--config=tests/trainer.py`: a compl
 one can be.
 """
 
+import fcntl
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -27,7 +29,8 @@ def get_config() -> ConfigDict:
     c.data.seq_len = 256
     c.data.truncate = True  # the records have 500 to 2,000 bytes
     c.model.dtype = "float32"
-    c.model.num_layers = c.model.memory_interval = 1  # every kind of parameter, traced once
+    c.model.num_layers = 1
+    c.model.memory_interval = 0  # half of the time to trace and compile
     c.model.hidden_dim = 16
     c.model.embed_dim = 8
     c.model.memory.head_dim = 8
@@ -46,7 +49,7 @@ def get_config() -> ConfigDict:
 
 @functools.cache
 def home() -> pathlib.Path:
-    """A folder for what the tests of this process share: the data and uninterrupted runs."""
+    """A folder for what the tests of this process share, such as the data."""
     folder = tempfile.TemporaryDirectory(prefix="spectral_pod-")
     home.folder = folder  # removed with this reference, when the process ends
     return pathlib.Path(folder.name)
@@ -89,9 +92,13 @@ def start(arguments, log, *, forked=True):
 
 @functools.cache
 def uninterrupted(*overrides):
-    """The workdir of an undisturbed run, which must not be written to."""
-    workdir = home() / f"uninterrupted-{len(list(home().iterdir()))}"
-    run(command(workdir, *overrides), forked=False)
+    """The workdir of an undisturbed run, which the tests of all workers read and none changes."""
+    shared = pathlib.Path(os.environ["SPECTRAL_POD_TESTS"])
+    workdir = shared / "-".join(["uninterrupted", *overrides])
+    with open(f"{workdir}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "result.json").exists():
+            run(command(workdir, *overrides), forked=False)
     return workdir
 
 

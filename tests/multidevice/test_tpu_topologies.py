@@ -65,6 +65,7 @@ def test_no_collective_grows(name, tmp_path):
     assert all(row["axes"][0] == "data" for row in crossing)  # fsdp stays within a slice
 
 
+@pytest.mark.slow
 def test_a_plain_fft_is_seen_to_reduce_the_global_batch(tmp_path):
     plain = "--config.model.spectral.method=plain", "--config.model.num_layers=1"
     found = report(tmp_path, *QUICK["v4:4x4x4"], *plain, code=2)

@@ -92,9 +92,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills(tmp_path):
-    """With a compilation cache of its own, so that some kills fall into compilation."""
+    """With a delta memory and a compilation cache of its own, so that some kills fall into
+    compilation."""
     moments = ["any", "compile", "step", "save", "any", "step", "save", "compile", "save", "step"]
-    own = ("train.total_steps=160", "train.compilation_cache=True")
+    own = ("train.total_steps=160", "train.compilation_cache=True", "model.memory_interval=1")
     phases = run_with_kills(tmp_path / "run", moments, *own)
     assert sum(phase.startswith("writing") for phase in phases) >= 3
     trainer.assert_same_run(tmp_path / "run", trainer.uninterrupted(*own))

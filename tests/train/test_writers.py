@@ -312,6 +312,7 @@ def test_a_run_without_tensorflow():
     trainer.assert_same_run(without, by_tensorflow)
 
 
+@pytest.mark.slow
 def test_clu_continues_its_own_files(tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(by_clu()[0], workdir)

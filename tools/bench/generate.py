@@ -96,7 +96,10 @@ def _decode(layers: int, width: int, short: int, long: int, stages: int) -> Comp
 
 
 class _Model:
-    """The model for N positions with one form of long convolution, and its parameters."""
+    """The model for N positions with one form of long convolution, and some parameters.
+
+    They are drawn without a program that initializes them, as no time depends on their values.
+    """
 
     def __init__(self, layers: int, width: int, length: int, form: str = "hyena"):
         config: Any = config_lib.default()
@@ -107,8 +110,10 @@ class _Model:
         config.update_from_flattened_dict({f"model.{k}": v for k, v in fields.items()})
         self.module = models.build(config, seq_len=length, num_classes=_NUM_CLASSES, decoding=True)
         tokens_BL = jnp.zeros((1, BLOCK), jnp.int32)
-        init = jax.jit(self.module.init)
-        self.params = nn.unbox(init(jax.random.key(0), tokens_BL, tokens_BL == 0)["params"])
+        init = functools.partial(self.module.init, jax.random.key(0), tokens_BL, tokens_BL == 0)
+        shapes = nn.unbox(jax.eval_shape(init)["params"])
+        rng = np.random.default_rng(0)
+        self.params = jax.tree.map(lambda x: jnp.float32(0.02 * rng.normal(size=x.shape)), shapes)
 
     def decode(self, num_bytes: int) -> Seconds:
         """Samples that many bytes, in whole blocks.
