@@ -40,7 +40,8 @@ def train_step(
     """
     num_micro = config.train.grad_accumulation
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    total_valid = jnp.maximum(jnp.sum(batch["valid"].astype(jnp.float32)), 1.0)
+    # Normalised by the whole batch, so that the losses of micro-batches add up.
+    total_valid, total_rows = _count(batch["valid"]), _count(_valid_rows(batch["valid"]))
 
     def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
         tokens_BL, valid = micro["tokens"], micro["valid"]
@@ -53,11 +54,11 @@ def train_step(
             mutable=["losses"],
         )
         outputs = objective.outputs(logits, micro["labels"], valid, config.train.label_smoothing)
-        # Normalised by the whole batch, so that the losses of micro-batches add up.
         total = jnp.sum(jnp.where(valid, outputs["loss"], 0.0)) / total_valid
         if sown:
-            outputs["auxiliary"] = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL)))
-            total += jnp.sum(outputs["auxiliary"]) / len(batch["tokens"])
+            auxiliary_B = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL), jnp.float32))
+            outputs["auxiliary"] = jnp.where(_valid_rows(valid), auxiliary_B, 0.0)
+            total += jnp.sum(outputs["auxiliary"]) / total_rows
         return total, outputs
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -94,10 +95,19 @@ def train_step(
     if isinstance(opt_state, GuardState):
         scalars["bad_steps"] = opt_state.bad
     if "auxiliary" in outputs:
-        scalars["auxiliary_loss"] = jnp.mean(outputs.pop("auxiliary"))
+        scalars["auxiliary_loss"] = jnp.sum(outputs.pop("auxiliary")) / total_rows
     state = TrainState(state.step + 1, params, opt_state)
     averages = Collection.create(**objective.training_metrics).single_from_model_output(**outputs)
     return state, (averages, scalars)
+
+
+def _valid_rows(valid: jax.Array) -> jax.Array:
+    """The rows with a valid label, bool [B]; the others pad the batch."""
+    return jnp.any(valid, axis=tuple(range(1, valid.ndim)))
+
+
+def _count(valid: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
 
 
 def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
