@@ -56,8 +56,7 @@ class CausalModel(Model):
         embedded_BND = self._embed(tokens_BL)
         x_BND = embedded_BND
         if config.positions == "learned":
-            table_ND = self._position_table()
-            x_BND = x_BND + constrain(table_ND[None, : mask_BL.shape[1]], None, "position", None)
+            x_BND = self._with_positions(x_BND, jnp.cumsum(mask_BL, axis=1))
         x_BND = self._masked(x_BND, mask_BL)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
         x_BND = all_blocks(config, x_BND, mask_BL, train)
@@ -85,8 +84,7 @@ class CausalModel(Model):
         x_BPD, count_B1 = self._embed(tokens_BP), None
         if self.config.positions == "learned":
             count_BP = jnp.cumsum(mask_BP, axis=1)
-            x_BPD = x_BPD + self._position_table()[jnp.maximum(count_BP - 1, 0)]
-            count_B1 = count_BP[:, -1:]
+            x_BPD, count_B1 = self._with_positions(x_BPD, count_BP), count_BP[:, -1:]
         x_BPD, layers = self._masked(x_BPD, mask_BP), []
         for block in separate_blocks(self.config):
             x_BPD, state = block.prefill(x_BPD, mask_BP)
@@ -124,6 +122,27 @@ class CausalModel(Model):
         config = self.config
         arguments = config.vocab_size, config.hidden_dim, config.activation_dtype
         return self.embedding(*arguments, name="embedding")(tokens_BL)
+
+    def _with_positions(self, x_BND: jax.Array, count_BN: jax.Array) -> jax.Array:
+        """Adds the embeddings of positions, which are counted from the first valid one of a row.
+
+        Args:
+          x_BND: the embedded tokens.
+          count_BN: the number of valid positions up to each one, its own included.
+        """
+        table_ND, N = self._position_table(), x_BND.shape[1]
+
+        def by_place() -> jax.Array:
+            return x_BND + constrain(table_ND[None, :N], None, "position", None)
+
+        def by_count() -> jax.Array:
+            return x_BND + table_ND[jnp.maximum(count_BN - 1, 0)]
+
+        # Nothing precedes the valid positions of a batch in training. They are numbered by their
+        # place then, which takes no lookup, and in the backward pass a sum instead of a scatter.
+        place_N = jnp.arange(1, N + 1, dtype=count_BN.dtype)
+        is_prefix = jnp.all((count_BN == place_N[None]) | (count_BN == count_BN[:, -1:]))
+        return jax.lax.cond(is_prefix, by_place, by_count)
 
     def _position_table(self) -> jax.Array:
         """[N, D] in the model's dtype."""

@@ -91,6 +91,15 @@ def test_incremental_is_the_whole(case):
             check(logits_BTC[:, i], lengths + start + i + 1)
 
 
+@pytest.mark.parametrize("name", ["spectral_gpt", "spectral_llm"])
+def test_padding_before_a_sequence_changes_nothing(name):
+    model, _, params = make(name)
+    tokens = np.full((2, LENGTH), PAD, np.int32)
+    tokens[0, :100] = tokens[1, 5:105] = np.random.default_rng(0).integers(0, 256, 100)
+    logits = np.asarray(whole(model, params, tokens))
+    np.testing.assert_allclose(logits[1, 5:105], logits[0, :100], atol=1e-4)
+
+
 def text_of(prompts, **options):
     _, decoding, params = make()
     texts = [b""] * len(prompts)
