@@ -26,6 +26,7 @@ from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import abstract_params, init_params
+from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import num_shards, tree_shardings
 from spectral_pod.shapes import PAD
 from spectral_pod.validation import validate
@@ -108,7 +109,7 @@ class Model:
         def init(key: jax.Array) -> Any:
             return unstack(nn.unbox(init_params(build(), key, num_shards("batch"))))
 
-        with jax.set_mesh(mesh):
+        with on_mesh(mesh):
             params = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
         self._use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, "", []))
 
@@ -158,7 +159,7 @@ class Model:
 
     def __call__(self, tokens_BL: Any) -> jax.Array:
         """float32 logits of int tokens [B, L]; positions with `shapes.PAD` are padding."""
-        with jax.set_mesh(self.mesh):
+        with on_mesh(self.mesh):
             return _apply(self.module, self.params, jnp.asarray(tokens_BL, jnp.int32))
 
     def count_parameters(self) -> int:
@@ -194,7 +195,7 @@ class SpectralModel(Model):
         data = self.config.data
         if len(documents) != data.documents:
             raise DataError(f"{len(documents)} documents; a record here has {data.documents}")
-        with jax.set_mesh(self.mesh):
+        with on_mesh(self.mesh):
             rows = num_shards("batch")
         tokens_BKL = np.full((rows, data.documents, data.seq_len), PAD, np.int32)
         for i, document in enumerate(documents):
@@ -239,7 +240,7 @@ class _LanguageModel(Model):
           ConfigError: the model does not predict bytes.
         """
         given = prompt.encode() if isinstance(prompt, str) else prompt
-        with jax.set_mesh(self.mesh):
+        with on_mesh(self.mesh):
             pieces = continuations(
                 self._trained,
                 [given],

@@ -27,7 +27,7 @@ from spectral_pod.analysis import flops, hardware
 from spectral_pod.analysis.hardware import Topology
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
-from spectral_pod.parallel.mesh import make_mesh
+from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import TrainState, abstract_state
 from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
@@ -92,7 +92,7 @@ def set_up(config: Config, topology: Topology) -> Setup:
         ),
         "eval": (jit_eval_step(model, objective, mesh, abstract), abstract.params, eval_batch),
     }
-    with jax.set_mesh(mesh):
+    with on_mesh(mesh):
         lowered = {
             name: step.trace(*arguments).lower(lowering_platforms=(devices[0].platform,))
             for name, (step, *arguments) in steps.items()

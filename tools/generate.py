@@ -31,7 +31,7 @@ from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations, decoded
 from spectral_pod.parallel import runtime
-from spectral_pod.parallel.mesh import AXES, make_mesh
+from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
 
 from . import shell
 
@@ -72,7 +72,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if trained.config.train.compilation_cache:
         runtime.enable_compilation_cache(workdir)
     started = time.perf_counter()
-    with jax.set_mesh(trained.mesh):
+    with on_mesh(trained.mesh):
         rows: Any = continuations(
             trained,
             prompts,

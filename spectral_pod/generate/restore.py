@@ -24,7 +24,7 @@ from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import Model, abstract_params
 from spectral_pod.objectives import Objective
-from spectral_pod.parallel.mesh import AXES, make_mesh
+from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
 from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.checkpoint import SealedSteps
 from spectral_pod.train.state import abstract_state
@@ -106,7 +106,7 @@ def restore_for_inference(
     stacked = abstract_state(build(), optax.identity(), mesh).params
     module = build(decoding=True)
     shardings = tree_shardings(abstract_params(module, mesh), mesh)
-    with jax.set_mesh(mesh):
+    with on_mesh(mesh):
         params = saved.restore_params(step, stacked)
         params = jax.jit(unstack, out_shardings=shardings)(params)
     return Trained(

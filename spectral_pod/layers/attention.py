@@ -143,7 +143,7 @@ class LinearAttentionLayer(_MultiHead):
 
     def init_state(self, batch: int) -> jax.Array:
         shape = (batch, self.num_heads, self.head_dim, self.head_dim + 1)
-        return jnp.zeros(shape)
+        return jnp.zeros(shape, jnp.float32)
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
         q_BPHK, k_BPHK, v_BPHK = self.project(x_BPD)

@@ -97,7 +97,7 @@ class DeltaMemoryLayer(Mixer):
         self.out = Dense(self.width, ("head", None, "embed"), self.dtype)
 
     def init_state(self, batch: int) -> DeltaState:
-        memory_BHVK = jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim))
+        memory_BHVK = jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim), jnp.float32)
         return DeltaState(memory_BHVK, tuple(short.init_state(batch) for short in self._shorts()))
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, DeltaState]:
@@ -142,7 +142,7 @@ class DeltaMemoryLayer(Mixer):
         log_gate_BNH = None
         if self.gated:
             logits_BNH = self.gate(x_BND)
-            rates_H = jnp.geomspace(*FORGETTING_RATES, self.num_heads)
+            rates_H = jnp.geomspace(*FORGETTING_RATES, self.num_heads, dtype=jnp.float32)
             start_BNH = jnp.broadcast_to(jnp.log(jnp.expm1(rates_H)), logits_BNH.shape)
             log_gate_BNH = -jax.nn.softplus(logits_BNH.astype(jnp.float32) + start_BNH)
         inputs = q_BNHK, k_BNHK, v_BNHV, beta_BNH

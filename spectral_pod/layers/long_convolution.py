@@ -64,7 +64,7 @@ class CausalFilter(nn.Module):
     def _implicit(self, width: int) -> jax.Array:
         """Taps [T, D]: an MLP of t / T and its sines and cosines, with sine activations."""
         t_T1 = jnp.arange(self.num_taps, dtype=jnp.float32)[:, None] / self.num_taps
-        angles = 2 * jnp.pi * t_T1 * jnp.linspace(1e-4, _BANDS - 1, _BANDS)[None]
+        angles = 2 * jnp.pi * t_T1 * jnp.linspace(1e-4, _BANDS - 1, _BANDS, dtype=jnp.float32)[None]
         x = jnp.concatenate([t_T1, jnp.cos(angles), -jnp.sin(angles)], axis=1)
         for i, features in enumerate((_ORDER, _ORDER)):
             x = jnp.sin(_FREQUENCY * self._linear(f"filter_{i}", x, features, "width"))
@@ -126,7 +126,7 @@ class LongConvolution(nn.Module):
         return jnp.swapaxes(causal_conv(v_BDN, h_DT, self.method), 1, 2)
 
     def init_state(self, batch: int) -> FilterInputs:
-        return FilterInputs(self.filter(self.width), jnp.zeros((batch, 0, self.width)))
+        return FilterInputs(self.filter(self.width), jnp.zeros((batch, 0, self.width), jnp.float32))
 
     def prefill(self, v_BPD: jax.Array) -> tuple[jax.Array, FilterInputs]:
         """Convolves prompts; returns [B, P, D] in the dtype of v, and the state after them.

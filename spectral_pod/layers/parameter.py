@@ -30,11 +30,16 @@ class Parameter(nn.LogicallyPartitioned):
 def parameter(
     init: Callable[..., jax.Array], *axes: str | None, group: Group, inputs: int = 0
 ) -> Callable[..., Parameter]:
-    """A Flax initializer of a `Parameter` with these logical axes and this optimizer group."""
+    """A Flax initializer of a `Parameter` with these logical axes and this optimizer group.
+
+    Its value is float32, also where JAX_ENABLE_X64 is set.
+    """
     spec(*axes)  # raises for an axis that is not in the table
 
     def boxed(*args: Any) -> Parameter:
-        return Parameter(init(*args), axes, group=group, inputs=inputs)
+        with jax.enable_x64(False):
+            value = init(*args)
+        return Parameter(value, axes, group=group, inputs=inputs)
 
     return boxed
 

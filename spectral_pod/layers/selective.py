@@ -91,8 +91,8 @@ class SelectiveLayer(Mixer):
         features = self.width if self.form == "broadcast" else self.rank
         return SelectiveState(
             jnp.zeros((batch, 1), jnp.int32),
-            jnp.zeros((batch, 1, self.width)),
-            jnp.zeros((batch, 1, features)),
+            jnp.zeros((batch, 1, self.width), jnp.float32),
+            jnp.zeros((batch, 1, features), jnp.float32),
             None if self.form == "broadcast" else self.long.init_state(batch),
         )
 

@@ -107,7 +107,7 @@ class WaveletAttention(Mixer):
 
     def init_state(self, batch: int) -> WaveletState:
         def zeros(count: int) -> jax.Array:
-            return jnp.zeros((batch, count, self.width))
+            return jnp.zeros((batch, count, self.width), jnp.float32)
 
         inputs = ProductInputs(zeros(0), zeros(0), jnp.zeros(batch, jnp.int32))
         before = reach(self.wavelet, self.levels)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spectral_pod.layers.architecture import Architecture
+from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import num_shards
 
 
@@ -40,6 +41,6 @@ def init_params(model: Model, key: jax.Array, rows: int = 1) -> Any:
 @functools.lru_cache(maxsize=8)  # tracing takes seconds, and several parts of a run need this
 def abstract_params(model: Model, mesh: Mesh) -> Any:
     """The parameters of `init_params` as boxed `jax.ShapeDtypeStruct`s; allocates nothing."""
-    with jax.set_mesh(mesh):
+    with on_mesh(mesh):
         rows, key = num_shards("batch"), jax.eval_shape(lambda: jax.random.key(0))
         return jax.eval_shape(functools.partial(init_params, model, rows=rows), key)

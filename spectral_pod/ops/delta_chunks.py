@@ -275,7 +275,7 @@ def _chunks_backward(
 
 def _decays(inputs: DeltaInputs) -> _Decays:
     if inputs.log_gate is None:
-        return _Decays(*4 * [jnp.ones((1, inputs.k.shape[1], 1, 1, 1))])
+        return _Decays(*4 * [jnp.ones((1, inputs.k.shape[1], 1, 1, 1), inputs.k.dtype)])
     return jax.tree.map(jnp.exp, _log_decays(inputs.log_gate))
 
 

@@ -62,7 +62,7 @@ def delta_rule(
             lambda x: jnp.where(jnp.expand_dims(mask_BN, range(2, x.ndim)), x, 0), inputs
         )
     if state_BHVK is None:
-        state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K))
+        state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K), jnp.float32)
 
     split = method == "chunked" and num_shards("position") > 1
     chunked = delta_rule_split if split else delta_rule_chunked

@@ -95,7 +95,7 @@ def _summary(plan: Plan, inputs: DeltaInputs) -> _Pair:
     """M_BHKK and b_BHVK of the shard, from one run with values [v, 0] and initial state [0; I]."""
     B, _, H, K = inputs.k.shape
     V = inputs.v.shape[-1]
-    below_BHUK = jnp.broadcast_to(jnp.eye(V + K, K, -V), (B, H, V + K, K))
+    below_BHUK = jnp.broadcast_to(jnp.eye(V + K, K, -V, jnp.float32), (B, H, V + K, K))
     everywhere = jax.sharding.get_abstract_mesh().axis_names
     below_BHUK = jax.lax.pcast(below_BHUK, everywhere, to="varying")
     padded = inputs._replace(v=jnp.pad(inputs.v, [(0, 0)] * 3 + [(0, K)]))

@@ -92,7 +92,7 @@ def _features(x: jax.Array) -> jax.Array:
 
 def _with_ones(v: jax.Array) -> jax.Array:
     v = v.astype(jnp.float32)
-    return jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1))], axis=-1)
+    return jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
 
 
 def _normalized(o: jax.Array) -> jax.Array:

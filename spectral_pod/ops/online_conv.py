@@ -126,7 +126,7 @@ def filter_init(plan: FilterPlan, batch: int) -> tuple[FilterState, FilterBlock]
     """The state and block of `batch` sequences before their first position."""
     J, N, D = plan.h_JND.shape
     # Separate buffers, or the state could not be donated.
-    state = FilterState(jnp.zeros((J, batch, N, D)), jnp.zeros((J, batch, N, D)))
+    state = FilterState(*(jnp.zeros((J, batch, N, D), jnp.float32) for _ in range(2)))
     return state, FilterBlock(*(_read(x_JBND, 0, BLOCK) for x_JBND in state))
 
 
@@ -242,7 +242,7 @@ def product_init(
 ) -> tuple[ProductState, ProductBlock]:
     """The state and block before the first of up to `length` positions of [B, D] each."""
     shape = (layers, batch, _capacity(length), width)
-    q_JBND, k_JBND, sums_JBND = (jnp.zeros(shape) for _ in range(3))
+    q_JBND, k_JBND, sums_JBND = (jnp.zeros(shape, jnp.float32) for _ in range(3))
     start_JB = jnp.zeros((layers, batch), jnp.int32)
     state = ProductState(q_JBND, k_JBND, sums_JBND, start_JB, prompt=jnp.int32(0))
     return state, _product_block(state, 0)

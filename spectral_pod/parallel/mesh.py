@@ -1,6 +1,7 @@
 """The device mesh: axes data, fsdp, sequence, tensor."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
@@ -43,6 +44,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             allow_split_physical_axes=True,
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """The context of all computation: sets the mesh, and floats are float32 by default.
+
+    With JAX_ENABLE_X64, parameters and optimizer state would otherwise become float64.
+    """
+    with jax.enable_x64(False), jax.set_mesh(mesh):
+        yield
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:

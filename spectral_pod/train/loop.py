@@ -13,7 +13,7 @@ from spectral_pod import storage
 from spectral_pod.config import Config
 from spectral_pod.errors import DataError, Preempted
 from spectral_pod.parallel import runtime
-from spectral_pod.parallel.mesh import make_mesh
+from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train import starts
 from spectral_pod.train.sources import open_sources
@@ -82,7 +82,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
 def _evaluate_only(trainer: Trainer) -> dict[str, Any]:
     """Evaluates the restored state; writes nothing."""
     split, objective = trainer.config.train.eval_split, trainer.sources.objective
-    with jax.set_mesh(trainer.mesh):
+    with on_mesh(trainer.mesh):
         evaluation = trainer.evaluate_only(split)
     print_once(f"step {trainer.step} {objective.eval_line(split, evaluation)}")
     for text in objective.details(evaluation, trainer.sources.classes):

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from spectral_pod.models.model import Model, abstract_params, init_params
+from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import num_shards, replicated, tree_shardings
 
 
@@ -46,7 +47,7 @@ def init_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh, seed:
     def init(key: jax.Array) -> TrainState:
         return _initial(nn.unbox(init_params(model, key, num_shards("batch"))), tx)
 
-    with jax.set_mesh(mesh):
+    with on_mesh(mesh):
         return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 

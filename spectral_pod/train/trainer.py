@@ -21,6 +21,7 @@ from spectral_pod.generate.restore import Trained
 from spectral_pod.generate.text import continuations
 from spectral_pod.layers.block import unstack
 from spectral_pod.parallel import runtime
+from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
@@ -71,7 +72,7 @@ class Trainer:
         self.overview = parameter_overview.get_parameter_overview(
             self.abstract.params, include_stats=False
         )
-        with jax.set_mesh(mesh):
+        with on_mesh(mesh):
             self.operations = models.operations(config)
         self.checkpointer = Checkpointer(
             f"{workdir}/checkpoints",
@@ -116,7 +117,7 @@ class Trainer:
         """The context of all steps: sets the mesh, handles signals, opens and closes writers."""
         config, workdir = self.config, self.workdir
         with (
-            jax.set_mesh(self.mesh),
+            on_mesh(self.mesh),
             runtime.Interrupt() as self.interrupt,
             self.checkpointer,
             contextlib.closing(

@@ -77,8 +77,9 @@ def run_with_kills(workdir, moments, *overrides):
 
 
 def test_the_same_command_twice_gives_the_same_run(tmp_path):
+    """Also where JAX would make floats float64 by default."""
     workdir = tmp_path / "run"
-    trainer.run(trainer.command(workdir))
+    trainer.run(["env", "JAX_ENABLE_X64=1", *trainer.command(workdir)], forked=False)
     trainer.assert_same_run(workdir, trainer.uninterrupted())
     steps = [line["step"] for line in trainer.curves(workdir) if "train/loss" in line]
     assert steps == sorted({1, *range(2, 41, 2), *range(5, 41, 5)})

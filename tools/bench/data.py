@@ -35,7 +35,7 @@ from spectral_pod.data import byte_store, pipeline
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.objectives import Classification
-from spectral_pod.parallel.mesh import make_mesh
+from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
 from spectral_pod.train.optim import make_optimizer
@@ -152,7 +152,7 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
     model = models.build(config, seq_len=seq_len, num_classes=2)
     optimizer = make_optimizer(config, model, mesh)
     abstract = abstract_state(model, optimizer.tx, mesh)
-    with jax.set_mesh(mesh):
+    with on_mesh(mesh):
         jitted: Any = jit_train_step(model, optimizer, Classification, config, mesh, abstract)
         step = jitted.lower(abstract, abstract_batch(batch_size, seq_len, mesh)).compile()
     training = _Training(step, init_state(model, optimizer.tx, mesh, seed=0))

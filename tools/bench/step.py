@@ -16,7 +16,7 @@ import optax
 from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.objectives import Classification
-from spectral_pod.parallel.mesh import make_mesh
+from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state, init_state
@@ -97,7 +97,7 @@ def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline:
     optimizer = make_optimizer(config, model, mesh)
     abstract = abstract_state(model, optimizer.tx, mesh)
     state = init_state(model, optimizer.tx, mesh, seed=0)
-    with jax.set_mesh(mesh):
+    with on_mesh(mesh):
         jitted: Any = jit_train_step(model, optimizer, Classification, config, mesh, abstract)
         program = jitted.lower(abstract, abstract_batch(batch, length, mesh)).compile()
     tokens, labels = _data(batch, length)
