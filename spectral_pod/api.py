@@ -28,6 +28,7 @@ from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import abstract_params, init_params
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import num_shards, tree_shardings
+from spectral_pod.seeds import random_key
 from spectral_pod.shapes import PAD
 from spectral_pod.validation import validate
 
@@ -110,7 +111,7 @@ class Model:
             return unstack(nn.unbox(init_params(build(), key, num_shards("batch"))))
 
         with on_mesh(mesh):
-            params = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+            params = jax.jit(init, out_shardings=shardings)(random_key(config.seed))
         self._use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, "", []))
 
     def _use(self, trained: Trained) -> None:

@@ -20,22 +20,20 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from spectral_pod.errors import ConfigError, DataError
-from spectral_pod.fields import Bound, NonNegative, NonNegativeFloat, Positive
+from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive
 from spectral_pod.generate.restore import restore_for_inference
-from spectral_pod.generate.sampling import Sampling
+from spectral_pod.generate.sampling import Probability, Sampling
 from spectral_pod.generate.text import continuations, decoded
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
 
 from . import shell
-
-_Probability = Annotated[float, Bound(0, math.nextafter(1, 2), "in [0, 1]")]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_value("--temperature", NonNegativeFloat, 1.0, "0 takes the likeliest byte (1.0)")
     parser.add_value("--top_k", NonNegative, 0, "sample from the k likeliest bytes; 0: all (0)")
     parser.add_value(
-        "--top_p", _Probability, 1.0, "sample from the likeliest bytes of this total probability"
+        "--top_p", Probability, 1.0, "sample from the likeliest bytes of this total probability"
     )
     parser.add_value("--seed", int, 0, "sampling seed (0)")
     parser.add_argument("--stop", default="", metavar="TEXT", help="end a text before this")

@@ -9,6 +9,7 @@ import numpy as np
 
 from spectral_pod.data.pipeline import Batch
 from spectral_pod.errors import ConfigError
+from spectral_pod.seeds import entropy
 from spectral_pod.shapes import PAD
 
 SPLITS = ("train", "validation", "test")
@@ -76,5 +77,5 @@ class Drawn:
 
     def draw(self, record: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels int32 [n] of one example; -1 is the label of what is not scored."""
-        key = np.random.SeedSequence(self._seed, spawn_key=(self._split, record))
+        key = np.random.SeedSequence(entropy(self._seed), spawn_key=(self._split, record))
         return self._draw(np.random.default_rng(key))

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 
 from spectral_pod.data.byte_store import Split
 from spectral_pod.errors import DataError
+from spectral_pod.seeds import entropy
 from spectral_pod.shapes import PAD
 
 # tokens int32 [B, L], or [B, k * L] for records of k documents; labels int32 and valid bool, [B] or
@@ -128,7 +129,7 @@ class Batches:
         return {"tokens": tokens.reshape(len(rows), -1), "labels": labels, "valid": valid}
 
     def _epoch_seed(self, epoch: int) -> int:
-        return int(np.random.SeedSequence([self._seed or 0, epoch]).generate_state(1)[0])
+        return int(np.random.SeedSequence([entropy(self._seed or 0), epoch]).generate_state(1)[0])
 
 
 def load(

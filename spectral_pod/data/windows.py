@@ -13,6 +13,7 @@ import numpy as np
 from spectral_pod.data.byte_store import Split
 from spectral_pod.data.pipeline import Batch
 from spectral_pod.errors import DataError
+from spectral_pod.seeds import entropy
 from spectral_pod.shapes import EOS, PAD
 
 EOS_CLASS = 256  # the class of byte b is b
@@ -68,7 +69,7 @@ class Windows:
         if self._seed is None:
             return (step * self.batch_size + rows) * self.seq_len
         # One generator per step draws the starts of all rows, so every process gets the same ones.
-        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(step,)))
+        rng = np.random.default_rng(np.random.SeedSequence(entropy(self._seed), spawn_key=(step,)))
         return rng.integers(self._stop - self.seq_len, size=self.batch_size)[rows]
 
     def rows(self, step: int, rows: np.ndarray) -> Batch:

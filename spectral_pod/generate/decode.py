@@ -35,6 +35,7 @@ from spectral_pod.layers.wavelet_attention import ProductInputs
 from spectral_pod.models.causal_model import CausalModel, DecodeState
 from spectral_pod.ops import online_conv
 from spectral_pod.ops.online_conv import BLOCK, ProductBlock
+from spectral_pod.seeds import random_key
 from spectral_pod.shapes import EOS, PAD
 
 PLAIN = Sampling()
@@ -186,9 +187,7 @@ def generate(
     num_rows = -(-len(prompts) // rows) * rows
     texts = [bytearray(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(
-        jnp.arange(num_rows)
-    )
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(random_key(seed), row))(jnp.arange(num_rows))
     drawn = 0
     while drawn < num_bytes and not all(ended):
         tokens_BP = _aligned(texts, num_rows, context)

@@ -1,24 +1,39 @@
 """Sampling of the next token from logits."""
 
-from typing import NamedTuple
+import dataclasses
+import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from spectral_pod import fields
+from spectral_pod.fields import Bound, NonNegative, NonNegativeFloat
 
-class Sampling(NamedTuple):
+Probability = Annotated[float, Bound(0, math.nextafter(1, 2), "in [0, 1]")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
     """How a token is sampled.
 
     Attributes:
       temperature: divides the logits; 0 selects the most likely token.
       top_k: samples from the k most likely tokens only; 0 disables the limit.
       top_p: samples from the smallest set of most likely tokens whose probability reaches top_p
-        (Holtzman et al. 2020).
+        (Holtzman et al. 2020); 0 leaves the most likely token.
+
+    Raises:
+      ConfigError: a value is out of its range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegative = 0
+    top_p: Probability = 1.0
+
+    def __post_init__(self) -> None:
+        for name, annotation in fields.types_of(Sampling).items():
+            fields.check(annotation, getattr(self, name), name)
 
 
 def draw(logits_BC: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
@@ -29,9 +44,11 @@ def draw(logits_BC: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Arr
       keys_B: random keys; a row's sample depends on no other row's key.
       sampling: temperature, top-k and top-p.
     """
-    if sampling.temperature == 0:
+    best_B1 = jnp.max(logits_BC, axis=-1, keepdims=True)
+    # A temperature that float32 cannot represent is as good as 0.
+    if sampling.temperature < jnp.finfo(jnp.float32).tiny:
         return jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
-    logits_BC = logits_BC / sampling.temperature
+    logits_BC = (logits_BC - best_B1) / sampling.temperature  # its largest values do not overflow
     if sampling.top_k or sampling.top_p < 1:
         logits_BC = jnp.where(_candidates(logits_BC, sampling), logits_BC, -jnp.inf)
     noise_BC = jax.vmap(lambda key: jax.random.gumbel(key, logits_BC.shape[1:]))(keys_B)
@@ -49,7 +66,7 @@ def _candidates(logits_BC: jax.Array, sampling: Sampling) -> jax.Array:
         p_BC = jax.nn.softmax(jnp.where(kept_BC, logits_BC, -jnp.inf))
         sorted_BC = -jnp.sort(-p_BC, axis=-1)
         before_BC = jnp.cumsum(sorted_BC, axis=-1) - sorted_BC
-        needed_BC = (before_BC < sampling.top_p) & (sorted_BC > 0)
+        needed_BC = ((before_BC < sampling.top_p) | (before_BC == 0)) & (sorted_BC > 0)
         least_B1 = jnp.min(jnp.where(needed_BC, sorted_BC, 1.0), axis=-1, keepdims=True)
         kept_BC &= p_BC >= least_B1
     return kept_BC

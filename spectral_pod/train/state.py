@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from spectral_pod.models.model import Model, abstract_params, init_params
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import num_shards, replicated, tree_shardings
+from spectral_pod.seeds import random_key
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -48,7 +49,7 @@ def init_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh, seed:
         return _initial(nn.unbox(init_params(model, key, num_shards("batch"))), tx)
 
     with on_mesh(mesh):
-        return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+        return jax.jit(init, out_shardings=shardings)(random_key(seed))
 
 
 def _initial(params: Any, tx: optax.GradientTransformation) -> TrainState:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from spectral_pod.objectives import Objective
 from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
+from spectral_pod.seeds import random_key
 from spectral_pod.shapes import PAD
 from spectral_pod.train.optim import GuardState, Optimizer, norms
 from spectral_pod.train.state import TrainState
@@ -39,7 +40,7 @@ def train_step(
     bad steps in a row.
     """
     num_micro = config.train.grad_accumulation
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(random_key(config.seed), state.step)
     # Normalised by the whole batch, so that the losses of micro-batches add up.
     total_valid, total_rows = _count(batch["valid"]), _count(_valid_rows(batch["valid"]))
 

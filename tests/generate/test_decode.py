@@ -8,6 +8,7 @@ import pytest
 
 from spectral_pod import models
 from spectral_pod.config import default
+from spectral_pod.errors import ConfigError
 from spectral_pod.generate import decode
 from spectral_pod.generate.decode import Decoder, generate
 from spectral_pod.generate.sampling import Sampling, draw
@@ -157,6 +158,18 @@ def frequencies(logits, sampling, draws=20_000):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")),
+        ("top_k", -1), ("top_k", 1.5), ("top_p", -0.1), ("top_p", 1.1), ("top_p", float("nan")),
+    ],
+)  # fmt: skip
+def test_a_value_that_means_nothing_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is {value}; it must be"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize(
     ("sampling", "expected"),
     [
         (Sampling(), [0.1, 0.4, 0.2, 0.3]),
@@ -167,6 +180,9 @@ def frequencies(logits, sampling, draws=20_000):
         (Sampling(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),  # 0.4 + 0.3 is not yet enough
         (Sampling(top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
         (Sampling(top_p=0.01), [0, 1, 0, 0]),
+        (Sampling(top_p=0), [0, 1, 0, 0]),
+        (Sampling(temperature=1e-320), [0, 1, 0, 0]),
+        (Sampling(temperature=1e-37), [0, 1, 0, 0]),
         (Sampling(top_k=3, top_p=0.5), [0, 4 / 7, 0, 3 / 7]),  # 4/9 is less than half
     ],
 )

@@ -35,6 +35,7 @@ from spectral_pod.data import byte_store
 from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import DataError
 from spectral_pod.fields import Positive
+from spectral_pod.seeds import entropy
 
 SPLITS = ("train", "validation", "test")
 MIN_KINDS = 8
@@ -159,7 +160,7 @@ class ContentType(StoredTask):
                 f"Files found: {census}. Left out: {left_out}. "
                 "Install more packages, ask for fewer windows_per_class, or name other roots."
             )
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng(entropy(self.seed))
         splits = {}
         for split in SPLITS:
             records = [
@@ -270,7 +271,9 @@ class _Sampler:
 
     def _cut(self, file: File, count: int) -> list[bytes]:
         """`count` windows: one at a random offset in each of `count` equal parts of the file."""
-        rng = np.random.default_rng([self._seed, int.from_bytes(file.digest[:8], "little")])
+        rng = np.random.default_rng(
+            [entropy(self._seed), int.from_bytes(file.digest[:8], "little")]
+        )
         offsets = max(1, file.size - self._window + 1)
         starts = (np.arange(count) + rng.random(count)) * offsets / count
         return [_read(file, int(start), self._window) for start in starts]

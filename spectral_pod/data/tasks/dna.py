@@ -27,6 +27,7 @@ from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Positive
+from spectral_pod.seeds import entropy
 
 CLASSES = ("shuffled", "real")
 SPLITS = ("train", "validation", "test")
@@ -98,7 +99,7 @@ class Dna(StoredTask):
         byte_store.write(
             path,
             {
-                split: self._records(sequences, blocks[split], size, [self.seed, number])
+                split: self._records(sequences, blocks[split], size, [entropy(self.seed), number])
                 for number, (split, size) in enumerate(self._sizes.items())
             },
             classes=CLASSES,
@@ -142,7 +143,7 @@ class Dna(StoredTask):
                 f"{_BLOCK_WINDOWS} windows"
             )
         held_out = max(1, round(_HELD_OUT * len(blocks)))
-        order = np.random.default_rng([self.seed, len(SPLITS)]).permutation(len(blocks))
+        order = np.random.default_rng([entropy(self.seed), len(SPLITS)]).permutation(len(blocks))
         shuffled_blocks = [blocks[i] for i in order]
         return {
             "train": shuffled_blocks[2 * held_out :],

@@ -48,6 +48,7 @@ from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Positive
+from spectral_pod.seeds import entropy
 
 CLASSES = ("unlinked", "linked")
 FILES = {
@@ -255,7 +256,7 @@ def _cuts(seed: int, window: int, roots: Sequence[str]) -> list[_Cut]:
         if digest in seen:
             continue
         seen.add(digest)
-        rng = np.random.default_rng([seed, int.from_bytes(digest, "little")])
+        rng = np.random.default_rng([entropy(seed), int.from_bytes(digest, "little")])
         half = len(content) // 2
         count = min(_MAX_PER_FILE, half // window)
         # In each half one window at a random offset of each of `count` equal parts.
