@@ -1,5 +1,7 @@
 """Attention mixers: over all positions, over a window, in linear time, and of low rank."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,10 @@ class _MultiHead(Mixer):
 
     num_heads: Positive = 4
 
+    # A softmax over keys does not change if all keys move alike: a bias would get a gradient of
+    # rounding errors only, which Adam scales up until runs on different meshes differ.
+    has_key_bias: ClassVar[bool] = True
+
     section = "attention"
     divisible = (
         ("model.hidden_dim", "model.attention.num_heads"),
@@ -32,7 +38,11 @@ class _MultiHead(Mixer):
     def setup(self) -> None:
         # The head axis is first, so that it stays split where Dense makes the kernel a matrix.
         features, axes = (self.num_heads, 3, self.head_dim), ("embed", "head", None, None)
-        self.query_key_value = Dense(features, axes, self.dtype)
+        self.query_key_value = Dense(features, axes, self.dtype, use_bias=self.has_key_bias)
+        if not self.has_key_bias:
+            zeros = parameter(nn.initializers.zeros_init(), "head", None, None, group="undecayed")
+            shape = (self.num_heads, 2, self.head_dim)
+            self.query_value_bias = self.param("query_value_bias", zeros, shape)
         self.out = Dense(self.width, ("head", None, "embed"), self.dtype)
 
     @property
@@ -43,7 +53,12 @@ class _MultiHead(Mixer):
         """[B, N, D] to queries, keys and values, each [B, N, H, K] in `dtype` with H K = D."""
         qkv_BNH3K = self.query_key_value(x_BND)
         qkv_BNH3K = constrain(qkv_BNH3K, "batch", "position", "head", None, None)
-        return [qkv_BNH3K[:, :, :, i] for i in range(3)]
+        q_BNHK, k_BNHK, v_BNHK = (qkv_BNH3K[:, :, :, i] for i in range(3))
+        if not self.has_key_bias:
+            bias_H2K = self.query_value_bias.astype(self.dtype)
+            q_BNHK += bias_H2K[None, None, :, 0]
+            v_BNHK += bias_H2K[None, None, :, 1]
+        return [q_BNHK, k_BNHK, v_BNHK]
 
     def merge(self, o_BNHK: jax.Array) -> jax.Array:
         """Projects the heads' outputs to [B, N, D] in `dtype`."""
@@ -66,6 +81,8 @@ class KeyValues(GrowingState):
 
 class AttentionLayer(_MultiHead):
     """Multi-head softmax attention."""
+
+    has_key_bias = False
 
     @property
     def reach(self) -> int | None:

@@ -20,11 +20,13 @@ class Dense(nn.Module):
       features: sizes of the output's last axes, which replace the contracted axes of x.
       axes: logical axes of the kernel, contracted ones first; the bias has those of the features.
       dtype: of the product and the result.
+      use_bias: whether there is a bias.
     """
 
     features: int | tuple[int, ...]
     axes: Axes
     dtype: Any
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -32,15 +34,15 @@ class Dense(nn.Module):
         num_in = len(self.axes) - len(features)
         shape = x.shape[-num_in:] + features
         init = nn.initializers.lecun_normal(range(num_in), range(num_in, len(shape)))
-        zeros = nn.initializers.zeros_init()
         boxed_kernel = parameter(init, *self.axes, group="decayed", inputs=num_in)
         kernel = self.param("kernel", boxed_kernel, shape)
-        boxed_bias = parameter(zeros, *self.axes[num_in:], group="undecayed")
-        bias = self.param("bias", boxed_bias, features)
+        bias = jnp.zeros(features, self.dtype)
+        if self.use_bias:
+            zeros = parameter(nn.initializers.zeros_init(), *self.axes[num_in:], group="undecayed")
+            bias = self.param("bias", zeros, features).astype(self.dtype)
         # A kernel split over `embed` is gathered here, so that each device multiplies its own rows.
         kernel = constrain(kernel.astype(self.dtype), *(_gathered(axis) for axis in self.axes))
         x = x.astype(self.dtype)
-        bias = bias.astype(self.dtype)
         if num_shards("position") > 1:  # batch and positions, both split, cannot be one axis
             y = jnp.tensordot(x, kernel, num_in)
             return y + jnp.broadcast_to(bias, y.shape)

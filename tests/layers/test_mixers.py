@@ -168,11 +168,15 @@ def test_steps_continue_a_prompt(name):
 
 def dense(params, x, num_in=1):
     kernel = np.float64(params["kernel"])
-    return np.tensordot(x, kernel, num_in) + np.float64(params["bias"])
+    return np.tensordot(x, kernel, num_in) + np.float64(params.get("bias", 0.0))
 
 
 def heads(params, x):
-    return np.moveaxis(dense(params["query_key_value"], x), 3, 0)
+    q, k, v = np.moveaxis(dense(params["query_key_value"], x), 3, 0)
+    if "query_value_bias" in params:  # softmax attention has no bias of keys
+        bias = np.float64(params["query_value_bias"])
+        q, v = q + bias[:, 0], v + bias[:, 1]
+    return q, k, v
 
 
 def softmax(scores, seen):

@@ -27,8 +27,8 @@ DECAYED = {
     "value_combinations",
 }  # fmt: skip
 UNDECAYED = {
-    "bias", "scale", "query", "short_filter", "skip", "level_weight", "mix", "amplitude",
-    "frequency", "phase",
+    "bias", "query_value_bias", "scale", "query", "short_filter", "skip", "level_weight", "mix",
+    "amplitude", "frequency", "phase",
 }  # fmt: skip
 
 
