@@ -9,6 +9,7 @@
     G  chunks, blocks or segments        T  positions in a chunk, or taps of a filter
     J  layers decoded together           P  positions of a prompt
     R  filters mixed per input           S  keys visible to a query, or wavelet bands
+    O  projections of one input
 
 The aliases annotate the inputs and outputs of operations and models; tests check them at run time.
 """

@@ -1,4 +1,4 @@
-"""The causal long-convolution mixer of Hyena (Poli et al. 2023), of order two."""
+"""The causal long-convolution mixer of Hyena (Poli et al. 2023), of orders one to three."""
 
 from typing import Literal, NamedTuple
 
@@ -17,19 +17,28 @@ from spectral_pod.parallel.sharding import constrain
 
 class HyenaState(NamedTuple):
     short: jax.Array | None  # None without a short convolution
-    long: FilterInputs | FilterCache
+    long: tuple[FilterInputs | FilterCache, ...]  # of each long convolution
 
 
 class HyenaLayer(Mixer):
-    """`W_o (u * (h conv v))`, where u and v are short convolutions of projections of x.
+    """Long convolutions and gates by turns, on short convolutions of projections of x.
+
+    Order n > 1 is the operator of Poli et al. 2023, with n + 1 projections x_0 to x_{n-1} and v,
+    and n - 1 long filters h_i with a skip d_i per channel:
+
+        v <- x_i * v,    v <- h_i conv v + d_i * v,    for i = n - 1, ..., 1,    y = W_o (x_0 * v).
+
+    Order 1 is the original design of this project, which is simpler than what was published: it has
+    one filter, without a skip and without a gate before it, `W_o (x_0 * (h conv v))`.
 
     Attributes:
+      order: n.
       filter, decay: see `CausalFilter`.
-      short_conv: taps of the depthwise causal convolution of u and v; 1 disables it (the original
-        design).
+      short_conv: taps of the depthwise causal convolution of the projections; 1 disables it.
       method: see `ops/long_conv.py`.
     """
 
+    order: Literal[1, 2, 3] = 2
     filter: Literal["explicit", "implicit"] = "explicit"
     decay: Literal["learned", "fixed"] = "learned"
     short_conv: Positive = 3
@@ -47,41 +56,57 @@ class HyenaLayer(Mixer):
         return {"causal_conv": long_conv.resolve(config.long_conv)}
 
     def setup(self) -> None:
-        self.project = Dense((2, self.width), ("embed", None, "hidden"), self.dtype, name="in")
+        features = (self.order + 1, self.width)
+        self.project = Dense(features, ("embed", None, "hidden"), self.dtype, name="in")
         if self.short_conv > 1:
-            features, axes = (2, self.width), (None, "channel")
+            axes = (None, "channel")
             self.short = ShortConvolution(features, self.short_conv, axes, self.dtype)
-        self.long = LongConvolution(
-            self.width, self.max_positions, self.filter, self.decay, method=self.method
-        )
+        self.longs = [
+            LongConvolution(
+                self.width, self.max_positions, self.filter, self.decay, skip=self.order > 1,
+                method=self.method, name=name,
+            )
+            for name in ("long", "long_2")[: max(1, self.order - 1)]
+        ]  # fmt: skip
         self.out = Dense(self.width, ("hidden", "embed"), self.dtype)
 
     def init_state(self, batch: int) -> HyenaState:
         short = self.short.init_state(batch) if self.short_conv > 1 else None
-        return HyenaState(short, self.long.init_state(batch))
+        return HyenaState(short, tuple(long.init_state(batch) for long in self.longs))
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, HyenaState]:
-        uv_BP2D, short = self._projected(x_BPD, mask_BP), None
+        projected_BPOD, short = self._projected(x_BPD, mask_BP), None
         if self.short_conv > 1:
-            uv_BP2D, short = self.short.prefill(uv_BP2D)
-        y_BPD, long = self.long.prefill(uv_BP2D[:, :, 1])
-        return self._gated(uv_BP2D, y_BPD), HyenaState(short, long)
+            projected_BPOD, short = self.short.prefill(projected_BPOD)
+        y_BPD, states = projected_BPOD[:, :, -1], []
+        for i, long in enumerate(self.longs):
+            y_BPD, state = long.prefill(self._gated(projected_BPOD, i, y_BPD))
+            states.append(state)
+        return self._read(projected_BPOD, y_BPD), HyenaState(short, tuple(states))
 
     def advance(
         self, x_B1D: jax.Array, state: HyenaState, position: jax.Array
     ) -> tuple[jax.Array, HyenaState]:
-        uv_B12D, short = self._projected(x_B1D), state.short
+        projected_B1OD, short = self._projected(x_B1D), state.short
         if short is not None:
-            uv_B12D, short = self.short.advance(uv_B12D, short)
-        y_B1D, long = self.long.advance(uv_B12D[:, :, 1], state.long, position)
-        return self._gated(uv_B12D, y_B1D), HyenaState(short, long)
+            projected_B1OD, short = self.short.advance(projected_B1OD, short)
+        y_B1D, states = projected_B1OD[:, :, -1], []
+        for i, (long, before) in enumerate(zip(self.longs, state.long)):
+            y_B1D, after = long.advance(self._gated(projected_B1OD, i, y_B1D), before, position)
+            states.append(after)
+        return self._read(projected_B1OD, y_B1D), HyenaState(short, tuple(states))
 
     def _projected(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
-        uv_BN2D = self.project(x_BND)
+        projected_BNOD = self.project(x_BND)
         if mask_BN is not None:
-            uv_BN2D = jnp.where(mask_BN[..., None, None], uv_BN2D, jnp.zeros((), self.dtype))
-        return constrain(uv_BN2D, "batch", "position", None, "channel")
+            zero = jnp.zeros((), self.dtype)
+            projected_BNOD = jnp.where(mask_BN[..., None, None], projected_BNOD, zero)
+        return constrain(projected_BNOD, "batch", "position", None, "channel")
 
-    def _gated(self, uv_BN2D: jax.Array, y_BND: jax.Array) -> jax.Array:
-        y_BND = self.out(uv_BN2D[:, :, 0] * y_BND)
+    def _gated(self, projected_BNOD: jax.Array, i: int, y_BND: jax.Array) -> jax.Array:
+        """The input of the i-th long convolution."""
+        return y_BND if self.order == 1 else projected_BNOD[:, :, self.order - 1 - i] * y_BND
+
+    def _read(self, projected_BNOD: jax.Array, y_BND: jax.Array) -> jax.Array:
+        y_BND = self.out(projected_BNOD[:, :, 0] * y_BND)
         return constrain(y_BND, "batch", "position", "width")

@@ -27,11 +27,14 @@ class CausalFilter(nn.Module):
       decay: 'learned' learns alpha per channel, initially log-spaced from 1 to 1 / T, so that the
         slowest channel reaches the whole context; 'fixed' is alpha = 0.01 (the original design),
         which forgets everything past about 460 positions.
+      skip: adds a learned factor per channel to its first tap, so that the convolution adds a
+        multiple of its input, as Hyena's does.
     """
 
     num_taps: int
     parametrization: str
     decay: str
+    skip: bool = False
 
     @nn.compact
     def __call__(self, width: int) -> jax.Array:
@@ -42,9 +45,14 @@ class CausalFilter(nn.Module):
             width
         )
         envelope_DT = jnp.exp(-alpha_D[:, None] * t_T[None])
-        # The energy of the envelope alone: the norm of the taps is left to the optimizer.
-        energy_D = jnp.sum(jnp.square(jax.lax.stop_gradient(envelope_DT)), axis=1)
-        return taps_TD.T * envelope_DT * jax.lax.rsqrt(energy_D)[:, None]
+        # Whatever the decay, the envelope has unit energy: the norm of the taps is left to the
+        # optimizer.
+        energy_D = jnp.sum(jnp.square(envelope_DT), axis=1)
+        h_DT = taps_TD.T * envelope_DT * jax.lax.rsqrt(energy_D)[:, None]
+        if self.skip:
+            init = parameter(nn.initializers.normal(1.0), "width", group="undecayed")
+            h_DT = h_DT.at[:, 0].add(self.param("skip", init, (width,)))
+        return h_DT
 
     def _alpha(self, width: int) -> jax.Array:
         if self.decay == "fixed":
@@ -98,7 +106,7 @@ class LongConvolution(nn.Module):
 
     Attributes:
       width: D.
-      num_taps, parametrization, decay: see `CausalFilter`.
+      num_taps, parametrization, decay, skip: see `CausalFilter`.
       padding: 'linear' is causal; with 'circular' positions see later ones, which rules out
         decoding.
       method: see `ops/long_conv.py`.
@@ -110,9 +118,10 @@ class LongConvolution(nn.Module):
     decay: str
     padding: str = "linear"
     method: str = "auto"
+    skip: bool = False
 
     def setup(self) -> None:
-        self.filter = CausalFilter(self.num_taps, self.parametrization, self.decay)
+        self.filter = CausalFilter(self.num_taps, self.parametrization, self.decay, self.skip)
 
     def __call__(self, v_BND: jax.Array) -> jax.Array:
         """[B, N, D] to [B, N, D] in the dtype of v."""

@@ -57,10 +57,17 @@ CASES = [
     {
         "pattern": ("hyena", "hyena+gated_delta"),
         "hyena__filter": "implicit",
+        "hyena__order": 3,
         "norm": "post",
         "num_layers": 3,
     },
-    {"pattern": ("hyena",), "hyena__short_conv": 1, "hyena__decay": "fixed", "positions": "none"},
+    {
+        "pattern": ("hyena",),
+        "hyena__order": 1,
+        "hyena__short_conv": 1,
+        "hyena__decay": "fixed",
+        "positions": "none",
+    },
 ]
 
 
