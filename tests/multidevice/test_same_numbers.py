@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.objectives import Classification, NextByte
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
@@ -31,7 +32,10 @@ MODELS = {
         # Without the consistency loss, whose logarithms amplify rounding errors of empty bins.
         "model.channel_mixer": "frequency",
     },
-}
+} | {
+    name: {"model.pattern": (name,), "model.num_layers": 1, "model.memory_interval": 0}
+    for name in MIXERS
+}  # fmt: skip
 # Meshes, micro-batches a step, and the model if it isn't the default.
 QUICK = (
     ("data=2 fsdp=2 tensor=2", 2),
@@ -53,6 +57,7 @@ SLOW = (
     ("data=2 sequence=2 tensor=2", 1),
     ("data=8", 1),
     ("sequence=8", 1),
+    *(("data=2 fsdp=2 tensor=2", 1, name) for name in sorted(MIXERS)),
 )
 
 
@@ -91,7 +96,7 @@ def train(sizes, num_micro, model="spectral_model"):
     state, step = make_step(sizes, **MODELS[model], **{"train.grad_accumulation": num_micro})
     before, losses = fake_devices.leaves(state.params), []
     for seed in range(STEPS):
-        state, loss = step(state, make_batch(seed, by_position=model != "spectral_model"))
+        state, loss = step(state, make_batch(seed, by_position="model.name" in MODELS[model]))
         losses.append(loss)
     return before, fake_devices.leaves(state.params), losses
 
