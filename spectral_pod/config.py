@@ -6,6 +6,7 @@ values a field accepts (`fields.py`); `validation.py` checks what depends on sev
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -140,6 +141,20 @@ def default() -> Config:
     for name, options in mixer_options().items():
         config.model[name] = ConfigDict({option: value for option, (_, value) in options.items()})
     return cast(Config, config)
+
+
+def defaults_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The default configuration, with what fields mean that a recorded one is too old to have.
+
+    Args:
+      recorded: the configuration of a run, from its workdir or export.
+    """
+    values = to_dict(default())
+    model = values["model"]
+    model["hyena"]["order"] = 1
+    head_dim = recorded["model"].get("memory", model["memory"])["head_dim"]
+    model["memory"]["clip"] = 10 / math.sqrt(head_dim)
+    return values
 
 
 def annotations() -> dict[str, Any]:

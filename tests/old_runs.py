@@ -14,6 +14,8 @@ def get_config(name):
     c.model.dtype = "float32"
     c.model.hidden_dim = 16
     c.model.memory.head_dim = 8
+    c.model.memory.clip = 10 / 8**0.5  # as it was
+    c.model.hyena.order = 1
     c.model.dropout = 0.1
     c.train.total_steps = 8
     c.train.global_batch_size = 8

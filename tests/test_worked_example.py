@@ -63,6 +63,7 @@ def test_it_trains(workdir):
     assert losses[-1] < losses[0]
     assert result["operations"] == {"power_law": "dense", "delta_rule": "chunked"}
     assert {"grad_norm/blocks.dynamics", "param_norm/blocks.dynamics"} <= lines[0].keys()
+    assert lines[0]["clipped_writes"] == 0  # of its delta memory
 
 
 def test_its_metric_is_reported(workdir):

@@ -125,15 +125,14 @@ def restore_for_inference(
 def recorded_config(fields: dict[str, Any], file: str) -> Config:
     """The validated configuration from the fields that a file recorded.
 
-    Fields that are newer than the file get their defaults, which keep the behaviour of older
-    models, and are logged.
+    Fields that are newer than the file get the values that it implies, and are logged.
 
     Raises:
       ConfigError: it has fields or values that this version does not support.
     """
-    newer = _fill(fields, config_lib.to_dict(config_lib.default()))
+    newer = _fill(fields, config_lib.defaults_of(fields))
     if newer:
-        logging.warning("%s is older than %s: the defaults are taken", file, ", ".join(newer))
+        logging.warning("%s is older than %s, and is read as it was meant", file, ", ".join(newer))
     config = cast(Config, ConfigDict(fields))
     try:
         validate(config)

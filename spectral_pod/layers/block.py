@@ -142,7 +142,7 @@ def _stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module
     if repeats:
         scanned = nn.scan(
             group,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "metrics": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=repeats,

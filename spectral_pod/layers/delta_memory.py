@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.errors import ConfigError
-from spectral_pod.fields import Positive
+from spectral_pod.fields import NonNegativeFloat, Positive
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import Mixer
@@ -39,6 +39,9 @@ class DeltaMemoryLayer(Mixer):
         'gated_delta' has one.
       short_conv: taps of a depthwise causal convolution of q, k and v, which allows a value to be
         written under the key of an earlier position; 1 disables it.
+      clip: the largest |e||k| of a write, in units of sqrt(K), the length of ordinary values. 0 is
+        no limit. It is for keys that are not normalised: with unit keys, errors are up to twice as
+        long as values. The original limit is 10 for K = 64, that is 1.25 here.
       beta_min, beta_max: the range of the write strength beta, a scaled sigmoid. With the original
         0.01 to 0.3 no write can replace a value: the key then recalls 0.7 old + 0.3 new at best.
       method: 'chunked' or 'recurrent', which compute the same function (`ops/delta_rule.py`).
@@ -49,6 +52,7 @@ class DeltaMemoryLayer(Mixer):
     normalize_keys: bool = True
     gated: bool = False
     short_conv: Positive = 1
+    clip: NonNegativeFloat = 4.0
     beta_min: float = 0.0
     beta_max: float = 1.0
     method: Literal["chunked", "recurrent"] = "chunked"
@@ -133,7 +137,10 @@ class DeltaMemoryLayer(Mixer):
     def _memory(
         self, x_BND: jax.Array, qkv: list[jax.Array], **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """The values read, [B, N, H, V], and the memory after the last position, [B, H, V, K]."""
+        """The values read, [B, N, H, V], and the memory after the last position, [B, H, V, K].
+
+        Sows `clipped_writes`, the share of all writes.
+        """
         q_BNHK, k_BNHK, v_BNHV = qkv
         if self.normalize_keys:
             q_BNHK, k_BNHK = _unit(q_BNHK), _unit(k_BNHK)
@@ -145,8 +152,13 @@ class DeltaMemoryLayer(Mixer):
             rates_H = jnp.geomspace(*FORGETTING_RATES, self.num_heads, dtype=jnp.float32)
             start_BNH = jnp.broadcast_to(jnp.log(jnp.expm1(rates_H)), logits_BNH.shape)
             log_gate_BNH = -jax.nn.softplus(logits_BNH.astype(jnp.float32) + start_BNH)
+        clip = self.clip * self.head_dim**0.5 if self.clip else None
         inputs = q_BNHK, k_BNHK, v_BNHV, beta_BNH
-        return delta_rule(*inputs, log_gate_BNH=log_gate_BNH, **options)
+        result = delta_rule(*inputs, log_gate_BNH=log_gate_BNH, clip=clip, **options)
+        writes = self.num_heads * jnp.sum(options.get("mask_BN", jnp.ones(x_BND.shape[:2], bool)))
+        share = jnp.sum(result.clipped_BH) / jnp.maximum(writes, 1).astype(jnp.float32)
+        self.sow("metrics", "clipped_writes", share)
+        return result.o_BNHV, result.state_BHVK
 
     def _read(self, o_BNHV: jax.Array) -> jax.Array:
         # Scaled before the projection, where the gradient of the scale has fewer terms.

@@ -28,7 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent, dot, pad_tokens
+from spectral_pod.ops.delta_recurrence import (
+    DeltaInputs,
+    DeltaResult,
+    delta_rule_recurrent,
+    dot,
+    pad_tokens,
+)
 
 CHUNK = 32  # tokens of one triangular solve
 MATRICES = 8  # processed at once: several chunks of each head, if there are fewer heads than that
@@ -53,24 +59,21 @@ class Residuals(NamedTuple):
 
 
 def delta_rule_chunked(
-    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = 10.0, chunk: int = CHUNK
-) -> _Pair:
+    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = None, chunk: int = CHUNK
+) -> DeltaResult:
     """The same function as `delta_rule_recurrent`, by matrix products, in float32.
 
     Args:
       inputs, state_BHVK, clip: as in `delta_rule_recurrent`.
       chunk: tokens of one triangular solve, 8 times a power of two.
 
-    Returns:
-      The outputs o_BNHV and the final state_BHVK.
-
     Raises:
       ValueError: `chunk` is not 8 times a power of two.
     """
     N = inputs.k.shape[1]
     plan, inputs = cut(inputs, clip, chunk)
-    o_BNHV, state_BHVK = _chunked(plan, inputs, state_BHVK)
-    return o_BNHV[:, :N], state_BHVK
+    result = _chunked(plan, inputs, state_BHVK)
+    return result._replace(o_BNHV=result.o_BNHV[:, :N])
 
 
 def cut(inputs: DeltaInputs, clip: float | None, chunk: int = CHUNK) -> tuple[Plan, DeltaInputs]:
@@ -87,28 +90,33 @@ def cut(inputs: DeltaInputs, clip: float | None, chunk: int = CHUNK) -> tuple[Pl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(plan: Plan, inputs: DeltaInputs, state_BHVK: jax.Array) -> _Pair:
+def _chunked(plan: Plan, inputs: DeltaInputs, state_BHVK: jax.Array) -> DeltaResult:
     return forward(plan, inputs, state_BHVK)[0]
 
 
-def forward(plan: Plan, inputs: DeltaInputs, state_BHVK: jax.Array) -> tuple[_Pair, Residuals]:
-    """The outputs and final state of whole segments, and the residuals for `backward`."""
+def forward(
+    plan: Plan, inputs: DeltaInputs, state_BHVK: jax.Array
+) -> tuple[DeltaResult, Residuals]:
+    """The result for whole segments, and the residuals for `backward`."""
 
     def segment(carry: _Pair, start: jax.Array) -> tuple[_Pair, Any]:
         state_BHVK, o_BNHV = carry
-        results, clipped = _segment(plan, _slice(plan, inputs, start), state_BHVK)
-        return (results[1], _write(o_BNHV, results[0], start)), (state_BHVK, clipped)
+        result, clipped = _segment(plan, _slice(plan, inputs, start), state_BHVK)
+        carry = result.state_BHVK, _write(o_BNHV, result.o_BNHV, start)
+        return carry, (state_BHVK, clipped, result.clipped_BH)
 
     # Slices are updated in place; scanned inputs and outputs would all be copied once more.
-    (state_BHVK, o_BNHV), saved = jax.lax.scan(
+    (state_BHVK, o_BNHV), (*saved, counts) = jax.lax.scan(
         segment, (state_BHVK, jnp.zeros_like(inputs.v)), _starts(plan, inputs)
     )
-    return (o_BNHV, state_BHVK), Residuals(inputs, *saved)
+    return DeltaResult(o_BNHV, state_BHVK, jnp.sum(counts, 0)), Residuals(inputs, *saved)
 
 
-def backward(plan: Plan, residuals: Residuals, cotangents: _Pair) -> tuple[DeltaInputs, jax.Array]:
-    """The cotangents of the inputs and the initial state, given those of `forward`'s results."""
-    do_BNHV, dstate_BHVK = cotangents
+def backward(
+    plan: Plan, residuals: Residuals, cotangents: DeltaResult
+) -> tuple[DeltaInputs, jax.Array]:
+    """The cotangents of the inputs and the initial state, given those of `forward`'s result."""
+    do_BNHV, dstate_BHVK, _ = cotangents
     inputs, states, clipped = residuals
 
     def segment(carry: Any, at: Any) -> tuple[Any, None]:
@@ -149,20 +157,20 @@ def _write(x_BNH: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
 
 def _segment(
     plan: Plan, inputs: DeltaInputs, state_BHVK: jax.Array
-) -> tuple[_Pair, jax.Array | None]:
-    """The segment's results, by the recurrence if a write is clipped, and whether one is."""
+) -> tuple[DeltaResult, jax.Array | None]:
+    """The segment's result, by the recurrence if a write is clipped, and whether one is."""
     q, k, _, beta, _ = parts = jax.tree.map(lambda x: _split(x, plan.chunk), inputs)
     decays, _, _, states, e, state = _solve(parts, state_BHVK)
     attention = jnp.tril(dot(q, k.mT) * decays.between)
     o = decays.since * dot(q, states.mT) + dot(attention, beta[..., None] * e)
-    results = _join(o), state
+    result = DeltaResult(_join(o), state, jnp.zeros_like(beta[:, 0, :, 0]))
     if plan.clip is None:
-        return results, None
+        return result, None
     size2_BGHT = jnp.sum(e**2, -1) * jnp.sum(k**2, -1)
     # Not `any(>)`: without clipping, the segment may have overflowed to NaN.
     clipped = ~jnp.all(size2_BGHT <= plan.clip**2)
     by_recurrence = functools.partial(delta_rule_recurrent, clip=plan.clip)
-    return jax.lax.cond(clipped, by_recurrence, lambda *_: results, inputs, state_BHVK), clipped
+    return jax.lax.cond(clipped, by_recurrence, lambda *_: result, inputs, state_BHVK), clipped
 
 
 def _segment_backward(
@@ -173,7 +181,9 @@ def _segment_backward(
     cotangents: _Pair,
 ) -> tuple[DeltaInputs, jax.Array]:
     def by_recurrence() -> tuple[DeltaInputs, jax.Array]:
-        recurrence = functools.partial(delta_rule_recurrent, clip=plan.clip)
+        def recurrence(inputs: DeltaInputs, state_BHVK: jax.Array) -> _Pair:
+            return delta_rule_recurrent(inputs, state_BHVK, plan.clip)[:2]
+
         return jax.vjp(recurrence, inputs, state_BHVK)[1](cotangents)
 
     def by_chunks() -> tuple[DeltaInputs, jax.Array]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,30 +23,37 @@ class DeltaInputs(NamedTuple):
     log_gate: jax.Array | None = None  # log of the decay of the state, <= 0
 
 
+class DeltaResult(NamedTuple):
+    """What the delta rule returns; `clipped` counts the tokens whose write was clipped."""
+
+    o_BNHV: jax.Array
+    state_BHVK: jax.Array  # after the last token
+    clipped_BH: jax.Array  # float32
+
+
 def delta_rule_recurrent(
-    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = 10.0
-) -> tuple[jax.Array, jax.Array]:
+    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = None
+) -> DeltaResult:
     """The delta rule as defined in `delta_rule.py`, by a scan, in the dtype of its arguments.
 
     The backward pass stores one state per `SEGMENT` tokens and recomputes the others.
-
-    Returns:
-      The reads o_BNHV and the final state_BHVK.
     """
 
-    def step(state_BHVK: jax.Array, token: DeltaInputs) -> tuple[jax.Array, jax.Array]:
+    def step(state_BHVK: jax.Array, token: DeltaInputs) -> tuple[jax.Array, Any]:
         q_BHK, k_BHK, v_BHV, rate_BH, log_gate_BH = token
         if log_gate_BH is not None:
             state_BHVK *= jnp.exp(log_gate_BH)[..., None, None]
         error_BHV1 = v_BHV[..., None] - dot(state_BHVK, k_BHK[..., None])
+        clipped_BH = jnp.zeros_like(rate_BH)
         if clip is not None:
             size2_BH = jnp.sum(error_BHV1**2, (-2, -1)) * jnp.sum(k_BHK**2, -1)
             rate_BH *= clip / jnp.sqrt(jnp.maximum(size2_BH, clip**2))
+            clipped_BH = (size2_BH > clip**2).astype(rate_BH.dtype)
         # A matrix product: XLA's backward pass of a broadcast product is 3x slower on CPUs.
         state_BHVK += dot(rate_BH[..., None, None] * error_BHV1, k_BHK[..., None, :])
-        return state_BHVK, dot(state_BHVK, q_BHK[..., None])[..., 0]
+        return state_BHVK, (dot(state_BHVK, q_BHK[..., None])[..., 0], clipped_BH)
 
-    def run_segment(state_BHVK: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Array]:
+    def run_segment(state_BHVK: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, Any]:
         return jax.lax.scan(step, state_BHVK, inputs)
 
     N = inputs.k.shape[1]
@@ -57,11 +64,11 @@ def delta_rule_recurrent(
         x_NBH = jnp.moveaxis(pad_tokens(x_BNH, segments * length), 1, 0)
         return x_NBH.reshape(segments, length, *x_NBH.shape[1:])
 
-    state_BHVK, o = jax.lax.scan(
+    state_BHVK, (o, clipped) = jax.lax.scan(
         jax.checkpoint(run_segment, prevent_cse=False), state_BHVK, jax.tree.map(split, inputs)
     )
     o_NBHV = o.reshape(segments * length, *o.shape[2:])[:N]
-    return jnp.moveaxis(o_NBHV, 0, 1), state_BHVK
+    return DeltaResult(jnp.moveaxis(o_NBHV, 0, 1), state_BHVK, jnp.sum(clipped, (0, 1)))
 
 
 def pad_tokens(x_BNH: jax.Array, length: int) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.ops.delta_chunks import delta_rule_chunked
-from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent
+from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, delta_rule_recurrent
 from spectral_pod.ops.delta_sequence import delta_rule_split
 from spectral_pod.parallel.sharding import num_shards, shard_op
 
@@ -32,8 +32,8 @@ def delta_rule(
     state_BHVK: jax.Array | None = None,
     mask_BN: jax.Array | None = None,
     method: Literal["chunked", "recurrent"] = "chunked",
-    clip: float | None = 10.0,
-) -> tuple[jax.Array, jax.Array]:
+    clip: float | None = None,
+) -> DeltaResult:
     """Applies the delta rule to whole sequences, in float32 whatever the input dtype.
 
     Runs on each device's own sequences and heads, so that each device decides for itself whether a
@@ -50,10 +50,13 @@ def delta_rule(
       mask_BN: valid tokens; the others leave the state unchanged and their output is 0. All are
         valid if None.
       method: "chunked" for training and prefill, "recurrent" for a few tokens at a time.
-      clip: the largest |e||k| written in full; None disables clipping. Exact up to |e||k| = 1e19.
+      clip: the largest |e||k| written in full, up to 1e19; None for no limit. It keeps the state
+        finite for keys of any length. Unit keys need none: with beta <= 1 a write then shortens
+        the error of its key and changes nothing else.
 
     Returns:
-      The outputs o_BNHV in the dtype of v, and the float32 state_BHVK after the last token.
+      The outputs o_BNHV in the dtype of v, the float32 state_BHVK after the last token, and the
+      number of clipped tokens.
     """
     B, _, H, K = k_BNHK.shape
     inputs = DeltaInputs(q_BNHK, k_BNHK, v_BNHV, beta_BNH, log_gate_BNH)
@@ -68,9 +71,9 @@ def delta_rule(
     chunked = delta_rule_split if split else delta_rule_chunked
     methods = {"chunked": chunked, "recurrent": delta_rule_recurrent}
 
-    def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def local(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         *inputs, state_BHVK = arrays
-        return methods[method](DeltaInputs(*inputs), state_BHVK, clip)
+        return tuple(methods[method](DeltaInputs(*inputs), state_BHVK, clip))
 
     axes = ("batch", "position" if split else None, "head", None)
     state_axes = ("batch", "head", None, None)
@@ -78,7 +81,7 @@ def delta_rule(
     run = shard_op(
         local,
         in_axes=[*(axes[: x.ndim] for x in arrays[:-1]), state_axes],
-        out_axes=[axes, state_axes],
+        out_axes=[axes, state_axes, state_axes[:2]],
     )
-    o_BNHV, state_BHVK = run(*arrays)
-    return o_BNHV.astype(v_BNHV.dtype), state_BHVK
+    o_BNHV, state_BHVK, clipped_BH = run(*arrays)
+    return DeltaResult(o_BNHV.astype(v_BNHV.dtype), state_BHVK, clipped_BH)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from spectral_pod.ops import delta_chunks
 from spectral_pod.ops.delta_chunks import Plan, Residuals
-from spectral_pod.ops.delta_recurrence import DeltaInputs, dot
+from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, dot
 from spectral_pod.parallel.sharding import SEQUENCE
 
 _Pair = tuple[jax.Array, jax.Array]
@@ -34,8 +34,8 @@ class _Saved(NamedTuple):
 
 
 def delta_rule_split(
-    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = 10.0
-) -> _Pair:
+    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = None
+) -> DeltaResult:
     """`delta_rule_chunked` on the whole sequence, of which each device holds a shard.
 
     Args:
@@ -44,38 +44,44 @@ def delta_rule_split(
       clip: as in `delta_rule`.
 
     Returns:
-      The outputs o_BNHV of the shard and the state_BHVK after the whole sequence.
+      The outputs of the shard, the state after the whole sequence, and the number of its tokens
+      whose write was clipped.
     """
     N = inputs.k.shape[1]
     plan, inputs = delta_chunks.cut(inputs, clip)
-    o_BNHV, state_BHVK = _split(plan, inputs, state_BHVK)
-    return o_BNHV[:, :N], state_BHVK
+    result = _split(plan, inputs, state_BHVK)
+    return result._replace(o_BNHV=result.o_BNHV[:, :N])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _split(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> _Pair:
+def _split(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> DeltaResult:
     return _forward(plan, inputs, first_BHVK)[0]
 
 
-def _forward(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> tuple[_Pair, _Saved]:
+def _forward(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> tuple[DeltaResult, _Saved]:
     transition_BHKK, written_BHVK = _summary(plan, inputs)
     run = functools.partial(delta_chunks.forward, plan, inputs)
 
-    def exact() -> tuple[_Pair, Residuals]:
-        return run(_pass_along(lambda state: run(state)[0][1], first_BHVK))
+    def exact() -> tuple[DeltaResult, Residuals]:
+        return run(_pass_along(lambda state: run(state)[0].state_BHVK, first_BHVK))
 
     assumed = run(_compose(first_BHVK, transition_BHKK, written_BHVK))
     clipped = _any_device(assumed[1].clipped)
-    (o_BNHV, state_BHVK), residuals = jax.lax.cond(clipped, exact, lambda: assumed)
-    last_BHVK = _broadcast_from(jax.lax.axis_size(SEQUENCE) - 1, state_BHVK)
-    return (o_BNHV, last_BHVK), _Saved(residuals, transition_BHKK, clipped)
+    result, residuals = jax.lax.cond(clipped, exact, lambda: assumed)
+    result = result._replace(
+        state_BHVK=_broadcast_from(jax.lax.axis_size(SEQUENCE) - 1, result.state_BHVK),
+        clipped_BH=jax.lax.psum(result.clipped_BH, SEQUENCE),
+    )
+    return result, _Saved(residuals, transition_BHKK, clipped)
 
 
-def _backward(plan: Plan, saved: _Saved, cotangents: _Pair) -> tuple[DeltaInputs, jax.Array]:
-    do_BNHV, dlast_BHVK = cotangents
+def _backward(plan: Plan, saved: _Saved, cotangents: DeltaResult) -> tuple[DeltaInputs, jax.Array]:
+    dlast_BHVK = cotangents.state_BHVK
 
     def run(dstate_BHVK: jax.Array) -> tuple[DeltaInputs, jax.Array]:
-        return delta_chunks.backward(plan, saved.residuals, (do_BNHV, dstate_BHVK))
+        return delta_chunks.backward(
+            plan, saved.residuals, cotangents._replace(state_BHVK=dstate_BHVK)
+        )
 
     def exact() -> jax.Array:
         return _pass_along(lambda dstate: run(dstate)[1], dlast_BHVK, reverse=True)
@@ -99,7 +105,7 @@ def _summary(plan: Plan, inputs: DeltaInputs) -> _Pair:
     everywhere = jax.sharding.get_abstract_mesh().axis_names
     below_BHUK = jax.lax.pcast(below_BHUK, everywhere, to="varying")
     padded = inputs._replace(v=jnp.pad(inputs.v, [(0, 0)] * 3 + [(0, K)]))
-    (_, state_BHUK), _ = delta_chunks.forward(plan._replace(clip=None), padded, below_BHUK)
+    (_, state_BHUK, _), _ = delta_chunks.forward(plan._replace(clip=None), padded, below_BHUK)
     return state_BHUK[..., V:, :], state_BHUK[..., :V, :]
 
 

@@ -66,8 +66,7 @@ def claim_workdir(
         storage.write_whole(file, json.dumps(facts, indent=1))
         return
     recorded = json.loads(file.read_text())
-    # A field that is newer than the workdir has its default: what the run meant without it.
-    defaults = config_lib.to_dict(config_lib.default())
+    defaults = config_lib.defaults_of(recorded["config"])
     theirs, ours = (
         config_lib.flat(json.loads(json.dumps(defaults))) | _resolved(c)
         for c in (recorded["config"], json.loads(json.dumps(mine)))

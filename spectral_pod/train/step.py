@@ -36,15 +36,15 @@ def train_step(
     """One optimizer step on the global batch.
 
     Returns the next state, the step's `training_metrics`, and scalars by name: norms of the
-    gradients and of the updated parameters by group, learning rates, and with a guard the number of
-    bad steps in a row.
+    gradients and of the updated parameters by group, learning rates, what layers sow into the
+    collection `metrics`, and with a guard the number of bad steps in a row.
     """
     num_micro = config.train.grad_accumulation
     key = jax.random.fold_in(random_key(config.seed), state.step)
     # Normalised by the whole batch, so that the losses of micro-batches add up.
     total_valid, total_rows = _count(batch["valid"]), _count(_valid_rows(batch["valid"]))
 
-    def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
+    def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         tokens_BL, valid = micro["tokens"], micro["valid"]
         logits, sown = model.apply(
             {"params": params},
@@ -52,30 +52,31 @@ def train_step(
             tokens_BL != PAD,
             train=True,
             rngs={"dropout": key},
-            mutable=["losses"],
+            mutable=["losses", "metrics"],
         )
+        layers = _mean_by_name(sown.pop("metrics", {}))
         outputs = objective.outputs(logits, micro["labels"], valid, config.train.label_smoothing)
         total = jnp.sum(jnp.where(valid, outputs["loss"], 0.0)) / total_valid
         if sown:
             auxiliary_B = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL), jnp.float32))
             outputs["auxiliary"] = jnp.where(_valid_rows(valid), auxiliary_B, 0.0)
             total += jnp.sum(outputs["auxiliary"]) / total_rows
-        return total, outputs
+        return total, (outputs, layers)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_micro == 1:
-        grads, outputs = grad_fn(state.params, batch, key)
+        grads, (outputs, layers) = grad_fn(state.params, batch, key)
     else:
 
-        def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Batch]:
+        def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Any]:
             micro, index = micro_and_index
-            more, outputs = grad_fn(state.params, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, grads, more), outputs
+            more, measured = grad_fn(state.params, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, grads, more), measured
 
         micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, outputs = jax.lax.scan(accumulate, zeros, micros)
-        outputs = jax.tree.map(_whole_batch, outputs)
+        grads, (outputs, layers) = jax.lax.scan(accumulate, zeros, micros)
+        outputs, layers = jax.tree.map(_whole_batch, outputs), jax.tree.map(jnp.mean, layers)
 
     loss = jnp.sum(jnp.where(batch["valid"], outputs["loss"], 0.0)) / total_valid
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
@@ -93,6 +94,7 @@ def train_step(
     scalars |= {
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
     }
+    scalars |= layers
     if isinstance(opt_state, GuardState):
         scalars["bad_steps"] = opt_state.bad
     if "auxiliary" in outputs:
@@ -100,6 +102,14 @@ def train_step(
     state = TrainState(state.step + 1, params, opt_state)
     averages = Collection.create(**objective.training_metrics).single_from_model_output(**outputs)
     return state, (averages, scalars)
+
+
+def _mean_by_name(sown: Any) -> dict[str, jax.Array]:
+    """The mean over layers of the scalars that layers have sown, by their names."""
+    by_name: dict[str, list[jax.Array]] = {}
+    for (*_, name, _), x in jax.tree_util.tree_leaves_with_path(sown):
+        by_name.setdefault(name.key, []).append(x.ravel())
+    return {name: jnp.mean(jnp.concatenate(parts)) for name, parts in by_name.items()}
 
 
 def _valid_rows(valid: jax.Array) -> jax.Array:

@@ -71,7 +71,8 @@ def results(inputs):
             log_gate_BNH=inputs.get("log_gate"),
             state_BHVK=inputs["state"],
             mask_BN=mask,
-        )
+            clip=10.0,
+        )[:2]
         return sum(jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, found, strict=True)), found
 
     gradients, (o, state) = jax.grad(loss, has_aux=True)(inputs)

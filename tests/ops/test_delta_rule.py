@@ -55,11 +55,16 @@ def problem(seed, N, H=2, clips="never", gates="none", beta=(0.0, 1.0), unit_key
 
 
 @functools.partial(jax.jit, static_argnames=("method", "clip"))
-def run(q, k, v, beta, log_gate, state=None, mask=None, method="chunked", clip=10.0):
+def result(q, k, v, beta, log_gate, state=None, mask=None, method="chunked", clip=10.0):
     gate = {"log_gate_BNH": log_gate}
     return delta_rule(
         q, k, v, beta, **gate, state_BHVK=state, mask_BN=mask, method=method, clip=clip
     )
+
+
+def run(*inputs, **options):
+    """The reads and the last state."""
+    return result(*inputs, **options)[:2]
 
 
 def truth(q, k, v, beta, log_gate, state=None, mask=None, clip=10.0):
@@ -71,7 +76,7 @@ def loss(fn, weights, inputs):
     *tokens, state = inputs
     return sum(
         jnp.sum(w * jnp.sin(x))
-        for w, x in zip(weights, fn(DeltaInputs(*tokens), state), strict=True)
+        for w, x in zip(weights, fn(DeltaInputs(*tokens), state, 10.0)[:2], strict=True)
     )
 
 
@@ -125,10 +130,10 @@ def test_equals_the_float64_loop(N, method):
 
 
 def test_another_chunk_length_gives_the_same():
-    chunked = jax.jit(functools.partial(delta_rule_chunked, chunk=16))
+    chunked = jax.jit(functools.partial(delta_rule_chunked, clip=10.0, chunk=16))
     for clips in CLIPS:
         *tokens, state = inputs = problem(0, 150, clips=clips, gates="mixed")
-        assert_close(chunked(DeltaInputs(*tokens), state), truth(*inputs), OUTPUT_TOLERANCE)
+        assert_close(chunked(DeltaInputs(*tokens), state)[:2], truth(*inputs), OUTPUT_TOLERANCE)
     with pytest.raises(ValueError, match="must have 8"):
         jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), DeltaInputs(*tokens), state)
 
@@ -220,6 +225,16 @@ def test_the_clip_matters(clips, method):
     assert difference == 0 if clips == "never" else difference > 0.1
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_clipped_writes_are_counted(method):
+    for clips, count in (("never", 0), ("everywhere", 300)):
+        inputs = problem(7, 300, clips=clips)
+        assert (np.asarray(result(*inputs, method=method).clipped_BH) == count).all()
+    inputs = problem(7, 300, clips="once")
+    found = result(*inputs, method=method).clipped_BH.sum()
+    assert found == result(*inputs, method="recurrent").clipped_BH.sum() > 0
+
+
 def test_the_chunked_form_detects_clips_exactly():
     certified = jax.jit(lambda tokens, state: forward(*cut(tokens, clip=10.0), state))
     detected = []
@@ -296,6 +311,23 @@ def test_unit_lower_inverse(size):
     lower = np.stack([repeated, 3 * repeated, np.tril(rng.normal(size=(size, size)), -1) / 4])
     actual = jax.jit(_unit_lower_inverse)(np.float32(lower))
     assert_close((actual,), (np.linalg.inv(np.eye(size)[None] + lower),), 1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [8, 128])
+def test_a_layer_clips_what_is_longer_than_ordinary_values(head_dim):
+    """At initialisation no write is; the original limit was made for 64 and clips at 128."""
+    x = jnp.asarray(np.random.default_rng(11).normal(size=(B, 64, 128)), jnp.float32)
+    mask = jnp.asarray(np.arange(64)[None] < np.asarray([[64], [40]]))
+
+    def share(clip):
+        layer = DeltaMemoryLayer(128, head_dim=head_dim, clip=clip)
+        params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x, mask)["params"])
+        apply = functools.partial(layer.apply, mutable="metrics")
+        return float(jax.jit(apply)({"params": params}, x, mask)[1]["metrics"]["clipped_writes"][0])
+
+    assert share(DeltaMemoryLayer.clip) == share(0.0) == 0
+    assert share(1e-3) == 1  # of the valid positions
+    assert (share(10 / head_dim**0.5) > 0.5) == (head_dim == 128)
 
 
 def test_a_gated_layer_starts_out_forgetting_slowly_and_learns_to():

@@ -69,8 +69,8 @@ def _delta(settings: Settings, N: int) -> Comparison:
 
     def by(method: Any) -> Callable[..., Any]:
         return lambda *tokens_and_state: delta_rule(
-            *tokens_and_state[:4], state_BHVK=tokens_and_state[4], method=method
-        )
+            *tokens_and_state[:4], state_BHVK=tokens_and_state[4], method=method, clip=10.0
+        )[:2]
 
     def case(name: str, what: str, fn: Callable[..., Any], baseline: str = "") -> Case:
         run, temporary = compiled(forward_backward(fn), weights, *tokens, state)
