@@ -259,7 +259,7 @@ class SpectralGPT(_LanguageModel):
 
     >>> model = SpectralGPT(Config(num_layers=2, hidden_dim=16, data={"seq_len": 64}))
     >>> f"{model.count_parameters():,} parameters"
-    '19,603 parameters'
+    '20,275 parameters'
     >>> len(model.generate(b"The signal processing approach", max_length=8))
     8
     """
