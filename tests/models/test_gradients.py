@@ -36,7 +36,8 @@ SMALL = {
 # Values of options whose types do not list them.
 OTHERS = {
     "model.memory.num_heads": (2,), "model.memory.short_conv": (3,),
-    "model.memory.clip": (0.2, 0.0), "model.memory.beta_min": (0.1,), "model.hyena.short_conv": (1,),
+    "model.memory.clip": (0.2, 0.0), "model.memory.beta_min": (0.1,),
+    "model.hyena.short_conv": (1,),
     "model.spectral.kernel_threshold": (0.01,), "model.spectral.kernel_dropout": (0.2,),
     "model.wavelet.name": ("haar",), "model.coarser_scales": ((2, 3),),
 }  # fmt: skip
