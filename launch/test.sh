@@ -7,8 +7,10 @@ cd "$root"
 
 "$python" -m ruff format --check --quiet .
 "$python" -m ruff check --quiet .
-"$python" -m mypy
+"$python" -m mypy & # on one core, while some tests wait
+types=$!
 "$python" -m pytest "$@"
+wait "$types"
 if [ $# = 0 ]; then
     echo "Not run: the tests marked slow. \`launch/test.sh -m slow\` runs them, in about an hour."
 fi

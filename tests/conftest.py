@@ -30,8 +30,10 @@ import jax
 from spectral_pod.parallel import runtime
 
 runtime.initialize(None, 1, 0)
-# A shell starts what runs in the background with SIGINT ignored, which processes inherit.
+# A shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP ignored;
+# processes inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 pytest.register_assert_rewrite("tests.trainer")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

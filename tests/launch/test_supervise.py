@@ -110,7 +110,8 @@ count = 0
 def handle(number, frame):
     global count
     count += 1
-    print(signal.Signals(number).name, flush=True)
+    # `print` is not reentrant, and the signal may come before the one below has returned.
+    os.write(1, f"{signal.Signals(number).name}\\n".encode())
     time.sleep(0.2)
     sys.exit(70 + count)
 signal.signal(signal.SIGTERM, handle)

@@ -83,9 +83,7 @@ def cases():
     }
 
 
-QUICK = (
-    "spectral_model spectral", "spectral_gpt hyena", "spectral_gpt gated_delta", "spectral_gpt s5",
-)  # fmt: skip
+QUICK = ("spectral_model spectral", "spectral_gpt hyena", "spectral_gpt gated_delta")
 
 
 # ---- in a process of double precision

@@ -37,11 +37,10 @@ MODELS = {
     for name in MIXERS
 }  # fmt: skip
 # Meshes, micro-batches a step, and the model if it isn't the default.
-QUICK = (
+QUICK = (("fsdp=2 sequence=2 tensor=2", 2),)
+SLOW = (
     ("data=2 fsdp=2 tensor=2", 2),
     ("sequence=4 tensor=2", 2),
-)
-SLOW = (
     ("data=8", 2),
     ("data=2 fsdp=2 tensor=2", 2, "spectral_gpt"),
     ("sequence=4 tensor=2", 2, "spectral_gpt"),

@@ -122,6 +122,7 @@ def test_a_device_never_holds_another_ones_activations(case, op):
     assert max(others, default=0) <= found["bytes of a spectrum"]
 
 
+@pytest.mark.slow
 def test_a_whole_step_on_16384_bytes_equals_that_of_one_device():
     found = fake_devices.run(__file__, "long_step")
     assert found[""].keys() == found["sequence=8"].keys()

@@ -15,7 +15,6 @@ from tests import processes, tiny_run, trainer
 STEPS, RECORDS, BATCH = 10, 19, 8
 # The last evaluation batch has five rows of padding: one of the processes gets padding only.
 OPTIONS = (
-    "model.memory_interval=1",
     "data.options.validation=17",
     f"data.options.test={RECORDS}",
     f"train.eval_batch_size={BATCH}",
@@ -67,9 +66,7 @@ def two_processes(*options):
 
 
 def parameters(workdir):
-    config = trainer.get_config()
-    config.model.memory_interval = 1
-    return tiny_run.parameters(workdir, config, STEPS)
+    return tiny_run.parameters(workdir, trainer.get_config(), STEPS)
 
 
 def assert_same_results(run, reference):

@@ -59,7 +59,7 @@ def test_ops(tmp_path):
         pytest.param(
             "step", {"step_vs_seed_naive_2048", "t8192_over_t1024"}, marks=pytest.mark.slow
         ),  # which compiles four training steps
-        (
+        pytest.param(
             "generate",
             {
                 "online_vs_cached_dot_16384",
@@ -67,7 +67,8 @@ def test_ops(tmp_path):
                 "online_vs_recompute_1024",
                 "speed_16384_vs_no_convolution",
             },
-        ),
+            marks=pytest.mark.slow,
+        ),  # and four forms of a decoder
         (
             "data",
             {
