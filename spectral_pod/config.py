@@ -151,7 +151,7 @@ def defaults_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = to_dict(default())
     model = values["model"]
-    model["hyena"]["order"] = 1
+    model["hyena"]["order"] = model["s5"]["blocks"] = 1
     head_dim = recorded["model"].get("memory", model["memory"])["head_dim"]
     model["memory"]["clip"] = 10 / math.sqrt(head_dim)
     return values

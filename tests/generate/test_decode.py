@@ -29,8 +29,8 @@ def make(name="spectral_gpt", **overrides):
     small = {
         "name": name, "dtype": "float32", "num_layers": 2, "hidden_dim": 16,
         "memory.head_dim": 4, "memory.num_heads": 2, "attention.num_heads": 2,
-        "attention.window": 24, "s5.state_dim": 4, "selective.rank": 2, "wavelet.num_heads": 2,
-        "wavelet.levels": 2,
+        "attention.window": 24, "s5.state_dim": 4, "s5.blocks": 2,
+        "selective.rank": 2, "wavelet.num_heads": 2, "wavelet.levels": 2,
     }  # fmt: skip
     small |= {key.replace("__", "."): value for key, value in overrides.items()}
     config.update_from_flattened_dict({f"model.{key}": value for key, value in small.items()})

@@ -23,6 +23,7 @@ SMALL = {
     "attention.window": WINDOW,
     "attention.rank": RANK,
     "s5.state_dim": 6,
+    "s5.blocks": 3,
     "selective.rank": 3,
     "memory.num_heads": HEADS,
     "memory.head_dim": 4,

@@ -30,8 +30,8 @@ SMALL = {
     "model.dtype": "float32", "model.num_layers": 1, "model.memory_interval": 0,
     "model.hidden_dim": 8, "model.embed_dim": 4, "model.memory.head_dim": 4,
     "model.attention.num_heads": 2, "model.attention.rank": 3, "model.attention.window": 5,
-    "model.s5.state_dim": 4, "model.selective.rank": 2, "model.wavelet.num_heads": 2,
-    "model.wavelet.levels": 2,
+    "model.s5.state_dim": 4, "model.s5.blocks": 2, "model.selective.rank": 2,
+    "model.wavelet.num_heads": 2, "model.wavelet.levels": 2,
 }  # fmt: skip
 # Values of options whose types do not list them.
 OTHERS = {

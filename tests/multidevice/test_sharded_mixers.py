@@ -35,6 +35,7 @@ SMALL = {
     "attention.window": 10,
     "attention.rank": 6,
     "s5.state_dim": 6,
+    "s5.blocks": 3,
     "selective.rank": 3,
 }
 QUICK = ("data=2 tensor=2", "sequence=2")

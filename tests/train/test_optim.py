@@ -38,6 +38,7 @@ def config_of(**fields):
         "data.seq_len": 64, "model.dtype": "float32", "model.num_layers": 2,
         "model.hidden_dim": 16, "model.embed_dim": 8, "model.memory.head_dim": 4,
         "model.attention.num_heads": 2, "model.wavelet.num_heads": 2, "model.s5.state_dim": 4,
+        "model.s5.blocks": 2,
         "train.total_steps": 20, "optimizer.warmup_steps": 1,
     }  # fmt: skip
     config.update_from_flattened_dict(small | fields)
