@@ -281,7 +281,10 @@ class Checkpointer(SealedSteps):
             self.wait_until_finished()
         finally:
             self._worker.shutdown()
-            self._manager.close()
+            try:
+                self._manager.close()
+            except Exception as error:  # Orbax repeats a failed save, which has been raised
+                logging.warning("closing %s: %s", self.directory, error)
 
     def __enter__(self) -> Self:
         return self

@@ -291,6 +291,16 @@ def test_the_error_that_ends_a_run_is_not_masked_by_a_failed_save(directory, mon
         diverge()
 
 
+def test_nor_by_orbax_that_repeats_the_failure(directory, monkeypatch):
+    def diverge():
+        with open_checkpointer(directory) as checkpointer:
+            monkeypatch.setattr(checkpointer._manager, "close", lambda: full(None))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        diverge()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     mount = tmp_path / "disk"
