@@ -18,6 +18,7 @@ from tests import trainer
 
 ARCHIVE = pathlib.Path(__file__).parent / "fixtures" / "workdirs_24bfa95.tar.xz"
 RUNS = ("classifier", "gpt", "llm")
+QUICK = [name if name == "gpt" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,14 @@ def command(old, name, *overrides):
     return trainer.command(old / name, *overrides, config=f"tests/old_runs.py:{name}")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "gpt" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.parametrize("name", QUICK)
 def test_it_is_evaluated(name, old):
     """Also with an option written out that it left at its default."""
     done = trainer.run([*command(old, name, "data.options.seed=0"), "--eval_only"])
     assert "step 4 " in done.stdout
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", QUICK)
 def test_it_is_resumed(name, old, facts):
     """It uses its own store, which has an older name, and ends as it would have then."""
     stores = sorted(path.name for path in (old / "data").iterdir())

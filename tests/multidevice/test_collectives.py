@@ -44,7 +44,6 @@ PAIRS = {
 }
 QUICK = {
     "data": pair(*PAIRS["data"], overrides=USUAL),
-    "fsdp": pair(*PAIRS["fsdp"], overrides=USUAL),
     "evaluation": pair(*PAIRS["data"], overrides=USUAL, evaluation=True),
 }
 # Only the FFT grows there: the rest of the model can be left out.

@@ -56,7 +56,8 @@ def test_sigterm_to_one_saves_the_step_of_all_and_one_process_goes_on(cluster, t
     assert lines == sorted(set(lines))  # every step once
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_survivor_leaves_the_dead(cluster, victim):
     two = cluster(until_step=12)
     two.supervisors[victim].kill()

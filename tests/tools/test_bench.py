@@ -113,6 +113,7 @@ def scaling(tmp_path, *arguments, code=0):
     return done if code else json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_what_a_larger_slice_sends(tmp_path):
     two, four = scaling(
         tmp_path, "--config=tests/tools/tiny.py", "--config.model.num_layers=1",

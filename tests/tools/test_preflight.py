@@ -96,6 +96,7 @@ def test_what_does_not_fit(home):
     assert "config.model.remat='full'" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_plain_fft_grows(home):
     path = home / "plain.json"
     plain = "--config.model.spectral.method=plain"
