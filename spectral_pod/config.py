@@ -59,13 +59,16 @@ else:
 @dataclasses.dataclass
 class OptimizerConfig:
     name: str = "adamw"  # a name in train.optim.OPTIMIZERS
-    learning_rate: float = 1e-3  # the peak, between linear warm-up and cosine decay to zero
-    dynamics_learning_rate: float = 1e-3  # the peak for filters, decays, gates and memory scales
+    learning_rate: NonNegativeFloat = (
+        1e-3  # the peak, between linear warm-up and cosine decay to zero
+    )
+    # The peak for filters, decays, gates and memory scales.
+    dynamics_learning_rate: NonNegativeFloat = 1e-3
     warmup_steps: Positive = 100  # steps of linear warm-up
-    weight_decay: float = 0.05  # of kernels and embeddings only
-    b1: float = 0.9  # decay rates of the averages of gradients and of their squares
-    b2: float = 0.98
-    clip_norm: float = 1.0  # the largest global norm of a gradient
+    weight_decay: NonNegativeFloat = 0.05  # of kernels and embeddings only
+    b1: Fraction = 0.9  # decay rates of the averages of gradients and of their squares
+    b2: Fraction = 0.98
+    clip_norm: NonNegativeFloat = 1.0  # the largest global norm of a gradient; 0: no clipping
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ way; `check` validates values, and `parse` reads them from a command line.
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -30,10 +31,14 @@ class Bound(NamedTuple):
     meaning: str
 
 
-Positive = Annotated[int, Bound(1, float("inf"), "at least 1")]
-NonNegative = Annotated[int, Bound(0, float("inf"), "0 or more")]
-NonNegativeFloat = Annotated[float, Bound(0, float("inf"), "0 or more")]
+_INF = float("inf")
+_SMALL = Bound(-_INF, 2**31, "below 2**31")  # counts and sizes are int32 on devices
+Positive = Annotated[int, Bound(1, _INF, "at least 1"), _SMALL]
+NonNegative = Annotated[int, Bound(0, _INF, "0 or more"), _SMALL]
+PositiveFloat = Annotated[float, Bound(math.nextafter(0, 1), _INF, "above 0")]
+NonNegativeFloat = Annotated[float, Bound(0, _INF, "0 or more")]
 Fraction = Annotated[float, Bound(0, 1, "in [0, 1)")]
+Probability = Annotated[float, Bound(0, math.nextafter(1, 2), "in [0, 1]")]
 
 
 def types_of(fields: Any) -> dict[str, Any]:
@@ -60,6 +65,8 @@ def check(annotation: Any, value: Any, field: str) -> None:
         bounds = tuple(bound for bound in rest if isinstance(bound, Bound))
     if not _is(value, annotation):
         raise ConfigError(f"{field} is {value!r}; it must be {_named(annotation)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{field} is {value}; it must be a finite number")
     for bound in bounds:
         if not bound.least <= value < bound.below:
             raise ConfigError(f"{field} is {value}; it must be {bound.meaning}")
@@ -68,8 +75,9 @@ def check(annotation: Any, value: Any, field: str) -> None:
 def one_of(field: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises a ConfigError for a value that is no choice; it lists the choices and suggests one."""
     choices = list(choices)
-    if value not in choices:
-        near = hint(value, choices) if isinstance(value, str) else ""
+    if not any(value == choice and type(value) is type(choice) for choice in choices):  # True == 1
+        texts = [choice for choice in choices if isinstance(choice, str)]
+        near = hint(value, texts) if isinstance(value, str) else ""
         raise ConfigError(f"{field} is {value!r}; known are {sorted(choices)}{near}")
 
 

@@ -56,10 +56,16 @@ def _check_training(config: Config) -> None:
             "config.train.spike_factor is set, and train.on_bad_step is 'stop', for which a spike "
             "is no reason; choose 'skip' or 'rollback'"
         )
-    if len(train.profile_steps) not in (0, 2):
-        raise ConfigError(
-            f"config.train.profile_steps is {train.profile_steps}; it is (first, last) or ()"
-        )
+    match train.profile_steps:
+        case () | []:
+            pass
+        case (first, last) if 1 <= first <= last:
+            pass
+        case other:
+            raise ConfigError(
+                f"config.train.profile_steps is {other}; it is () or (first, last), 1 <= first <= "
+                "last"
+            )
     if not MODELS[config.model.name].causal or not train.sample_bytes:
         return
     for mixer in mixers_of(models.architecture(config)).values():
@@ -71,6 +77,10 @@ def _check_training(config: Config) -> None:
                 )
     if not train.sample_prompt:
         raise ConfigError("config.train.sample_prompt is empty; samples continue at least a byte")
+    try:
+        train.sample_prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"config.train.sample_prompt is no text: {error}") from error
 
 
 def _check_data(config: Config) -> None:
@@ -113,6 +123,21 @@ def _check_model(config: Config) -> None:
     if scales and model.bytes_per_position == 1:
         raise ConfigError(
             f"config.model.coarser_scales is {scales}; {config.model.name} has no patches"
+        )
+    if int(config.model.mlp_expansion * config.model.hidden_dim) < 1:
+        raise ConfigError(
+            f"config.model.mlp_expansion is {config.model.mlp_expansion}, which leaves no hidden "
+            f"channel of model.hidden_dim = {config.model.hidden_dim}"
+        )
+    if config.model.consistency_weight and not model.has_consistency_loss:
+        raise ConfigError(
+            f"config.model.consistency_weight is {config.model.consistency_weight}, and "
+            f"{config.model.name} has no consistency loss"
+        )
+    if config.model.memory.gated and config.model.pattern:
+        raise ConfigError(
+            "config.model.memory.gated chooses the memories of the default pattern; name "
+            f"'gated_delta' in config.model.pattern, which is {tuple(config.model.pattern)}"
         )
     for block in models.pattern(config):
         names = block.split("+")

@@ -1,6 +1,9 @@
 """Checks of the configuration: errors name invalid values, and valid ones pass."""
 
+import functools
+import itertools
 import json
+import math
 
 import pytest
 
@@ -66,6 +69,16 @@ def test_the_defaults_pass():
         ({"model__coarser_scales": (4, 1)}, "coarser_scales is \\(4, 1\\); a ratio"),
         ({"data__task": "lm"}, "'spectral_model', which predicts one class a record; task 'lm'"),
         ({"model__name": "spectral_gpt"}, "every next token; task 'listops' needs one of"),
+        ({"optimizer__clip_norm": -1.0}, "config.optimizer.clip_norm is -1.0; it must be 0 or"),
+        ({"optimizer__b2": 1.5}, r"config.optimizer.b2 is 1.5; it must be in \[0, 1\)"),
+        ({"optimizer__learning_rate": math.nan}, "learning_rate is nan; it must be a finite"),
+        ({"train__total_steps": 10**30}, "config.train.total_steps is 10+; it must be below"),
+        ({"train__profile_steps": (5, 3)}, "config.train.profile_steps is .5, 3."),
+        ({"model__mlp_expansion": 1e-9}, "config.model.mlp_expansion is 1e-09"),
+        ({"data__task": "lm", "model__name": "spectral_gpt", "model__consistency_weight": 0.1},
+         "config.model.consistency_weight is 0.1, and spectral_gpt has no"),
+        ({"model__memory__gated": True, "model__pattern": ("hyena+delta",)},
+         "config.model.memory.gated .* name 'gated_delta' in config.model.pattern"),
         ({"model__pattern": ("attention",), "model__hidden_dim": 30},
          "hidden_dim is 30, not divisible by config.model.attention.num_heads = 4"),
     ],
@@ -73,6 +86,43 @@ def test_the_defaults_pass():
 def test_impossible_values_are_named(fields, message):
     with pytest.raises(ConfigError, match=message):
         validate(config(**fields))
+
+
+NONSENSE = [
+    -1, 0, 3, 10**30, -1.0, 0.0, 1.5, 1e-320, 1e300, math.nan, math.inf, -math.inf, True, None, "",
+    "x", "\ud800", b"x", (), (0,), (-1, 2), ("",), ("x", 1), {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 8))]
+)
+@pytest.mark.parametrize(("task", "name"), [("listops", "spectral_model"), ("lm", "spectral_gpt")])
+def test_nonsense_is_refused_by_the_name_of_its_field(task, name, part):
+    """Every value in every field: it is valid, or one message names the field."""
+
+    def message(field, value):
+        c = config(data__task=task, model__name=name)
+        *sections, last = field.split(".")
+        section = functools.reduce(getattr, sections, c)
+        with section.ignore_type():
+            section[last] = value
+        try:
+            validate(c)
+            validate_mesh(c, 8)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    pairs = [*itertools.product(annotations(), NONSENSE)][part::8]
+    messages = [message(*pair) for pair in pairs]
+    assert sum(map(bool, messages)) > len(pairs) / 2
+    for (field, value), text in zip(pairs, messages):
+        if text:
+            assert field.rpartition(".")[2] in text
+            assert "\n" not in text
+        else:
+            assert not isinstance(value, float) or 0 <= value < math.inf, field
 
 
 @pytest.mark.parametrize(

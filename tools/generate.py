@@ -26,9 +26,9 @@ import jax
 from jax.sharding import Mesh
 
 from spectral_pod.errors import ConfigError, DataError
-from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive
+from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, Probability
 from spectral_pod.generate.restore import restore_for_inference
-from spectral_pod.generate.sampling import Probability, Sampling
+from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations, decoded
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh

@@ -1,16 +1,12 @@
 """Sampling of the next token from logits."""
 
 import dataclasses
-import math
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from spectral_pod import fields
-from spectral_pod.fields import Bound, NonNegative, NonNegativeFloat
-
-Probability = Annotated[float, Bound(0, math.nextafter(1, 2), "in [0, 1]")]
+from spectral_pod.fields import NonNegative, NonNegativeFloat, Probability
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from spectral_pod.errors import ConfigError
-from spectral_pod.fields import Fraction, NonNegative, Positive
+from spectral_pod.fields import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 
 @dataclasses.dataclass
@@ -25,13 +25,15 @@ class ModelConfig:
     # Bytes that position embeddings and long filters cover, if more than data.seq_len.
     context: NonNegative = 0
     positions: Literal["learned", "none"] = "learned"  # position embeddings of causal models
-    consistency_weight: float = 0.0  # weight of the spectral consistency loss of spectral_llm
+    # Weight of the spectral consistency loss of spectral_llm.
+    consistency_weight: NonNegativeFloat = 0.0
     num_layers: Positive = 6  # number of blocks
     hidden_dim: Positive = 256  # model width
     embed_dim: Positive = 256  # width of byte embeddings before patching
     # Merge ratios of coarser scales in spectral_model: (4, 4) adds scales of 4 and of 16 patches.
     coarser_scales: tuple[int, ...] = ()
-    mlp_expansion: float = 1.0  # hidden width of the channel mixer, as a multiple of hidden_dim
+    # Hidden width of the channel mixer, as a multiple of hidden_dim.
+    mlp_expansion: PositiveFloat = 1.0
     memory_interval: NonNegative = 2  # every n-th block has a delta memory; 0: none
     norm: Literal["pre", "post"] = "pre"  # x + f(norm(x)) or norm(x + f(x))
     pooling: Literal["attention", "mean", "last"] = "attention"  # over positions, in spectral_model

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.fields import Fraction
+from spectral_pod.fields import Fraction, NonNegativeFloat
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
@@ -37,7 +37,7 @@ class SpectralLayer(Mixer):
     method: Literal["auto", "right_angle", "real", "matmul", "plain"] = "auto"
     energy_gate: Literal["rms", "norm", "none"] = "rms"
     kernel_dropout: Fraction = 0.0
-    kernel_threshold: float = 0.0
+    kernel_threshold: NonNegativeFloat = 0.0
 
     section = "spectral"
     can_be_causal = False

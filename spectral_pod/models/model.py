@@ -28,6 +28,7 @@ class Model(nn.Module):
     bytes_per_position: ClassVar[int]
     causal: ClassVar[bool]
     max_documents: ClassVar[int] = 1  # per record
+    has_consistency_loss: ClassVar[bool] = False
 
 
 def init_params(model: Model, key: jax.Array, rows: int = 1) -> Any:

@@ -18,6 +18,7 @@ class SpectralLLM(CausalModel):
 
     embedding = HarmonicEmbedding
     mixer = "wavelet"
+    has_consistency_loss = True
 
     def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:
         """Sows the spectral consistency loss, which is `consistency_weight` times the distance

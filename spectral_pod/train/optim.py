@@ -45,7 +45,7 @@ def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
     boxed, rates = abstract_params(model, mesh), schedules(config)
     group_of = groups(boxed)
     tx = optax.chain(
-        optax.clip_by_global_norm(options.clip_norm),
+        optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity(),
         OPTIMIZERS[options.name](options, boxed),
         _decay_and_rate_by_group(options.weight_decay, rates, group_of),
     )
