@@ -25,9 +25,10 @@ to (1 - mask) max(0, cos(continuity * turn))^2. `mask` is 1 within a margin of w
 What follows from the code rather than from the list, and holds here too: (1) distractors are drawn
 with the contrast of contours, targets with that times the contrast of paddles; the finished image
 is scaled so that its brightest pixel is 255: at 32 pixels targets are dimmer than distractors.
-(2) The kernel that looks for room for a first paddle is off by a pixel in both axes and sees no
-walls beyond the image, so that 3 % of the first targets at 32 pixels start at an edge and not in
-the middle. (3) The last paddle of the first target is not in the mask: distractors may cross it.
+(2) The kernel that looks for room for a first paddle is off by a pixel in both axes, and a
+direction has no room at all if for some pixel of the image the whole kernel is outside: at 32
+pixels first paddles point up and to the left, and most distractors find no room. (3) The last
+paddle of the first target is not in the mask: distractors may cross it.
 (4) A distractor without room after its retries is left out. (5) Divisions are Python 2's. (6) The
 list doesn't say so, but there are no single paddles: the script that it completes turns them off.
 
@@ -255,17 +256,25 @@ class _Tables:
         strong = values >= _CROSSING - 255
         return places[strong], _CROSSING - values[strong].astype(int)
 
-    def _kernel(self, mask: np.ndarray) -> np.ndarray:
-        """The places, from one below and to the right of a first paddle's start, to be free."""
+    def _kernel(self, mask: np.ndarray) -> np.ndarray | None:
+        """The places, from one below and to the right of a first paddle's start, to be free.
+
+        None if a pixel of the image has all of them outside: see (2) above.
+        """
         pixels = np.argwhere(mask == 255) - self.reach
         limit = self.p.paddle_length + self.margin
-        return self.steps(pixels[(pixels < limit).all(1)] + 1)
+        pixels = pixels[(pixels < limit).all(1)] + 1
+        seen = np.argwhere(np.ones((self.p.size, self.p.size)))[:, None] + pixels
+        in_image = np.all((seen >= 0) & (seen < self.p.size), axis=-1)
+        return self.steps(pixels) if np.all(np.any(in_image, axis=1)) else None
 
     def room(self, taken: np.ndarray, direction: int) -> np.ndarray:
         """Places where a first paddle in that direction has room; `taken` is bool, as the mask."""
         start, stop = self.border * self.side, (self.side - self.border) * self.side
-        blocked = ~self.inside[start:stop]
-        for offset in self.kernels[direction]:
+        kernel, blocked = self.kernels[direction], ~self.inside[start:stop]
+        if kernel is None:
+            return np.zeros(0, int)
+        for offset in kernel:
             blocked |= taken[start + offset : stop + offset]
         return start + np.flatnonzero(~blocked)
 
@@ -439,7 +448,7 @@ class Pathfinder(StoredTask):
     """
 
     name = "pathfinder"
-    version = 1
+    version = 2
     num_classes = len(CLASSES)
 
     seed: int = 0
