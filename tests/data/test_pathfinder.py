@@ -386,6 +386,20 @@ def test_distribution_is_that_of_the_published_procedure(same_from_reference):
         assert stats.ks_2samp(here, there).pvalue > 1e-3, name
 
 
+def test_statistics_are_those_of_the_published_program(examples):
+    """Measured on 206 images that it drew (docs/results.md says how)."""
+    images = np.array([e.image for e in examples])
+    for values, mean, spread in (
+        (images.mean((1, 2)), 20.27, 2.17),
+        ((images > 0).mean((1, 2)), 0.3424, 0.0391),
+    ):
+        error = spread * math.sqrt(1 / 206 + 1 / len(examples))
+        assert values.mean() == pytest.approx(mean, abs=3.3 * error)
+        assert values.std() == pytest.approx(spread, rel=0.2)
+    count = np.bincount(np.minimum([len(e.distractors) for e in examples], 3), minlength=4)
+    assert stats.chi2_contingency([count, [47, 89, 46, 24]]).pvalue > 1e-3
+
+
 # --- the task
 
 
