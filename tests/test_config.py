@@ -162,6 +162,18 @@ def test_a_workdir_belongs_to_one_configuration(tmp_path):
     )
 
 
+def test_options_of_mixers_that_a_model_does_not_have_are_free(tmp_path):
+    claim_workdir(str(tmp_path), config(model__memory_interval=0), "digest")
+    unread = {"model__hyena__order": 3, "model__s5__blocks": 2, "model__memory__clip": 1.0}
+    claim_workdir(str(tmp_path), config(model__memory_interval=0, **unread), "digest")
+    with pytest.raises(ConfigError, match=r"model\.spectral\.padding: 'linear' there"):
+        claim_workdir(
+            str(tmp_path),
+            config(model__memory_interval=0, model__spectral__padding="circular"),
+            "digest",
+        )
+
+
 def test_a_workdir_of_before_a_field_was_added_continues(tmp_path):
     claim_workdir(str(tmp_path), config(), "digest")
     recorded = json.loads((tmp_path / "config.json").read_text())

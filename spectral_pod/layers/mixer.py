@@ -87,6 +87,12 @@ class Mixer(nn.Module):
         }
 
     @classmethod
+    def sections(cls) -> set[str]:
+        """The sections of `config.model` that the mixer reads."""
+        paths = [field.metadata.get("path", f"{cls.section}.") for field in cls._own_fields()]
+        return {path.partition(".")[0] for path in paths if "." in path}
+
+    @classmethod
     def configured(cls, config: Architecture) -> dict[str, Any]:
         """The values of the mixer's own fields in a configuration, shared ones included.
 

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 import spectral_pod
 from spectral_pod import config as config_lib
-from spectral_pod import storage
+from spectral_pod import models, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError
+from spectral_pod.layers.block import mixers_of
 from spectral_pod.parallel import runtime
 
 # Where a restart may differ: none changes the numbers of a run beyond float rounding.
@@ -74,7 +75,8 @@ def claim_workdir(
     changed = [
         f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
         for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_TO_CHANGE)
+        if theirs.get(key) != ours.get(key)
+        and not key.startswith((*_FREE_TO_CHANGE, *_unread_sections(config)))
     ]
     if changed:
         raise ConfigError(
@@ -88,6 +90,13 @@ def claim_workdir(
             f"{recorded['data_digest'][:12]}, this one has {data_digest[:12]}; point "
             "config.data.dir at the old store, or give another --workdir"
         )
+
+
+def _unread_sections(config: Config) -> list[str]:
+    """Prefixes of the fields of mixers that the model does not have: they change nothing."""
+    mixers = mixers_of(models.architecture(config)).values()
+    read: set[str] = set().union(*(mixer.sections() for mixer in mixers))
+    return [f"model.{section}." for section in config_lib.mixer_options().keys() - read]
 
 
 def _resolved(config: dict[str, Any]) -> dict[str, Any]:
