@@ -59,9 +59,8 @@ else:
 @dataclasses.dataclass
 class OptimizerConfig:
     name: str = "adamw"  # a name in train.optim.OPTIMIZERS
-    learning_rate: NonNegativeFloat = (
-        1e-3  # the peak, between linear warm-up and cosine decay to zero
-    )
+    # The peak, between linear warm-up and cosine decay to zero.
+    learning_rate: NonNegativeFloat = 1e-3
     # The peak for filters, decays, gates and memory scales.
     dynamics_learning_rate: NonNegativeFloat = 1e-3
     warmup_steps: Positive = 100  # steps of linear warm-up

@@ -57,9 +57,9 @@ def _check_training(config: Config) -> None:
             "is no reason; choose 'skip' or 'rollback'"
         )
     match train.profile_steps:
-        case () | []:
+        case []:
             pass
-        case (first, last) if 1 <= first <= last:
+        case [first, last] if 1 <= first <= last:
             pass
         case other:
             raise ConfigError(

@@ -16,8 +16,8 @@ from tests import processes
 os.environ["PJRT_NPROC"] = "16"
 # Processes that tests start choose their own flags.
 os.environ.setdefault("XLA_FLAGS", processes.xla_flags())
-# Programs that several processes need are compiled by one of them, and so are runs made. The first
-# process of a session makes this folder, and all others inherit it.
+# What several processes need, compiled programs and undisturbed runs, is made by one of them. The
+# first process of a session makes this folder for it, and all others inherit it.
 if "SPECTRAL_POD_TESTS" not in os.environ:
     shared = tempfile.mkdtemp(prefix="spectral_pod-tests-")
     atexit.register(shutil.rmtree, shared, ignore_errors=True)

@@ -138,7 +138,7 @@ class CausalModel(Model):
         def by_count() -> jax.Array:
             return x_BND + table_ND[jnp.maximum(count_BN - 1, 0)]
 
-        if len(table_ND) < N:  # as a padded prompt may be
+        if len(table_ND) < N:  # a prompt that is padded beyond the context
             return by_count()
         # Nothing precedes the valid positions of a batch in training. They are numbered by their
         # place then, which takes no lookup, and in the backward pass a sum instead of a scatter.

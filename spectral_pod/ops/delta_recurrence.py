@@ -24,11 +24,11 @@ class DeltaInputs(NamedTuple):
 
 
 class DeltaResult(NamedTuple):
-    """What the delta rule returns; `clipped` counts the tokens whose write was clipped."""
+    """What the delta rule returns."""
 
-    o_BNHV: jax.Array
+    o_BNHV: jax.Array  # the reads
     state_BHVK: jax.Array  # after the last token
-    clipped_BH: jax.Array  # float32
+    clipped_BH: jax.Array  # the number of tokens whose write was clipped, in the dtype of the state
 
 
 def delta_rule_recurrent(

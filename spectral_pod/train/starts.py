@@ -72,11 +72,11 @@ def claim_workdir(
         config_lib.flat(json.loads(json.dumps(defaults))) | _resolved(c)
         for c in (recorded["config"], json.loads(json.dumps(mine)))
     )
+    free = (*_FREE_TO_CHANGE, *_unread_sections(config))
     changed = [
         f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
         for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
-        and not key.startswith((*_FREE_TO_CHANGE, *_unread_sections(config)))
+        if theirs.get(key) != ours.get(key) and not key.startswith(free)
     ]
     if changed:
         raise ConfigError(
