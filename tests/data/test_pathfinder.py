@@ -330,13 +330,15 @@ def test_contours_do_not_cross(examples, path_x):
 
 
 def test_published_parameters(examples, path_x):
-    for batch, most, mean in ((examples, 5, 1.1), (path_x, 8, 7.6)):
+    for batch, per_image in ((examples, 5), (path_x, 8)):
         p = pathfinder.PARAMETERS[len(batch[0].image)]
         assert all([len(target) for target in e.targets] == [14, 14] for e in batch)
         assert all(len(d) == 14 // 3 for e in batch for d in e.distractors)
         count = [len(e.distractors) for e in batch]
-        assert max(count) <= most == p.distractor_paddles // (14 // 3)
-        assert np.mean(count) == pytest.approx(mean, rel=0.15)
+        assert max(count) <= per_image == p.distractor_paddles // (14 // 3)
+        # At 32 pixels most find no room; `test_statistics_...` says how many do.
+        assert batch is examples or max(count) == per_image
+        assert batch is examples or np.mean(count) > 0.9 * per_image
         assert {e.margin for e in batch} == set(p.margins)
         apart = [np.linalg.norm(e.targets[0][0, 0] - e.targets[1][0, 0]) for e in batch]
         assert np.abs(np.array(apart) - p.seed_distance).max() <= math.sqrt(0.5)
