@@ -6,6 +6,7 @@ Google's default credentials and retry on 408, 429, 5xx and broken connections. 
 module sets environment variables that they read, so it must be imported before their first use.
 """
 
+import functools
 import os
 import sys
 import uuid
@@ -60,6 +61,38 @@ def context(*, cache_bytes: int = 0) -> dict[str, Any]:
         # A batch's random reads are issued at once: each takes about 50 ms, however small.
         "gcs_request_concurrency": {"limit": 128},
     }
+
+
+def kvstore_spec(url: str) -> dict[str, Any]:
+    """The spec of a `tensorstore.KvStore` of the files below a folder or a gs:// URL."""
+    if is_remote(url):
+        bucket, _, path = url.removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    return {"driver": "file", "path": f"{os.path.abspath(url)}/"}
+
+
+def kvstore(url: str) -> Any:
+    """A `tensorstore.KvStore` of the files below a folder or a gs:// URL, by relative name."""
+    import tensorstore as ts
+
+    return ts.KvStore.open(kvstore_spec(url), context=uncached()).result()
+
+
+@functools.cache
+def uncached() -> Any:
+    """The `tensorstore.Context` for everything that is not cached in memory."""
+    import tensorstore as ts
+
+    return ts.Context(context())
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative name stays inside the folder that it is joined to.
+
+    To be asked before a name from outside, of an object for example, becomes a part of a path.
+    """
+    parts = name.split("/")
+    return bool(name) and "\0" not in name and not any(part in ("", ".", "..") for part in parts)
 
 
 def check_access(url: str, *, write: bool) -> None:
@@ -169,11 +202,22 @@ def modified(file: Any) -> float:
 
 
 def write_whole(file: Any, data: str | bytes) -> None:
-    """Writes an `epath.Path` atomically: no reader, and no crash, leaves a partial file."""
+    """Writes an `epath.Path` atomically: no reader, and no crash, leaves a partial file.
+
+    When it returns the data are stored, even if the machine then loses power.
+    """
     raw = data.encode() if isinstance(data, str) else data
     if is_remote(os.fspath(file)):
         file.write_bytes(raw)  # an object becomes visible when its upload is complete
         return
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_bytes(raw)
+    with open(temporary, "wb") as writer:
+        writer.write(raw)
+        writer.flush()
+        os.fsync(writer.fileno())
     temporary.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name
+    finally:
+        os.close(folder)

@@ -49,10 +49,11 @@ def write(arguments: argparse.Namespace) -> None:
         if (text := getattr(arguments, f"option_{name}")) is not None
     }
     storage.check_access(out, write=True)
-    if byte_store.exists(out):
-        raise DataError(f"{out} holds a finished store; give another --out, or delete it first")
     started = time.monotonic()
-    task.from_options(options).build(out)
+    with byte_store.lease(out):
+        if byte_store.exists(out):
+            raise DataError(f"{out} holds a finished store; give another --out, or delete it first")
+        task.from_options(options).build(out)
     shell.say(f"{out} in {time.monotonic() - started:.1f} s")
     describe(argparse.Namespace(store=out, duplicates=False))
 

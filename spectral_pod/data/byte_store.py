@@ -20,7 +20,6 @@ import bisect
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,15 +28,14 @@ import numpy as np
 import tensorstore as ts
 from absl import logging
 
-from spectral_pod import storage
-from spectral_pod.data import local_copies
+from spectral_pod import project_files, storage
+from spectral_pod.data import local_copies, zarr_arrays
 from spectral_pod.data.local_copies import LocalCopies
+from spectral_pod.data.verification import Verification
 from spectral_pod.errors import DataError
+from spectral_pod.lease import Lease
 
 FORMAT = "spectral_pod.byte_store/2"
-PART_BYTES = 1 << 26  # the record that reaches this size ends a part
-_CHUNK_BYTES = 1 << 15
-_DTYPES = {"bytes": "uint8", "offsets": "int64", "labels": "int32"}
 
 
 class Record(NamedTuple):
@@ -65,24 +63,43 @@ class Split:
         self._names = [f"{name}/{part['name']}" for part in parts]
         urls = [f"{store.path}/{part}" for part in self._names]
         # All parts at once: on object storage each takes a request or two of some milliseconds.
-        opened = {array: [_open(f"{u}/{array}", store.context) for u in urls] for array in _DTYPES}
+        opened = {
+            array: [zarr_arrays.open_array(f"{url}/{array}", store.context) for url in urls]
+            for array in zarr_arrays.DTYPES
+        }
         starts = np.cumsum([0] + [part["bytes"] for part in parts])
-        offsets = _read_verified(opened["offsets"], urls, "offsets", parts)
+        offsets = zarr_arrays.read_verified(opened["offsets"], urls, "offsets", parts)
         offsets = [part[:-1] + start for part, start in zip(offsets, starts)]
         self.offsets: np.ndarray = np.concatenate([*offsets, starts[-1:]])
-        labels = _read_verified(opened["labels"], urls, "labels", parts)
+        labels = zarr_arrays.read_verified(opened["labels"], urls, "labels", parts)
         self.labels: np.ndarray = np.concatenate([np.zeros(0, np.int32), *labels])
-        if len(self) != info["records"] or starts[-1] != info["bytes"]:
-            raise DataError(
-                f"{store.path}/{name} does not hold what its manifest counts; delete the store"
-            )
         self._starts: list[int] = starts.tolist()  # first byte of each part, and the total
-        self._remote = _results(opened["bytes"], [f"{url}/bytes" for url in urls])
+        self._remote = zarr_arrays.results(opened["bytes"], [f"{url}/bytes" for url in urls])
+        self._check_facts(info, [part["bytes"] for part in parts])
         self._arrays = list(self._remote)  # with the local copies of parts, where there are any
+        self._sha256 = [part["sha256"]["bytes"] for part in parts]
+        self._folders = [f"{url}/bytes" for url in urls]  # of `_arrays`
         self._copied: set[int] = set()
+        self._requested: set[int] = set()  # parts whose content is verified, or will be
         if store.copies:
             for part in range(len(urls)):
                 store.copies.request(self._copy(part), functools.partial(self._use_copy, part))
+
+    def _check_facts(self, info: Mapping[str, Any], sizes: Sequence[int]) -> None:
+        """Checks what the manifest says about this split against its verified arrays."""
+        num_classes = len(self._store.classes)
+        if (
+            [array.shape for array in self._remote] != [(size,) for size in sizes]
+            or any(array.dtype.numpy_dtype != np.uint8 for array in self._remote)
+            or (len(self), self._starts[-1]) != (info["records"], info["bytes"])
+            or len(self.offsets) != len(self) * self.documents + 1
+            or self.lengths.max(initial=0) != info["longest"]
+            or _class_counts(self.labels, num_classes) != info["class_counts"]
+        ):
+            raise DataError(
+                f"{self._store.path}/{self.name} does not hold what its manifest counts; delete "
+                "the store"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,6 +126,7 @@ class Split:
           DataError: the bytes are damaged or missing, or storage does not answer for minutes.
         """
         pieces = [piece for start, stop in ranges for piece in self._pieces(start, stop)]
+        self._verify({part for part, _ in pieces} - self._requested)
         if not pieces:
             return [np.empty(0, np.uint8) for _ in ranges]
         # Concatenated lazily, so that Python handles one result rather than hundreds.
@@ -149,22 +167,55 @@ class Split:
                 f"have it written again ({error})"
             ) from error
 
+    def _verify(self, parts: set[int]) -> None:
+        """Has the content of parts verified in the background, once each.
+
+        Raises:
+          DataError: the content of some part that was read before is not what its manifest says.
+        """
+        self._store.verification.raise_failure()
+        copies = self._store.copies
+        for part in parts:
+            # A part that is about to be copied is read whole once, not twice.
+            if not copies or copies.stopped or part in self._copied:
+                self._requested.add(part)
+                self._store.verification.request(functools.partial(self._verify_content, part))
+
+    def _verify_content(self, part: int) -> None:
+        """Verifies a part: its copy if there is one, and its original if that fails."""
+        folder = self._folders[part]
+        stopped = self._store.verification.stopped
+        try:
+            zarr_arrays.verify(folder, self._sha256[part], stopped)
+        except ValueError as error:
+            if part in self._copied and self._arrays[part] is not self._remote[part]:
+                self._abandon_copy(part, error)
+                self._verify_content(part)
+            elif "UNAVAILABLE" in str(error):
+                self._requested.discard(part)  # its next read is going to tell
+            else:
+                raise DataError(
+                    f"{folder} is damaged; delete the store to have it written again ({error})"
+                ) from error
+
     def _copy(self, part: int) -> local_copies.Part:
-        source = open_kvstore(f"{self._store.path}/{self._names[part]}/bytes")
+        source = storage.kvstore(f"{self._store.path}/{self._names[part]}/bytes")
         return local_copies.Part(self._store.digest, self._names[part], source)
 
     def _use_copy(self, part: int, folder: Path) -> None:
         try:
-            copy = _open(str(folder), self._store.context).result()
+            copy = zarr_arrays.open_array(str(folder), self._store.context).result()
         except ValueError as error:
             self._drop_copy(part, error)
         else:
             self._copied.add(part)  # before the array is swapped in, as reads of it may fail
+            self._folders[part] = str(folder)
             self._arrays[part] = copy
 
     def _abandon_copy(self, part: int, error: ValueError) -> None:
         if self._arrays[part] is not self._remote[part]:
             self._arrays[part] = self._remote[part]
+            self._folders[part] = f"{self._store.path}/{self._names[part]}/bytes"
             self._drop_copy(part, error)
 
     def _drop_copy(self, part: int, error: ValueError) -> None:
@@ -193,14 +244,13 @@ class ByteStore:
         """
         self.path = path
         self.copies = copies if storage.is_remote(path) else None
-        raw = open_kvstore(path).read("manifest.json").result()
+        raw = storage.kvstore(path).read("manifest.json").result()
         if raw.state != "value":
             raise DataError(f"{path} holds no finished byte store (no manifest.json)")
-        self.manifest: dict[str, Any] = json.loads(raw.value)
-        if self.manifest.get("format") != FORMAT:
-            raise DataError(f"{path} has format {self.manifest.get('format')!r}, not {FORMAT!r}")
+        self.manifest = project_files.MANIFEST.parse(raw.value, f"{path}/manifest.json")
         data = {name: facts for name, facts in self.manifest.items() if name != "provenance"}
         self.digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        self.verification = Verification()
         self.context = ts.Context(storage.context(cache_bytes=cache_bytes))
 
     @property
@@ -221,7 +271,13 @@ class ByteStore:
 
 def exists(path: str) -> bool:
     """Whether there is a complete store at `path`."""
-    return open_kvstore(path).read("manifest.json").result().state == "value"
+    return storage.kvstore(path).read("manifest.json").result().state == "value"
+
+
+def lease(path: str) -> Lease:
+    """The lease of a store's writer: another writer waits for its end, or continues if it dies."""
+    where = f"{path.rstrip('/')}.lease"
+    return Lease(where, f"the store {path}", wait=True, say=lambda line: print(line, flush=True))
 
 
 def write(
@@ -259,7 +315,7 @@ def write(
 
 def clear(path: str) -> None:
     """Deletes everything at `path`, so that no file of an earlier write remains."""
-    open_kvstore(path).delete_range(ts.KvStore.KeyRange()).result()
+    storage.kvstore(path).delete_range(ts.KvStore.KeyRange()).result()
 
 
 def write_part(
@@ -295,7 +351,9 @@ def write_part(
         "offsets": np.cumsum([0, *map(len, data)], dtype=np.int64),
         "labels": np.asarray([record.label for record in records], np.int32),
     }
-    writes = [_create(f"{url}/{name}", name, values) for name, values in arrays.items()]
+    writes = [
+        zarr_arrays.create_array(f"{url}/{name}", name, values) for name, values in arrays.items()
+    ]
     for write in writes:
         write.result()
     return {
@@ -303,8 +361,8 @@ def write_part(
         "records": len(records),
         "bytes": len(arrays["bytes"]),
         "longest": max(map(len, data), default=0),
-        "class_counts": np.bincount(arrays["labels"], minlength=num_classes).tolist(),
-        "sha256": {name: _digest(values) for name, values in arrays.items()},
+        "class_counts": _class_counts(arrays["labels"], num_classes),
+        "sha256": {name: zarr_arrays.sha256(values) for name, values in arrays.items()},
     }
 
 
@@ -338,8 +396,8 @@ def finish(
         },
         "provenance": dict(provenance),
     }
-    encoded = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    open_kvstore(path).write("manifest.json", encoded).result()
+    encoded = project_files.MANIFEST.encode(manifest)
+    storage.kvstore(path).write("manifest.json", encoded).result()
     counts = {name: info["records"] for name, info in manifest["splits"].items()}
     logging.info("Wrote byte store %s: records %s", path, counts)
 
@@ -357,8 +415,9 @@ def verify(path: str, on_part: Callable[[str], None] = lambda part: None) -> Non
     for name, info in ByteStore(path).manifest["splits"].items():
         for facts in info["parts"]:
             url = f"{path}/{name}/{facts['name']}"
-            for array in _DTYPES:
-                _read_verified([_open(f"{url}/{array}", _context())], [url], array, [facts])
+            for array in zarr_arrays.DTYPES:
+                opened = zarr_arrays.open_array(f"{url}/{array}", storage.uncached())
+                zarr_arrays.read_verified([opened], [url], array, [facts])
             on_part(url)
 
 
@@ -368,91 +427,13 @@ def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
         part.append(record)
         contents = (record.data,) if isinstance(record.data, bytes) else record.data
         filled += sum(map(len, contents))
-        if filled >= PART_BYTES:
+        if filled >= zarr_arrays.PART_BYTES:
             yield part
             part, filled = [], 0
     if part:
         yield part
 
 
-def _results(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:
-    """The results of the futures of arrays at `urls`; a failure raises a DataError."""
-    results = []
-    for future, url in zip(futures, urls, strict=True):
-        try:
-            results.append(future.result())
-        except ValueError as error:
-            raise DataError(f"{url} cannot be read; delete the store ({error})") from error
-    return results
-
-
-def _read_verified(
-    opened: Sequence[Any], urls: Sequence[str], array: str, facts: Sequence[Mapping[str, Any]]
-) -> list[np.ndarray]:
-    """The values of one array of each part, verified against the manifest."""
-    array_urls = [f"{url}/{array}" for url in urls]
-    values = _results([handle.read() for handle in _results(opened, array_urls)], array_urls)
-    for part, url, fact in zip(values, array_urls, facts, strict=True):
-        if _digest(part) != fact["sha256"][array]:
-            raise DataError(f"{url} differs from its manifest; delete the store")
-    return values
-
-
-def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
-
-
-@functools.cache
-def _context() -> ts.Context:
-    """The context for everything that is not cached in memory."""
-    return ts.Context(storage.context())
-
-
-def _kvstore_spec(url: str) -> dict[str, Any]:
-    if storage.is_remote(url):
-        bucket, _, path = url.removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
-    return {"driver": "file", "path": f"{os.path.abspath(url)}/"}
-
-
-def open_kvstore(url: str) -> ts.KvStore:
-    """A key-value store of the files below a folder or a gs:// URL, by relative name."""
-    return ts.KvStore.open(_kvstore_spec(url), context=_context()).result()
-
-
-def _metadata(array: str, size: int) -> dict[str, Any]:
-    dtype = np.dtype(_DTYPES[array])
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    crc32c = {"name": "crc32c"}
-    sharding = {
-        "chunk_shape": [_CHUNK_BYTES // dtype.itemsize],
-        "codecs": [little, {"name": "zstd", "configuration": {"level": 1}}, crc32c],
-        "index_codecs": [little, crc32c],
-    }
-    shard = PART_BYTES // dtype.itemsize
-    return {
-        "shape": [size],
-        "data_type": _DTYPES[array],
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-
-
-def _open(url: str, context: ts.Context) -> Any:
-    """A future of an array to read."""
-    # By default a missing chunk reads as zeros; here a lost file must be an error.
-    spec = {"driver": "zarr3", "kvstore": _kvstore_spec(url), "fill_missing_data_reads": False}
-    # Stores never change once written, so metadata and chunks need no revalidation.
-    return ts.open(spec, read=True, context=context, recheck_cached=False)
-
-
-def _create(url: str, array: str, values: np.ndarray) -> Any:
-    """A future of the completed write of an array."""
-    spec = {
-        "driver": "zarr3",
-        "kvstore": _kvstore_spec(url),
-        "store_data_equal_to_fill_value": True,
-        "metadata": _metadata(array, len(values)),
-    }
-    opened = ts.open(spec, create=True, delete_existing=True, context=_context())
-    return opened.result().write(values)
+def _class_counts(labels: np.ndarray, num_classes: int) -> list[int]:
+    counts: list[int] = np.bincount(labels, minlength=num_classes).tolist()
+    return counts

@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 import tensorstore as ts
 from absl import logging
 
+from spectral_pod import storage
+
 _POLL_S = 0.1  # seconds until a copy in progress notices that the process ends
 
 
@@ -86,6 +88,11 @@ class LocalCopies:
         with contextlib.suppress(OSError), self._locked():
             self._remove(folder)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether no further copies will be made."""
+        return self._stopped.is_set()
+
     def close(self) -> None:
         """Stops copying; a copy in progress is abandoned."""
         self._stopped.set()
@@ -125,7 +132,10 @@ class LocalCopies:
         """
         files: dict[str, bytes] = {}
         for key in self._result(part.source.list()):
-            files[key.decode()] = self._result(part.source.read(key)).value
+            name = key.decode()
+            if not storage.stays_inside(name):
+                raise ValueError(f"its object {name!r} would be written outside of its folder")
+            files[name] = self._result(part.source.read(key)).value
         if "zarr.json" not in files:
             raise ValueError("it is not there")
         with self._locked():

@@ -19,6 +19,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from spectral_pod import project_files, storage
 from spectral_pod.data import byte_store, workers
 from spectral_pod.data.byte_store import Record
 
@@ -57,16 +58,16 @@ def write(
     Raises:
       DataError: an item cannot be converted.
     """
-    notes = byte_store.open_kvstore(f"{path}/unfinished")
+    notes = storage.kvstore(f"{path}/unfinished")
     encoded_plan = json.dumps(dict(plan), sort_keys=True).encode()
     if notes.read("plan.json").result().value != encoded_plan:
         byte_store.clear(path)
         notes.write("plan.json", encoded_plan).result()
-    done = {key.decode() for key in notes.list().result()}
+    done = {name for name in notes.list().result() if _done(notes[name])}
     options = {"num_classes": len(classes), "documents": documents}
     counted = itertools.count()
     numbered = ((next(counted), item) for item in items)
-    work = ((index, item) for index, item in numbered if _note(index) not in done)
+    work = ((index, item) for index, item in numbered if _note(index).encode() not in done)
     first = list(itertools.islice(work, 2))
     if len(first) < 2:  # not worth starting a process
         for index, item in first:
@@ -82,7 +83,7 @@ def write(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    written = [json.loads(notes[_note(index)]) for index in range(next(counted))]
+    written = [project_files.ITEM.content(notes[_note(i)]) for i in range(next(counted))]
     parts = {
         split: [note["parts"][split] for note in written if split in note["parts"]]
         for split in splits
@@ -99,6 +100,15 @@ def _wait(pending: set[Any], *, at_most: int) -> None:
         pending -= ended
         for future in ended:
             future.result()
+
+
+def _done(note: bytes) -> bool:
+    """Whether a note says that its item is written; a damaged one, or the plan, does not."""
+    try:
+        project_files.ITEM.content(note)
+    except ValueError:
+        return False
+    return True
 
 
 def _note(index: int) -> str:
@@ -119,5 +129,5 @@ def _write_item(
         for split, split_records in records.items()
         if split_records
     }
-    note = json.dumps({"parts": parts, "facts": facts}).encode()
-    byte_store.open_kvstore(f"{path}/unfinished").write(_note(index), note).result()
+    note = project_files.ITEM.encode({"parts": parts, "facts": facts})
+    storage.kvstore(f"{path}/unfinished").write(_note(index), note).result()

@@ -140,8 +140,10 @@ def _open_own_store(config: Config, task: StoredTask) -> ByteStore:
     path = task.find_store(config.data.dir, config.data.options.to_dict())
     if runtime.is_leader() and not byte_store.exists(path):
         storage.check_access(path, write=True)
-        runtime.print_once(f"writing the {task.name} data to {path}")
-        task.build(path)
+        with byte_store.lease(path):
+            if not byte_store.exists(path):  # another run may have written it meanwhile
+                runtime.print_once(f"writing the {task.name} data to {path}")
+                task.build(path)
     runtime.barrier("data store")
     if not byte_store.exists(path):
         raise DataError(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from spectral_pod.data import byte_store
+from spectral_pod.data import byte_store, zarr_arrays
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.errors import DataError
 
@@ -19,7 +19,7 @@ def records():
 
 @pytest.fixture
 def store(tmp_path, records, monkeypatch):
-    monkeypatch.setattr(byte_store, "PART_BYTES", 1 << 17)  # several shards from little data
+    monkeypatch.setattr(zarr_arrays, "PART_BYTES", 1 << 17)  # several shards from little data
     path = str(tmp_path / "store")
     splits = {"train": records, "test": (r for r in records[:2])}
     byte_store.write(path, splits, classes=["a", "b", "c"], provenance={"by": "test"})

@@ -1,0 +1,214 @@
+"""A lease: one process at a time writes a place, on disk or on gs://.
+
+    with Lease(f"{workdir}/lease.json", f"workdir {workdir}") as lease:
+        ...
+        lease.check()   # before what another writer would suffer from
+
+A lease is a small file that names its holder, and is only ever replaced if it is still what was
+read before (tensorstore's conditional writes: a lock on disk, preconditions on gs://). Its holder
+renews it every few seconds. Another process takes it over if the holder has died, which it can see
+in the same machine, or else if the lease has not changed while it watched; no clocks are compared.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Self
+
+import psutil
+from absl import logging
+
+from spectral_pod import storage
+from spectral_pod.errors import UserError
+
+_RENEW_SECONDS = 5.0
+EXPIRY_SECONDS = 30.0  # without renewal, after which a lease may be taken over
+_POLL_SECONDS = 0.5
+_RELEASE_SECONDS = 5.0  # for the release; where storage is out the lease expires by itself
+
+
+class InUseError(UserError):
+    """Another process holds the lease."""
+
+
+class Lease:
+    """The lease on a place; a context manager. Its holder is a process, not a thread."""
+
+    def __init__(
+        self,
+        path: str,
+        what: str,
+        *,
+        wait: bool = False,
+        say: Callable[[str], None] = logging.info,
+    ):
+        """The lease in the file or object at `path`.
+
+        Args:
+          path: a local path or a gs:// URL.
+          what: names the place, in messages.
+          wait: whether entering waits for the end of another holder, or raises `InUseError`.
+          say: prints a line about a wait.
+        """
+        folder, _, self._name = path.rpartition("/")
+        self._what, self._wait, self._say = what, wait, say
+        self._folder, self._path = folder, path
+        self._me = _this_process()
+        self._lost = ""
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        """Takes the lease.
+
+        Raises:
+          InUseError: another process holds it.
+          UserError: the place cannot be written.
+        """
+        try:
+            self._store = storage.kvstore(self._folder)
+            self._take()
+        except (ValueError, OSError) as error:
+            raise UserError(f"cannot write {self._what}: {error}") from error
+        self._renewed = time.monotonic()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=_RELEASE_SECONDS)
+        if self._lost:
+            return
+        try:
+            deleted = self._store.write(self._name, None, if_equal=self._generation)
+            deleted.result(timeout=_RELEASE_SECONDS)
+        except (ValueError, TimeoutError) as error:
+            logging.warning("The lease %s is not released, and expires: %s", self._path, error)
+
+    def check(self) -> None:
+        """Checks that this process still holds the lease.
+
+        Raises:
+          UserError: another process has taken it over.
+        """
+        if not self._lost and time.monotonic() - self._renewed > EXPIRY_SECONDS:
+            self._renew_once()  # this process was suspended, or storage does not answer
+        if self._lost:
+            raise UserError(
+                f"{self._what} was taken over by {self._lost}, as this process did not show that "
+                f"it was alive for more than {EXPIRY_SECONDS:.0f} s; it ends here and writes "
+                "nothing more"
+            )
+
+    def _take(self) -> None:
+        seen, since, told = None, time.monotonic(), False
+        while True:
+            found = self._store.read(self._name).result()
+            now = time.monotonic()
+            if found.stamp.generation != seen:
+                renewed = seen is not None and found.state == "value"
+                seen, since = found.stamp.generation, now
+            else:
+                renewed = False
+            holder = _holder(found.value) if found.state == "value" else {}
+            is_free = found.state != "value" or _is_dead(holder) or now - since > EXPIRY_SECONDS
+            if is_free and self._write(found.stamp.generation):
+                return
+            if not self._wait and (renewed or _is_alive(holder)):
+                raise InUseError(
+                    f"{self._what} is in use by {_named(holder)}; wait for its end, stop it, or "
+                    "give another one"
+                )
+            if not is_free and not told:
+                told = True
+                self._say(
+                    f"waiting for {_named(holder)}, which holds {self._what}, or for "
+                    f"{EXPIRY_SECONDS:.0f} s without a sign of it"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _write(self, generation: bytes) -> bool:
+        """Replaces the lease if it is still of this generation; returns whether it was."""
+        content = json.dumps(self._me | {"renewed": uuid.uuid4().hex}).encode()
+        new = self._store.write(self._name, content, if_equal=generation).result().generation
+        if not new:  # it was not; or it was, and a repeated request finds its own result
+            found = self._store.read(self._name).result()
+            if found.state != "value" or found.value != content:
+                return False
+            new = found.stamp.generation
+        self._generation = new
+        return True
+
+    def _renew(self) -> None:
+        while not self._ended.wait(_RENEW_SECONDS) and not self._lost:
+            self._renew_once()
+
+    def _renew_once(self) -> None:
+        try:
+            if self._write(self._generation):
+                self._renewed = time.monotonic()
+                return
+            found = self._store.read(self._name).result()
+        except ValueError as error:  # whoever wants to take it over cannot reach storage either
+            logging.warning("The lease %s is not renewed: %s", self._path, error)
+            return
+        self._lost = (
+            _named(_holder(found.value)) if found.state == "value" else "someone who deleted it"
+        )
+
+
+def _this_process() -> dict[str, Any]:
+    """What identifies this process, to the processes of this machine and to people."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "machine": _machine(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    }
+
+
+def _machine() -> str:
+    """Identifies the set of processes among which process numbers are unique; "" if unknown."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"  # of a container
+    except OSError:
+        return ""
+
+
+def _holder(raw: bytes) -> dict[str, Any]:
+    """The holder that a lease names; empty if it is damaged."""
+    try:
+        holder = json.loads(raw)
+        return holder if isinstance(holder, dict) else {}
+    except ValueError:
+        return {}
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    return bool(holder.get("machine")) and holder["machine"] == _machine()
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the holder is known to be alive, as a process of this machine."""
+    if not _is_here(holder):
+        return False
+    try:
+        return bool(psutil.Process(holder["pid"]).create_time() == holder["started"])
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    return _is_here(holder) and not _is_alive(holder)
+
+
+def _named(holder: dict[str, Any]) -> str:
+    names = [str(holder.get(name, "unknown")) for name in ("pid", "host", "since")]
+    return "process {} on host {} (since {})".format(*names)

@@ -1,0 +1,281 @@
+"""The files that the project writes for itself and reads again, each with its schema.
+
+They may come back cut, altered or exchanged: disks fail, copies are interrupted, people edit. So
+each is written atomically with the sha256 of its content, and checked when it is read; a file that
+differs is an error that names it, never a traceback and never a different result. Files of older
+versions have no sha256 and are checked by their schema alone.
+
+    project_files.RUN.write(workdir / "config.json", facts)
+    facts = project_files.RUN.read(workdir / "config.json")
+
+Logs, `metrics.jsonl` and `starts.jsonl`, have one JSON object a line. A process that is killed may
+leave its last line incomplete, and such a line does not count.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar, cast
+
+import pydantic
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from spectral_pod import storage
+from spectral_pod.errors import DataError
+
+CHECKSUM = "checksum"  # the key of a file's sha256, in the file
+
+_Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+_Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+# Names that become parts of paths: of splits, and of a split's parts.
+_Name = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", max_length=200)]
+_PartName = Annotated[str, pydantic.Field(pattern="^[0-9]{5,18}$")]
+
+
+class Run(TypedDict):
+    """WORKDIR/config.json: whose a workdir is. Its checksum is the identity of the run."""
+
+    config: dict[str, Any]
+    data_digest: str
+    classes: NotRequired[list[str]]  # missing in workdirs of older versions
+
+
+class Start(TypedDict):
+    """A line of WORKDIR/starts.jsonl."""
+
+    wall_time: float  # seconds since 1970
+    step: _Count
+    processes: _Count
+    devices: str
+    mesh: dict[str, int]
+    code: str
+    jax: str
+
+
+class Result(TypedDict):
+    """WORKDIR/result.json."""
+
+    step: _Count
+    eval: dict[str, Any]
+
+
+class FileDigest(TypedDict):
+    bytes: _Count
+    sha256: _Sha256
+
+
+class Seal(TypedDict):
+    """WORKDIR/seals/STEP.json: the files of a checkpoint, by their relative names."""
+
+    step: _Count
+    run: NotRequired[str]  # missing in seals of older versions
+    metrics: dict[str, float] | None
+    files: dict[str, FileDigest]
+
+
+class Arrays(TypedDict):
+    bytes: _Sha256
+    offsets: _Sha256
+    labels: _Sha256
+
+
+class Part(TypedDict):
+    name: _PartName
+    records: _Count
+    bytes: _Count
+    sha256: Arrays
+
+
+class Split(TypedDict):
+    records: _Count
+    bytes: _Count
+    longest: _Count
+    class_counts: list[_Count]
+    parts: list[Part]
+
+
+class Manifest(TypedDict):
+    """STORE/manifest.json; see `data/byte_store.py`."""
+
+    format: Literal["spectral_pod.byte_store/2"]
+    classes: list[str]
+    documents: Annotated[int, pydantic.Field(ge=1)]
+    splits: dict[_Name, Split]
+    provenance: dict[str, Any]
+
+
+class WrittenPart(Part):
+    """What is known about a part once it is written."""
+
+    longest: _Count
+    class_counts: list[_Count]
+
+
+class Item(TypedDict):
+    """STORE/unfinished/ITEM.json; see `data/parallel_write.py`."""
+
+    parts: dict[_Name, WrittenPart]
+    facts: Any
+
+
+class Export(TypedDict):
+    """EXPORT/config.json; see `generate/export.py`."""
+
+    config: dict[str, Any]
+    num_classes: _Count
+    vocab_size: _Count
+    step: _Count
+    data_digest: str
+    classes: list[str]
+    sha256: _Sha256
+
+
+def _has_step(line: dict[str, float]) -> dict[str, float]:
+    step = line.get("step", -1)
+    if not (isinstance(step, int) and 0 <= step < 2**63):
+        raise ValueError("no step")
+    return line
+
+
+T = TypeVar("T")
+
+
+class Kind(Generic[T]):
+    """A kind of file: its schema, and what a user can do about a damaged one."""
+
+    def __init__(self, schema: Any, remedy: str):
+        self._schema, self._remedy = schema, remedy
+
+    def read(self, file: Any) -> T:
+        """The content of an `epath.Path`, without its checksum.
+
+        Raises:
+          DataError: the file is damaged; says how and what to do.
+          OSError: it cannot be read.
+        """
+        try:
+            raw = file.read_bytes()
+        except IsADirectoryError as error:
+            raise DataError(f"{file} is a folder; {self._remedy}") from error
+        return self.parse(raw, str(file))
+
+    def parse(self, raw: bytes, name: str) -> T:
+        """As `read`, from the bytes of the file `name`."""
+        try:
+            return self.content(raw)
+        except ValueError as error:
+            raise DataError(f"{name} cannot be used: {error}; {self._remedy}") from error
+
+    def content(self, raw: bytes) -> T:
+        """The content of the bytes of a file, or of a line of one.
+
+        Raises:
+          ValueError: says how they are damaged.
+        """
+        value = _json(raw)
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        recorded = value.pop(CHECKSUM, None)
+        if recorded is not None and recorded != checksum(value):
+            raise ValueError(f"its content differs from its {CHECKSUM}")
+        try:
+            self._adapter.validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            raise ValueError(_first(error)) from None
+        return cast(T, value)
+
+    def encode(self, content: Mapping[str, Any]) -> bytes:
+        """The bytes of a file with this content."""
+        value = json.loads(json.dumps(content))  # as it will be read: keys are strings
+        self._adapter.validate_python(value, strict=True)
+        return json.dumps(value | {CHECKSUM: checksum(value)}, indent=1).encode() + b"\n"
+
+    def write(self, file: Any, content: Mapping[str, Any]) -> None:
+        """Writes an `epath.Path` atomically."""
+        storage.write_whole(file, self.encode(content))
+
+    @functools.cached_property
+    def _adapter(self) -> Any:
+        return pydantic.TypeAdapter(self._schema)
+
+
+_WRITTEN_AGAIN = "delete it, and the same command writes it again"
+RUN: Kind[Run] = Kind(Run, "restore it from a copy, or train in another --workdir")
+RESULT: Kind[Result] = Kind(Result, _WRITTEN_AGAIN)
+SEAL: Kind[Seal] = Kind(Seal, "its checkpoint cannot be trusted")
+MANIFEST: Kind[Manifest] = Kind(Manifest, "delete the store to have it written again")
+ITEM: Kind[Item] = Kind(Item, _WRITTEN_AGAIN)
+EXPORT: Kind[Export] = Kind(Export, "get or export the model again")
+START: Kind[Start] = Kind(Start, "")
+METRICS: Kind[dict[str, float]] = Kind(
+    Annotated[dict[str, float], pydantic.AfterValidator(_has_step)], ""
+)
+
+
+class Log(Generic[T]):
+    """The lines of a log.
+
+    Attributes:
+      lines: those that can be read, in order.
+      damaged: the number of others; one incomplete line at the end is not counted.
+    """
+
+    def __init__(self, file: Any, kind: Kind[T]):
+        """Reads an `epath.Path`, which may be missing.
+
+        Raises:
+          DataError: it is a folder.
+        """
+        self._file = file
+        try:
+            self._raw = file.read_bytes() if file.exists() else b""
+        except IsADirectoryError as error:
+            raise DataError(f"{file} is a folder; move it away") from error
+        self.lines: list[T] = []
+        self.damaged = 0
+        for line in self._raw.splitlines(keepends=True):
+            if not line.strip():
+                continue
+            try:
+                self.lines.append(kind.content(line))
+            except ValueError:
+                self.damaged += line.endswith(b"\n")
+
+    def keep_damaged(self) -> Any:
+        """Copies the file next to itself, before it is written without its damaged lines.
+
+        Returns:
+          The path of the copy.
+        """
+        n = 0
+        while (copy := self._file.with_name(f"{self._file.name}.damaged-{n}")).exists():
+            n += 1
+        storage.write_whole(copy, self._raw)
+        return copy
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """The sha256 of JSON content, whatever its formatting and the order of its keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_id(run: Run) -> str:
+    """The identity of a run: of its configuration and its data."""
+    return checksum({name: value for name, value in run.items() if name != CHECKSUM})
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        value = json.loads(raw.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be printed
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    """The first of the differences from a schema."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
