@@ -145,18 +145,35 @@ def default() -> Config:
     return cast(Config, config)
 
 
-def defaults_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+def defaults_of(recorded: Mapping[str, Any], file: str) -> dict[str, Any]:
     """The default configuration, with what fields mean that a recorded one is too old to have.
 
     Args:
       recorded: the configuration of a run, from its workdir or export.
+      file: where it is recorded.
+
+    Raises:
+      ConfigError: something else is recorded than a configuration.
     """
     values = to_dict(default())
-    model = values["model"]
+    for name, section in values.items():
+        _check_section(recorded.get(name), section, file, f"config.{name}")
+    model, theirs = values["model"], recorded["model"]
     model["hyena"]["order"] = model["s5"]["blocks"] = 1
-    head_dim = recorded["model"].get("memory", model["memory"])["head_dim"]
-    model["memory"]["clip"] = 10 / math.sqrt(head_dim)
+    head_dim = theirs.get("memory", {}).get("head_dim", model["memory"]["head_dim"])
+    if isinstance(head_dim, int) and head_dim > 0:
+        model["memory"]["clip"] = 10 / math.sqrt(head_dim)
     return values
+
+
+def _check_section(recorded: Any, default: Any, file: str, name: str) -> None:
+    """Checks that what is recorded as a section is one; sections may be missing within others."""
+    if not isinstance(default, Mapping):
+        return
+    if not isinstance(recorded, Mapping):
+        raise ConfigError(f"{file} records no configuration: {name} is {recorded!r}")
+    for key in recorded.keys() & default.keys():
+        _check_section(recorded[key], default[key], file, f"{name}.{key}")
 
 
 def annotations() -> dict[str, Any]:

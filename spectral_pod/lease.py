@@ -67,12 +67,15 @@ class Lease:
 
         Raises:
           InUseError: another process holds it.
-          UserError: the place cannot be written.
+          UserError: storage cannot be written.
+          OSError: the folder of a local lease cannot be made.
         """
+        if not storage.is_remote(self._folder):
+            os.makedirs(self._folder, exist_ok=True)
         try:
             self._store = storage.kvstore(self._folder)
             self._take()
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise UserError(f"cannot write {self._what}: {error}") from error
         self._renewed = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)

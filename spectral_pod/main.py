@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     workdir: Any = _WORKDIR.value
     storage.check_access(workdir, write=not _EVAL_ONLY.value)
     if config.train.compilation_cache:
-        runtime.enable_compilation_cache(workdir)
+        runtime.enable_compilation_cache(workdir, read_only=_EVAL_ONLY.value)
     logging.get_absl_handler().addFilter(_drop_library_info)
     logging.info("Config:\n%s", config)
     loop.run(config, workdir, eval_only=_EVAL_ONLY.value)

@@ -53,11 +53,17 @@ class Start(TypedDict):
     jax: str
 
 
+class Evaluation(TypedDict):
+    """Metrics on a split, beside its name."""
+
+    split: str
+
+
 class Result(TypedDict):
     """WORKDIR/result.json."""
 
     step: _Count
-    eval: dict[str, Any]
+    eval: Evaluation
 
 
 class FileDigest(TypedDict):
@@ -131,10 +137,10 @@ class Export(TypedDict):
     sha256: _Sha256
 
 
-def _has_step(line: dict[str, float]) -> dict[str, float]:
-    step = line.get("step", -1)
-    if not (isinstance(step, int) and 0 <= step < 2**63):
-        raise ValueError("no step")
+def _has_step(line: Any) -> Any:
+    step = line.get("step")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError("it has no step")
     return line
 
 
@@ -189,7 +195,7 @@ class Kind(Generic[T]):
         """The bytes of a file with this content."""
         value = json.loads(json.dumps(content))  # as it will be read: keys are strings
         self._adapter.validate_python(value, strict=True)
-        return json.dumps(value | {CHECKSUM: checksum(value)}, indent=1).encode() + b"\n"
+        return json.dumps(value | {CHECKSUM: checksum(value)}, indent=1).encode()
 
     def write(self, file: Any, content: Mapping[str, Any]) -> None:
         """Writes an `epath.Path` atomically."""
@@ -209,7 +215,7 @@ ITEM: Kind[Item] = Kind(Item, _WRITTEN_AGAIN)
 EXPORT: Kind[Export] = Kind(Export, "get or export the model again")
 START: Kind[Start] = Kind(Start, "")
 METRICS: Kind[dict[str, float]] = Kind(
-    Annotated[dict[str, float], pydantic.AfterValidator(_has_step)], ""
+    Annotated[dict[str, float], pydantic.BeforeValidator(_has_step)], ""
 )
 
 

@@ -11,6 +11,7 @@ from spectral_pod.config import annotations, default, flat, to_dict
 from spectral_pod.errors import ConfigError
 from spectral_pod.train.starts import claim_workdir
 from spectral_pod.validation import validate, validate_mesh
+from tests import trainer
 
 
 def config(**fields):
@@ -176,9 +177,7 @@ def test_options_of_mixers_that_a_model_does_not_have_are_free(tmp_path):
 
 def test_a_workdir_of_before_a_field_was_added_continues(tmp_path):
     claim_workdir(str(tmp_path), config(), "digest")
-    recorded = json.loads((tmp_path / "config.json").read_text())
-    del recorded["config"]["train"]["on_bad_step"]
-    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    trainer.edit(tmp_path / "config.json", lambda run: run["config"]["train"].pop("on_bad_step"))
     claim_workdir(str(tmp_path), config(), "digest")
     with pytest.raises(ConfigError, match="on_bad_step: 'stop' there, 'skip' now"):
         claim_workdir(str(tmp_path), config(train__on_bad_step="skip"), "digest")

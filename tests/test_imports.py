@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "spectral_pod"
 
 # Module prefix -> the modules of this package that it may import. The longest match applies.
 _TRAINABLE = (
-    "shapes", "fields", "errors", "seeds", "storage", "config", "validation", "objectives", "ops",
+    "shapes", "fields", "errors", "seeds", "storage", "project_files", "config", "validation",
+    "objectives", "ops",
     "layers", "models", "parallel",
 )  # fmt: skip
 MAY_IMPORT = {
@@ -33,17 +34,17 @@ MAY_IMPORT = {
     "data": ("shapes", "errors", "fields", "seeds", "objectives", "storage", "project_files",
              "lease", "data"),
     "generate": ("shapes", "fields", "seeds", "ops", "layers", "models", "generate"),
-    "generate.restore": (*_TRAINABLE, "data.tasks", "train.checkpoint", "train.state"),
+    "generate.restore": (*_TRAINABLE, "data.tasks", "train.sealed_steps", "train.state"),
     "generate.text": ("errors", "parallel.sharding", "generate"),
-    "generate.export": (*_TRAINABLE, "train.checkpoint", "generate"),
+    "generate.export": (*_TRAINABLE, "train.sealed_steps", "generate"),
     "generate.hub": ("errors",),
     "analysis": ("shapes", "errors", "config", "layers", "models", "analysis"),
-    "train": ("shapes", "errors", "fields", "seeds", "storage", "objectives", "ops", "layers",
-              "models", "parallel", "train"),
+    "train": ("shapes", "errors", "fields", "seeds", "storage", "project_files", "objectives",
+              "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "objectives", "parallel.sharding"),
     "train.sources": ("errors", "storage", "config", "data", "objectives", "parallel.runtime"),
-    "train.starts": ("config", "data.tasks", "errors", "storage", "layers", "models",
-                     "parallel.runtime"),
+    "train.starts": ("config", "data.tasks", "errors", "storage", "project_files", "lease",
+                     "layers", "models", "parallel.runtime"),
     "train.progress": ("errors", "config", "analysis", "objectives", "parallel.runtime", "train"),
     "train.loop": (*_TRAINABLE, "data", "train"),
     "train.trainer": (*_TRAINABLE, "data", "generate", "train"),

@@ -135,9 +135,10 @@ def test_a_workdir_of_another_configuration(tmp_path):
     with pytest.raises(UserError, match=f"{workdir} .*model.hidden_dim: 16 there, 32 now"):
         loop.run(config(model__hidden_dim=32), str(workdir))
     assert content(workdir) == before
-    digest = json.loads((workdir / "config.json").read_text())["data_digest"]
+    recorded = json.loads((workdir / "config.json").read_text())
     free = {"mesh__fsdp": 2, "checkpoint__every_steps": 7, "train__log_every_steps": 3}
-    starts.claim_workdir(str(workdir), config(**free), digest)
+    data = recorded["data_digest"], recorded["classes"]
+    starts.claim_workdir(str(workdir), config(**free), *data)
     assert content(workdir) == before
 
 
@@ -145,10 +146,12 @@ def test_data_that_changed_under_a_workdir(tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trainer.uninterrupted(), workdir)
     shutil.copytree(trainer.home() / "data", tmp_path / "data")
+
+    def hold_other_records(manifest):
+        manifest["splits"]["train"]["parts"][0]["sha256"]["bytes"] = "0" * 64
+
     for file in (tmp_path / "data").glob("*/manifest.json"):
-        manifest = json.loads(file.read_text())
-        manifest["splits"]["train"]["parts"][0]["sha256"]["bytes"] = "0" * 64  # other records
-        file.write_text(json.dumps(manifest))
+        trainer.edit(file, hold_other_records)
     before = content(workdir)
     with pytest.raises(UserError, match=f"{workdir} was trained on another version of the data"):
         loop.run(config(data__dir=str(tmp_path / "data")), str(workdir))

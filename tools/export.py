@@ -12,13 +12,13 @@ not exist.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 import huggingface_hub
 from etils import epath
 
+from spectral_pod import project_files
 from spectral_pod.fields import NonNegative
 from spectral_pod.generate import export, hub
 from spectral_pod.generate.restore import restore_for_inference
@@ -49,7 +49,7 @@ def export_model(arguments: argparse.Namespace) -> None:
         hub.check_access(api, repository)
     trained = restore_for_inference(workdir, step=arguments.step)
     file = epath.Path(workdir) / "result.json"
-    result = json.loads(file.read_text()) if file.exists() else None
+    result = project_files.RESULT.read(file) if file.exists() else None
     export.save(trained, output, result=result, license=arguments.license)
     shell.say(f"step {trained.step} of {workdir} is in {output}")
     if repository:

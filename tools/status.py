@@ -11,6 +11,7 @@ Whether a process is still alive cannot be seen from the files.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -24,8 +25,8 @@ from typing import Any
 
 from etils import epath
 
-from spectral_pod import storage
-from spectral_pod.errors import ConfigError
+from spectral_pod import project_files, storage
+from spectral_pod.errors import ConfigError, DataError
 
 from . import shell
 
@@ -50,52 +51,43 @@ def show(arguments: argparse.Namespace) -> None:
     remote = storage.is_remote(arguments.workdir)
     workdir = arguments.workdir if remote else os.path.expanduser(arguments.workdir)
     storage.check_access(workdir, write=False)
-    lines = read_lines(workdir)
-    found = facts(workdir, lines, time.time())
+    metrics = project_files.Log(epath.Path(workdir) / "metrics.jsonl", project_files.METRICS)
+    found = facts(workdir, metrics, time.time())
     if arguments.json:
         print(json.dumps(_jsonable(found), indent=1))
         return
     print("\n".join(report(found)))
     width = shutil.get_terminal_size((100, 24)).columns
-    print(picture(lines, width, colour=sys.stdout.isatty()))
+    print(picture(metrics.lines, width, colour=sys.stdout.isatty()))
 
 
-def read_lines(workdir: str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; a last line that is half written is omitted."""
-    file = epath.Path(workdir) / name
-    lines = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
-
-
-def facts(workdir: str, lines: Sequence[Mapping[str, float]], now: float) -> dict[str, Any]:
+def facts(workdir: str, metrics: project_files.Log[dict[str, float]], now: float) -> dict[str, Any]:
     """The state of a run at the time `now`, in seconds since 1970.
 
     Raises:
       ConfigError: `workdir` is not the workdir of a run.
+      DataError: a file of the run is damaged.
     """
-    folder = epath.Path(workdir)
+    folder, lines = epath.Path(workdir), metrics.lines
     if not (folder / "config.json").exists():
         raise ConfigError(
             f"{workdir} is no workdir of a run, or of one that still prepares its data: it has no "
             "config.json; give what the run has as its --workdir"
         )
-    config = json.loads((folder / "config.json").read_text())["config"]
-    result = _read_json(folder / "result.json")
-    starts = read_lines(workdir, "starts.jsonl")
+    config = _sections(project_files.RUN.read(folder / "config.json")["config"], folder)
+    result_file = folder / "result.json"
+    result = project_files.RESULT.read(result_file) if result_file.exists() else None
+    log = project_files.Log(folder / "starts.jsonl", project_files.START)
+    starts = log.lines
     latest: dict[str, float] = {}
     for line in lines:
         latest |= line
     found = {
         "workdir": workdir,
-        "task": config["data"]["task"],
-        "model": config["model"]["name"],
+        "task": config["task"],
+        "model": config["model"],
         "step": int(latest.get("step", 0)),
-        "total_steps": config["train"]["total_steps"],
+        "total_steps": config["total_steps"],
         "starts": len(starts),
         "last_start": starts[-1] if starts else None,
         "checkpoint": _checkpoint(folder, now),
@@ -113,8 +105,24 @@ def facts(workdir: str, lines: Sequence[Mapping[str, float]], now: float) -> dic
     stalls = _files(folder / "stalls")  # their names begin with the time
     found |= _state(folder, lines, result, starts, stalls, now)
     found["eta_seconds"] = _eta(lines, starts, found) if found["state"] == "running" else None
-    found["faults"] = list(_faults(folder, lines, found, stalls, now))
+    damaged = {"metrics.jsonl": metrics.damaged, "starts.jsonl": log.damaged}
+    found["faults"] = [
+        *(f"{count} line(s) of {name} are damaged" for name, count in damaged.items() if count),
+        *_faults(folder, lines, found, stalls, now),
+    ]
     return found
+
+
+def _sections(config: Mapping[str, Any], folder: epath.Path) -> dict[str, Any]:
+    """The facts that are shown of a configuration."""
+    try:
+        total_steps = config["train"]["total_steps"]
+        if not (isinstance(total_steps, int) and total_steps > 0):
+            raise ValueError("total_steps")
+        names = {"task": str(config["data"]["task"]), "model": str(config["model"]["name"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder}/config.json records no configuration ({error})") from error
+    return names | {"total_steps": total_steps}
 
 
 def _state(
@@ -156,11 +164,12 @@ def _state(
 def _checkpoint(folder: epath.Path, now: float) -> dict[str, Any] | None:
     """The newest and the best sealed step, and the unsealed ones; None without checkpoints."""
     # The layout is that of train/checkpoint.py, which is not imported as it needs JAX and Orbax.
-    seals = {
-        int(file.stem): seal
-        for file in _files(folder / "seals")
-        if file.suffix == ".json" and (seal := _read_json(file))
-    }
+    seals: dict[int, project_files.Seal] = {}
+    for file in _files(folder / "seals"):
+        # A seal that cannot be read counts as none, as it does when the run continues.
+        with contextlib.suppress(DataError):
+            if file.suffix == ".json" and file.stem.isdecimal():
+                seals[int(file.stem)] = project_files.SEAL.read(file)
     steps = {int(file.name) for file in _files(folder / "checkpoints") if file.name.isdigit()}
     sealed = sorted(steps & seals.keys())
     unsealed = sorted(steps - seals.keys())
@@ -171,10 +180,12 @@ def _checkpoint(folder: epath.Path, now: float) -> dict[str, Any] | None:
         found["step"] = sealed[-1]
         found["age_seconds"] = now - storage.modified(folder / "seals" / f"{sealed[-1]}.json")
         found["bytes"] = sum(file["bytes"] for file in seals[sealed[-1]]["files"].values())
-    scored = [step for step in sealed if seals[step].get("metrics")]
-    if scored:
-        best = max(scored, key=lambda step: seals[step]["metrics"]["score"])
-        found["best"] = {"step": best} | seals[best]["metrics"]
+    scores = {
+        step: metrics for step in sealed if "score" in (metrics := seals[step]["metrics"] or {})
+    }
+    if scores:
+        best = max(scores, key=lambda step: scores[step]["score"])
+        found["best"] = {"step": best} | scores[best]
     return found
 
 
@@ -408,14 +419,6 @@ def _below(values: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 def _files(folder: epath.Path) -> list[epath.Path]:
     return sorted(folder.iterdir()) if folder.exists() else []
-
-
-def _read_json(file: epath.Path) -> Any:
-    """The content of a file; None if it does not exist or is damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _duration(seconds: float) -> str:

@@ -93,7 +93,7 @@ class Split:
             or any(array.dtype.numpy_dtype != np.uint8 for array in self._remote)
             or (len(self), self._starts[-1]) != (info["records"], info["bytes"])
             or len(self.offsets) != len(self) * self.documents + 1
-            or self.lengths.max(initial=0) != info["longest"]
+            or np.diff(self.offsets).max(initial=0) != info["longest"]
             or _class_counts(self.labels, num_classes) != info["class_counts"]
         ):
             raise DataError(

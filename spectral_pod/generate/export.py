@@ -6,8 +6,9 @@ DIR/README.md           the model card
 """
 
 import hashlib
-import json
+import html
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +20,12 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from spectral_pod import config as config_lib
-from spectral_pod import models
+from spectral_pod import models, project_files
 from spectral_pod.errors import CheckpointError, DataError
 from spectral_pod.generate.restore import Trained, fitted, one_device, recorded_config
 from spectral_pod.models.model import abstract_params
 from spectral_pod.parallel.sharding import tree_shardings
-from spectral_pod.train.checkpoint import check_same_model, described
+from spectral_pod.train.sealed_steps import check_same_model, described
 
 _PARAMETERS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 _CARD_TEXT = """---
@@ -99,7 +100,7 @@ def save(
         "classes": trained.classes,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    (folder / _CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
+    project_files.EXPORT.write(folder / _CONFIG, facts)
 
 
 def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") -> Trained:
@@ -114,7 +115,7 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
     for name in (_CONFIG, _PARAMETERS):
         if not (folder / name).exists():
             raise DataError(f"{directory} holds no exported model: it has no {name}")
-    facts = json.loads((folder / _CONFIG).read_text())
+    facts = project_files.EXPORT.read(folder / _CONFIG)
     data = (folder / _PARAMETERS).read_bytes()
     if facts["sha256"] != hashlib.sha256(data).hexdigest():
         raise CheckpointError(
@@ -166,12 +167,12 @@ def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None
         use = 'print(model.generate("To be", max_length=200))'
     elif not trained.objective.by_position:
         predicts = f"one of {trained.num_classes} classes"
-        predicts += f": {', '.join(trained.classes)}" if trained.classes else ""
+        predicts += f": {', '.join(map(_plain, trained.classes))}" if trained.classes else ""
         use = 'print(model.classes[model.classify(b"some bytes").argmax()])'
     else:
         predicts = f"one of {trained.num_classes} symbols at every position"
         use = "print(model(tokens).argmax(-1))  # int tokens [batch, length]"
-    options = ", ".join(f"{name}={value!r}" for name, value in config.data.options.items())
+    options = _plain(", ".join(f"{k}={value!r}" for k, value in config.data.options.items()))
     return _CARD_TEXT.format(
         fields="\n".join(fields),
         cls=cls,
@@ -194,11 +195,18 @@ def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None
 def _results(trained: Trained, result: Mapping[str, Any] | None) -> list[str]:
     if result is None or result["step"] != trained.step:
         return ["None are recorded of this step."]
-    scores = {name: x for name, x in result["eval"].items() if isinstance(x, int | float)}
+    evaluation: Mapping[str, Any] = result["eval"]
+    scores = {name: x for name, x in evaluation.items() if isinstance(x, int | float)}
     return [
-        f"On the {result['eval']['split']} split:",
+        f"On the {_plain(result['eval']['split'])} split:",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name.replace('_', ' ')} | {x:.6g} |" for name, x in scores.items()),
+        *(f"| {_plain(name.replace('_', ' '))} | {x:.6g} |" for name, x in scores.items()),
     ]
+
+
+def _plain(text: str) -> str:
+    """Text from data or users, so that Markdown and HTML show it as it is, on one line."""
+    one_line = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(one_line, quote=False))

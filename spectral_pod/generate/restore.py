@@ -5,7 +5,6 @@ gives exported parameters plain names.
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
-from spectral_pod import models, storage
+from spectral_pod import models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
@@ -26,8 +25,8 @@ from spectral_pod.models.model import Model, abstract_params
 from spectral_pod.objectives import Objective
 from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
 from spectral_pod.parallel.sharding import tree_shardings
-from spectral_pod.train.checkpoint import SealedSteps
-from spectral_pod.train.state import abstract_state
+from spectral_pod.train.sealed_steps import SealedSteps
+from spectral_pod.train.state import abstract_state, check_finite
 from spectral_pod.validation import validate, validate_mesh
 
 
@@ -89,12 +88,13 @@ def restore_for_inference(
     file = epath.Path(workdir) / "config.json"
     if not file.exists():
         raise DataError(f"{workdir} is no workdir of a run: it has no config.json")
-    recorded = json.loads(file.read_text())
+    recorded = project_files.RUN.read(file)
+    run = project_files.run_id(recorded)
     config = recorded_config(recorded["config"], str(file))
-    saved = SealedSteps(f"{workdir}/checkpoints")
+    saved = SealedSteps(f"{workdir}/checkpoints", run)
     step = saved.choose(step)
     # A task knows only the maximum number of its classes; the actual one depends on the data.
-    num_classes = saved.shapes(step)["params/head/bias"][0]
+    num_classes = saved.shapes(step).get("params/head/bias", (0,))[0]
     vocab_size = tasks.make(config.data.task, config.data.options).vocab_size
     mesh = mesh or one_device()
     build = functools.partial(
@@ -108,6 +108,7 @@ def restore_for_inference(
     shardings = tree_shardings(abstract_params(module, mesh), mesh)
     with on_mesh(mesh):
         params = saved.restore_params(step, stacked)
+        check_finite(params, f"checkpoint {saved.directory / str(step)}")
         params = jax.jit(unstack, out_shardings=shardings)(params)
     return Trained(
         config,
@@ -130,7 +131,7 @@ def recorded_config(fields: dict[str, Any], file: str) -> Config:
     Raises:
       ConfigError: it has fields or values that this version does not support.
     """
-    newer = _fill(fields, config_lib.defaults_of(fields))
+    newer = _fill(fields, config_lib.defaults_of(fields, file))
     if newer:
         logging.warning("%s is older than %s, and is read as it was meant", file, ", ".join(newer))
     config = cast(Config, ConfigDict(fields))

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import glob
 import json
+import math
 import os
 import signal
 import socket
@@ -123,10 +124,14 @@ def check_platform() -> None:
         )
 
 
-def enable_compilation_cache(workdir: str) -> None:
-    """Keeps compiled programs in the workdir, so that a restart does not compile again."""
+def enable_compilation_cache(workdir: str, *, read_only: bool = False) -> None:
+    """Keeps compiled programs in the workdir, so that a restart does not compile again.
+
+    With `read_only` those that are there are used.
+    """
     jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compilation_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    seconds = math.inf if read_only else 1.0
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     # XLA's own caches would make the path a part of every key: a moved workdir compiled anew.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 

@@ -1,6 +1,6 @@
 """A run from its configuration to its result, in order."""
 
-import json
+import functools
 import os
 import sys
 import time
@@ -9,15 +9,17 @@ from typing import Any
 import jax
 from etils import epath
 
-from spectral_pod import storage
+from spectral_pod import project_files
 from spectral_pod.config import Config
 from spectral_pod.errors import DataError, Preempted
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train import starts
+from spectral_pod.train.checkpoint import Checkpointer
+from spectral_pod.train.sealed_steps import SealedSteps
 from spectral_pod.train.sources import open_sources
-from spectral_pod.train.state import params_digest
+from spectral_pod.train.state import check_finite, params_digest
 from spectral_pod.train.trainer import Trainer
 from spectral_pod.validation import validate, validate_mesh
 
@@ -46,44 +48,67 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
     train_source = sources.training()
     splits = ("validation", config.train.eval_split)
     eval_sources = {split: sources.evaluation(split) for split in splits}
-    if runtime.is_leader() and not eval_only:
-        starts.claim_workdir(
-            workdir,
-            config,
-            sources.digest,
-            sources.classes,
-            former_digests=sources.former_digests,
-        )
-
-    # ---- model, optimizer, state
-    trainer = Trainer(config, workdir, mesh, sources, train_source, eval_sources)
-    is_restored = trainer.restore()
+    of_run = functools.partial(
+        starts.claim_workdir,
+        workdir,
+        config,
+        sources.digest,
+        sources.classes,
+        former_digests=sources.former_digests,
+    )
+    start = functools.partial(Trainer, config, workdir, mesh, sources, train_source, eval_sources)
     if eval_only:
-        if not is_restored:
-            raise DataError(f"{workdir} holds no sound checkpoint to evaluate; train first")
-        return _evaluate_only(trainer)
-    if not is_restored:
-        trainer.initialize()
-    trainer.report_start()
+        run = of_run(read_only=True) if runtime.is_leader() else ""
+        return _evaluate_only(start(SealedSteps(f"{workdir}/checkpoints", run)))
 
-    # ---- steps, evaluation, result
-    with trainer.running():
-        trainer.compile()
-        try:
-            trainer.train()
-            evaluation = trainer.evaluate(config.train.eval_split)
-        except Preempted:
-            trainer.save_and_exit()
-        result = _report(trainer, evaluation, started)
+    with starts.hold(workdir) as check_lease:
+        run = of_run() if runtime.is_leader() else ""
+        runtime.barrier("workdir")
+
+        # ---- model, optimizer, state
+        trainer = start(_checkpointer(config, workdir, run))
+        if not trainer.restore():
+            trainer.initialize()
+        trainer.report_start()
+
+        # ---- steps, evaluation, result
+        with trainer.running(check_lease):
+            trainer.compile()
+            try:
+                trainer.train()
+                evaluation = trainer.evaluate(config.train.eval_split)
+            except Preempted:
+                trainer.save_and_exit()
+            sources.wait_verified()
+            result = _report(trainer, evaluation, started)
     runtime.barrier("the end")  # what the leader still writes may take longer than disconnecting
     return result
 
 
+def _checkpointer(config: Config, workdir: str, run: str) -> Checkpointer:
+    return Checkpointer(
+        f"{workdir}/checkpoints",
+        keep_latest=config.checkpoint.keep_latest,
+        keep_best=config.checkpoint.keep_best,
+        best_metric="score",
+        run=run,
+    )
+
+
 def _evaluate_only(trainer: Trainer) -> dict[str, Any]:
-    """Evaluates the restored state; writes nothing."""
+    """Evaluates the newest sound checkpoint; writes nothing.
+
+    Raises:
+      DataError: there is none.
+      NonFiniteError: its parameters are not finite.
+    """
+    if not trainer.restore():
+        raise DataError(f"{trainer.workdir} holds no sound checkpoint to evaluate; train first")
+    check_finite(trainer.state.params, f"step {trainer.step} of {trainer.workdir}")
     split, objective = trainer.config.train.eval_split, trainer.sources.objective
     with on_mesh(trainer.mesh):
         evaluation = trainer.evaluate_only(split)
+    trainer.sources.wait_verified()
     print_once(f"step {trainer.step} {objective.eval_line(split, evaluation)}")
     for text in objective.details(evaluation, trainer.sources.classes):
         print_once(text)
@@ -114,7 +139,7 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
         print_once(text)
     file = epath.Path(trainer.workdir) / "result.json"
     if runtime.is_leader():
-        storage.write_whole(file, json.dumps(result, indent=1))
+        project_files.RESULT.write(file, result)
     print_once(f"{split} {objective.line(evaluation)}; see {file}")
     folder = os.path.relpath(os.path.dirname(sys.executable))
     print_once(f"curves: {folder}/tensorboard --logdir={trainer.workdir}")

@@ -63,6 +63,15 @@ class Sources(NamedTuple):
         first, *others = sources.values()
         return Mixture([first, *others], self.weights) if others else first
 
+    def wait_verified(self) -> None:
+        """Waits until the content of all parts that were read is compared with their sha256.
+
+        Raises:
+          DataError: some part differs.
+        """
+        for store in self.stores.values():
+            store.verification.wait()
+
     def evaluation(self, split: str) -> dict[str, pipeline.Source]:
         """Ordered batches that cover a split of each store once, by the name of the store."""
         return self.task.batches(self.config, split, self.stores, training=False)

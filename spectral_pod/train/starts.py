@@ -7,7 +7,7 @@ import json
 import pathlib
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 import spectral_pod
 from spectral_pod import config as config_lib
-from spectral_pod import models, storage
+from spectral_pod import models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
-from spectral_pod.errors import ConfigError
+from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import mixers_of
+from spectral_pod.lease import Lease
 from spectral_pod.parallel import runtime
 
 # Where a restart may differ: none changes the numbers of a run beyond float rounding.
@@ -41,6 +42,20 @@ def facts(config: Config) -> dict[str, str]:
     return values | {"code of spectral_pod": _code_version(), "Python": platform.python_version()}
 
 
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[Callable[[], None]]:
+    """Holds the workdir for this run; yields a function that raises once another run has taken it.
+
+    Raises:
+      InUseError: another run is training in it.
+    """
+    if not runtime.is_leader():
+        yield lambda: None
+        return
+    with Lease(f"{workdir}/lease.json", f"workdir {workdir}", say=runtime.print_once) as lease:
+        yield lease.check
+
+
 def claim_workdir(
     workdir: str,
     config: Config,
@@ -48,26 +63,33 @@ def claim_workdir(
     classes: Sequence[str] = (),
     *,
     former_digests: Sequence[str] = (),
-) -> None:
+    read_only: bool = False,
+) -> str:
     """Records the configuration and the data of a run in its workdir, or checks what is there.
 
     Args:
       data_digest: of the data, to be recorded.
       classes: the names of what a classifier predicts.
       former_digests: those that older versions recorded for the same data.
+      read_only: whether it is an error if nothing is recorded yet.
+
+    Returns:
+      The identity of the run.
 
     Raises:
       ConfigError: the workdir belongs to another configuration, or its data have changed.
+      DataError: the record is damaged, or with `read_only` missing.
     """
     file = epath.Path(workdir) / "config.json"
     mine = config_lib.to_dict(config)
     if not file.exists():
+        if read_only:
+            raise DataError(f"{workdir} is no workdir of a run: it has no config.json")
         file.parent.mkdir(parents=True, exist_ok=True)
         facts = {"config": mine, "data_digest": data_digest, "classes": list(classes)}
-        storage.write_whole(file, json.dumps(facts, indent=1))
-        return
-    recorded = json.loads(file.read_text())
-    defaults = config_lib.defaults_of(recorded["config"])
+        project_files.RUN.write(file, facts)
+    recorded = project_files.RUN.read(file)
+    defaults = config_lib.defaults_of(recorded["config"], str(file))
     theirs, ours = (
         config_lib.flat(json.loads(json.dumps(defaults))) | _resolved(c)
         for c in (recorded["config"], json.loads(json.dumps(mine)))
@@ -90,6 +112,13 @@ def claim_workdir(
             f"{recorded['data_digest'][:12]}, this one has {data_digest[:12]}; point "
             "config.data.dir at the old store, or give another --workdir"
         )
+    if recorded.get("classes", list(classes)) != list(classes):
+        raise ConfigError(
+            f"workdir {workdir} was trained to predict {recorded['classes'][:8]}, and the data "
+            f"have {list(classes)[:8]}; point config.data.dir at the old store, or give another "
+            "--workdir"
+        )
+    return project_files.run_id(recorded)
 
 
 def _unread_sections(config: Config) -> list[str]:
@@ -114,8 +143,11 @@ def record_start(workdir: str, mesh: Mesh, step: int) -> list[str]:
     if not runtime.is_leader():
         return []
     file = epath.Path(workdir) / "starts.jsonl"
-    before = file.read_text() if file.exists() else ""
-    start = {
+    log = project_files.Log(file, project_files.START)
+    changes = []
+    if log.damaged:
+        changes = [f"{log.damaged} line(s) of {file} are damaged; see {log.keep_damaged()}"]
+    start: project_files.Start = {
         "wall_time": round(time.time(), 3),
         "step": step,
         "processes": jax.process_count(),
@@ -124,14 +156,15 @@ def record_start(workdir: str, mesh: Mesh, step: int) -> list[str]:
         "code": _code_version(),
         "jax": _version("jax"),
     }
-    storage.write_whole(file, before + json.dumps(start) + "\n")
-    if not before:
-        return []
-    last = json.loads(before.splitlines()[-1])
-    return [
+    lines = [json.dumps(line) + "\n" for line in (*log.lines, start)]
+    storage.write_whole(file, "".join(lines))
+    if not log.lines:
+        return changes
+    last: Any = log.lines[-1]
+    return changes + [
         f"{name} changed since the last start: {last[name]} before, {start[name]} now"
         for name in ("processes", "devices", "mesh", "code", "jax")
-        if last.get(name) != start[name]
+        if last[name] != start[name]
     ]
 
 

@@ -12,6 +12,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from spectral_pod.errors import NonFiniteError
 from spectral_pod.models.model import Model, abstract_params, init_params
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import num_shards, replicated, tree_shardings
@@ -70,6 +71,24 @@ def _like_parameters(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) ->
         return next((found for found in suffixes if found is not None), replicated(mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def check_finite(params: Any, what: str) -> None:
+    """Checks the parameters that this process holds; `what` they are of begins the message.
+
+    Raises:
+      NonFiniteError: some are NaN or infinite.
+    """
+    broken = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if not all(np.isfinite(shard.data).all() for shard in x.addressable_shards)
+    ]
+    if broken:
+        raise NonFiniteError(
+            f"{what} holds parameters that are NaN or infinite, {', '.join(broken[:5])} among "
+            f"{len(broken)} arrays; take an earlier step"
+        )
 
 
 def params_digest(params: Any) -> str:

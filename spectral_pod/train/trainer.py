@@ -24,7 +24,6 @@ from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train import starts
-from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.evaluate import evaluate
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.profile import Profiler
@@ -54,12 +53,14 @@ class Trainer:
         sources: Sources,
         train_source: pipeline.Source,
         eval_sources: Mapping[str, Mapping[str, pipeline.Source]],
+        checkpointer: Any,
     ):
-        """Opens the checkpoints of `workdir`.
+        """Describes the model and its optimizer; allocates nothing.
 
         Args:
           train_source: batches of the training split.
           eval_sources: by split, and within a split by the name of the set.
+          checkpointer: a `Checkpointer`, or to evaluate only, `SealedSteps`.
         """
         self.config, self.workdir, self.mesh, self.sources = config, workdir, mesh, sources
         self.train_source, self.eval_sources = train_source, eval_sources
@@ -74,12 +75,7 @@ class Trainer:
         )
         with on_mesh(mesh):
             self.operations = models.operations(config)
-        self.checkpointer = Checkpointer(
-            f"{workdir}/checkpoints",
-            keep_latest=config.checkpoint.keep_latest,
-            keep_best=config.checkpoint.keep_best,
-            best_metric="score",
-        )
+        self.checkpointer = checkpointer
         self.eval_step = jit_eval_step(self.model, sources.objective, mesh, self.abstract)
         self.state: Any = None
         self.step = 0
@@ -113,9 +109,13 @@ class Trainer:
             runtime.print_once(change)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """The context of all steps: sets the mesh, handles signals, opens and closes writers."""
-        config, workdir = self.config, self.workdir
+    def running(self, check_lease: Callable[[], None]) -> Iterator[None]:
+        """The context of all steps: sets the mesh, handles signals, opens and closes writers.
+
+        Args:
+          check_lease: raises if another run has taken the workdir.
+        """
+        config, workdir, self.check_lease = self.config, self.workdir, check_lease
         with (
             on_mesh(self.mesh),
             runtime.Interrupt() as self.interrupt,
@@ -275,6 +275,7 @@ class Trainer:
         """Raises if the run is to end here; called between any two steps or batches."""
         self.watchdog.beat()
         self.interrupt.check()
+        self.check_lease()
         if runtime.preemption.reached():
             raise Preempted
 

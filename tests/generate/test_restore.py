@@ -15,6 +15,7 @@ from spectral_pod.generate.text import UntilStop, continuations, decoded
 from spectral_pod.layers.block import unstack
 from spectral_pod.objectives import Classification, NextByte
 from spectral_pod.shapes import PAD
+from tests import trainer
 from tests.tiny_run import DIGEST, tiny_config, write_run
 
 pytestmark = pytest.mark.slow  # trains and saves small models first
@@ -124,9 +125,7 @@ def test_a_step_that_is_being_written_is_none(copied):
 
 
 def change_model(workdir, change):
-    recorded = json.loads((workdir / "config.json").read_text())
-    change(recorded["config"]["model"])
-    (workdir / "config.json").write_text(json.dumps(recorded))
+    trainer.edit(workdir / "config.json", lambda run: change(run["config"]["model"]))
 
 
 def test_fields_of_another_version(copied):

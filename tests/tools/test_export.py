@@ -99,9 +99,8 @@ def test_damaged_parameters(copied):
 
 
 def test_another_model(copied):
-    facts = json.loads((copied / "config.json").read_text())
-    facts["config"]["model"]["mlp_expansion"] = 2.0
-    (copied / "config.json").write_text(json.dumps(facts))
+    wider = {"mlp_expansion": 2.0}
+    trainer.edit(copied / "config.json", lambda facts: facts["config"]["model"].update(wider))
     with pytest.raises(CheckpointError, match=r"layer_0/feed_forward"):
         export.load(str(copied))
 

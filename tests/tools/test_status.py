@@ -7,9 +7,11 @@ import time
 
 import jax.numpy as jnp
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectral_pod import project_files
 from spectral_pod.train.checkpoint import Checkpointer
 from tests import trainer
 from tests.storage.conftest import bucket, server  # noqa: F401
@@ -31,6 +33,11 @@ def line(step, **values):
     } | values
 
 
+def start_line(wall_time, step):
+    devices = {"processes": 2, "devices": "8 TPU v5e", "mesh": {"data": 8}}
+    return {"wall_time": wall_time, "step": step, "code": "1", "jax": "2"} | devices
+
+
 def at(file, seconds):
     os.utime(file, (seconds, seconds))
 
@@ -38,7 +45,8 @@ def at(file, seconds):
 @pytest.fixture
 def workdir(tmp_path):
     config = {"data": {"task": "listops"}, "model": {"name": "m"}, "train": {"total_steps": 100}}
-    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    recorded = {"config": config, "data_digest": ""}
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
     at(tmp_path / "config.json", START)
     return tmp_path
 
@@ -51,7 +59,8 @@ def write_lines(workdir, *lines):
 
 
 def facts_at(workdir, now):
-    return status.facts(str(workdir), status.read_lines(str(workdir)), now)
+    metrics = project_files.Log(epath.Path(workdir) / "metrics.jsonl", project_files.METRICS)
+    return status.facts(str(workdir), metrics, now)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +89,7 @@ def test_a_run_without_metrics(workdir):
 def test_a_restart_is_neither_a_pause_nor_slow(workdir):
     later = START + 1e6
     write_lines(workdir, *map(line, range(1, STEPS)))
-    starts = [
-        {"wall_time": at, "step": step, "processes": 2, "devices": "8 TPU v5e"}
-        for at, step in ((START, 0), (later, STEPS - 1))
-    ]
+    starts = [start_line(at, step) for at, step in ((START, 0), (later, STEPS - 1))]
     (workdir / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
     found = facts_at(workdir, later + 60)
     assert found["state"] == "starting"
@@ -100,7 +106,9 @@ def test_a_restart_is_neither_a_pause_nor_slow(workdir):
 
 def test_a_finished_run(workdir):
     write_lines(workdir, line(100))
-    (workdir / "result.json").write_text(json.dumps({"eval": {"loss": 1.0}}))
+    (workdir / "result.json").write_text(
+        json.dumps({"step": 100, "eval": {"split": "test", "loss": 1.0}})
+    )
     assert facts_at(workdir, START + 1e6)["state"] == "finished"
 
 
@@ -200,7 +208,8 @@ def test_a_run_that_is_being_written(tmp_path_factory, cut, width):
     workdir = tmp_path_factory.mktemp("run")
     text = "".join(json.dumps(line(step)) + "\n" for step in range(1, 5))
     (workdir / "metrics.jsonl").write_text(text[:cut])
-    lines = status.read_lines(str(workdir))
+    file = epath.Path(workdir / "metrics.jsonl")
+    lines = project_files.Log(file, project_files.METRICS).lines
     complete = [json.loads(part) for part in text[: cut + 1].splitlines()[: text[:cut].count("\n")]]
     assert lines[: len(complete)] == complete
     assert len(lines) <= len(complete) + 1  # one that lacks no more than its end of line
@@ -264,7 +273,7 @@ def test_a_run_in_storage(workdir, server, bucket):  # noqa: F811
     for file in workdir.iterdir():
         bucket.write(f"runs/a/{file.name}", file.read_bytes())
     bucket.write("runs/a/checkpoints/5/x", b"1")
-    seal = {"step": 5, "metrics": None, "files": {"x": {"bytes": 1}}}
+    seal = {"step": 5, "metrics": None, "files": {"x": {"bytes": 1, "sha256": "0" * 64}}}
     bucket.write("runs/a/seals/5.json", json.dumps(seal).encode())
     before = bucket.names()
     command = [sys.executable, "-m", "tools.status", f"{bucket.url}/runs/a", "--json"]

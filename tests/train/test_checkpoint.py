@@ -246,7 +246,7 @@ def test_old_steps_outlive_a_kill_before_the_seal(directory, monkeypatch):
         checkpointer.save(1, make_state(1), None)
         checkpointer.wait_until_finished()
         monkeypatch.setattr(
-            checkpoint, "_digests", lambda _: sys.exit()
+            checkpoint, "file_digests", lambda _: sys.exit()
         )  # as if the process were killed
         checkpointer.save(2, make_state(2), None)
         with pytest.raises(CheckpointError):
@@ -272,7 +272,7 @@ def test_background_failure_surfaces_at_the_next_call(directory, monkeypatch):
         checkpointer.close,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_digests", full)
+            patch.setattr(checkpoint, "file_digests", full)
             checkpointer.save(2, make_state(2), None)
             with pytest.raises(CheckpointError, match=r"step 2 .* Step 1 is sound .*No space"):
                 surface()
@@ -286,7 +286,7 @@ def test_the_error_that_ends_a_run_is_not_masked_by_a_failed_save(directory, mon
             checkpointer.save(2, make_state(2), None)
             raise ZeroDivisionError
 
-    monkeypatch.setattr(checkpoint, "_digests", full)
+    monkeypatch.setattr(checkpoint, "file_digests", full)
     with pytest.raises(ZeroDivisionError):
         diverge()
 
@@ -400,7 +400,7 @@ def process_child(directory, port, index):
         for shard in restored["x"].addressable_shards:
             np.testing.assert_array_equal(shard.data, np.arange(8)[shard.index])
         if index == "0":  # if one fails, both raise an error; neither hangs
-            checkpoint._digests = lambda _: [][0]
+            checkpoint.file_digests = lambda _: [][0]
         checkpointer.save(2, states[2], None)
         with pytest.raises(CheckpointError, match="step 2" if index == "0" else "process"):
             checkpointer.save(3, states[3], None)
