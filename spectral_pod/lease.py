@@ -67,15 +67,14 @@ class Lease:
 
         Raises:
           InUseError: another process holds it.
-          UserError: storage cannot be written.
-          OSError: the folder of a local lease cannot be made.
+          UserError: the place cannot be written.
         """
-        if not storage.is_remote(self._folder):
-            os.makedirs(self._folder, exist_ok=True)
         try:
+            if not storage.is_remote(self._folder):
+                os.makedirs(self._folder, exist_ok=True)
             self._store = storage.kvstore(self._folder)
             self._take()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise UserError(f"cannot write {self._what}: {error}") from error
         self._renewed = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -203,7 +202,9 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     if not _is_here(holder):
         return False
     try:
-        return bool(psutil.Process(holder["pid"]).create_time() == holder["started"])
+        process = psutil.Process(holder["pid"])
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+        return bool(process.create_time() == holder["started"] and not is_zombie)
     except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
         return False
 

@@ -72,20 +72,9 @@ def test_a_workdir_below_a_file(tmp_path):
     file.write_text("precious")
     done = trainer.run(trainer.command(file / "run"), code=2)
     message = done.stderr.strip().splitlines()[-1]
-    assert re.match(f"NotADirectoryError: .*the workdir is {file}/run", message)
+    assert re.match(f"UserError: cannot write workdir {file}/run: .*Not a directory", message)
     assert "Traceback" not in done.stderr
     assert file.read_text() == "precious"
-
-
-def config(**fields):
-    c = trainer.get_config()
-    c.data.dir = str(trainer.home() / "data")
-    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return c
-
-
-def content(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -99,16 +88,16 @@ def content(folder):
 )
 def test_impossible_configurations_leave_no_workdir(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
-        loop.run(config(**fields), str(tmp_path / "run"))
+        loop.run(trainer.config(**fields), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_unknown_fields_and_options_are_named(tmp_path):
-    c = config()
+    c = trainer.config()
     c.train.totl_steps = 5
     with pytest.raises(UserError, match=r"config.train.totl_steps .*mean config.train.total_steps"):
         loop.run(c, str(tmp_path / "run"))
-    c = config()
+    c = trainer.config()
     c.data.options = ConfigDict({"trian": 64})
     with pytest.raises(
         UserError, match=r"config.data.options.trian is unknown to listops.*'train'"
@@ -124,22 +113,22 @@ def test_a_record_of_a_later_split_is_measured_before_training(tmp_path, monkeyp
         byte_store.Split, "lengths", property(lambda s: np.full(len(s), lengths[s.name]))
     )
     with pytest.raises(UserError, match="split 'validation' has 300 bytes"):
-        loop.run(config(data__truncate=False), str(tmp_path / "run"))
+        loop.run(trainer.config(data__truncate=False), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_of_another_configuration(tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trainer.uninterrupted(), workdir)
-    before = content(workdir)
+    before = trainer.contents(workdir)
     with pytest.raises(UserError, match=f"{workdir} .*model.hidden_dim: 16 there, 32 now"):
-        loop.run(config(model__hidden_dim=32), str(workdir))
-    assert content(workdir) == before
+        loop.run(trainer.config(model__hidden_dim=32), str(workdir))
+    assert trainer.contents(workdir) == before
     recorded = json.loads((workdir / "config.json").read_text())
     free = {"mesh__fsdp": 2, "checkpoint__every_steps": 7, "train__log_every_steps": 3}
     data = recorded["data_digest"], recorded["classes"]
-    starts.claim_workdir(str(workdir), config(**free), *data)
-    assert content(workdir) == before
+    starts.claim_workdir(str(workdir), trainer.config(**free), *data)
+    assert trainer.contents(workdir) == before
 
 
 def test_data_that_changed_under_a_workdir(tmp_path):
@@ -152,10 +141,10 @@ def test_data_that_changed_under_a_workdir(tmp_path):
 
     for file in (tmp_path / "data").glob("*/manifest.json"):
         trainer.edit(file, hold_other_records)
-    before = content(workdir)
+    before = trainer.contents(workdir)
     with pytest.raises(UserError, match=f"{workdir} was trained on another version of the data"):
-        loop.run(config(data__dir=str(tmp_path / "data")), str(workdir))
-    assert content(workdir) == before
+        loop.run(trainer.config(data__dir=str(tmp_path / "data")), str(workdir))
+    assert trainer.contents(workdir) == before
 
 
 def test_a_loss_that_is_no_number(tmp_path):
@@ -168,7 +157,7 @@ def test_a_loss_that_is_no_number(tmp_path):
     assert match, message
     assert "Traceback" not in done.stderr
 
-    c = config()
+    c = trainer.config()
     c.update_from_flattened_dict(fields)
     mesh = make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}, jax.devices()[:1])
     model = models.build(c, seq_len=c.data.seq_len, num_classes=10)

@@ -33,7 +33,7 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
     """Writes a workdir; returns the parameters of its last step, stacked as in training."""
     config, mesh = config or tiny_config(), mesh or one_device()
     task = tasks.make(config.data.task, config.data.options)
-    starts.claim_workdir(str(workdir), config, DIGEST)
+    run = starts.claim_workdir(str(workdir), config, DIGEST)
     model = models.build(
         config,
         seq_len=config.data.seq_len,
@@ -42,7 +42,9 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
     )
     state = init_state(model, make_optimizer(config, model, mesh).tx, mesh, config.seed)
     with (
-        Checkpointer(f"{workdir}/checkpoints", keep_latest=len(steps), keep_best=0) as checkpointer,
+        Checkpointer(
+            f"{workdir}/checkpoints", keep_latest=len(steps), keep_best=0, run=run
+        ) as checkpointer,
         jax.set_mesh(mesh),
     ):
         for step in steps:

@@ -47,6 +47,14 @@ def get_config() -> ConfigDict:
     return c
 
 
+def config(**fields):
+    """This config with other values, as in `config(train__total_steps=5)`."""
+    c = get_config()
+    c.data.dir = str(home() / "data")
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return c
+
+
 @functools.cache
 def home() -> pathlib.Path:
     """A folder for what the tests of this process share, such as the data."""
@@ -100,6 +108,11 @@ def uninterrupted(*overrides):
         if not (workdir / "result.json").exists():
             run(command(workdir, *overrides), forked=False)
     return workdir
+
+
+def contents(folder):
+    """The bytes of every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit(file, change):

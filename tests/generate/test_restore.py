@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from spectral_pod import models
-from spectral_pod.errors import CheckpointError, ConfigError, DataError
+from spectral_pod.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.text import UntilStop, continuations, decoded
 from spectral_pod.layers.block import unstack
 from spectral_pod.objectives import Classification, NextByte
 from spectral_pod.shapes import PAD
-from tests import trainer
+from tests import tiny_run, trainer
 from tests.tiny_run import DIGEST, tiny_config, write_run
 
 pytestmark = pytest.mark.slow  # trains and saves small models first
@@ -41,15 +41,11 @@ def copied(run, tmp_path):
     return shutil.copytree(run[0], tmp_path / "run")
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_parameters_are_those_of_the_run(run):
     workdir, params = run
-    before = contents(workdir)
+    before = trainer.contents(workdir)
     trained = restore_for_inference(str(workdir))
-    assert contents(workdir) == before
+    assert trainer.contents(workdir) == before
     jax.tree.map(np.testing.assert_array_equal, trained.params, unstack(params))
     assert (trained.step, trained.num_classes, trained.vocab_size) == (2, 257, 260)
     assert (trained.objective, trained.data_digest) == (NextByte, DIGEST)
@@ -109,23 +105,53 @@ def test_a_damaged_step_is_passed_over_and_left_where_it_is(copied):
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    before = contents(copied)
+    before = trainer.contents(copied)
     assert restore_for_inference(str(copied)).step == 1
     with pytest.raises(CheckpointError, match=r"step 2 is not sound: .* is altered"):
         restore_for_inference(str(copied), step=2)
-    assert contents(copied) == before
+    assert trainer.contents(copied) == before
 
 
 def test_a_step_that_is_being_written_is_none(copied):
     (copied / "seals/2.json").unlink()
     shutil.copytree(copied / "checkpoints/1", copied / "checkpoints/3.orbax-checkpoint-tmp")
-    before = contents(copied)
+    before = trainer.contents(copied)
     assert restore_for_inference(str(copied)).step == 1
-    assert contents(copied) == before
+    assert trainer.contents(copied) == before
+
+
+def test_parameters_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_run, "_perturbed", lambda params, _: jax.tree.map(jnp.log, params))
+    write_run(tmp_path)
+    with pytest.raises(NonFiniteError, match=r"checkpoints/1 holds parameters that are NaN"):
+        restore_for_inference(str(tmp_path))
+
+
+def test_a_checkpoint_of_another_run_is_refused(copied, tmp_path):
+    """Also where it is of the same model, and all its files are as they were written."""
+    write_run(tmp_path / "other", tiny_config(**{"seed": 1}), steps=(1, 2))
+    for name in ("checkpoints/1", "seals/1.json"):
+        shutil.rmtree(copied / name) if (copied / name).is_dir() else (copied / name).unlink()
+        (tmp_path / "other" / name).rename(copied / name)
+    with pytest.raises(CheckpointError, match=r"step 1 is not sound: it is of another run"):
+        restore_for_inference(str(copied), step=1)
+
+
+@pytest.mark.parametrize("with_seal", [True, False])
+def test_a_step_that_was_renamed_is_refused(copied, with_seal):
+    shutil.copytree(copied / "checkpoints/1", copied / "checkpoints/1000")
+    if with_seal:
+        shutil.copy(copied / "seals/1.json", copied / "seals/1000.json")
+    assert restore_for_inference(str(copied)).step == 2
+    with pytest.raises(CheckpointError, match=r"its seal is of step 1;|has no sealed .* step 1000"):
+        restore_for_inference(str(copied), step=1000)
 
 
 def change_model(workdir, change):
+    """Changes the configuration, as if an older version had written the run."""
     trainer.edit(workdir / "config.json", lambda run: change(run["config"]["model"]))
+    for seal in (workdir / "seals").iterdir():
+        trainer.edit(seal, lambda seal: seal.pop("run"))
 
 
 def test_fields_of_another_version(copied):

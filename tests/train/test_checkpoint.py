@@ -70,19 +70,19 @@ def is_pickle(data):
         return False
 
 
-def open_checkpointer(directory, keep_latest=3, keep_best=0):
-    return Checkpointer(str(directory), keep_latest=keep_latest, keep_best=keep_best)
+def open_checkpointer(directory, keep_latest=3, keep_best=0, run=""):
+    return Checkpointer(str(directory), keep_latest=keep_latest, keep_best=keep_best, run=run)
 
 
-def write(directory, *steps):
-    with open_checkpointer(directory) as checkpointer:
+def write(directory, *steps, run=""):
+    with open_checkpointer(directory, run=run) as checkpointer:
         for step in steps:
             checkpointer.save(step, make_state(step), None)
 
 
-def restored_step(directory):
+def restored_step(directory, run=""):
     """Restores, checks that the content belongs to the restored step, and returns the step."""
-    with open_checkpointer(directory) as checkpointer:
+    with open_checkpointer(directory, run=run) as checkpointer:
         state = checkpointer.restore(abstract(make_state(0)))
     if state is None:
         return None
@@ -116,6 +116,24 @@ def test_round_trip_is_bit_exact(directory):
     assert restored_step(directory) is None
     write(directory, 1, 2)
     assert restored_step(directory) == 2
+
+
+def test_steps_of_another_run_or_number_are_moved_aside(directory):
+    other = directory.parents[1] / "other" / "checkpoints"
+    write(other, 3, run="b")
+    write(directory, 1, 2, run="a")
+    for name in ("checkpoints", "seals"):
+        step = "" if name == "checkpoints" else ".json"
+        (other.parent / name / f"3{step}").rename(directory.parent / name / f"3{step}")
+        copy = shutil.copytree if name == "checkpoints" else shutil.copy
+        copy(directory.parent / name / f"2{step}", directory.parent / name / f"1000{step}")
+    assert restored_step(directory, run="a") == 2
+    reasons = {
+        path.name: path.read_text() for path in (directory.parent / "quarantine").glob("*.txt")
+    }
+    assert reasons.keys() == {"3-0.txt", "1000-0.txt"}
+    assert "is of another run" in reasons["3-0.txt"]
+    assert "its seal is of step 2" in reasons["1000-0.txt"]
 
 
 def flip_a_bit(path):
