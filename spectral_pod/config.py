@@ -176,6 +176,18 @@ def _check_section(recorded: Any, default: Any, file: str, name: str) -> None:
         _check_section(recorded[key], default[key], file, f"{name}.{key}")
 
 
+def fill(fields: dict[str, Any], defaults: Mapping[str, Any], prefix: str = "config") -> list[str]:
+    """Adds missing fields with their defaults, in place; returns the names of these fields."""
+    missing = []
+    for name, value in defaults.items():
+        if name not in fields:
+            fields[name] = value
+            missing.append(f"{prefix}.{name}")
+        elif isinstance(value, Mapping):
+            missing += fill(fields[name], value, f"{prefix}.{name}")
+    return missing
+
+
 def annotations() -> dict[str, Any]:
     """The annotations of all fields by their dotted names, except for the options of tasks."""
     sections = types_of(Config) | {"model": ModelConfig}

@@ -33,10 +33,22 @@ _Name = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", max_l
 _PartName = Annotated[str, pydantic.Field(pattern="^[0-9]{5,18}$")]
 
 
+class RecordedData(TypedDict):
+    """The section `data`, of which other fields may come and go with versions."""
+
+    task: str
+
+
+class RecordedConfig(TypedDict):
+    """A configuration as it was recorded; `config.defaults_of` checks its sections."""
+
+    data: RecordedData
+
+
 class Run(TypedDict):
     """WORKDIR/config.json: whose a workdir is. Its checksum is the identity of the run."""
 
-    config: dict[str, Any]
+    config: RecordedConfig
     data_digest: str
     classes: NotRequired[list[str]]  # missing in workdirs of older versions
 
@@ -128,7 +140,7 @@ class Item(TypedDict):
 class Export(TypedDict):
     """EXPORT/config.json; see `generate/export.py`."""
 
-    config: dict[str, Any]
+    config: RecordedConfig
     num_classes: _Count
     vocab_size: _Count
     step: _Count
@@ -162,8 +174,11 @@ class Kind(Generic[T]):
         """
         try:
             raw = file.read_bytes()
-        except IsADirectoryError as error:
-            raise DataError(f"{file} is a folder; {self._remedy}") from error
+        except (IsADirectoryError, FileNotFoundError) as error:
+            is_folder = isinstance(error, IsADirectoryError)
+            raise DataError(
+                f"{file} is {'a folder' if is_folder else 'missing'}; {self._remedy}"
+            ) from error
         return self.parse(raw, str(file))
 
     def parse(self, raw: bytes, name: str) -> T:

@@ -5,7 +5,6 @@ gives exported parameters plain names.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -123,7 +122,7 @@ def restore_for_inference(
     )
 
 
-def recorded_config(fields: dict[str, Any], file: str) -> Config:
+def recorded_config(fields: Any, file: str) -> Config:
     """The validated configuration from the fields that a file recorded.
 
     Fields that are newer than the file get the values that it implies, and are logged.
@@ -131,7 +130,7 @@ def recorded_config(fields: dict[str, Any], file: str) -> Config:
     Raises:
       ConfigError: it has fields or values that this version does not support.
     """
-    newer = _fill(fields, config_lib.defaults_of(fields, file))
+    newer = config_lib.fill(fields, config_lib.defaults_of(fields, file))
     if newer:
         logging.warning("%s is older than %s, and is read as it was meant", file, ", ".join(newer))
     config = cast(Config, ConfigDict(fields))
@@ -142,18 +141,6 @@ def recorded_config(fields: dict[str, Any], file: str) -> Config:
             f"{file} is of another version of spectral_pod; use that one ({error})"
         ) from error
     return config
-
-
-def _fill(fields: dict[str, Any], defaults: Mapping[str, Any], prefix: str = "config") -> list[str]:
-    """Adds missing fields with their defaults, in place; returns the names of these fields."""
-    missing = []
-    for name, value in defaults.items():
-        if name not in fields:
-            fields[name] = value
-            missing.append(f"{prefix}.{name}")
-        elif isinstance(value, Mapping):
-            missing += _fill(fields[name], value, f"{prefix}.{name}")
-    return missing
 
 
 def one_device() -> Mesh:

@@ -1,6 +1,7 @@
 """A run's start: what its processes must agree on, its claim of the workdir, and its record."""
 
 import contextlib
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -89,11 +90,9 @@ def claim_workdir(
         facts = {"config": mine, "data_digest": data_digest, "classes": list(classes)}
         project_files.RUN.write(file, facts)
     recorded = project_files.RUN.read(file)
-    defaults = config_lib.defaults_of(recorded["config"], str(file))
-    theirs, ours = (
-        config_lib.flat(json.loads(json.dumps(defaults))) | _resolved(c)
-        for c in (recorded["config"], json.loads(json.dumps(mine)))
-    )
+    fields: Any = copy.deepcopy(recorded["config"])
+    config_lib.fill(fields, json.loads(json.dumps(config_lib.defaults_of(fields, str(file)))))
+    theirs, ours = _resolved(fields), _resolved(json.loads(json.dumps(mine)))
     free = (*_FREE_TO_CHANGE, *_unread_sections(config))
     changed = [
         f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"

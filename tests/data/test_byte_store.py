@@ -8,6 +8,7 @@ import pytest
 from spectral_pod.data import byte_store, zarr_arrays
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.errors import DataError
+from tests import trainer
 
 
 @pytest.fixture
@@ -84,6 +85,75 @@ def test_a_deleted_shard_is_an_error(store, tmp_path):
     split = ByteStore(store).split("train")
     with pytest.raises(DataError, match="train/00000/bytes"):  # not zeros
         split.read(range(len(split)))
+
+
+def swap(one, other):
+    kept = one.with_name("kept")
+    one.rename(kept)
+    other.rename(one)
+    kept.rename(other)
+
+
+EXCHANGES = {
+    "two parts": lambda train: swap(train / "00000", train / "00001"),
+    "their bytes": lambda train: swap(train / "00000/bytes", train / "00001/bytes"),
+    "another split's": lambda train: swap(train / "00000", train.with_name("test") / "00000"),
+    "another split's bytes": lambda train: swap(
+        train / "00000/bytes", train.with_name("test") / "00000/bytes"
+    ),
+    "another split": lambda train: swap(train, train.with_name("test")),
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_exchanged_parts_are_never_data(tmp_path, monkeypatch, exchange):
+    """Every array is sound, and all have the same sizes, offsets and labels."""
+    monkeypatch.setattr(zarr_arrays, "PART_BYTES", 1 << 15)
+    path, rng = str(tmp_path / "store"), np.random.default_rng(0)
+    splits = {name: [Record(rng.bytes(1 << 15), 0) for _ in range(2)] for name in ("train", "test")}
+    byte_store.write(path, splits, classes=["a"], provenance={})
+    EXCHANGES[exchange](tmp_path / "store" / "train")
+
+    def read_all():
+        store = ByteStore(path)
+        for split in map(store.split, ("train", "test")):
+            split.read(range(len(split)))
+        store.verification.wait()
+
+    with pytest.raises(DataError, match=r"(train|test)/0000"):
+        read_all()
+    with pytest.raises(DataError):
+        byte_store.verify(path)
+
+
+def test_each_part_is_verified_once(store, monkeypatch):
+    verified = []
+    verify = zarr_arrays.verify
+    monkeypatch.setattr(
+        zarr_arrays, "verify", lambda url, *rest: (verified.append(url), verify(url, *rest))
+    )
+    opened = ByteStore(store)
+    split = opened.split("train")
+    for _ in range(3):
+        split.read(range(len(split)))
+        opened.verification.wait()
+    parts = opened.manifest["splits"]["train"]["parts"]
+    assert verified == [f"{store}/train/{part['name']}/bytes" for part in parts if part["bytes"]]
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/tmp/victim", "..", "00000/../../../victim", ""])
+def test_a_part_stays_in_its_store(store, tmp_path, name):
+    (tmp_path / "victim").write_text("precious")
+
+    def rename(manifest):
+        manifest["splits"]["train"]["parts"][0]["name"] = name
+
+    trainer.edit(tmp_path / "store/manifest.json", rename)
+    with pytest.raises(
+        DataError, match=r"manifest\.json cannot be used: splits\.train\.parts\.0\.name"
+    ):
+        ByteStore(store)
+    assert (tmp_path / "victim").read_text() == "precious"
 
 
 def test_pairs_of_documents(tmp_path):

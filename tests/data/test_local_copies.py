@@ -14,10 +14,11 @@ import time
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from spectral_pod.data import byte_store, zarr_arrays
 from spectral_pod.data.byte_store import ByteStore, Record
-from spectral_pod.data.local_copies import LocalCopies
+from spectral_pod.data.local_copies import LocalCopies, Part
 from tests import processes, trainer
 
 PARTS = 5
@@ -133,6 +134,36 @@ def test_a_damaged_copy_is_dropped(tmp_path, open_copies, caplog, damage, opened
     there = opened == "before" or damage != "gone"
     assert len(said) == there
     assert all(str(damaged) in line for line in said)
+
+
+class Objects:
+    """A key-value store with any names, as object storage allows."""
+
+    def __init__(self, *names):
+        self._names = names
+
+    def list(self):
+        return _done([name.encode() for name in self._names])
+
+    def read(self, name):
+        return _done(ts.KvStore.ReadResult(state="value", value=b"x"))
+
+
+def _done(value):
+    promise, future = ts.Promise.new()
+    promise.set_result(value)
+    return future
+
+
+@pytest.mark.parametrize("name", ["../../../../victim", "c/../../victim", "/victim", "..", "c//0"])
+def test_an_object_stays_in_its_folder(tmp_path, open_copies, caplog, name):
+    (tmp_path / "victim").write_text("precious")
+    copies, ready = open_copies(), []
+    copies.request(Part("0" * 64, "train/00000", Objects("zarr.json", name)), ready.append)
+    wait_until(lambda: "would be written outside of its folder" in caplog.text)
+    assert not ready
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert parts_in(tmp_path / "copies") == []
 
 
 def test_a_store_larger_than_the_limit_keeps_what_fits(tmp_path, open_copies, caplog):

@@ -11,6 +11,7 @@ import safetensors.numpy
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from spectral_pod import SpectralGPT, SpectralLLM
+from spectral_pod import config as config_lib
 from spectral_pod.errors import CheckpointError, ConfigError, DataError
 from spectral_pod.generate import export, hub
 from spectral_pod.generate.restore import restore_for_inference
@@ -81,6 +82,26 @@ def test_the_model_card(exported, workdir):
     unlicensed = export.card(trained, RESULT | {"step": 9}, None)
     assert "None are recorded of this step" in unlicensed
     assert "license:" not in unlicensed
+
+
+def test_names_from_data_are_only_text_in_a_card(workdir):
+    """Neither HTML, headings, tables nor links; and each stays on its line."""
+    trained = restore_for_inference(str(workdir))
+    config = config_lib.copy(trained.config)
+    config.data.task = "listops"
+    nasty = [
+        "<script>alert(1)</script>",
+        "a\n# Heading\n---\nlicense: x",
+        "| a | b |",
+        "[x](y) `z`",
+    ]
+    text = export.card(trained._replace(config=config, classes=nasty), None, None)
+    body = text.split("---\n", 2)[2]
+    assert "<script>" not in body
+    assert "# Heading" not in [line.strip() for line in body.splitlines()]
+    assert len([line for line in body.splitlines() if "Heading" in line]) == 1
+    assert r"\| a \| b \|" in body
+    assert r"\[x\]\(y\) \`z\`" in body
 
 
 def test_a_folder_in_use_is_left_alone(workdir, copied):
