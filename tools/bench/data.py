@@ -10,7 +10,8 @@ Storage is a server on loopback, a separate process on any core: no network, no 
 store is read from there without local copies and, in another case, with them.
 
 Group loader: training steps of the quickstart with batches from storage, relative to steps with a
-batch in memory. Times are wall times, as most of what is measured is waiting: use the cores that a
+batch in memory; and with all its data verified again within a third of an epoch, which a run does
+once. Times are wall times, as most of what is measured is waiting: use the cores that a
 trainer has (--cores=2).
 """
 
@@ -18,6 +19,7 @@ import functools
 import itertools
 import runpy
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,7 +33,7 @@ from grain.sources import ArrayRecordDataSource
 from jax.sharding import Mesh
 
 from spectral_pod import command_line, models
-from spectral_pod.data import byte_store, pipeline
+from spectral_pod.data import byte_store, pipeline, zarr_arrays
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.objectives import Classification
@@ -116,9 +118,17 @@ def _records(
         return Case(name, what, shape, run, baseline, work={"records": batches * batch})
 
     local = ByteStore(f"{folder}/store", cache_bytes)
+    verify = functools.partial(timed, functools.partial(_verify, local))
     cases = [
         case("local", "pipeline.load from disk", ours(local), "grain_local"),
         case("grain_local", "Grain's shuffle, map and batch of array_record", grains(file)),
+        Case(
+            "verify",
+            "sha256 of the content of all parts",
+            "all parts",
+            verify,
+            work={"records": num_records},
+        ),
     ]
     ratios = [times_faster("local_vs_grain_array_record", "local", "grain_local", ">= 2")]
     if storage:
@@ -159,7 +169,8 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
     path, num_records = f"{storage.bucket}/windows", 64 * batch_size
     rows = (Record(_digits(i, seq_len), i % 2) for i in range(num_records))
     byte_store.write(path, {"train": rows}, classes=["a", "b"], provenance={})
-    split = ByteStore(path, cache_bytes=num_records * seq_len // 8).split("train")
+    store = ByteStore(path, cache_bytes=num_records * seq_len // 8)
+    split = store.split("train")
     source = pipeline.Batches(split, batch_size=batch_size, seq_len=seq_len, shuffle_seed=0)
     starts = itertools.count(0, num_steps)
 
@@ -181,12 +192,23 @@ def _loader(storage: FakeStorage, num_steps: int, quick: bool) -> Comparison:
         shape = f"{num_steps} steps [{batch_size}, {seq_len}]"
         return Case(name, what, shape, run, work={"steps": num_steps})
 
+    def verified() -> Iterator[pipeline.Batch]:
+        split._requested.clear()
+        yield from loaded()
+        store.verification.wait()
+
     cases = [
         case("loaded", "the quickstart's step, batches from storage", loaded),
+        case("verified", "the same, all data compared with their sha256", verified),
         case("held", "the same with one batch in memory", lambda: [first] * num_steps),
     ]
-    ratio = Ratio("loader_step_ratio", lambda rows: rows["loaded"].ms / rows["held"].ms, "<= 1.1")
-    return Comparison(cases, [ratio])
+    ratios = [
+        Ratio("loader_step_ratio", lambda rows: rows["loaded"].ms / rows["held"].ms, "<= 1.1"),
+        Ratio(
+            "verified_step_ratio", lambda rows: rows["verified"].ms / rows["loaded"].ms, "<= 1.05"
+        ),
+    ]
+    return Comparison(cases, ratios)
 
 
 class _Training:
@@ -199,6 +221,12 @@ class _Training:
         for batch in batches:
             self._state, metrics = self._step(self._state, batch)
             jax.block_until_ready(metrics)
+
+
+def _verify(store: ByteStore) -> None:
+    for part in store.manifest["splits"]["train"]["parts"]:
+        url = f"{store.path}/train/{part['name']}/bytes"
+        zarr_arrays.verify(url, part["sha256"]["bytes"], threading.Event())
 
 
 def _mesh() -> Mesh:
