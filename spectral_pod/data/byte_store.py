@@ -195,7 +195,8 @@ class Split:
                 self._requested.discard(part)  # its next read is going to tell
             else:
                 raise DataError(
-                    f"{folder} is damaged; delete the store to have it written again ({error})"
+                    f"{self._store.path}/{self._names[part]} is damaged; delete the store to have "
+                    f"it written again ({error})"
                 ) from error
 
     def _copy(self, part: int) -> local_copies.Part:
