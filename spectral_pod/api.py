@@ -26,11 +26,14 @@ from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import abstract_params, init_params
+from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import num_shards, tree_shardings
 from spectral_pod.seeds import random_key
 from spectral_pod.shapes import PAD
 from spectral_pod.validation import validate
+
+runtime.leave_out_absent_tpus()
 
 
 def Config(**fields: Any) -> Any:

@@ -11,7 +11,17 @@
 
 JAX's runtime aborts a process (134) when the coordinator dies. That, and any other death by a
 signal, also calls for a restart; `launch/supervise.sh` does it.
+
+A full disk, a limit of the machine or a lost file system is for the user to solve, too. `naming`
+and `storage_error` make one `StorageError` of whatever a library raises then.
 """
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
 
 
 class UserError(Exception):
@@ -30,6 +40,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written, or cannot be restored into this model."""
+
+
+class StorageError(UserError, OSError):
+    """A file cannot be read or written: a full disk, a limit, a permission, a lost file system."""
 
 
 class NonFiniteError(UserError):
@@ -51,3 +65,82 @@ class LostPeerError(UserError):
 
 
 STALLED = 77
+
+
+# ---- errors that files, disks and limits of the machine cause
+
+_CURES = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space there (`df -h`, `df -i`, `quota` show it)",
+    (errno.EFBIG,): "raise the limit on the size of files (`ulimit -f`), or choose another disk",
+    (errno.EMFILE,): "raise the limit on open files of a process (`ulimit -n`)",
+    (errno.ENFILE,): "this machine has too many open files; end what holds them",
+    (errno.ENOMEM,): "this machine, or the container, has too little memory",
+    (errno.EACCES, errno.EPERM): "check who owns it and what you may do there",
+    (errno.EROFS,): "its file system is read-only; remount it, or choose another place",
+    (errno.ENOENT,): "it was removed meanwhile, or its disk is not mounted",
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG): (
+        "choose another place, or move away what is there"
+    ),
+    (
+        errno.EIO, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO, errno.EUCLEAN, errno.ESTALE,
+        errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+        errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED,
+    ): "its disk or file server fails; see that it is mounted and answers (`dmesg` says more)",
+}  # fmt: skip
+_CURE = {number: cure for numbers, cure in _CURES.items() for number in numbers}
+_REMOTE = ("gcsfs", "aiohttp", "google.auth", "google.api_core", "requests")
+_NUMBER = re.compile(r"os_error_code='(\d+)'|\[Errno (\d+)\]")  # of tensorstore, and of Python
+
+
+def storage_error(error: BaseException, what: Any = "") -> StorageError | None:
+    """The `StorageError` for an error that storage or a limit causes; None for any other error.
+
+    Args:
+      error: of any type, as libraries in C++ raise ValueError or RuntimeError.
+      what: the file, folder or URL at fault, named in the message.
+    """
+    if isinstance(error, StorageError):
+        return error
+    for cause in _causes(error):
+        cure = _cure(cause)
+        if cure is not None:
+            place = f"{what}: " if str(what) and str(what) not in str(cause) else ""
+            return StorageError(f"{place}{cause}; {cure}, and start again")
+    return None
+
+
+@contextlib.contextmanager
+def naming(what: Any) -> Iterator[None]:
+    """Errors of storage in this context become a `StorageError` that names `what`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        fault = storage_error(error, what)
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and the errors of a group."""
+    yield error
+    for part in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        yield from _causes(part)
+    if error.__cause__ is not None:
+        yield from _causes(error.__cause__)
+
+
+def _cure(error: BaseException) -> str | None:
+    """What to do about an error of storage; None if it is none."""
+    if any(cls.__module__.startswith(_REMOTE) for cls in type(error).__mro__):
+        return "check the network and that storage answers"
+    if isinstance(error, OSError):
+        if error.errno is None:  # raised by a library: a damaged file, a refusal of remote storage
+            return "check that file or URL"
+        return _CURE.get(error.errno)
+    text = str(error)
+    if match := _NUMBER.search(text):
+        return _CURE.get(int(match[1] or match[2]))
+    return next((cure for number, cure in _CURE.items() if os.strerror(number) in text), None)

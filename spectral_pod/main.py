@@ -4,15 +4,15 @@ A config file is Python code and is executed; the exit codes are in `errors.py`.
 intentionally kept short: the run itself is in `train/loop.py`.
 """
 
-import errno
 import os
+import sys
 import traceback
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from spectral_pod import command_line, storage
+from spectral_pod import command_line, errors, storage, streams
 from spectral_pod.errors import ConfigError, UserError
 from spectral_pod.parallel import runtime
 from spectral_pod.train import loop
@@ -25,9 +25,6 @@ _BIND = flags.DEFINE_string("coordinator_bind_address", None, "ip:port that proc
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
 flags.mark_flags_as_required(["config", "workdir"])
-
-# Full or read-only disks, missing permissions, and files in the place of folders.
-_USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def main(argv: list[str]) -> None:
@@ -53,19 +50,13 @@ def _drop_library_info(record: Any) -> bool:
     return ours or record.levelno > 20
 
 
-def _is_user_error(error: Exception) -> bool:
-    """Whether an error of storage, which no code here wrapped, is for the user to solve."""
-    if not isinstance(error, storage.failures()):
-        return False
-    remote = storage.is_remote(_WORKDIR.value or "")
-    return not isinstance(error, OSError) or error.errno in _USER_ERRNOS or remote
-
-
 def run() -> None:
     """Runs `main`; an error ends all processes with one message and its exit code.
 
     Of a bug the whole traceback is printed.
     """
+    streams.outlast_readers()
+    logging.get_absl_handler().python_handler.setStream(sys.stderr)
     try:
         with runtime.exit_on_peer_loss():
             app.run(main, flags_parser=command_line.parser(_CONFIG))
@@ -74,9 +65,10 @@ def run() -> None:
     except UserError as error:
         runtime.end(error.exit_code, f"{type(error).__name__}: {error}")
     except Exception as error:
-        if _is_user_error(error):
-            message = f"{type(error).__name__}: {error}; the workdir is {_WORKDIR.value}"
-            runtime.end(UserError.exit_code, message)
+        fault = errors.storage_error(error)
+        if fault is not None:  # of a library that no code here wrapped
+            message = f"{type(fault).__name__}: {fault}; the workdir is {_WORKDIR.value}"
+            runtime.end(fault.exit_code, message)
         runtime.end(1, traceback.format_exc())
 
 

@@ -12,7 +12,7 @@ import sys
 import uuid
 from typing import Any
 
-from spectral_pod.errors import UserError
+from spectral_pod.errors import UserError, naming
 
 _SILENCE = 20  # seconds without data after which a connection counts as broken
 _ENVIRONMENT = {
@@ -208,16 +208,18 @@ def write_whole(file: Any, data: str | bytes) -> None:
     """
     raw = data.encode() if isinstance(data, str) else data
     if is_remote(os.fspath(file)):
-        file.write_bytes(raw)  # an object becomes visible when its upload is complete
+        with naming(file):
+            file.write_bytes(raw)  # an object becomes visible when its upload is complete
         return
     temporary = file.with_name(f"{file.name}.tmp")
-    with open(temporary, "wb") as writer:
-        writer.write(raw)
-        writer.flush()
-        os.fsync(writer.fileno())
-    temporary.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name
-    finally:
-        os.close(folder)
+    with naming(file):
+        with open(temporary, "wb") as writer:
+            writer.write(raw)
+            writer.flush()
+            os.fsync(writer.fileno())
+        temporary.replace(file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name
+        finally:
+            os.close(folder)

@@ -18,6 +18,7 @@ _TRAINABLE = (
 MAY_IMPORT = {
     "shapes": (),
     "errors": (),
+    "streams": (),
     "seeds": (),
     "fields": ("errors",),
     "objectives": ("ops",),
@@ -52,7 +53,8 @@ MAY_IMPORT = {
     "recipes": ("config",),
     "": ("api",),
     "api": (*_TRAINABLE, "data.tasks", "generate"),
-    "main": ("command_line", "config", "errors", "storage", "parallel.runtime", "train.loop"),
+    "main": ("command_line", "config", "errors", "storage", "streams", "parallel.runtime",
+             "train.loop"),
 }  # fmt: skip
 PURE = ("ops", "layers", "models", "objectives", "train.step", "train.state", "train.optim")
 NOT_IN_PURE = ("absl", "etils", "tensorstore", "orbax", "tensorflow", "grain", "os", "pathlib")

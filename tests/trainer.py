@@ -138,7 +138,8 @@ def curves(workdir):
 
 
 def _is_timing(tag):
-    return tag == "wall_time" or tag.startswith(("speed/", "time/", "goodput/", "host/", "system/"))
+    measured = ("speed/", "time_share/", "goodput/", "host/", "system/")
+    return tag == "wall_time" or tag.startswith(measured)
 
 
 def event_points(workdir):

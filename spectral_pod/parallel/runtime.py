@@ -66,10 +66,7 @@ def initialize(
     address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = num_processes if num_processes is not None else _env_int("JAX_NUM_PROCESSES")
     index = process_id if process_id is not None else _env_int("JAX_PROCESS_ID")
-    if not (os.environ.get("JAX_PLATFORMS") or any(map(glob.glob, _ACCELERATORS))):
-        # libtpu, if installed to compile for absent TPUs, would search for one here, log many
-        # errors, and break JAX's profiler.
-        jax.config.update("jax_platforms", "cpu")
+    leave_out_absent_tpus()
     if coordinator_address is None and num_processes == 1:
         return
     if address is None and not _is_managed():
@@ -108,6 +105,16 @@ def initialize(
     _client().key_value_set(f"{_KEYS}/host/{this_process()}", socket.gethostname())
     _watch_key(_PREEMPTION_KEY, lambda _: preemption.on_signal())
     on_broadcast("ended", _exit_with_peer)
+
+
+def leave_out_absent_tpus() -> None:
+    """To be called before the first use of JAX: uses the CPU where there is no accelerator.
+
+    libtpu, if installed to compile for absent TPUs, would search for one, log many errors and break
+    JAX's profiler. A choice by JAX_PLATFORMS or `jax.config` stays.
+    """
+    if not jax.config.jax_platforms and not any(map(glob.glob, _ACCELERATORS)):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def check_platform() -> None:

@@ -6,7 +6,7 @@ writes the sha256 of each of its files as the step's seal. A step is sound if it
 seal, and `restore` takes the newest sound step. For a directory RUN/checkpoints:
 
     RUN/checkpoints/STEP/          Orbax's files
-    RUN/seals/STEP.json            its run, step, metrics, and the sha256 of each of its files
+    RUN/seals/STEP.json            its run, step, metrics, window, and each of its files' sha256
     RUN/quarantine/STEP-N/         damaged or unfinished steps, never deleted; STEP-N.txt says why
 
 The seals are outside of Orbax's directory because on object stores Orbax deletes any folder there
@@ -89,12 +89,23 @@ class Checkpointer(SealedSteps):
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="seal")
         self._background: tuple[int, Future[None]] | None = None
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float] | None,
+        *,
+        window: Mapping[str, Any] | None = None,
+    ) -> None:
         """Waits for the previous save, then starts saving `state` as `step`.
 
         Returns when the arrays have been copied to the host, after which they may be donated. (On
         CPUs they are not copied, and JAX gives other memory to the step that would overwrite them.)
         A step that is already sealed is not saved again.
+
+        Args:
+          metrics: for the choice of the best steps; None if this step was not evaluated.
+          window: JSON values for whoever continues from this step; see `Progress.window`.
 
         Raises:
           CheckpointError: the previous save failed, or `metrics` lack the metric that ranks steps.
@@ -115,7 +126,7 @@ class Checkpointer(SealedSteps):
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
         except storage.failures() as error:
             raise self._failure(step, error) from error
-        self._background = step, self._worker.submit(self._finish, step, metrics)
+        self._background = step, self._worker.submit(self._finish, step, metrics, window)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the seal of a step that was saved without them."""
@@ -189,7 +200,9 @@ class Checkpointer(SealedSteps):
             self._quarantine(step, faults)
         return NO_STEP
 
-    def _finish(self, step: int, metrics: Mapping[str, float] | None) -> None:
+    def _finish(
+        self, step: int, metrics: Mapping[str, float] | None, window: Mapping[str, Any] | None
+    ) -> None:
         """Runs in the background: seals the step once Orbax has renamed it into place."""
         # Orbax's post_finalization_callback would be too early: it runs before the rename, and
         # Orbax still writes two files in between.
@@ -197,6 +210,7 @@ class Checkpointer(SealedSteps):
         if jax.process_index() == 0:
             files = file_digests(self.directory / str(step))
             seal: dict[str, Any] = {"step": step, "metrics": metrics, "files": files}
+            seal["window"] = window
             if self._run:
                 seal["run"] = self._run
             self._seals.mkdir(parents=True, exist_ok=True)

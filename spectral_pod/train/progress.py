@@ -4,7 +4,7 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,16 +46,27 @@ class Progress:
         sources: Sources,
         writer: MetricWriter,
         first_step: int,
+        window: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
+        """Continues after `first_step`.
+
+        Args:
+          window: what `window` gave when that step was saved, of the steps since the last line.
+          clock: seconds since any moment; does not go back.
+        """
         self._config, self._workdir, self._writer = config, workdir, writer
         self._objective = sources.objective
         self._pending: tuple[int, Any] | None = None
-        self._averages: Any = None
-        self._spent: dict[str, float] = collections.defaultdict(float)
+        self._averages: Any = None  # of the window: the steps since the last line of metrics
+        self._saved_window = window or {}  # until the first step shows its structure
+        self._clock = clock
+        self._phase, self._phase_start = "", clock()  # what runs now, and since when it is counted
+        self._spent: dict[str, float] = collections.defaultdict(float)  # in the window, by phase
         self._goodput = Goodput(writer.last_line, psutil.Process().create_time())
         self._host_seconds: list[float] = []  # of each step of the window, before its dispatch
         self._since_step = 0.0  # time of the last step's end; 0: not to be counted from
-        self._window_start, self._window_first = time.time(), first_step
+        self._window_start, self._window_first = clock(), first_step
         self._first_step, self._num_timed, self._seconds_timed = first_step, 0, 0.0
         self._bytes_a_step = config.train.global_batch_size * row_len(config)
         peak = flops.peak_flops(mesh.devices.flat[0])
@@ -68,21 +79,33 @@ class Progress:
 
     @contextlib.contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Counts the time spent in this context as that of `phase`."""
-        start = time.time()
-        yield
-        self._spent[phase] += time.time() - start
-        self._goodput.add(phase, time.time() - start)
+        """Counts the time spent in this context as that of `phase`, and of no phase around it."""
+        self._count_time()
+        outer, self._phase = self._phase, phase
+        try:
+            yield
+        finally:
+            self._count_time()
+            self._phase = outer
+
+    def _count_time(self) -> float:
+        """Counts the time up to now as that of the current phase; returns the clock's time."""
+        now = self._clock()
+        if self._phase:
+            self._spent[self._phase] += now - self._phase_start
+            self._goodput.add(self._phase, now - self._phase_start)
+        self._phase_start = now
+        return now
 
     @contextlib.contextmanager
     def time_step(self) -> Iterator[None]:
         """As `time("step")`; the time since the step before counts as this host's own, in which
         the other hosts may have waited for it."""
         if self._since_step:
-            self._host_seconds.append(time.time() - self._since_step)
+            self._host_seconds.append(self._clock() - self._since_step)
         with self.time("step"):
             yield
-        self._since_step = time.time()
+        self._since_step = self._clock()
 
     def reset_host_timer(self) -> None:
         """The time since the last step is not this host's own: all hosts evaluate or save."""
@@ -120,6 +143,8 @@ class Progress:
 
     def _read(self, step: int, metrics: Any) -> None:
         averages, scalars = jax.device_get(metrics)
+        if self._saved_window:
+            self._averages, self._saved_window = _like(averages, self._saved_window), {}
         if scalars.get("bad_steps", 0):
             self._bad(step, averages, scalars)
         else:
@@ -146,18 +171,33 @@ class Progress:
         self._writer.scalars(step, {"bad_steps": in_a_row})
         print_once(f"step {step}: {what}; its update is skipped")
 
+    def window(self) -> dict[str, Any] | None:
+        """The sums of the training metrics since the last line, to be saved with the last step.
+
+        A run that continues from that step then writes the next line as if it had not ended. They
+        are exact: float32 and int32 are Python numbers, by name, in lists if they are arrays.
+        """
+        if self._averages is None:
+            return self._saved_window or None
+        return {name: np.asarray(x).tolist() for name, x in _named(self._averages)}
+
+    def restart_timers(self, step: int) -> None:
+        """Starts to measure time after `step`."""
+        self._window_start, self._window_first = self._count_time(), step
+        self._spent = collections.defaultdict(float)
+        self.reset_host_timer()
+
     def restart(self, step: int) -> None:
         """Starts a new window after `step`; drops the metrics that are pending."""
-        self._pending, self._averages = None, None
-        self._spent = collections.defaultdict(float)
-        self._window_start, self._window_first = time.time(), step
-        self.reset_host_timer()
+        self._pending, self._averages, self._saved_window = None, None, {}
+        self.restart_timers(step)
 
     def _report(self, step: int, scalars: dict[str, Any], ends: bool) -> None:
         if self._averages is None:  # every step of the window was bad
             return
-        now = time.time()
-        elapsed, num_steps = now - self._window_start, step - self._window_first
+        now = self._count_time()  # including the wait for this step, which is going on
+        elapsed = max(now - self._window_start, 1e-9)
+        num_steps = step - self._window_first
         means = computed(self._averages)
         busy = max(self._spent["data"] + self._spent["step"], 1e-9)
         self._num_timed += num_steps
@@ -166,7 +206,7 @@ class Progress:
         values = {f"train/{name}": x for name, x in self._objective.scalars(means).items()}
         values |= {name: float(value) for name, value in scalars.items()}
         values |= {"speed/steps_per_second": num_steps / busy, "speed/bytes_per_second": rate}
-        values |= {f"time/{phase}": spent / elapsed for phase, spent in self._spent.items()}
+        values |= {f"time_share/{phase}": spent / elapsed for phase, spent in self._spent.items()}
         if self._peak is not None:
             values["speed/model_flops_utilisation"] = (
                 self._model_flops * num_steps / busy / self._peak
@@ -237,8 +277,27 @@ class Goodput:
         """`goodput/fraction`, and the seconds by cause; the remaining ones are `other`."""
         total = self._before + time.time() - self._started
         values = {f"goodput/{cause}_seconds": x for cause, x in self._seconds.items()}
-        values["goodput/other_seconds"] = max(0.0, total - sum(self._seconds.values()))
-        return values | {"goodput/fraction": self._seconds["step"] / max(total, 1e-9)}
+        known = sum(self._seconds.values())
+        values["goodput/other_seconds"] = max(0.0, total - known)
+        # A clock that was set back must not make the fraction exceed 1.
+        return values | {"goodput/fraction": self._seconds["step"] / max(total, known, 1e-9)}
+
+
+def _named(averages: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(averages)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+
+
+def _like(averages: Any, window: Mapping[str, Any]) -> Any | None:
+    """The sums of `Progress.window` as metrics with the structure and dtypes of `averages`.
+
+    None if there are none, or if another version saved them of other metrics.
+    """
+    named = _named(averages)
+    if window.keys() != {name for name, _ in named}:
+        return None
+    leaves = [np.asarray(window[name], np.asarray(x).dtype) for name, x in named]
+    return jax.tree.unflatten(jax.tree.structure(averages), leaves)
 
 
 def _check_finite(step: int, averages: Any, scalars: Mapping[str, Any]) -> None:

@@ -120,14 +120,12 @@ class Trainer:
             on_mesh(self.mesh),
             runtime.Interrupt() as self.interrupt,
             self.checkpointer,
-            contextlib.closing(
-                MetricWriter(
-                    workdir,
-                    is_leader=runtime.is_leader(),
-                    resume_step=self.step,
-                    wandb_project=config.train.wandb_project,
-                    run_config=config_lib.to_dict(config),
-                )
+            MetricWriter(
+                workdir,
+                is_leader=runtime.is_leader(),
+                resume_step=self.step,
+                wandb_project=config.train.wandb_project,
+                run_config=config_lib.to_dict(config),
             ) as self.writer,
             contextlib.closing(
                 Profiler(workdir, config.train.profile_steps, runtime.this_process())
@@ -144,8 +142,9 @@ class Trainer:
                 texts = {"config": str(config), "parameters": self.overview}
                 self.writer.texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})
             self.progress = Progress(
-                config, workdir, self.mesh, self.abstract, self.sources, self.writer, self.step
-            )
+                config, workdir, self.mesh, self.abstract, self.sources, self.writer, self.step,
+                self.checkpointer.window(self.step),
+            )  # fmt: skip
             yield
 
     def compile(self) -> None:
@@ -175,7 +174,7 @@ class Trainer:
         if self.step and self._is_due(evals) and not self.checkpointer.metrics(self.step):
             # The run was preempted before this step was validated.
             self.checkpointer.add_metrics(self.step, self.validate())
-        self.progress.restart(self.step)
+        self.progress.restart_timers(self.step)
         while self.step < self.total_steps:
             self.check_for_shutdown()
             try:
@@ -246,7 +245,8 @@ class Trainer:
         """Starts to save the state, once the metrics up to this step are stored."""
         self.writer.flush()
         with self.progress.time("checkpoint"):
-            self.checkpointer.save(self.step, self.state, scores)
+            window = self.progress.window()
+            self.checkpointer.save(self.step, self.state, scores, window=window)
 
     def roll_back(self, bad: BadStepError) -> None:
         """Restores the newest checkpoint and continues after the bad step, whose batch is skipped.
@@ -288,8 +288,9 @@ class Trainer:
         saved = "the newest checkpoint"
         with contextlib.suppress(BadStepError):  # then this state is not to be saved
             self.progress.flush_pending()
-            self.checkpointer.save(self.step, self.state, None)
+            self.checkpointer.save(self.step, self.state, None, window=self.progress.window())
             saved = f"step {self.step}"
+        self.writer.flush()  # after the state, which is worth more if there is no time for both
         self.checkpointer.wait_until_finished()
         runtime.barrier("saved")  # and sealed, by the leader
         raise Preempted(

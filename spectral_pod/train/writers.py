@@ -6,6 +6,10 @@ the same files through TensorBoard's own writer. The same thread writes to Weigh
 
 Objects in storage cannot be appended to, and TensorFlow accesses gs:// through a library of its own
 (see `storage.py`). For a gs:// workdir, files are therefore written locally and then copied.
+
+A run that continues from a checkpoint repeats steps whose points are already in event files. An
+event file of a continued run therefore begins with a `SessionLog.START` of the first new step:
+TensorBoard then drops the points of that step and later ones in the files before.
 """
 
 import html
@@ -20,12 +24,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Self
 
 from absl import logging
 from etils import epath
 
-from spectral_pod import storage
+from spectral_pod import errors, storage
 from spectral_pod.errors import UserError
 
 _EVENT_FILES = itertools.count()  # numbers those of this process
@@ -68,7 +72,10 @@ class MetricWriter:
                 f"config.train.wandb_project is {wandb_project!r} and wandb is not installed; "
                 "pip install wandb, or set the field to ''"
             )
-        kept = _kept_lines(epath.Path(workdir) / "metrics.jsonl", resume_step)
+        lines = epath.Path(workdir) / "metrics.jsonl"
+        with errors.naming(lines):
+            kept = _kept_lines(lines, resume_step)
+            is_continued = any(epath.Path(workdir).glob("events.out.tfevents.*"))
         self._kept = frozenset(map(_point, kept))
         windows = (line for line in map(json.loads, reversed(kept)) if "train/loss" in line)
         self.last_line = next(windows, {})  # lines of evaluations are skipped
@@ -79,10 +86,14 @@ class MetricWriter:
         else:
             folder = pathlib.Path(workdir)
         self._jsonl = folder / "metrics.jsonl"
-        storage.write_whole(epath.Path(self._jsonl), "".join(kept))
+        with errors.naming(self._jsonl):
+            storage.write_whole(epath.Path(self._jsonl), "".join(kept))
+        # A run that begins anew at step 0 writes the texts of that step again, too.
+        restart_step = (resume_step + 1 if resume_step else 0) if is_continued else None
 
         def open_writers() -> list[Any]:
-            opened = [_Uploader(folder, epath.Path(workdir)) if remote else _open_events(workdir)]
+            events = _open_events(str(folder), restart_step)
+            opened = [_Uploader(folder, epath.Path(workdir), events) if remote else events]
             if wandb_project:
                 opened.append(_WandbWriter(workdir, wandb_project, run_config or {}))
             return opened
@@ -97,7 +108,7 @@ class MetricWriter:
         point = {"step": step} | {k: float(v) for k, v in values.items()}
         line = json.dumps(point | now) + "\n"
         if _point(line) not in self._kept:  # a finished run that is restarted evaluates again
-            with open(self._jsonl, "a") as file:
+            with errors.naming(self._jsonl), open(self._jsonl, "a") as file:
                 file.write(line)
         self._submit(lambda writer: writer.write_scalars(step, dict(values)))
 
@@ -117,9 +128,22 @@ class MetricWriter:
 
     def close(self) -> None:
         """Waits until everything is stored, and closes the files."""
-        self._submit(lambda writer: writer.close())
-        self._thread.shutdown(wait=True)
+        try:
+            self._submit(lambda writer: writer.close())
+        finally:
+            self._thread.shutdown(wait=True)
         self._raise_failures()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            logging.error("%s", error)  # must not replace the error that ends the run
 
     def _submit(self, write: Callable[[Any], None]) -> None:
         self._raise_failures()
@@ -141,7 +165,8 @@ class MetricWriter:
             if isinstance(error, UserError):
                 raise error
             if error is not None:
-                raise UserError(f"cannot write metrics to {self._workdir}: {error}") from error
+                what = f"the metrics in {self._workdir}"
+                raise errors.storage_error(error, what) or UserError(f"{what}: {error}") from error
 
 
 def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
@@ -166,24 +191,26 @@ def _point(line: str) -> str:
     return json.dumps(point)
 
 
-def _open_events(workdir: str) -> Any:
+def _open_events(folder: str, restart_step: int | None) -> Any:
+    """A writer of an event file; points from `restart_step` on in earlier files are void."""
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message at start-up
     try:
         from clu import metric_writers
-
-        return metric_writers.SummaryWriter(workdir)
     except ImportError:
         logging.info("TensorFlow is not installed; event files by TensorBoard's own writer.")
-        return _TensorBoardWriter(workdir)
+        return _TensorBoardWriter(folder, restart_step)
+    if restart_step is not None:  # in a file of its own, as CLU cannot write it
+        _TensorBoardWriter(folder, restart_step).close()
+    return metric_writers.SummaryWriter(folder)
 
 
 class _Uploader:
     """A CLU-like writer to a local folder whose files are copied to object storage."""
 
-    def __init__(self, folder: pathlib.Path, target: epath.Path):
+    def __init__(self, folder: pathlib.Path, target: epath.Path, events: Any):
         self._folder = folder
         self._target = target
-        self._events = _open_events(str(folder))
+        self._events = events
         self._sizes: dict[str, int] = {}  # of the files copied so far, which only grow
         self._copied = time.monotonic()
 
@@ -207,7 +234,8 @@ class _Uploader:
         for file in self._folder.iterdir():
             data = file.read_bytes()
             if self._sizes.get(file.name) != len(data):
-                (self._target / file.name).write_bytes(data)
+                with errors.naming(self._target / file.name):
+                    (self._target / file.name).write_bytes(data)
                 self._sizes[file.name] = len(data)
         self._copied = time.monotonic()
 
@@ -219,17 +247,20 @@ class _TensorBoardWriter:
     is full; here the calling thread writes, and raises.
     """
 
-    def __init__(self, workdir: str):
-        from tensorboard.compat.proto.event_pb2 import Event
+    def __init__(self, workdir: str, restart_step: int | None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event = Event
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         process = f"{socket.gethostname()}.{os.getpid()}.{next(_EVENT_FILES)}"
-        file = folder / f"events.out.tfevents.{int(time.time()):010}.{process}"
-        self._file = RecordWriter(file.open("wb"))
+        self._path = folder / f"events.out.tfevents.{int(time.time()):010}.{process}"
+        with errors.naming(self._path):
+            self._file = RecordWriter(self._path.open("wb"))
         self._write(file_version="brain.Event:2")
+        if restart_step is not None:
+            self._write(step=restart_step, session_log=SessionLog(status=SessionLog.START))
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.plugins.scalar.summary_v2 import scalar_pb
@@ -244,14 +275,16 @@ class _TensorBoardWriter:
             self._write(step=step, summary=text_pb(name, text))
 
     def _write(self, **content: Any) -> None:
-        self._file.write(self._event(wall_time=time.time(), **content).SerializeToString())
-        self._file.flush()
+        with errors.naming(self._path):
+            self._file.write(self._event(wall_time=time.time(), **content).SerializeToString())
+            self._file.flush()
 
     def flush(self) -> None:
-        self._file.flush()
+        pass  # every event is flushed
 
     def close(self) -> None:
-        self._file.close()
+        with errors.naming(self._path):
+            self._file.close()
 
 
 class _WandbWriter:

@@ -22,7 +22,7 @@ from tests import trainer
 @pytest.fixture
 def no_events(monkeypatch):
     """Without event files, which need an import of TensorFlow, where only lines matter."""
-    monkeypatch.setattr(writers, "_open_events", lambda workdir: Events())
+    monkeypatch.setattr(writers, "_open_events", lambda folder, restart_step: Events())
 
 
 class Events:

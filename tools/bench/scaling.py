@@ -232,7 +232,8 @@ def _run(arguments: argparse.Namespace, count: int, joined: bool) -> Run:
             for line in metrics.read_text().splitlines()[1 + _WARM_WINDOWS :]
         ]
     seconds = [1 / line["speed/steps_per_second"] for line in lines]
-    waits = [line["time/data"] / (line["time/data"] + line["time/step"]) for line in lines]
+    shares = [(line["time_share/data"], line["time_share/step"]) for line in lines]
+    waits = [data / (data + step) for data, step in shares]
     cpu = [(y.cpu - x.cpu) / (y.steps - x.steps) for x, y in zip(before, after, strict=True)]
     return Run(
         processes=count,
