@@ -5,7 +5,6 @@ intentionally kept short: the run itself is in `train/loop.py`.
 """
 
 import os
-import sys
 import traceback
 from typing import Any
 
@@ -56,7 +55,6 @@ def run() -> None:
     Of a bug the whole traceback is printed.
     """
     streams.outlast_readers()
-    logging.get_absl_handler().python_handler.setStream(sys.stderr)
     try:
         with runtime.exit_on_peer_loss():
             app.run(main, flags_parser=command_line.parser(_CONFIG))

@@ -8,10 +8,13 @@ stream says so once. (Tools end then: their stdout is what they produce.)
 
 import contextlib
 import io
+import logging
 import os
 import select
 import sys
 from typing import Any
+
+from absl import logging as absl_logging
 
 _NAMES = {1: "stdout", 2: "stderr"}  # by file descriptor
 
@@ -65,3 +68,6 @@ def outlast_readers() -> None:
             line_buffering=True,
         )
         setattr(sys, name, lasting)
+        for handler in (*logging.root.handlers, absl_logging.get_absl_handler().python_handler):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                handler.setStream(lasting)

@@ -134,10 +134,10 @@ def metrics(workdir):
 
 def curves(workdir):
     """Every line of `metrics.jsonl`, without what depends on the machine's speed."""
-    return [{k: v for k, v in line.items() if not _is_timing(k)} for line in metrics(workdir)]
+    return [{k: v for k, v in line.items() if not is_timing(k)} for line in metrics(workdir)]
 
 
-def _is_timing(tag):
+def is_timing(tag):
     measured = ("speed/", "time_share/", "goodput/", "host/", "system/")
     return tag == "wall_time" or tag.startswith(measured)
 
@@ -168,7 +168,7 @@ def assert_same_run(workdir, reference):
     assert curves(workdir) == curves(reference)
     points, expected = (
         # The text "config" has the folder of the data, which every worker of the tests has.
-        {k: curve for k, curve in event_points(run).items() if k != "config" and not _is_timing(k)}
+        {k: curve for k, curve in event_points(run).items() if k != "config" and not is_timing(k)}
         for run in (workdir, reference)
     )
     assert points == expected
