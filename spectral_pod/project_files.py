@@ -89,6 +89,7 @@ class Seal(TypedDict):
     step: _Count
     run: NotRequired[str]  # missing in seals of older versions
     metrics: dict[str, float] | None
+    window: NotRequired[dict[str, Any] | None]  # of Progress.window; missing in older ones
     files: dict[str, FileDigest]
 
 

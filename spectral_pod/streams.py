@@ -60,7 +60,8 @@ def outlast_readers() -> None:
         if stream is None:  # was closed when Python started
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, until the process ends
             continue
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
         lasting = io.TextIOWrapper(
             io.BufferedWriter(_Lasting(descriptor, "w", closefd=False)),
             encoding=stream.encoding,

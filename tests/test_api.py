@@ -1,8 +1,11 @@
 """The Python API of the models; the examples in its docstrings are run unchanged."""
 
 import doctest
+import fnmatch
+import os
 import subprocess
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -15,6 +18,7 @@ from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.generate import text
 from spectral_pod.generate.restore import one_device
 from spectral_pod.layers.block import unstack
+from spectral_pod.parallel import runtime
 from spectral_pod.shapes import PAD
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import init_state
@@ -39,6 +43,33 @@ def classifier():
     return SpectralModel(
         Config(**small, memory={"head_dim": 4}, data={"seq_len": 64}), num_classes=3
     )
+
+
+def test_where_there_is_no_accelerator_nothing_is_printed_of_one():
+    """Although libtpu, which is installed to compile for absent TPUs, would search for one."""
+    program = "from spectral_pod import SpectralGPT; import jax; print(jax.devices()[0].platform)"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu\n", "")
+
+
+@pytest.mark.parametrize("device", ["/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/kfd"])
+def test_accelerators_and_choices_of_the_user_stay(monkeypatch, device):
+    chosen = []
+    jax_config = types.SimpleNamespace(
+        jax_platforms=None, update=lambda name, value: chosen.append((name, value))
+    )
+    monkeypatch.setattr(runtime.jax, "config", jax_config)
+    monkeypatch.setattr(runtime.glob, "glob", lambda pattern: fnmatch.filter([device], pattern))
+    runtime.leave_out_absent_tpus()
+    assert not chosen
+    monkeypatch.setattr(runtime.glob, "glob", lambda pattern: [])
+    runtime.leave_out_absent_tpus()
+    assert chosen == [("jax_platforms", "cpu")]
+    jax_config.jax_platforms = "tpu"
+    runtime.leave_out_absent_tpus()
+    assert len(chosen) == 1
 
 
 def test_the_package_itself_is_light():

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -21,7 +22,7 @@ from spectral_pod.train import loop, starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state
-from tests import trainer
+from tests import processes, trainer
 
 
 @pytest.fixture
@@ -189,6 +190,44 @@ def test_interrupted_from_the_keyboard(tmp_path):
     trainer.assert_same_run(workdir, trainer.uninterrupted())
 
 
+def test_a_run_outlasts_the_readers_of_its_output(tmp_path):
+    """As in `python -m spectral_pod.main ... 2>&1 | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = processes.Popen(
+        trainer.command(tmp_path / "run"), cwd=trainer.ROOT, env=trainer.environment(),
+        stdout=writer, stderr=writer,
+    )  # fmt: skip
+    os.close(writer)
+    assert child.wait(timeout=300) == 0
+    trainer.assert_same_run(tmp_path / "run", trainer.uninterrupted())
+
+
+@pytest.mark.parametrize(
+    ("place", "errors"),
+    [
+        ("data", "Storage"),  # written by tensorstore, which raises ValueError
+        ("run", "Checkpoint|Storage"),
+    ],
+)
+def test_files_that_may_not_grow(tmp_path, place, errors):
+    """The system's limit on their size, as a full disk needs the right to mount one."""
+    program = (
+        "import resource, runpy, sys; sys.argv.pop(0)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "runpy.run_module('spectral_pod.main', run_name='__main__')"
+    )
+    python, _, _, *flags = trainer.command(tmp_path / "run")
+    if place == "data":
+        flags.append(f"--config.data.dir={tmp_path / 'data'}")
+    done = trainer.run([python, "-c", program, "main", *flags], code=2)
+    message = done.stderr.strip().splitlines()[-1]
+    assert re.match(f"({errors})Error: ", message)
+    for part in (str(tmp_path / place), "File too large", "ulimit -f"):
+        assert part in message
+    assert "Traceback" not in done.stderr
+
+
 @contextlib.contextmanager
 def small_disk(mount):
     mount.mkdir()
@@ -208,7 +247,7 @@ def test_a_full_disk(tmp_path):
     with small_disk(mount):
         command = trainer.command(workdir, "checkpoint.every_steps=4", "checkpoint.keep_latest=99")
         done = trainer.run(command, code=2)
-        (message,) = re.findall("^(?:Checkpoint|User|OS)Error: .*", done.stderr, re.MULTILINE)
+        (message,) = re.findall("^(?:Checkpoint|Storage)Error: .*", done.stderr, re.MULTILINE)
         assert str(workdir) in message
         assert "No space left on device" in message
         assert "spectral_pod/main.py" not in done.stderr  # no traceback of ours

@@ -367,6 +367,10 @@ def end(code: int, message: str) -> NoReturn:
     """
     if _client() is None:
         print(message, file=sys.stderr, flush=True)
+        # Python joins its threads at exit, and one of a library whose files fail may never end.
+        late = threading.Timer(_CLOSE_SECONDS, os._exit, (code,))
+        late.daemon = True
+        late.start()
         sys.exit(code)
     if code == LostPeerError.exit_code:
         time.sleep(_BROADCAST_SECONDS)  # if the peer sent its reason, `_exit_with_peer` ends this

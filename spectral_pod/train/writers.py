@@ -7,9 +7,9 @@ the same files through TensorBoard's own writer. The same thread writes to Weigh
 Objects in storage cannot be appended to, and TensorFlow accesses gs:// through a library of its own
 (see `storage.py`). For a gs:// workdir, files are therefore written locally and then copied.
 
-A run that continues from a checkpoint repeats steps whose points are already in event files. An
-event file of a continued run therefore begins with a `SessionLog.START` of the first new step:
-TensorBoard then drops the points of that step and later ones in the files before.
+A run that continues from a checkpoint repeats steps whose points are already in event files. The
+files of a continued run therefore begin with `SessionLog.START` of its first step: TensorBoard then
+drops the points of that step and of later ones in the files before.
 """
 
 import html
@@ -259,7 +259,8 @@ class _TensorBoardWriter:
         with errors.naming(self._path):
             self._file = RecordWriter(self._path.open("wb"))
         self._write(file_version="brain.Event:2")
-        if restart_step is not None:
+        # TensorBoard takes the first one that it reads for the beginning of the run.
+        for _ in range(2 if restart_step is not None else 0):
             self._write(step=restart_step, session_log=SessionLog(status=SessionLog.START))
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:

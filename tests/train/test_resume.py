@@ -1,11 +1,15 @@
 """An interrupted run ends with bit-identical parameters and the same curves."""
 
+import copy
 import random
 import shutil
 import time
 
 import pytest
 
+from spectral_pod.errors import Preempted
+from spectral_pod.train import loop, writers
+from spectral_pod.train.trainer import Trainer
 from tests import trainer
 
 
@@ -100,6 +104,33 @@ def test_ten_kills(tmp_path):
     phases = run_with_kills(tmp_path / "run", moments, *own)
     assert sum(phase.startswith("writing") for phase in phases) >= 3
     trainer.assert_same_run(tmp_path / "run", trainer.uninterrupted(*own))
+
+
+def test_lines_do_not_depend_on_where_sigterm_came(tmp_path, monkeypatch):
+    """Between two lines, whose means are of more steps than the run that continues takes."""
+    monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)
+    check, signals = Trainer.check_for_shutdown, []
+
+    def terminated(self):
+        if self.step in signals:
+            signals.remove(self.step)
+            raise Preempted  # as after the signal, which cannot be sent to a step
+        check(self)
+
+    monkeypatch.setattr(Trainer, "check_for_shutdown", terminated)
+    config = trainer.get_config()
+    config.data.dir = str(trainer.home() / "data")
+    config.train.total_steps, config.train.log_every_steps = 12, 6
+    config.checkpoint.every_steps = 100
+    loop.run(copy.deepcopy(config), str(tmp_path / "whole"))
+    signals += [8, 10]
+    for step in (8, 10):
+        with pytest.raises(Preempted, match=f"step {step} is saved"):
+            loop.run(copy.deepcopy(config), str(tmp_path / "parts"))
+    loop.run(copy.deepcopy(config), str(tmp_path / "parts"))
+    trainer.assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    lines = [line["step"] for line in trainer.metrics(tmp_path / "parts") if "train/loss" in line]
+    assert lines == [1, 6, 12]
 
 
 def test_a_damaged_checkpoint_is_reported_and_left_out(tmp_path):

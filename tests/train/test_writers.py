@@ -2,13 +2,18 @@
 Weights & Biases."""
 
 import contextlib
+import errno
 import functools
 import importlib
+import io
 import json
+import os
+import pathlib
 import re
 import shutil
 import sys
 import time
+import types
 
 import pytest
 from hypothesis import given, settings
@@ -324,3 +329,165 @@ def test_clu_continues_its_own_files(tmp_path):
 
 def test_only_clu_imports_tensorflow_and_on_a_thread_of_its_own():
     assert by_clu()[1] == ["IMPORT main=False clu=True"]
+
+
+def steps_of_events(workdir, tag):
+    """The steps of a curve, in the order in which TensorBoard shows them."""
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+    # The one that TensorBoard uses; another, older one does not drop points of this kind.
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    events.Reload()
+    return [event.step for event in events.Tensors(tag)] if tag in events.Tags()["tensors"] else []
+
+
+# The step that a start continues from, and its last: they repeat some steps, all of them, or none.
+STARTS = [(0, 8), (4, 7), (4, 12), (11, 11), (11, 15), (0, 2)]
+
+
+def write_starts(workdir, starts):
+    for second, (resume, last) in enumerate(starts):
+        # The names of event files hold the second, by which TensorBoard orders them.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writers.time, "time", lambda second=second: 1_700_000_000.0 + second)
+            write(workdir, resume, range(resume + 1, last + 1))
+
+
+def assert_curves_do_not_go_back(workdir, starts):
+    last = max(starts[-1])
+    assert steps_of_events(workdir, "train/loss") == [*range(1, last + 1)]
+    thirds = [step for step in range(1, last + 1) if step % 3 == 0]
+    assert steps_of_events(workdir, "validation/loss") == thirds
+
+
+@pytest.mark.parametrize("count", range(1, len(STARTS) + 1))
+def test_curves_of_a_run_that_was_started_again_do_not_go_back(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)
+    write_starts(tmp_path, STARTS[:count])
+    assert_curves_do_not_go_back(tmp_path, STARTS[:count])
+
+
+@pytest.mark.slow
+def test_nor_do_those_that_clu_writes(tmp_path):
+    program = (
+        "import sys, time\n"
+        "from tests.train.test_writers import STARTS, write\n"
+        "for resume, last in STARTS[:5]:\n"
+        "    write(sys.argv[1], resume, range(resume + 1, last + 1))\n"
+        "    time.sleep(1.1)"  # as TensorFlow names its files by the second
+    )
+    trainer.run([sys.executable, "-c", program, tmp_path], tensorflow=True)
+    assert len([*tmp_path.glob("events.*.v2")]) == 5
+    assert_curves_do_not_go_back(tmp_path, STARTS[:5])
+
+
+FAULTS = [
+    (errno.EIO, "dmesg"), (errno.ESTALE, "mounted"), (errno.EMFILE, "ulimit -n"),
+    (errno.ENOSPC, "df -h"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit -f"),
+    (errno.EROFS, "read-only"), (errno.EACCES, "who owns it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", ["open", "write", "flush", "close"])
+@pytest.mark.parametrize("file", ["metrics.jsonl", "metrics.jsonl.tmp", "events.out.tfevents"])
+def test_a_fault_of_storage_names_file_cause_and_cure(tmp_path, monkeypatch, operation, file):
+    """Whatever the fault, and at whichever access of a run it begins."""
+    monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)
+    reached = 0
+    for i, (number, cure) in enumerate(FAULTS):
+        for start in (0, 1, 3):
+            workdir = tmp_path / f"{i}-{start}"
+            workdir.mkdir()
+            with monkeypatch.context() as patch:
+                faults = Faults(patch, file, operation, number, start)
+                error = failure(lambda workdir=workdir: write(workdir, 0, range(1, 5)))
+            assert faults.hit == (error is not None)
+            if error is not None:
+                reached += 1
+                assert f"{workdir}/{file.removesuffix('.tmp')}" in str(error)
+                assert os.strerror(number) in str(error)
+                assert cure in str(error)
+                assert error.exit_code == 2
+    assert reached >= len(FAULTS)
+
+
+def failure(action):
+    """The `UserError` that an action raises, or None."""
+    try:
+        action()
+    except UserError as error:
+        return error
+    return None
+
+
+class Faults:
+    """Makes an operation on files of a name fail from its nth time on."""
+
+    def __init__(self, patch, name, operation, number, start):
+        self.hit, self._left = False, start
+        self._name, self._operation, self._number = name, operation, number
+        self._open = open
+        patch.setattr("builtins.open", self.open)
+        patch.setattr(io, "open", self.open)
+
+    def check(self, operation, path):
+        if operation == self._operation and pathlib.Path(os.fspath(path)).name.startswith(
+            self._name
+        ):
+            self._left -= 1
+            if self._left < 0:
+                self.hit = True
+                args = (path,) if operation == "open" else ()
+                raise OSError(self._number, os.strerror(self._number), *args)
+
+    def open(self, path, mode="r", *args, **options):
+        if not set(mode) & set("wa+"):
+            return self._open(path, mode, *args, **options)
+        self.check("open", path)
+        file = self._open(path, mode, *args, **options)
+        return Wrapped(file, path, self.check)
+
+
+class Wrapped:
+    def __init__(self, file, path, check):
+        self._file, self._path, self._check = file, path, check
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, data):
+        self._check("write", self._path)
+        return self._file.write(data)
+
+    def flush(self):
+        self._check("flush", self._path)
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+        self._check("close", self._path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+@pytest.mark.usefixtures("no_events")
+def test_a_fault_at_the_end_does_not_hide_the_error_that_ended_the_run(tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Events, "close", full)
+    with (
+        pytest.raises(KeyError, match="first"),
+        writers.MetricWriter(str(tmp_path), is_leader=True, resume_step=0),
+    ):
+        raise KeyError("first")
+    with (
+        pytest.raises(UserError, match="No space left"),
+        writers.MetricWriter(str(tmp_path), is_leader=True, resume_step=0),
+    ):
+        pass
