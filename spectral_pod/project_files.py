@@ -89,7 +89,7 @@ class Seal(TypedDict):
     step: _Count
     run: NotRequired[str]  # missing in seals of older versions
     metrics: dict[str, float] | None
-    window: NotRequired[dict[str, Any] | None]  # of Progress.window; missing in older ones
+    window: NotRequired[dict[str, list[float]]]  # of Progress.window; missing in older ones
     files: dict[str, FileDigest]
 
 
@@ -180,6 +180,9 @@ class Kind(Generic[T]):
             raise DataError(
                 f"{file} is {'a folder' if is_folder else 'missing'}; {self._remedy}"
             ) from error
+        except OSError as error:
+            error.filename = error.filename or str(file)  # a failed read does not name it
+            raise
         return self.parse(raw, str(file))
 
     def parse(self, raw: bytes, name: str) -> T:

@@ -58,7 +58,7 @@ def test_where_there_is_no_accelerator_nothing_is_printed_of_one():
 def test_accelerators_and_choices_of_the_user_stay(monkeypatch, device):
     chosen = []
     jax_config = types.SimpleNamespace(
-        jax_platforms=None, update=lambda name, value: chosen.append((name, value))
+        values={"jax_platforms": None}, update=lambda name, value: chosen.append((name, value))
     )
     monkeypatch.setattr(runtime.jax, "config", jax_config)
     monkeypatch.setattr(runtime.glob, "glob", lambda pattern: fnmatch.filter([device], pattern))
@@ -67,7 +67,7 @@ def test_accelerators_and_choices_of_the_user_stay(monkeypatch, device):
     monkeypatch.setattr(runtime.glob, "glob", lambda pattern: [])
     runtime.leave_out_absent_tpus()
     assert chosen == [("jax_platforms", "cpu")]
-    jax_config.jax_platforms = "tpu"
+    jax_config.values["jax_platforms"] = "tpu"
     runtime.leave_out_absent_tpus()
     assert len(chosen) == 1
 

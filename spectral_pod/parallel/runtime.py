@@ -113,7 +113,7 @@ def leave_out_absent_tpus() -> None:
     libtpu, if installed to compile for absent TPUs, would search for one, log many errors and break
     JAX's profiler. A choice by JAX_PLATFORMS or `jax.config` stays.
     """
-    if not jax.config.jax_platforms and not any(map(glob.glob, _ACCELERATORS)):
+    if not jax.config.values["jax_platforms"] and not any(map(glob.glob, _ACCELERATORS)):
         jax.config.update("jax_platforms", "cpu")
 
 

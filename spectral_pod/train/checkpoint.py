@@ -95,7 +95,7 @@ class Checkpointer(SealedSteps):
         state: Any,
         metrics: Mapping[str, float] | None,
         *,
-        window: Mapping[str, Any] | None = None,
+        window: Mapping[str, list[float]] | None = None,
     ) -> None:
         """Waits for the previous save, then starts saving `state` as `step`.
 
@@ -105,7 +105,7 @@ class Checkpointer(SealedSteps):
 
         Args:
           metrics: for the choice of the best steps; None if this step was not evaluated.
-          window: JSON values for whoever continues from this step; see `Progress.window`.
+          window: for whoever continues from this step; see `Progress.window`.
 
         Raises:
           CheckpointError: the previous save failed, or `metrics` lack the metric that ranks steps.
@@ -126,7 +126,7 @@ class Checkpointer(SealedSteps):
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
         except storage.failures() as error:
             raise self._failure(step, error) from error
-        self._background = step, self._worker.submit(self._finish, step, metrics, window)
+        self._background = step, self._worker.submit(self._finish, step, metrics, window or {})
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the seal of a step that was saved without them."""
@@ -201,7 +201,7 @@ class Checkpointer(SealedSteps):
         return NO_STEP
 
     def _finish(
-        self, step: int, metrics: Mapping[str, float] | None, window: Mapping[str, Any] | None
+        self, step: int, metrics: Mapping[str, float] | None, window: Mapping[str, list[float]]
     ) -> None:
         """Runs in the background: seals the step once Orbax has renamed it into place."""
         # Orbax's post_finalization_callback would be too early: it runs before the rename, and
@@ -210,7 +210,8 @@ class Checkpointer(SealedSteps):
         if jax.process_index() == 0:
             files = file_digests(self.directory / str(step))
             seal: dict[str, Any] = {"step": step, "metrics": metrics, "files": files}
-            seal["window"] = window
+            if window:
+                seal["window"] = window
             if self._run:
                 seal["run"] = self._run
             self._seals.mkdir(parents=True, exist_ok=True)

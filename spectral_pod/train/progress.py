@@ -46,20 +46,20 @@ class Progress:
         sources: Sources,
         writer: MetricWriter,
         first_step: int,
-        window: Mapping[str, Any] | None = None,
+        window: Mapping[str, list[float]],
         clock: Callable[[], float] = time.monotonic,
     ):
         """Continues after `first_step`.
 
         Args:
-          window: what `window` gave when that step was saved, of the steps since the last line.
+          window: what `window` gave when that step was saved.
           clock: seconds since any moment; does not go back.
         """
         self._config, self._workdir, self._writer = config, workdir, writer
         self._objective = sources.objective
         self._pending: tuple[int, Any] | None = None
         self._averages: Any = None  # of the window: the steps since the last line of metrics
-        self._saved_window = window or {}  # until the first step shows its structure
+        self._saved_window = dict(window)  # until the first step shows its structure
         self._clock = clock
         self._phase, self._phase_start = "", clock()  # what runs now, and since when it is counted
         self._spent: dict[str, float] = collections.defaultdict(float)  # in the window, by phase
@@ -171,15 +171,15 @@ class Progress:
         self._writer.scalars(step, {"bad_steps": in_a_row})
         print_once(f"step {step}: {what}; its update is skipped")
 
-    def window(self) -> dict[str, Any] | None:
+    def window(self) -> dict[str, list[float]]:
         """The sums of the training metrics since the last line, to be saved with the last step.
 
         A run that continues from that step then writes the next line as if it had not ended. They
-        are exact: float32 and int32 are Python numbers, by name, in lists if they are arrays.
+        are flat arrays by name, and exact: Python has the values of float32 and of int32.
         """
         if self._averages is None:
-            return self._saved_window or None
-        return {name: np.asarray(x).tolist() for name, x in _named(self._averages)}
+            return self._saved_window
+        return {name: np.asarray(x).ravel().tolist() for name, x in _named(self._averages)}
 
     def restart_timers(self, step: int) -> None:
         """Starts to measure time after `step`."""
@@ -288,15 +288,15 @@ def _named(averages: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
 
 
-def _like(averages: Any, window: Mapping[str, Any]) -> Any | None:
+def _like(averages: Any, window: Mapping[str, list[float]]) -> Any | None:
     """The sums of `Progress.window` as metrics with the structure and dtypes of `averages`.
 
     None if there are none, or if another version saved them of other metrics.
     """
-    named = _named(averages)
-    if window.keys() != {name for name, _ in named}:
+    named = [(name, np.asarray(x)) for name, x in _named(averages)]
+    if {name: len(sums) for name, sums in window.items()} != {name: x.size for name, x in named}:
         return None
-    leaves = [np.asarray(window[name], np.asarray(x).dtype) for name, x in named]
+    leaves = [np.asarray(window[name], x.dtype).reshape(x.shape) for name, x in named]
     return jax.tree.unflatten(jax.tree.structure(averages), leaves)
 
 

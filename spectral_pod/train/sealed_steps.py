@@ -53,10 +53,10 @@ class SealedSteps:
         seal = self._read_seal(step)
         return seal["metrics"] if seal else None
 
-    def window(self, step: int) -> dict[str, Any] | None:
-        """The `window` with which a step was saved; None if there is no such step."""
+    def window(self, step: int) -> dict[str, list[float]]:
+        """The `window` with which a step was saved; empty if there is no such step."""
         seal = self._read_seal(step) if step in self._sealed_steps() else None
-        return seal.get("window") if seal else None
+        return seal.get("window", {}) if seal else {}
 
     def choose(self, step: int | None = None) -> int:
         """The newest sound step, or `step` itself if it is sound.

@@ -23,7 +23,7 @@ class Machine:
     """Runs steps by a clock of its own: the device computes one after the other, while the host
     goes on until it reads what is computed."""
 
-    def __init__(self, monkeypatch, first_step=0, window=None, **fields):
+    def __init__(self, monkeypatch, first_step=0, window=(), **fields):
         self.now, self.ready = 1000.0, 0.0
         self.lines = []
         config = trainer.get_config()
@@ -118,7 +118,7 @@ def test_lines_of_a_run_that_stopped_anywhere_are_the_same(log_every, stops):
     with pytest.MonkeyPatch.context() as patch:
         whole = Machine(patch, **fields)
         whole.run(16)
-        lines, step, window = [], 0, None
+        lines, step, window = [], 0, {}
         for stop in [*sorted(stops), 16]:
             part = Machine(patch, step, window, **fields)
             part.run(stop)
@@ -153,7 +153,10 @@ def test_a_bad_step_after_a_stop_does_not_lose_the_steps_before(monkeypatch):
     assert after.lines[-1]["train/loss"] != float(metrics(4)[0].compute()["loss"])
 
 
-def test_a_window_of_other_metrics_is_left_out(monkeypatch):
-    machine = Machine(monkeypatch, 2, {"of_another_version/total": 1.0})
+@pytest.mark.parametrize(
+    "window", [{"of_another_version/total": [1.0]}, {"loss/total": [1.0]}, {"loss/total": []}]
+)
+def test_a_window_of_other_metrics_is_left_out(monkeypatch, window):
+    machine = Machine(monkeypatch, 2, window)
     machine.run(5)
     assert machine.lines[-1]["step"] == 4
