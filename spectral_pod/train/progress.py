@@ -1,4 +1,15 @@
-"""The progress of a run: printed, written to the metrics, and checked."""
+"""The progress of a run: printed, written to the metrics, and checked.
+
+A line of the metrics describes the steps since the last line: what is trained, and
+
+    speed/            by the time of steps and of waiting for data
+    time_share/PHASE  the share of all time in data, step, eval, checkpoint and sample; each is in
+                      [0, 1]. What their sum lacks of 1 is the time outside of them. A step lasts
+                      until its metrics are read, not only until it is dispatched
+    host/             each host's own time between steps
+
+and, since the first start of the run, `goodput/fraction` and the seconds by cause.
+"""
 
 import collections
 import contextlib

@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from absl import logging
 from etils import epath
 
 from spectral_pod import errors, storage
+from spectral_pod.errors import UserError
 from spectral_pod.parallel import runtime
 
 _START_SECONDS = 3600.0  # limit for the first step, which includes compilation
@@ -85,6 +87,12 @@ class Watchdog:
         )
 
     def _write(self, stacks: str) -> None:
+        try:
+            self._store(stacks)
+        except (UserError, *storage.failures()) as error:  # storage may be what has stalled
+            logging.error("the stacks cannot be stored: %s\n%s", error, stacks)
+
+    def _store(self, stacks: str) -> None:
         runtime.share("stacks", stacks)
         self._stalls.mkdir(parents=True, exist_ok=True)
         now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

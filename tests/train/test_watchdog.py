@@ -2,6 +2,7 @@
 
 import pytest
 
+from spectral_pod.errors import StorageError
 from spectral_pod.train import loop, writers
 from spectral_pod.train.watchdog import Watchdog
 from tests import trainer
@@ -23,3 +24,18 @@ def test_a_stall_before_the_first_step_is_reported(tmp_path, monkeypatch):
     with pytest.raises(Stalled):
         loop.run(c, str(tmp_path))
     assert trainer.event_points(tmp_path)["stall/process_0"] == {0: "stacks"}
+
+
+@pytest.mark.parametrize("fault", ["folder", "report"])
+def test_stacks_that_cannot_be_stored_are_printed(tmp_path, caplog, fault):
+    if fault == "folder":
+        (tmp_path / "stalls").write_text("a file")
+
+    def report(texts):
+        if fault == "report":
+            raise StorageError("the disk is full")
+
+    watchdog = Watchdog(str(tmp_path), factor=1.0, seconds=9.0, report=report)
+    watchdog._write("stacks of all threads")
+    assert "stacks of all threads" in caplog.text
+    assert "Traceback" not in caplog.text
