@@ -123,10 +123,9 @@ def test_lines_do_not_depend_on_where_sigterm_came(tmp_path, monkeypatch):
     config.train.total_steps, config.train.log_every_steps = 12, 6
     config.checkpoint.every_steps = 100
     loop.run(copy.deepcopy(config), str(tmp_path / "whole"))
-    signals += [8, 10]
-    for step in (8, 10):
-        with pytest.raises(Preempted, match=f"step {step} is saved"):
-            loop.run(copy.deepcopy(config), str(tmp_path / "parts"))
+    signals.append(9)
+    with pytest.raises(Preempted, match="step 9 is saved"):
+        loop.run(copy.deepcopy(config), str(tmp_path / "parts"))
     loop.run(copy.deepcopy(config), str(tmp_path / "parts"))
     trainer.assert_same_run(tmp_path / "parts", tmp_path / "whole")
     lines = [line["step"] for line in trainer.metrics(tmp_path / "parts") if "train/loss" in line]
