@@ -29,7 +29,7 @@ from typing import Any, Self
 from absl import logging
 from etils import epath
 
-from spectral_pod import errors, storage
+from spectral_pod import errors, project_files, storage
 from spectral_pod.errors import UserError
 
 _EVENT_FILES = itertools.count()  # numbers those of this process
@@ -174,13 +174,13 @@ def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
     if not file.exists():
         return []
     kept = []
-    for line in file.read_text().splitlines(keepends=True):
+    for raw in file.read_bytes().splitlines(keepends=True):
         try:
-            step = json.loads(line)["step"]
+            step = project_files.METRICS.content(raw)["step"]
         except ValueError:
             continue
-        if line.endswith("\n") and step <= resume_step:
-            kept.append(line)
+        if raw.endswith(b"\n") and step <= resume_step:
+            kept.append(raw.decode())
     return kept
 
 
