@@ -243,7 +243,7 @@ class Log(Generic[T]):
 
     Attributes:
       lines: those that can be read, in order.
-      damaged: the number of others; one incomplete line at the end is not counted.
+      damaged: the number of others, without an incomplete one at the end.
     """
 
     def __init__(self, file: Any, kind: Kind[T]):
@@ -259,13 +259,13 @@ class Log(Generic[T]):
             raise DataError(f"{file} is a folder; move it away") from error
         self.lines: list[T] = []
         self.damaged = 0
-        for line in self._raw.splitlines(keepends=True):
+        for line in self._raw.split(b"\n")[:-1]:
             if not line.strip():
                 continue
             try:
                 self.lines.append(kind.content(line))
             except ValueError:
-                self.damaged += line.endswith(b"\n")
+                self.damaged += 1
 
     def keep_damaged(self) -> Any:
         """Copies the file next to itself, before it is written without its damaged lines.

@@ -22,9 +22,8 @@ from spectral_pod.errors import DataError, UserError
 from spectral_pod.generate import export
 from spectral_pod.generate.restore import recorded_config
 from spectral_pod.parallel.mesh import make_mesh
-from spectral_pod.train import starts
+from spectral_pod.train import starts, writers
 from spectral_pod.train.sealed_steps import SealedSteps, file_digests
-from spectral_pod.train.writers import MetricWriter
 from tests import trainer
 from tools import status
 
@@ -274,10 +273,9 @@ class Metrics(Configuration):
         found = status.facts(str(self.folder), log, 1.7e9)
         assert status.report(found)
         status.picture(log.lines, 80, colour=False)
-        writer = MetricWriter(str(self.folder), is_leader=True, resume_step=8)
-        writer.scalars(9, {"train/loss": 1.0})
-        writer.close()
-        return [line["step"] for line in trainer.metrics(self.folder)][-1]
+        kept = [json.loads(line) for line in writers._kept_lines(epath.Path(self.file), 8)]
+        assert len(kept) <= len(log.lines)
+        return kept
 
 
 class Starts(Configuration):

@@ -391,9 +391,11 @@ def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -
     wide = width >= _PANEL_WIDTH * len(curves)
     rows, columns = (1, len(curves)) if wide else (len(curves), 1)
     plotext.terminal.limit(False, False)
-    figure = plotext.figure.clear().plot_size(width, 14 * rows).subplots(rows, columns)
+    figure = plotext.figure.clear().plot_size(width, 14 * rows)
+    if len(curves) > 1:
+        figure = figure.subplots(rows, columns)
     for i, (title, points) in enumerate(curves.items()):
-        panel = figure.subplot(i // columns + 1, i % columns + 1)
+        panel = figure if len(curves) == 1 else figure.subplot(i // columns + 1, i % columns + 1)
         panel.theme("default" if colour else "colorless")
         panel.draw(panel.signal(list(points), list(points.values())).lines()).title(title)
         first, last = int(min(points)), int(max(points))

@@ -171,17 +171,11 @@ class MetricWriter:
 
 def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
     """The complete lines up to `resume_step`; a killed run may leave later or partial lines."""
-    if not file.exists():
-        return []
-    kept = []
-    for raw in file.read_bytes().splitlines(keepends=True):
-        try:
-            step = project_files.METRICS.content(raw)["step"]
-        except ValueError:
-            continue
-        if raw.endswith(b"\n") and step <= resume_step:
-            kept.append(raw.decode())
-    return kept
+    log = project_files.Log(file, project_files.METRICS)
+    if log.damaged:
+        copy = log.keep_damaged()
+        logging.error("%d line(s) of %s are damaged and left out; see %s", log.damaged, file, copy)
+    return [json.dumps(line) + "\n" for line in log.lines if line["step"] <= resume_step]
 
 
 def _point(line: str) -> str:
