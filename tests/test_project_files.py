@@ -329,7 +329,7 @@ CASES = (Configuration, Manifest, Note, SealOfStep, ResultOfRun, Metrics, Starts
 )
 def test_damaged_files(tmp_path, case, count):
     handled = run_case(case, tmp_path / "place", count)
-    assert handled["refused"] > 0
+    assert handled["refused"] > 0 or not case.exact
     print(f"{case.__name__}: {count} damaged files: {handled}")
 
 
