@@ -21,7 +21,6 @@ def get_config(size: str = "cpu") -> Config:
     c = small_language_model()
     c.data.options.source = ""
     c.model.dropout = 0.1
-    c.train.eval_split = "validation"
     if size == "gpu":
         c.data.seq_len = 512
         c.model.num_layers = 8

@@ -61,6 +61,7 @@ def small_language_model() -> Config:
     c.model.memory.head_dim = 32
     c.model.unroll = 4
     c.train.global_batch_size = 32
+    c.train.eval_split = "validation"  # a single file has no other
     schedule(c, total=1500, every=250, warmup=100)
     learning_rates(c, 3e-3)
     c.optimizer.weight_decay = 0.1
