@@ -222,7 +222,8 @@ class LanguageModelling(StoredTask):
             try:
                 files = formats.files(source)
             except DataError as error:
-                raise DataError(f"{self._described(split or 'train')}: {error}") from error
+                reason = str(error).removeprefix(f"{source}: ")
+                raise DataError(f"{self._described(split or 'train')}: {reason}") from error
             folder = posixpath.commonpath([posixpath.dirname(file) for file in files])
             inputs += [Input(split, file, posixpath.relpath(file, folder)) for file in files]
         return _by_name(inputs, self._described("train")) if list(sources) == ["train"] else inputs
@@ -310,24 +311,24 @@ class LanguageModelling(StoredTask):
         }
 
     def _nothing_left(self, split: str, facts: Mapping[str, Facts], tally: records.Tally) -> str:
-        source = split if split in self.sources else "train"
-        what = self._described(source)
         left_out = "".join(f"; {line}" for line in _left_out(tally))
-        size = sum(part.bytes for part in facts.values())
-        if split in self.sources and (split != "train" or not size):
-            return f"{what} holds no bytes{left_out}"
-        count = sum(part.documents for part in facts.values())
+        is_given = split in self.sources and split != "train"
+        size = sum(x.bytes for s, x in facts.items() if s == "train" or s not in self.sources)
+        if is_given or not size:
+            return f"{self._described(split if is_given else 'train')} holds no bytes{left_out}"
         return (
-            f"{what} holds {size:,} bytes in {count:,} documents or pieces, which leaves nothing "
-            f"for {split}; name a source with config.data.options.{split}{left_out}"
+            f"{self._described('train')} holds {size:,} bytes in all, which leaves nothing for "
+            f"{split}; add to them, or name the sources of splits with config.data.options.train, "
+            f".validation and .test{left_out}"
         )
 
 
 def _report(facts: Mapping[str, Facts], tally: records.Tally) -> Iterator[str]:
     for split, part in facts.items():
+        names = f"{part.first!r}" + (f" to {part.last!r}" if part.documents > 1 else "")
         yield (
-            f"{split}: {part.documents:,} documents, {part.bytes:,} bytes, {part.words:,} words "
-            f"and line ends, from {part.first!r} to {part.last!r}"
+            f"{split}: {part.documents:,} document(s), {part.bytes:,} bytes, {part.words:,} words "
+            f"and line ends: {names}"
         )
     yield from _left_out(tally)
 
