@@ -22,6 +22,7 @@ FORMS = {
     "lra_pathfinder": ["pathfinder", "path_x", "cpu"],
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],
+    "lm_wikitext": ["cpu", "gpu"],
     "memory": ["copy", "recall", "overwrite"],
     "mqar": ["zoology", "bytes"],
 }

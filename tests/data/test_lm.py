@@ -426,6 +426,23 @@ def test_what_cannot_be_read_is_one_message(build, tmp_path, options, error, mes
         build(**options)
 
 
+# ---- words
+
+
+@pytest.mark.skipif(
+    not SHARED.joinpath("wikitext2_test.txt").exists(),
+    reason="../shared/data/wikitext2_*.txt missing",
+)
+def test_words_of_wikitext_are_counted_as_it_is_published(build):
+    """Merity et al. 2016, table 1: tokens of the validation and the test split."""
+    files = {
+        s: SHARED / f"wikitext2_{n}.txt" for s, n in (("train", "valid"), ("validation", "test"))
+    }
+    store, _ = build(**files)
+    facts = store.manifest["provenance"]["splits"]
+    assert [facts[split]["words"] for split in files] == [217_646, 245_569]
+
+
 # ---- stores of older versions
 
 
