@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from spectral_pod.data import byte_store
+from spectral_pod.data import byte_store, zarr_arrays
 from spectral_pod.data.byte_store import Record
 
 # Every byte of a word becomes an x, and the others, which are ASCII white space, a space.
@@ -54,7 +54,7 @@ class Writer:
         facts.first, facts.last = facts.first or document.name, document.name
         self._open[split].append(Record(document.data, 0))
         self._filled[split] += len(document.data)
-        if self._filled[split] >= byte_store.PART_BYTES:
+        if self._filled[split] >= zarr_arrays.PART_BYTES:
             self._end_part(split)
 
     def finish(self, provenance: Mapping[str, Any]) -> None:

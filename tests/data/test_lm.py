@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pathlib
 import sysconfig
 
@@ -144,6 +145,15 @@ def test_a_small_file_beside_a_corpus_is_no_split(build, tmp_path, capsys):
     assert printed[2].endswith(": 'corpus.txt, bytes 97280 to 102400'")
 
 
+def test_names_of_files_may_be_any_bytes(build, tmp_path):
+    for name in (b"\xff.txt", b"new\nline.txt", "é.txt".encode()):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"0123456789" * 9)
+    (tmp_path / os.fsdecode(b"\xfe")).touch()
+    facts = build(tmp_path)[0].manifest["provenance"]
+    assert facts["splits"]["train"]["last"] == "\\xff.txt, bytes 0 to 81"
+    assert facts["places"]["empty"] == [f"{tmp_path}/\\xfe: empty"]
+
+
 def test_three_equal_files_are_cut(build, tmp_path):
     files = {name: np.random.default_rng(i).bytes(100) for i, name in enumerate("abc")}
     _, splits = build(write(tmp_path / "source", files))
@@ -228,6 +238,18 @@ def test_a_changed_file_of_any_split_is_named(build, tmp_path):
     (root / "b").write_bytes(b"9876543210")
     with pytest.raises(DataError, match=r"options\.validation = .*/b' has changed since"):
         task.check(store)
+
+
+@pytest.mark.parametrize(
+    "provenance", [{}, {"sources": []}, {"sources": {"train": {"files": 1}}}, {"files": None}]
+)
+def test_a_manifest_that_does_not_say_its_files_is_refused(tmp_path, provenance):
+    write(tmp_path, {"a": b"0123456789"})
+    path = str(tmp_path / "store")
+    splits = {"train": [byte_store.Record(b"0", 0)]}
+    byte_store.write(path, splits, classes=["document"], provenance=provenance)
+    with pytest.raises(DataError, match="does not say from which files"):
+        LanguageModelling(source=str(tmp_path / "a")).check(ByteStore(path))
 
 
 def test_a_split_that_is_not_there_is_named(build, tmp_path):

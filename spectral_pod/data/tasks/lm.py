@@ -154,11 +154,12 @@ class LanguageModelling(StoredTask):
         """
         provenance = store.manifest["provenance"]
         # An older version had one source and no files of other splits.
-        described = provenance.get("sources") or {"train": provenance["files"]}
+        described = provenance.get("sources", {"train": provenance.get("files")})
         for split, source in self.sources.items():
             if not source.startswith(tfds_source.PREFIX):
                 files = origin.on_this_host(source)
-                origin.check(files, described[split], self._described(split), store.path)
+                known = described.get(split) if isinstance(described, dict) else None
+                origin.check(files, known, self._described(split), store.path)
 
     def batches(
         self, config: "Config", split: str, stores: Stores, *, training: bool
@@ -258,9 +259,9 @@ class LanguageModelling(StoredTask):
                 )
                 raise DataError(f"{data.place}: {data.reason}; {advice}")
             if isinstance(data, Fault):
-                tally.skip(data)
+                tally.skip(Fault(_printable(data.place), data.reason))
             else:
-                yield Document(one.name + row.place.removeprefix(one.source), data)
+                yield Document(_printable(one.name + row.place.removeprefix(one.source)), data)
 
     def _held_out(self, inputs: Sequence[Input]) -> HeldOut | None:
         """What is held out of documents that are to be split, if there are such."""
@@ -318,8 +319,8 @@ class LanguageModelling(StoredTask):
             return f"{self._described(split if is_given else 'train')} holds no bytes{left_out}"
         return (
             f"{self._described('train')} holds {size:,} bytes in all, which leaves nothing for "
-            f"{split}; add to them, or name the sources of splits with config.data.options.train, "
-            f".validation and .test{left_out}"
+            f"{split}: copies of a document are in one split. Add documents, or name a source for "
+            f"each split with config.data.options.train, .validation and .test{left_out}"
         )
 
 
@@ -331,6 +332,11 @@ def _report(facts: Mapping[str, Facts], tally: records.Tally) -> Iterator[str]:
             f"and line ends: {names}"
         )
     yield from _left_out(tally)
+
+
+def _printable(name: str) -> str:
+    """The name of a file that may not be UTF-8, for the manifest, which is."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _left_out(tally: records.Tally) -> Iterator[str]:
