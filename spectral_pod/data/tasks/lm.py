@@ -319,7 +319,7 @@ class LanguageModelling(StoredTask):
             return f"{self._described(split if is_given else 'train')} holds no bytes{left_out}"
         return (
             f"{self._described('train')} holds {size:,} bytes in all, which leaves nothing for "
-            f"{split}: copies of a document are in one split. Add documents, or name a source for "
+            f"{split} (copies of a document are in one split); add documents, or name a source for "
             f"each split with config.data.options.train, .validation and .test{left_out}"
         )
 
