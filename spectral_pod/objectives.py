@@ -39,27 +39,6 @@ class Count(_Sum):
 
 
 @flax.struct.dataclass
-class Words(_Sum):
-    """The number of words and line ends among valid labels, which are the bytes after `tokens`.
-
-    A word is a run of bytes that are no ASCII white space, and counts where it ends.
-    """
-
-    @classmethod
-    def from_model_output(
-        cls, tokens: jax.Array, labels: jax.Array, mask: jax.Array, **_: Any
-    ) -> Self:
-        in_word = (tokens < 256) & ~_is_space(tokens)
-        ends = in_word & ((labels >= 256) | _is_space(labels))  # 256: the end of a document
-        counts = ends.astype(jnp.int32) + (labels == ord("\n")).astype(jnp.int32)
-        return cls(jnp.sum(jnp.where(mask, counts, 0)))
-
-
-def _is_space(byte: jax.Array) -> jax.Array:
-    return (byte == ord(" ")) | ((byte >= ord("\t")) & (byte <= ord("\r")))
-
-
-@flax.struct.dataclass
 class Confusion(_Sum):
     """Counts of [true class, predicted class] over valid rows."""
 
@@ -179,6 +158,26 @@ class LabelledPositions(Objective):
     by_position = True
     count = "positions"
     evaluation_metrics: ClassVar = Objective.training_metrics | {"positions": Count}
+
+
+@flax.struct.dataclass
+class Words(Count):
+    """The number of words and line ends among valid labels, which are the bytes after `tokens`.
+
+    A word is a run of bytes that are no ASCII white space, and counts where it ends.
+    """
+
+    @classmethod
+    def from_model_output(cls, mask: jax.Array, **outputs: Any) -> Self:
+        tokens, labels = outputs["tokens"], outputs["labels"]
+        in_word = (tokens < 256) & ~_is_space(tokens)
+        ends = in_word & ((labels >= 256) | _is_space(labels))  # 256: the end of a document
+        counts = ends.astype(jnp.int32) + (labels == ord("\n")).astype(jnp.int32)
+        return cls(jnp.sum(jnp.where(mask, counts, 0)))
+
+
+def _is_space(byte: jax.Array) -> jax.Array:
+    return (byte == ord(" ")) | ((byte >= ord("\t")) & (byte <= ord("\r")))
 
 
 class NextByte(LabelledPositions):

@@ -130,6 +130,11 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
+def format_of(file: str) -> str | None:
+    """The format that a file's suffix says, or None."""
+    return _SUFFIXES.get(_suffixes(file)[1])
+
+
 def rows(
     file: str,
     *,
@@ -179,11 +184,6 @@ def rows(
         raise DataError(
             f"{file} is damaged or cut short after {last} ({type(error).__name__}: {error})"
         ) from error
-
-
-def format_of(file: str) -> str | None:
-    """The format that a file's suffix says, or None."""
-    return _SUFFIXES.get(_suffixes(file)[1])
 
 
 def encode(text: str) -> bytes:
