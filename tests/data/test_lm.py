@@ -9,6 +9,8 @@ import lzma
 import os
 import pathlib
 import sysconfig
+import tarfile
+import zipfile
 
 import fsspec
 import numpy as np
@@ -382,6 +384,55 @@ def test_how_files_are_read_can_be_said(build, tmp_path):
     ]
     options = {"data": "sequence"}
     assert build(train=root / "e.fa", validation=root / "e.fa", **options)[1]["train"] == [b"ACGT"]
+
+
+def zipped(data):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a.txt", data)
+    return stream.getvalue()
+
+
+def tarred(data):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        (info := tarfile.TarInfo("a.txt")).size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+PACKED = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": zstandard.ZstdCompressor().compress,
+    "zip": zipped,
+    "tar": tarred,
+    "parquet": lambda data: as_parquet([data.decode()]),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_nothing_is_trained_on_compressed_or_structural_bytes_unless_that_is_said(
+    build, tmp_path, kind
+):
+    packed = PACKED[kind](b"text " * 200)
+    root = write(tmp_path / "source", {"packed": packed, "twice.gz": gzip.compress(packed)})
+    for name in ("packed", "twice.gz"):
+        message = rf"{name}: packed: it is a file of {kind}; .*format='document'.*on_fault"
+        with pytest.raises(DataError, match=message):
+            build(root / name)
+    _, splits = build(root / "packed", format="document")
+    assert b"".join(splits["train"] + splits["validation"]) == packed
+    write(root, {"a.txt": b"x" * 100})
+    store, splits = build(root, on_fault="skip")
+    assert splits == {"train": [b"x" * 90], "validation": [b"x" * 10]}
+    assert store.manifest["provenance"]["skipped"] == {"packed": 2}
+
+
+def test_a_field_may_hold_anything(build, tmp_path):
+    file = write(tmp_path, {"x.jsonl": as_jsonl(["PK\x03\x04 is how a zip begins"])}) / "x.jsonl"
+    assert build(train=file, validation=file)[1]["train"] == [b"PK\x03\x04 is how a zip begins"]
 
 
 def test_files_on_object_storage(build, tmp_path, monkeypatch):

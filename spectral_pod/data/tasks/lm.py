@@ -8,7 +8,8 @@ of TensorFlow Datasets, `tfds:imdb_reviews/train`. A document is
 - the field `data` of a record, in files whose suffix names a format of records (`data/formats.py`):
   JSON lines, CSV, parquet and others, and in TFDS;
 - a whole file otherwise, also `.txt`, decompressed if its suffix is .gz, .bz2, .xz or .zst. It may
-  hold any bytes. `format='document'` makes every file such a document, `format='text'` every line.
+  hold any bytes, but not those of an archive, nor compressed ones that its name does not announce.
+  `format='document'` makes every file such a document, as it is; `format='text'` every line.
 
 Empty documents are left out, and in a folder hidden files. The splits are
 
@@ -65,8 +66,17 @@ _NAMED = {
     "valid": "validation", "validation": "validation", "val": "validation",
     "test": "test",
 }  # fmt: skip
+# How files begin that are of no use as they are.
+_PACKED = re.compile(
+    rb"""(?P<gzip>\x1f\x8b\x08) | (?P<bzip2>BZh[1-9]1AY&SY) | (?P<xz>\xfd7zXZ\x00) |
+    (?P<zstd>\x28\xb5\x2f\xfd) | (?P<lz4>\x04\x22\x4d\x18) | (?P<zip>PK\x03\x04) |
+    (?P<sevenzip>7z\xbc\xaf\x27\x1c) | (?P<rar>Rar!\x1a\x07) | (?P<tar>.{257}ustar) |
+    (?P<parquet>PAR1.*PAR1\Z) | (?P<arrow>ARROW1\x00\x00)""",
+    re.DOTALL | re.VERBOSE,
+)
 _LIBRARY_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _TO_BE_SPLIT = ""
+_EMPTY = "empty"
 
 
 class Input(NamedTuple):
@@ -245,23 +255,38 @@ class LanguageModelling(StoredTask):
             rows = formats.rows(one.source, format=format, columns=self.columns)
         for row in rows:
             tally.rows += 1
-            data = row if isinstance(row, Fault) else records.bytes_of(row, self.data)
-            if not data:
-                data = Fault(row.place, "empty")
-            elif isinstance(data, Fault) and self.on_fault == "stop":
-                is_missing = isinstance(row, Row) and self.data not in row.fields
-                advice = (
-                    "name the field with config.data.options.data, or make every file a document "
-                    "with config.data.options.format='document'"
-                    if is_missing
-                    else "correct it, or leave out such records with "
+            data = row if isinstance(row, Fault) else self._content(row, one)
+            if isinstance(data, bytes):
+                yield Document(_printable(one.name + row.place.removeprefix(one.source)), data)
+                continue
+            if self.on_fault == "stop" and data.reason != _EMPTY:
+                raise DataError(
+                    f"{data.place}: {data.reason}; or leave out such records with "
                     "config.data.options.on_fault='skip'"
                 )
-                raise DataError(f"{data.place}: {data.reason}; {advice}")
-            if isinstance(data, Fault):
-                tally.skip(Fault(_printable(data.place), data.reason))
-            else:
-                yield Document(_printable(one.name + row.place.removeprefix(one.source)), data)
+            tally.skip(Fault(_printable(data.place), data.reason))
+
+    def _content(self, row: Row, one: Input) -> bytes | Fault:
+        """The document that a row of an input holds."""
+        data = records.bytes_of(row, self.data)
+        if isinstance(data, Fault) and self.data not in row.fields:
+            advice = (
+                "name the field with config.data.options.data, or make every file a document with "
+                "config.data.options.format='document'"
+            )
+            return Fault(data.place, f"{data.reason}; {advice}")
+        if not data:
+            return Fault(row.place, _EMPTY)
+        is_whole_file = row.place == one.source
+        if isinstance(data, Fault) or self.format != "auto" or not is_whole_file:
+            return data
+        if packed := _PACKED.match(data):
+            return Fault(
+                row.place,
+                f"packed: it is a file of {packed.lastgroup}; unpack it, or give it the suffix of "
+                "its format, or train on it as it is with config.data.options.format='document'",
+            )
+        return data
 
     def _held_out(self, inputs: Sequence[Input]) -> HeldOut | None:
         """What is held out of documents that are to be split, if there are such."""
