@@ -9,11 +9,12 @@ of TensorFlow Datasets, `tfds:imdb_reviews/train`. A document is
   JSON lines, CSV, parquet and others, and in TFDS;
 - a whole file otherwise, also `.txt`, decompressed if its suffix is .gz, .bz2, .xz or .zst. It may
   hold any bytes, but not those of an archive, nor compressed ones that its name does not announce.
-  `format='document'` makes every file such a document, as it is; `format='text'` every line.
+  `format='document'` makes every file such a document, archives too; `format='text'` every line.
 
 Empty documents are left out, and in a folder hidden files. The splits are
 
-- those for which `train`, `validation` and `test` name sources; or, if only `train` does,
+- those for which `train`, `validation` and `test` name sources (validation is held out of training
+  if it has none); or, if only `train` has a source,
 - those that the names of its files or their sub-folders say, as `wiki.train.tokens` and
   `wiki.valid.tokens` do; or
 - 90% of its bytes for training, 5% for validation and 5% for testing (`data/held_out.py`): whole
