@@ -3,6 +3,9 @@
     launch/local.sh --config=configs/lm_library.py --workdir=DIR
     python -m tools.generate --workdir=DIR --prompt="def main("
 
+Or of any other source: `--config.data.options.source=FILE_OR_FOLDER`. The result is that of the
+validation split, as a single file has no test split.
+
 `:llm` trains SpectralLLM (wavelet attention, harmonic embeddings, frequency feed-forward) instead
 of SpectralGPT.
 """

@@ -60,7 +60,8 @@ class Objective:
       is_language_model: the labels are the bytes that follow, in windows of a stream of documents.
       training_metrics: CLU metrics by name, computed from `loss` and `correct` (float32) and `mask`
         (bool), all of the labels' shape.
-      evaluation_metrics: the same for evaluations, computed from `logits` and `labels` too.
+      evaluation_metrics: the same for evaluations, computed from `logits`, `tokens` and `labels`
+        too.
       count: the evaluation metric that says how many labels there were; it is not plotted.
       ranked_by: the evaluation metric that ranks checkpoints.
       higher_is_better: of `ranked_by`.
@@ -159,26 +160,65 @@ class LabelledPositions(Objective):
     evaluation_metrics: ClassVar = Objective.training_metrics | {"positions": Count}
 
 
+@flax.struct.dataclass
+class Words(Count):
+    """The number of words and line ends among valid labels, which are the bytes after `tokens`.
+
+    A word is a run of bytes that are no ASCII white space, and counts where it ends.
+    """
+
+    @classmethod
+    def from_model_output(cls, mask: jax.Array, **outputs: Any) -> Self:
+        tokens, labels = outputs["tokens"], outputs["labels"]
+        in_word = (tokens < 256) & ~_is_space(tokens)
+        ends = in_word & ((labels >= 256) | _is_space(labels))  # 256: the end of a document
+        counts = ends.astype(jnp.int32) + (labels == ord("\n")).astype(jnp.int32)
+        return cls(jnp.sum(jnp.where(mask, counts, 0)))
+
+
+def _is_space(byte: jax.Array) -> jax.Array:
+    return (byte == ord(" ")) | ((byte >= ord("\t")) & (byte <= ord("\r")))
+
+
 class NextByte(LabelledPositions):
-    """The byte that follows, everywhere in a stream of documents."""
+    """The byte that follows, everywhere in a stream of documents.
+
+    Bits per byte and perplexity are of all labels: the end of a document counts as a byte. Word
+    perplexity is exp(nats of all labels / words), where every end of a line is a word too. That is
+    how WikiText counts (Merity et al. 2016, "Pointer sentinel mixture models": 217,646 and 245,569
+    for validation and test), so the figure compares with those of word-level models on that corpus.
+    """
 
     is_language_model = True
     ranked_by = "loss"
     higher_is_better = False
+    evaluation_metrics: ClassVar = LabelledPositions.evaluation_metrics | {"words": Words}
     formats: ClassVar = {
         "loss": "{:.4f} nats",
         "accuracy": "",
         "bits_per_byte": "{:.4f} bits per byte",
         "perplexity": "perplexity {:.3f}",
+        "word_perplexity": "word perplexity {:.5g}",
     }
 
     @classmethod
     def derived(cls, scalars: Mapping[str, float]) -> dict[str, float]:
         nats = scalars["loss"]
-        return {
-            "bits_per_byte": nats / math.log(2),
-            "perplexity": math.exp(min(nats, 100.0)),  # a bad start must not overflow
-        }
+        return {"bits_per_byte": nats / math.log(2), "perplexity": _exp(nats)}
+
+    @classmethod
+    def scalars(cls, values: Mapping[str, Any]) -> dict[str, float]:
+        """See `Objective.scalars`; also of evaluations, of a text with words, their perplexity."""
+        words = values.get("words", 0)
+        scalars = super().scalars({k: x for k, x in values.items() if k != "words"})
+        if words:
+            nats = values["loss"] * values[cls.count]
+            scalars["word_perplexity"] = _exp(nats / words)
+        return scalars
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 80.0))  # a bad start must not overflow, nor as float32
 
 
 def computed(collection: metrics.Collection) -> dict[str, Any]:

@@ -5,10 +5,12 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from spectral_pod import models
 from spectral_pod.data import tasks
+from spectral_pod.train.sources import open_sources
 from spectral_pod.validation import validate, validate_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -22,6 +24,7 @@ FORMS = {
     "lra_pathfinder": ["pathfinder", "path_x", "cpu"],
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],
+    "lm_wikitext": ["cpu", "gpu"],
     "memory": ["copy", "recall", "overwrite"],
     "mqar": ["zoology", "bytes"],
 }
@@ -57,6 +60,20 @@ def test_a_config_is_sound(name, form):
     tokens = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
     assert jax.eval_shape(model.init, jax.random.key(0), tokens, mask)["params"]
+
+
+@pytest.mark.parametrize("name", ["lm_library:gpt", "lm_library:llm", "lm_shakespeare:cpu"])
+def test_a_single_file_has_the_splits_that_a_language_model_needs(name, tmp_path):
+    (tmp_path / "file.txt").write_bytes(bytes(10_000))
+    name, form = name.split(":")
+    config = load(name).get_config(form)
+    config.data.dir = str(tmp_path / "data")
+    config.data.options.source = str(tmp_path / "file.txt")
+    sources = open_sources(config)
+    assert sources.training().rows(0, np.arange(2))["valid"].all()
+    for split in ("validation", config.train.eval_split):
+        (windows,) = sources.evaluation(split).values()
+        assert windows.num_records == -(-1000 // config.data.seq_len)
 
 
 @pytest.mark.parametrize("name", sorted(FORMS.keys() - {"quickstart"}))

@@ -15,8 +15,9 @@
 | fastq   | .fastq .fq                   | four lines       | id, description, sequence, quality   |
 | text    | .txt                         | a line           | text                                 |
 | whole   | any, on request only         | a file           | bytes                                |
+| document | any, on request only        | a file, any size | text                                 |
 
-The last four formats also have the fields `folder`, the name of the file's folder, and `name`, the
+The last five formats also have the fields `folder`, the name of the file's folder, and `name`, the
 file's name without suffixes. All but parquet, npz and whole may be compressed: .gz .bz2 .xz .zst.
 
 Text is kept as the original bytes, even if it is not valid UTF-8. One record is in memory at a
@@ -127,6 +128,11 @@ def sha256(path: str) -> str:
     """
     with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def format_of(file: str) -> str | None:
+    """The format that a file's suffix says, or None."""
+    return _SUFFIXES.get(_suffixes(file)[1])
 
 
 def rows(
@@ -405,6 +411,10 @@ def _whole(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
         yield Row(file, {"bytes": content, **_names(file)})
 
 
+def _document(file: str, stream: IO[bytes]) -> Iterator[Row]:
+    yield Row(file, {"text": stream.read(), **_names(file)})
+
+
 _READERS: dict[str, Callable[..., Iterator[Row | Fault]]] = {
     "jsonl": _jsonl,
     "csv": _csv,
@@ -415,6 +425,7 @@ _READERS: dict[str, Callable[..., Iterator[Row | Fault]]] = {
     "fastq": _fastq,
     "text": _text,
     "whole": _whole,
+    "document": _document,
 }
 _SELF_COMPRESSED = ("parquet", "npz")
 _TABLES = ("csv", "tsv")

@@ -42,20 +42,24 @@ def on_this_host(source: str) -> list[str]:
         return []
 
 
-def check(files: Sequence[str], described: Mapping[str, Any], what: str, store: str) -> None:
+def check(files: Sequence[str], described: Any, what: str, store: str) -> None:
     """Checks that files are those from which `store` was written.
 
     Without files nothing is checked, as reading a store does not need them.
 
     Args:
       files: the files now.
-      described: the result of `describe` when the store was written.
+      described: the result of `describe` when the store was written, from its manifest.
       what: names the source, as the start of the message.
       store: the path of the store.
 
     Raises:
-      DataError: the files have changed since.
+      DataError: the files have changed since, or the manifest does not say what they were.
     """
+    if not isinstance(described, Mapping) or not {"times", "sha256"} <= described.keys():
+        raise DataError(
+            f"{store}/manifest.json does not say from which files it was written; delete the store"
+        )
     if not files or _times(files) == described["times"]:
         return
     if not described["sha256"] or _contents(files) != described["sha256"]:

@@ -142,7 +142,10 @@ def eval_step(
     tokens_BL, labels = batch["tokens"], batch["labels"]
     logits = model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
     return Collection.create(**objective.evaluation_metrics).single_from_model_output(
-        **objective.outputs(logits, labels, batch["valid"]), logits=logits, labels=labels
+        **objective.outputs(logits, labels, batch["valid"]),
+        logits=logits,
+        tokens=tokens_BL,
+        labels=labels,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from spectral_pod.data import tfds_source
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import records
+from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.data.tasks.records import Records
 from spectral_pod.errors import DataError
 
@@ -132,6 +133,21 @@ def test_array_records_are_read_without_tensorflow(prepared):
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )
     assert done.stdout.split() == ["10", "False"], done.stderr
+
+
+def test_documents_of_a_language_model(use, tmp_path):
+    use("array_record")
+    options = {"train": "tfds:tiny_pets/train", "validation": "tfds:tiny_pets/test"}
+    task = LanguageModelling(**options)
+    task.build(str(tmp_path / "store"))
+    store = ByteStore(str(tmp_path / "store"))
+    for split, years in {"train": range(30), "validation": range(100, 110)}.items():
+        documents = [data.tobytes() for data in store.split(split).read(range(len(years)))]
+        assert sorted(documents) == sorted(example(i)["text"].encode() for i in years)
+    task.check(store)
+    assert store.manifest["provenance"]["splits"]["train"]["first"] == "tfds:tiny_pets/train[0]"
+    with pytest.raises(DataError, match=r"train\[0\]: no field: 'body'.*options\.data"):
+        LanguageModelling(**options, data="body").build(str(tmp_path / "store"))
 
 
 def test_what_is_not_there_is_named(use, monkeypatch):

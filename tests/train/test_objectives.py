@@ -1,5 +1,6 @@
 """The metrics of the objectives, and where they are reported."""
 
+import functools
 import re
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spectral_pod.data.document_writer import count_words
+from spectral_pod.data.windows import Windows
 from spectral_pod.objectives import Classification, LabelledPositions, NextByte, computed
 from spectral_pod.train import step
 from tests import trainer
+from tests.data.test_windows import MemorySplit, stream_of
 
 
 class Echo:
@@ -63,6 +67,57 @@ def test_next_byte():
     assert NextByte.line(values) == line
     assert NextByte.eval_line("test", values) == f"test: {line}  on 3 positions"
     assert np.isfinite(NextByte.scalars(values | {"loss": 1e4})["perplexity"])
+
+
+class Bigrams:
+    """A model of random logits for every token."""
+
+    logits = np.random.default_rng(0).normal(size=(260, 257)).astype(np.float32)
+
+    def apply(self, _, tokens_BL, mask_BL):
+        return jnp.asarray(self.logits)[tokens_BL]
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [b" \n = Homer = \n \n He wrote <unk> .\tIt\x0b\x0cis\rso . \n"],
+        [b"a", b"bc  d\n", b"\n\n", b" ", b"end"],
+        ["naïve café\u00a0x\n".encode(), b" ".join(bytes([i]) for i in range(256))],
+    ],
+)
+def test_word_perplexity_from_the_loss_of_every_byte(documents):
+    """In windows whose edges cut words, the last one padded, over several batches."""
+    source = Windows(MemorySplit(documents), batch_size=3, seq_len=5)
+    eval_step = jax.jit(functools.partial(step.eval_step, model=Bigrams(), objective=NextByte))
+    total = None
+    for i in range(source.steps_per_epoch):
+        batch = {k: jnp.asarray(x) for k, x in source.rows(i, np.arange(3)).items()}
+        part = eval_step({}, batch)
+        total = part if total is None else total.merge(part)
+    with jax.numpy_dtype_promotion("standard"):
+        values = computed(total)
+
+    stream = stream_of(documents)
+    logits = Bigrams.logits[stream[:-1]].astype(np.float64)
+    labels = [min(token, 256) for token in stream[1:]]
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    words = sum(len(data.split()) + data.count(b"\n") for data in documents)
+    assert values["words"] == sum(map(count_words, documents)) == words
+    scalars = NextByte.scalars(values)
+    expected = np.exp(losses.sum() / words)
+    assert scalars["word_perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert scalars["bits_per_byte"] == pytest.approx(losses.mean() / np.log(2), rel=1e-6)
+    assert f"  word perplexity {expected:.5g}  on {len(losses)} pos" in NextByte.eval_line(
+        "", values
+    )
+
+
+def test_without_words_there_is_no_word_perplexity():
+    values = {"loss": 2.0, "accuracy": 0.5, "positions": 9, "words": 0}
+    assert list(NextByte.scalars(values)) == ["loss", "accuracy", "bits_per_byte", "perplexity"]
+    huge = NextByte.scalars(values | {"positions": 1_000_000, "words": 1})["word_perplexity"]
+    assert np.isfinite(np.float32(huge))
 
 
 def test_a_metric_is_one_line(tmp_path):

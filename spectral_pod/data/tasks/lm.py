@@ -1,35 +1,65 @@
 """Language modelling: which byte comes next? In your own files, or in Python's own library.
 
-A record is a whole document, without a label. What `source` is decides the splits:
+    --config.data.task=lm --config.data.options.train='reviews/*.jsonl.xz'
 
-- nothing (the default): every `.py` file of the running interpreter's standard library but its
-  tests, which are larger than the rest. Whole top-level modules, in the order of a hash of their
-  names, make 90% for training, 5% for validation and 5% for testing.
-- a file: its first 90% of bytes is one document to train on, the last 10% one for validation, as
-  nanoGPT splits tiny Shakespeare; there is no test split.
-- a folder: each file is a document. Where names or sub-folders say which split they are for, as
-  `wiki.train.tokens` and `wiki.valid.tokens` do, that counts. Otherwise files are split as the
-  library's modules are.
+A source is what the task `records` reads: a file, a folder or a glob, on disk or gs://, or a split
+of TensorFlow Datasets, `tfds:imdb_reviews/train`. A document is
 
-Files may hold any bytes. Empty files and, in a folder, hidden ones are left out.
+- the field `data` of a record, in files whose suffix names a format of records (`data/formats.py`):
+  JSON lines, CSV, parquet and others, and in TFDS;
+- a whole file otherwise, also `.txt`, decompressed if its suffix is .gz, .bz2, .xz or .zst. It may
+  hold any bytes, but not those of an archive, nor compressed ones that its name does not announce.
+  `format='document'` makes every file such a document, archives too; `format='text'` every line.
+
+Empty documents are left out, and in a folder hidden files. The splits are
+
+- those for which `train`, `validation` and `test` name sources (validation is held out of training
+  if it has none); or, if only `train` has a source,
+- those that the names of its files or their sub-folders say, as `wiki.train.tokens` and
+  `wiki.valid.tokens` do; or
+- 90% of its bytes for training, 5% for validation and 5% for testing (`data/held_out.py`): whole
+  documents, but a document that is longer than 5% is cut. A single document is 90% for training and
+  10% for validation, as nanoGPT splits tiny Shakespeare; there is no test split.
+
+Without a source, every `.py` file of the running interpreter's standard library but its tests is a
+document. Whole top-level modules, in the order of a hash of their names, make 90% for training, 5%
+for validation and 5% for testing. What went where is printed, and is in the store's manifest.
 """
 
+import array
 import dataclasses
 import hashlib
+import itertools
 import os
 import platform
+import posixpath
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from spectral_pod import objectives
-from spectral_pod.data import byte_store, origin, windows
-from spectral_pod.data.tasks.task import StoredTask
-from spectral_pod.errors import DataError
+from spectral_pod.data import (
+    byte_store,
+    compression,
+    formats,
+    origin,
+    pipeline,
+    tfds_source,
+    windows,
+)
+from spectral_pod.data.document_writer import Document, Facts, Writer
+from spectral_pod.data.formats import Fault, Row
+from spectral_pod.data.held_out import HeldOut, hold_out
+from spectral_pod.data.progress import Progress
+from spectral_pod.data.tasks import records
+from spectral_pod.data.tasks.task import StoredTask, Stores
+from spectral_pod.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from spectral_pod.config import DataConfig
+    from spectral_pod.config import Config, DataConfig
 
 SPLITS = ("train", "validation", "test")
 _NAMED = {
@@ -37,24 +67,25 @@ _NAMED = {
     "valid": "validation", "validation": "validation", "val": "validation",
     "test": "test",
 }  # fmt: skip
+# How files begin that are of no use as they are.
+_PACKED = re.compile(
+    rb"""(?P<gzip>\x1f\x8b\x08) | (?P<bzip2>BZh[1-9]1AY&SY) | (?P<xz>\xfd7zXZ\x00) |
+    (?P<zstd>\x28\xb5\x2f\xfd) | (?P<lz4>\x04\x22\x4d\x18) | (?P<zip>PK\x03\x04) |
+    (?P<sevenzip>7z\xbc\xaf\x27\x1c) | (?P<rar>Rar!\x1a\x07) | (?P<tar>.{257}ustar) |
+    (?P<parquet>PAR1.*PAR1\Z) | (?P<arrow>ARROW1\x00\x00)""",
+    re.DOTALL | re.VERBOSE,
+)
 _LIBRARY_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_TO_BE_SPLIT = ""
+_EMPTY = "empty"
 
 
-class Document(NamedTuple):
-    """Bytes `start` to `stop` of a file."""
+class Input(NamedTuple):
+    """A file, or a split of TFDS, and the split that its documents are in."""
 
-    path: str
-    name: str  # relative to the source, with slashes
-    start: int
-    stop: int
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.stop - self.start)
-
-
-Splits = dict[str, list[Document]]
+    split: str  # or _TO_BE_SPLIT
+    source: str
+    name: str  # of a file: its path relative to the folder that contains all files of the source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,49 +97,94 @@ class LanguageModelling(StoredTask):
     objective = objectives.NextByte
     num_classes = windows.NUM_CLASSES  # bytes and the end of a document
 
-    seed: int = 0  # decides which split a document is in, where its name does not
-    source: str = ""  # a file, a folder, or "" for the interpreter's own library
+    seed: int = 0  # decides which split a document is in, where nothing else does
+    source: str = ""  # another name of `train`
+    train: str = ""  # a source; "" is the interpreter's own library
+    validation: str = ""  # a source; "" holds out a part of the training documents
+    test: str = ""  # likewise, unless there is a source for validation: then there is no such split
+    format: str = "auto"  # of the files, where their suffixes do not say it: see `formats.rows`
+    columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header
+    data: str = "text"  # the field of a record that is the document
+    on_fault: Literal["stop", "skip"] = "stop"  # at a record that cannot be used, or count it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source and self.train:
+            raise ConfigError(
+                f"config.data.options.source is {self.source!r} and config.data.options.train is "
+                f"{self.train!r}: two names of one option; set one of them"
+            )
+        if not self.data:
+            raise ConfigError("config.data.options.data is ''; name the field with the documents")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The sources that are given, by split; none for the interpreter's library."""
+        sources = {
+            "train": self.train or self.source,
+            "validation": self.validation,
+            "test": self.test,
+        }
+        return {split: source for split, source in sources.items() if source}
 
     def build(self, path: str) -> None:
-        """Writes the documents as a byte store, each in memory at its turn.
+        """Writes the documents as a byte store, in memory for the longest of them.
+
+        Documents that are to be split are read twice, first for their sizes.
 
         Raises:
-          DataError: there is nothing at `source`, nothing in it, or nothing for a split; or some
-            names say which split they are for, and others do not.
+          ConfigError: there is no source to train on, but one for another split.
+          DataError: a source is missing or damaged, has a record that cannot be used (names the
+            file and the record), or leaves nothing for a split; or some names of files say which
+            split they are for, and others do not.
         """
-        source, documents = self.source, _documents(self.source)
-        if source and os.path.isfile(os.path.expanduser(source)):
-            splits = _first_and_last(documents[0])
-        else:
-            splits = (source and _by_name(documents, source)) or _by_hash(
-                documents, self.seed, source
-            )
-        byte_store.write(
-            path,
-            {split: _records(part) for split, part in splits.items()},
-            classes=("document",),
-            provenance={
-                "task": "lm",
-                "python": platform.python_version(),
-                "seed": self.seed,
-                "source": source,
-                "files": origin.describe([document.path for document in documents]),
-            },
-        )
+        inputs, tally = self._inputs(), records.Tally()
+        held_out = self._held_out([one for one in inputs if one.split == _TO_BE_SPLIT])
+        found = {one.split for one in inputs} | ({"train", *held_out.shares} if held_out else set())
+        writer = Writer(path, [split for split in SPLITS if split in found])
+        progress = Progress("Writing documents", 0, "bytes")
+        for split, document in self._pieces(inputs, held_out, tally):
+            writer.add(split, document)
+            progress.add(len(document.data))
+        progress.end()
+        for split, facts in writer.facts.items():
+            if not facts.documents:
+                raise DataError(self._nothing_left(split, writer.facts, tally))
+        writer.finish(self._provenance(inputs) | dataclasses.asdict(tally))
+        for line in _report(writer.facts, tally):
+            print(line, flush=True)
 
     def check(self, store: byte_store.ByteStore) -> None:
-        """Compares `source` with what the store was written from, where it is still on this host.
+        """Compares the sources with what the store was written from, where they are on this host.
 
-        The interpreter's library, of which another Python has another version, is not compared.
+        The interpreter's library, of which another Python has another version, is not compared, nor
+        are datasets of TFDS, whose names have a version.
 
         Raises:
           DataError: the files have changed since.
         """
-        if not self.source or not os.path.exists(os.path.expanduser(self.source)):
-            return
-        files = [document.path for document in _documents(self.source)]
-        described = store.manifest["provenance"]["files"]
-        origin.check(files, described, f"config.data.options.source = {self.source!r}", store.path)
+        provenance = store.manifest["provenance"]
+        # An older version had one source and no files of other splits.
+        described = provenance.get("sources", {"train": provenance.get("files")})
+        for split, source in self.sources.items():
+            if not source.startswith(tfds_source.PREFIX):
+                files = origin.on_this_host(source)
+                known = described.get(split) if isinstance(described, dict) else None
+                origin.check(files, known, self._described(split), store.path)
+
+    def batches(
+        self, config: "Config", split: str, stores: Stores, *, training: bool
+    ) -> dict[str, pipeline.Source]:
+        """See `Task.batches`."""
+        for store in stores.values():
+            if split not in store.manifest["splits"]:
+                there = ", ".join(s for s in SPLITS if s in store.manifest["splits"])
+                raise DataError(
+                    f"{store.path} has the splits {there}, and no {split} split; name its files "
+                    f"with config.data.options.{split}, or evaluate another split: "
+                    "config.train.eval_split='validation'"
+                )
+        return super().batches(config, split, stores, training=training)
 
     def read(
         self, split: byte_store.Split, data: "DataConfig", *, num_records: int = 0, **arguments: Any
@@ -116,96 +192,241 @@ class LanguageModelling(StoredTask):
         """Batches of windows of the stream of documents: see `StoredTask.read`."""
         return windows.Windows(split, seq_len=data.seq_len, num_documents=num_records, **arguments)
 
-
-def _records(documents: Iterable[Document]) -> Iterator[byte_store.Record]:
-    for document in documents:
-        yield byte_store.Record(document.read(), 0)
-
-
-def _documents(source: str) -> list[Document]:
-    """Every file of a source that is not empty, whole, in the order of their names."""
-    root = os.path.abspath(os.path.expanduser(source)) if source else sysconfig.get_path("stdlib")
-    if not os.path.exists(root):
-        raise DataError(
-            f"config.data.options.source = {source!r}: there is no such file or folder on this host"
+    def forms(self, given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """See `Task.forms`. Older versions read every file as one document, as it was on disk, and
+        split folders by files: then they are other data.
+        """
+        older: dict[str, Any] = {"seed": self.seed, "source": self.source}
+        if self != LanguageModelling(**older):
+            return super().forms(given)
+        suffix = posixpath.splitext(self.source)[1].lower()
+        is_read_otherwise = (
+            suffix in compression.SUFFIXES or self._format(self.source) != "document"
         )
-    paths = [root] if os.path.isfile(root) else _walk(root, library=not source)
-    folder = os.path.dirname(root) if os.path.isfile(root) else root
-    documents = []
-    for path in paths:
-        name = os.path.relpath(path, folder).replace(os.sep, "/")
-        if size := os.path.getsize(path):
-            documents.append(Document(path, name, 0, size))
-    if not documents:
-        raise DataError(f"config.data.options.source = {source!r} holds no bytes")
-    return sorted(documents, key=lambda document: document.name)
+        if is_read_otherwise or os.path.isdir(os.path.expanduser(self.source)):
+            return [self.identity()]
+        return [*super().forms(given), older]
 
+    # ---- inputs and documents
 
-def _walk(root: str, *, library: bool) -> Iterator[str]:
-    for folder, subfolders, names in os.walk(root):
-        left_out = _LIBRARY_LEFT_OUT if library else set()
-        subfolders[:] = [f for f in subfolders if not f.startswith(".") and f not in left_out]
-        for name in names:
-            path = os.path.join(folder, name)
-            wanted = name.endswith(".py") if library else not name.startswith(".")
-            if wanted and os.path.isfile(path):
-                yield path
+    def _described(self, split: str) -> str:
+        """The option that names the source of a split, with its value, for messages."""
+        option = "source" if split == "train" and self.source else split
+        return f"config.data.options.{option} = {self.sources.get(split, '')!r}"
 
+    def _inputs(self) -> list[Input]:
+        """Every file, or split of TFDS, in order."""
+        sources = self.sources
+        if not sources:
+            return _library(self.seed)
+        if "train" not in sources:
+            raise ConfigError(
+                f"{self._described(next(iter(sources)))}, and config.data.options.train is empty; "
+                "name the files to train on"
+            )
+        inputs: list[Input] = []
+        for split, source in sources.items():
+            if split == "train" and "validation" not in sources:
+                split = _TO_BE_SPLIT
+            if source.startswith(tfds_source.PREFIX):
+                inputs.append(Input(split, source, source))
+                continue
+            try:
+                files = formats.files(source)
+            except DataError as error:
+                reason = str(error).removeprefix(f"{source}: ")
+                raise DataError(f"{self._described(split or 'train')}: {reason}") from error
+            folder = posixpath.commonpath([posixpath.dirname(file) for file in files])
+            inputs += [Input(split, file, posixpath.relpath(file, folder)) for file in files]
+        return _by_name(inputs, self._described("train")) if list(sources) == ["train"] else inputs
 
-def _first_and_last(document: Document) -> Splits:
-    cut = document.stop * 9 // 10
-    if not cut:
-        raise DataError(f"config.data.options.source {document.path} has 1 byte; a split needs 2")
-    return {
-        "train": [document._replace(stop=cut)],
-        "validation": [document._replace(start=cut)],
-    }
+    def _format(self, file: str) -> str:
+        """How a file is read: see `formats.rows`."""
+        if self.format != "auto":
+            return self.format
+        said = formats.format_of(file)
+        return "document" if said in (None, "text") else said
 
+    def _documents(self, one: Input, tally: records.Tally) -> Iterator[Document]:
+        """The documents of an input that are not empty, in order; `tally` counts the others too."""
+        if one.source.startswith(tfds_source.PREFIX):
+            rows: Iterator[Row | Fault] = tfds_source.rows(one.source)
+        else:
+            format = self._format(one.source)
+            rows = formats.rows(one.source, format=format, columns=self.columns)
+        for row in rows:
+            tally.rows += 1
+            data = row if isinstance(row, Fault) else self._content(row, one)
+            if isinstance(data, bytes):
+                yield Document(_printable(one.name + row.place.removeprefix(one.source)), data)
+                continue
+            if self.on_fault == "stop" and data.reason != _EMPTY:
+                raise DataError(
+                    f"{data.place}: {data.reason}; or leave out such records with "
+                    "config.data.options.on_fault='skip'"
+                )
+            tally.skip(Fault(_printable(data.place), data.reason))
 
-def _by_name(documents: list[Document], source: str) -> Splits:
-    """The split that every name says, or nothing where names do not say train and validation."""
-    named = {document: _split_of_name(document.name) for document in documents}
-    if not {"train", "validation"} <= set(named.values()):
-        return {}
-    silent = [document.name for document, split in named.items() if split is None]
-    if silent:
-        raise DataError(
-            f"config.data.options.source = {source!r} has files named after the splits train and "
-            f"validation, and others, such as {silent[0]!r}, after none or several; take these "
-            "away or rename them"
+    def _content(self, row: Row, one: Input) -> bytes | Fault:
+        """The document that a row of an input holds."""
+        data = records.bytes_of(row, self.data)
+        if isinstance(data, Fault) and self.data not in row.fields:
+            advice = (
+                "name the field with config.data.options.data, or make every file a document with "
+                "config.data.options.format='document'"
+            )
+            return Fault(data.place, f"{data.reason}; {advice}")
+        if not data:
+            return Fault(row.place, _EMPTY)
+        is_whole_file = row.place == one.source
+        if isinstance(data, Fault) or self.format != "auto" or not is_whole_file:
+            return data
+        if packed := _PACKED.match(data):
+            return Fault(
+                row.place,
+                f"packed: it is a file of {packed.lastgroup}; unpack it, or give it the suffix of "
+                "its format, or train on it as it is with config.data.options.format='document'",
+            )
+        return data
+
+    def _held_out(self, inputs: Sequence[Input]) -> HeldOut | None:
+        """What is held out of documents that are to be split, if there are such."""
+        if not inputs:
+            return None
+        sizes, keys = array.array("q"), array.array("Q")
+        progress = Progress("Measuring documents", 0, "bytes")
+        for one in inputs:
+            for document in self._documents(one, records.Tally()):
+                digest = hashlib.blake2b(b"%d/" % self.seed, digest_size=8)
+                digest.update(document.data)
+                keys.append(int.from_bytes(digest.digest(), "little"))
+                sizes.append(len(document.data))
+                progress.add(len(document.data))
+        progress.end()
+        splits = [split for split in SPLITS[1:] if split not in self.sources]
+        return hold_out(np.asarray(sizes), np.asarray(keys), splits)
+
+    def _pieces(
+        self, inputs: Sequence[Input], held_out: HeldOut | None, tally: records.Tally
+    ) -> Iterator[tuple[str, Document]]:
+        """Every document, or piece of one, and its split."""
+        numbers = itertools.count()
+        for one in inputs:
+            for document in self._documents(one, tally):
+                if one.split != _TO_BE_SPLIT:
+                    yield one.split, document
+                    continue
+                assert held_out
+                name, data, number = *document, next(numbers)
+                if number >= len(held_out.sizes) or len(data) != held_out.sizes[number]:
+                    raise DataError(f"{one.source} changed while it was read; start again")
+                for split, start, stop in held_out.pieces(number):
+                    where = "" if stop - start == len(data) else f", bytes {start} to {stop}"
+                    yield split, Document(name + where, data[start:stop])
+
+    # ---- what went where
+
+    def _provenance(self, inputs: Sequence[Input]) -> dict[str, Any]:
+        files = origin.describe([one.source for one in inputs]) if not self.sources else {}
+        sources = {split: records.describe(source) for split, source in self.sources.items()}
+        options = {name: x for name, x in self.options.items() if name not in (*SPLITS, "source")}
+        return {
+            "task": "lm",
+            "python": platform.python_version(),
+            "sources": sources or {"train": {"source": ""} | files},
+            **options,
+        }
+
+    def _nothing_left(self, split: str, facts: Mapping[str, Facts], tally: records.Tally) -> str:
+        left_out = "".join(f"; {line}" for line in _left_out(tally))
+        is_given = split in self.sources and split != "train"
+        size = sum(x.bytes for s, x in facts.items() if s == "train" or s not in self.sources)
+        if is_given or not size:
+            return f"{self._described(split if is_given else 'train')} holds no bytes{left_out}"
+        return (
+            f"{self._described('train')} holds {size:,} bytes in all, which leaves nothing for "
+            f"{split} (copies of a document are in one split); add documents, or name a source for "
+            f"each split with config.data.options.train, .validation and .test{left_out}"
         )
-    return {
-        split: part for split in SPLITS if (part := [d for d in documents if named[d] == split])
-    }
 
 
-def _split_of_name(name: str) -> str | None:
+def _report(facts: Mapping[str, Facts], tally: records.Tally) -> Iterator[str]:
+    for split, part in facts.items():
+        names = f"{part.first!r}" + (f" to {part.last!r}" if part.documents > 1 else "")
+        yield (
+            f"{split}: {part.documents:,} document(s), {part.bytes:,} bytes, {part.words:,} words "
+            f"and line ends: {names}"
+        )
+    yield from _left_out(tally)
+
+
+def _printable(name: str) -> str:
+    """The name of a file that may not be UTF-8, for the manifest, which is."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _left_out(tally: records.Tally) -> Iterator[str]:
+    for kind, count in tally.skipped.items():
+        yield f"left out: {count:,}, {kind}, first {tally.places[kind][0]!r}"
+
+
+# ---- splits by names
+
+
+def _by_name(inputs: list[Input], source: str) -> list[Input]:
+    """Each input in the split that its name says; as they are if no names say train and validation.
+
+    Raises:
+      DataError: some names say a split, and others none or several.
+    """
+    named = [one._replace(split=_split_of_name(one.name)) for one in inputs]
+    if not {"train", "validation"} <= {one.split for one in named}:
+        return inputs
+    for one in named:
+        if one.split == _TO_BE_SPLIT:
+            raise DataError(
+                f"{source} has files named after the splits train and "
+                f"validation, and others, such as {one.name!r}, after none or several; take these "
+                "away or rename them, or name the files of each split with "
+                "config.data.options.train, .validation and .test"
+            )
+    return named
+
+
+def _split_of_name(name: str) -> str:
     """The split that the outermost part of a path to name any names, if it names one only."""
     for part in name.lower().split("/"):
         splits = {_NAMED[word] for word in re.split("[^a-z]+", part) if word in _NAMED}
         if splits:
-            return splits.pop() if len(splits) == 1 else None
-    return None
+            return splits.pop() if len(splits) == 1 else _TO_BE_SPLIT
+    return _TO_BE_SPLIT
 
 
-def _by_hash(documents: list[Document], seed: int, source: str) -> Splits:
-    """90 : 5 : 5 of the files, or of the library's top-level modules; at least one each."""
+# ---- the interpreter's library
 
-    def unit(document: Document) -> str:
-        return document.name if source else document.name.split("/")[0]
 
-    def order(unit: str) -> bytes:
-        return hashlib.blake2b(os.fsencode(f"{seed}/{unit}")).digest()
+def _library(seed: int) -> list[Input]:
+    """The files of the standard library, 90 : 5 : 5 of its top-level modules."""
 
-    units = sorted({unit(document) for document in documents}, key=order)
-    held_out = max(1, round(0.05 * len(units)))
-    if len(units) < 3:
-        raise DataError(
-            f"config.data.options.source = {source!r} holds {len(units)} files, and three splits "
-            "need one each; name them train and valid, or give a single file as the source"
-        )
-    split_of = {
-        unit: SPLITS[1] if i < held_out else SPLITS[2] if i < 2 * held_out else SPLITS[0]
-        for i, unit in enumerate(units)
-    }
-    return {split: [d for d in documents if split_of[unit(d)] == split] for split in SPLITS}
+    def order(module: str) -> bytes:
+        return hashlib.blake2b(os.fsencode(f"{seed}/{module}")).digest()
+
+    root = sysconfig.get_path("stdlib")
+    names = sorted(os.path.relpath(file, root).replace(os.sep, "/") for file in _walk(root))
+    modules = sorted({name.split("/")[0] for name in names}, key=order)
+    count = max(1, round(0.05 * len(modules)))
+    split_of = dict.fromkeys(modules, "train")
+    split_of |= dict.fromkeys(modules[:count], "validation")
+    split_of |= dict.fromkeys(modules[count : 2 * count], "test")
+    return [Input(split_of[name.split("/")[0]], os.path.join(root, name), name) for name in names]
+
+
+def _walk(root: str) -> Iterator[str]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            f for f in subfolders if not f.startswith(".") and f not in _LIBRARY_LEFT_OUT
+        ]
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.endswith(".py") and os.path.isfile(path) and os.path.getsize(path):
+                yield path

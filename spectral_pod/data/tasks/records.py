@@ -175,7 +175,7 @@ class Records(StoredTask):
             raise ConfigError(
                 "config.data.options.train is empty; name a file, a folder, or tfds:NAME/SPLIT"
             )
-        sources = {split: _describe(source) for split, source in self.sources.items()}
+        sources = {split: describe(source) for split, source in self.sources.items()}
         plan = with_classes(self)
         size = sum(source.get("bytes", 0) for source in sources.values())
         read = Progress("Reading records", size, "bytes")
@@ -327,7 +327,7 @@ class _Steps:
         self._before = position
 
 
-def _describe(source: str) -> dict[str, Any]:
+def describe(source: str) -> dict[str, Any]:
     """What a source is, for the manifest."""
     if source.startswith(tfds_source.PREFIX):
         return tfds_source.describe(source)
@@ -342,7 +342,7 @@ def _example(
 ) -> tuple[tuple[bytes, ...], int] | Fault:
     documents: tuple[bytes, ...] = ()
     for field in plan.data_fields:
-        document = _bytes(row, field, plan.luma)
+        document = bytes_of(row, field, plan.luma)
         if isinstance(document, Fault):
             return document
         documents += (document,)
@@ -360,7 +360,8 @@ def _example(
     return documents, label
 
 
-def _bytes(row: Row, field: str, luma: bool) -> bytes | Fault:
+def bytes_of(row: Row, field: str, luma: bool = False) -> bytes | Fault:
+    """The bytes of a field: those of a text, or of an array uint8, which `luma` makes grey."""
     if field not in row.fields:
         return _missing(row, field)
     value = row.fields[field]
