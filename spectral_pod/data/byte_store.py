@@ -137,7 +137,7 @@ class Split:
             data = read.result()
         except ValueError as error:
             if "UNAVAILABLE" in str(error):
-                raise DataError(f"{self._store.path} cannot be read: {error}") from error
+                raise zarr_arrays.unreadable(self._store.path, error) from error
             # The error does not name the bytes, and a damaged local copy has a remote original.
             data = np.concatenate([self._read_piece(*piece) for piece in pieces])
         ends = np.cumsum([stop - start for start, stop in ranges])
@@ -161,11 +161,8 @@ class Split:
                 self._abandon_copy(part, error)
                 return self._remote[part][where].read().result()
         except ValueError as error:
-            raise DataError(
-                f"{self._store.path}/{self._names[part]} is damaged near bytes "
-                f"{where.start}..{where.stop}, or cannot be read; if damaged, delete the store to "
-                f"have it written again ({error})"
-            ) from error
+            what = f"{self._store.path}/{self._names[part]}, bytes {where.start} to {where.stop},"
+            raise zarr_arrays.unreadable(what, error) from error
 
     def _verify(self, parts: set[int]) -> None:
         """Has the content of parts verified in the background, once each.
@@ -191,13 +188,11 @@ class Split:
             if part in self._copied and self._arrays[part] is not self._remote[part]:
                 self._abandon_copy(part, error)
                 self._verify_content(part)
-            elif "UNAVAILABLE" in str(error):
-                self._requested.discard(part)  # its next read is going to tell
-            else:
-                raise DataError(
-                    f"{self._store.path}/{self._names[part]} is damaged; delete the store to have "
-                    f"it written again ({error})"
-                ) from error
+                return
+            fault = zarr_arrays.unreadable(f"{self._store.path}/{self._names[part]}", error)
+            if "UNAVAILABLE" not in str(error) and isinstance(fault, DataError):
+                raise fault from error
+            self._requested.discard(part)  # its next read is going to tell
 
     def _copy(self, part: int) -> local_copies.Part:
         source = storage.kvstore(f"{self._store.path}/{self._names[part]}/bytes")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from spectral_pod import storage
-from spectral_pod.errors import DataError
+from spectral_pod import errors, storage
+from spectral_pod.errors import DataError, UserError
 
 PART_BYTES = 1 << 26  # the record that reaches this size ends a part
 DTYPES = {"bytes": "uint8", "offsets": "int64", "labels": "int32"}
@@ -62,14 +62,23 @@ def create_array(url: str, array: str, values: np.ndarray) -> Any:
 
 
 def results(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:
-    """The results of the futures of arrays at `urls`; a failure raises a DataError."""
+    """The results of the futures of arrays at `urls`; a failure raises a `UserError`."""
     found = []
     for future, url in zip(futures, urls, strict=True):
         try:
             found.append(future.result())
         except ValueError as error:
-            raise DataError(f"{url} cannot be read; delete the store ({error})") from error
+            raise unreadable(url, error) from error
     return found
+
+
+def unreadable(what: str, error: ValueError) -> UserError:
+    """The error to raise where tensorstore has raised `error` about the array or bytes `what`."""
+    if fault := errors.storage_error(error, what):
+        return fault
+    if "UNAVAILABLE" in str(error):
+        return DataError(f"{what} cannot be read: {error}")
+    return DataError(f"{what} is damaged; delete the store to have it written again ({error})")
 
 
 def read_verified(
