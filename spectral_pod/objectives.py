@@ -2,7 +2,8 @@
 
 A task names its objective by class. A new metric is one entry in `training_metrics` or in
 `evaluation_metrics`; it is then reported wherever metrics are: numbers in `metrics.jsonl`, in
-TensorBoard, in the printed lines and in `result.json`, arrays in `result.json`.
+TensorBoard, in the printed lines and in `result.json`, arrays in `result.json` and, as `details` of
+the last evaluation, in print and in TensorBoard.
 """
 
 import math
@@ -17,10 +18,20 @@ from clu import metrics
 
 from spectral_pod.ops.cross_entropy import cross_entropy
 
+MAX_TABLE = 32  # classes of which all pairs are counted and shown
+WORST_PAIRS = 20
+_MAX_NAME = 24  # letters of a class's name in a report
+
 
 @flax.struct.dataclass
-class _Sum(metrics.Metric):
+class Count(metrics.Metric):
+    """The number of valid labels."""
+
     total: jax.Array  # int32
+
+    @classmethod
+    def from_model_output(cls, mask: jax.Array, **_: Any) -> Self:
+        return cls(jnp.sum(mask.astype(jnp.int32)))
 
     def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total)
@@ -30,26 +41,47 @@ class _Sum(metrics.Metric):
 
 
 @flax.struct.dataclass
-class Count(_Sum):
-    """The number of valid labels."""
+class Confusion(metrics.Metric):
+    """Which classes are taken for which, over valid rows: "confusion", the counts of [true class,
+    predicted class]; of more than MAX_TABLE classes "confused", lists of true class, predicted
+    class and count, for the WORST_PAIRS pairs of different classes that are most frequent.
+    """
 
-    @classmethod
-    def from_model_output(cls, mask: jax.Array, **_: Any) -> Self:
-        return cls(jnp.sum(mask.astype(jnp.int32)))
-
-
-@flax.struct.dataclass
-class Confusion(_Sum):
-    """Counts of [true class, predicted class] over valid rows."""
+    # Up to MAX_TABLE classes the counts, int32 [C, C]. Of more, which might not fit into memory,
+    # the true and the predicted class of every row, int32 [2, B] of each batch, -1 for no row.
+    parts: tuple[jax.Array, ...]
+    num_classes: int = flax.struct.field(pytree_node=False)
 
     @classmethod
     def from_model_output(
         cls, labels: jax.Array, logits: jax.Array, mask: jax.Array, **_: Any
     ) -> Self:
         num_classes = logits.shape[-1]
+        predicted_B = jnp.argmax(logits, axis=-1)
+        if num_classes > MAX_TABLE:
+            pairs_2B = jnp.stack([labels, predicted_B.astype(labels.dtype)])
+            return cls((jnp.where(mask, pairs_2B, -1),), num_classes)
         true_BC = jax.nn.one_hot(labels, num_classes) * mask[:, None].astype(jnp.float32)
-        predicted_BC = jax.nn.one_hot(jnp.argmax(logits, axis=-1), num_classes)
-        return cls(jnp.einsum("bt,bp->tp", true_BC, predicted_BC).astype(jnp.int32))
+        predicted_BC = jax.nn.one_hot(predicted_B, num_classes)
+        counts = jnp.einsum("bt,bp->tp", true_BC, predicted_BC).astype(jnp.int32)
+        return cls((counts,), num_classes)
+
+    def merge(self, other: Self) -> Self:
+        parts = self.parts + other.parts
+        if self.num_classes <= MAX_TABLE:
+            parts = (parts[0] + parts[1],)
+        return type(self)(parts, self.num_classes)
+
+    def compute(self) -> dict[str, list[list[int]]]:  # type: ignore[override]
+        parts = list(map(np.asarray, self.parts))
+        if self.num_classes <= MAX_TABLE:
+            return {"confusion": parts[0].tolist()}
+        true_N, predicted_N = np.concatenate(parts, axis=1)
+        codes_N = true_N.astype(np.int64) * self.num_classes + predicted_N
+        codes, counts = np.unique(codes_N[true_N != predicted_N], return_counts=True)
+        worst = np.argsort(-counts, kind="stable")[:WORST_PAIRS]
+        pairs = *np.divmod(codes[worst], self.num_classes), counts[worst]
+        return {"confused": np.stack(pairs, axis=1).tolist()}
 
 
 class Objective:
@@ -149,7 +181,9 @@ class Classification(Objective):
 
     @classmethod
     def details(cls, values: Mapping[str, Any], classes: list[str]) -> list[str]:
-        return [confusion_table(values["confusion"], classes)]
+        if "confusion" in values:
+            return [confusion_table(values["confusion"], classes)]
+        return [worst_pairs(values["confused"], classes)]
 
 
 class LabelledPositions(Objective):
@@ -223,15 +257,35 @@ def _exp(nats: float) -> float:
 
 def computed(collection: metrics.Collection) -> dict[str, Any]:
     """The metrics of a collection as Python numbers and nested lists."""
-    return {name: np.asarray(x).tolist() for name, x in collection.compute().items()}
+    values: dict[str, Any] = {}
+    for name, x in collection.compute().items():
+        values |= x if isinstance(x, dict) else {name: np.asarray(x).tolist()}
+    return values
 
 
 def confusion_table(confusion: list[list[int]], classes: list[str]) -> str:
     """A table of true (rows) against predicted (columns) classes, with the recall of each row."""
-    width = max(6, max(len(name) for name in classes) + 1)
-    lines = [" " * width + "".join(f"{name[:6]:>7}" for name in classes) + "  recall"]
-    for name, row in zip(classes, confusion):
-        recall = row[classes.index(name)] / max(sum(row), 1)
+    names = list(map(_shown, classes))
+    width = max(6, max(map(len, names)) + 1)
+    lines = [" " * width + "".join(f"{name[:6]:>7}" for name in names) + "  recall"]
+    for i, (name, row) in enumerate(zip(names, confusion)):
+        recall = row[i] / max(sum(row), 1)
         cells = "".join(f"{count:>7}" if count else f"{'.':>7}" for count in row)
         lines.append(f"{name:<{width}}{cells}  {recall:6.1%}")
     return "\n".join(lines)
+
+
+def worst_pairs(pairs: list[list[int]], classes: list[str]) -> str:
+    """A line for each list of a true class, what was predicted, and how often."""
+    lines = [f"most confused of {len(classes):,} classes:" + ("" if pairs else " none")]
+    for true, predicted, count in pairs:
+        lines.append(
+            f"{count:>7,}  {_shown(classes[true])}, taken for {_shown(classes[predicted])}"
+        )
+    return "\n".join(lines)
+
+
+def _shown(name: str) -> str:
+    """A name in one line and of limited length."""
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"

@@ -18,14 +18,15 @@
 | document | any, on request only        | a file, any size | text                                 |
 
 The last five formats also have the fields `folder`, the name of the file's folder, and `name`, the
-file's name without suffixes. All but parquet, npz and whole may be compressed: .gz .bz2 .xz .zst.
+file's name without suffixes. All but parquet, npz and whole may be compressed: .gz .bgz .bz2 .xz
+.zst.
 
-Text is kept as the original bytes, even if it is not valid UTF-8. One record is in memory at a
-time; for parquet a part of a row group, for npz everything. No record is skipped silently. Blank
-lines are ignored in jsonl, csv, tsv, fasta and fastq; in text they are empty records.
+Text is kept as the original bytes, even if it is not valid UTF-8; UTF-16 and UTF-32 with a byte
+order mark become UTF-8. One record is in memory at a time; for parquet a part of a row group, for
+npz everything. No record is skipped silently. Blank lines are ignored in jsonl, csv, tsv, fasta and
+fastq; in text they are empty records.
 """
 
-import codecs
 import collections
 import csv
 import functools
@@ -35,24 +36,21 @@ import itertools
 import json
 import os
 import posixpath
-import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import fsspec
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 
 from spectral_pod import storage
-from spectral_pod.data import compression
+from spectral_pod.data import columnar, compression, listing, text
+from spectral_pod.data.text import encode
 from spectral_pod.errors import DataError
 
 MAX_BYTES = 256_000_000  # limit for a line, a sequence or a whole file; beyond it is a fault
-_PARQUET_ROWS = 256
+MAX_COMMAS = 10_000_000  # limit for a line of JSON, whose smallest values take some 70 bytes
+# Limit for a row of CSV of several lines; an unclosed quote is noticed there at the latest.
+MAX_OPEN_BYTES = 64_000_000
 _BLOCK_BYTES = 1 << 20
-_ESCAPING = "utf-8", "surrogateescape"
 
 
 class Row(NamedTuple):
@@ -76,26 +74,37 @@ class Fault(NamedTuple):
 def files(source: str) -> list[str]:
     """The sorted absolute paths of a source's files.
 
+    Links are followed. Of a folder, all files below it are its files, except those that are hidden
+    or in hidden folders, and those that Spark writes beside data, such as _SUCCESS and .crc files.
+
     Args:
-      source: a file, a folder (all files below it that are not hidden, nor in hidden folders), or
-        a glob; on disk or gs://.
+      source: a file, a folder, or a glob; on disk or gs://.
 
     Raises:
-      DataError: there is no such file.
+      DataError: there is no such file; or a link is broken, or leads to a folder that it is in.
     """
     system, path = _file_system(source)
+    remote = storage.is_remote(source)
     try:
         if system.isfile(path):
             found = [path]
+        elif not remote:
+            found = listing.in_folder(path) if os.path.isdir(path) else listing.matching(path)
+            if not found and os.path.islink(path):
+                raise DataError(f"{source} is a broken link, to {os.readlink(path)}")
         elif system.isdir(path):
-            found = [p for p in system.find(path) if not _is_hidden(posixpath.relpath(p, path))]
+            found = [
+                p for p in system.find(path) if not listing.is_left_out(posixpath.relpath(p, path))
+            ]
         else:
-            found = [p for p in system.glob(path) if system.isfile(p)]
+            found = [
+                p for p in filter(listing.is_meant(path), system.glob(path)) if system.isfile(p)
+            ]
     except (OSError, ValueError) as error:
         raise DataError(f"{source} cannot be listed: {error}") from error
     if not found:
         raise DataError(f"{source}: there is no such file, folder with files, or glob that matches")
-    return sorted("gs://" + p if storage.is_remote(source) else p for p in found)
+    return sorted("gs://" + p if remote else p for p in found)
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -170,6 +179,9 @@ def rows(
     if columns and format not in _TABLES:
         raise DataError(f"{file}: columns are named for {' and '.join(_TABLES)}, not for {format}")
     read = _READERS[format]
+    damage: tuple[type[BaseException], ...] = (*compression.ERRORS, UnicodeDecodeError)
+    if format in _SELF_COMPRESSED:
+        damage += columnar.ERRORS
     last = "its start"
     try:
         with open_file(file) as raw:
@@ -180,40 +192,29 @@ def rows(
                 on_position(raw.tell())
                 if isinstance(row, Row):
                     last = row.place
-    except _ERRORS as error:
+    except text.NoTextError as error:
+        raise DataError(f"{file} is no text in UTF-8, but looks like {error}") from error
+    except damage as error:
         raise DataError(
             f"{file} is damaged or cut short after {last} ({type(error).__name__}: {error})"
         ) from error
-
-
-def encode(text: str) -> bytes:
-    """The original bytes of a decoded text: UTF-8, with invalid bytes escaped as surrogates.
-
-    A lone surrogate that escapes no byte, which JSON allows, becomes three bytes as in CESU-8.
-    """
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        escaped = rb"\xed[\xb2\xb3][\x80-\xbf]"  # U+DC80 to U+DCFF, each standing for one byte
-        return re.sub(
-            escaped,
-            lambda found: found[0].decode("utf-8", "surrogatepass").encode(*_ESCAPING),
-            text.encode("utf-8", "surrogatepass"),
-        )
 
 
 # ---- readers: (file, stream) -> rows and faults
 
 
 def _jsonl(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
-    for number, line in _lines(stream):
+    for number, line in text.lines(stream, MAX_BYTES):
         place = f"{file}:{number}"
         if line is None:
             yield _too_long(place)
+        elif line.count(b",") > MAX_COMMAS:
+            yield Fault(place, f"too many values: more than {MAX_COMMAS:,} commas")
         elif line and not line.isspace():
             try:
-                text = line.decode(*_ESCAPING)
-                value = json.loads(text, strict=False, object_pairs_hook=_unique)
+                value = json.loads(
+                    line.decode(*text.ESCAPING), strict=False, object_pairs_hook=_unique
+                )
             except (ValueError, RecursionError) as error:
                 yield Fault(place, f"invalid JSON: {error}")
                 continue
@@ -233,7 +234,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _DecodedLines:
-    """The lines of a stream as text, for `csv`, whose own count omits those that it cannot read.
+    """The lines of a stream as text, for `csv`, which can go back to a line of the latest row.
 
     Attributes:
       number: the number of the last line read.
@@ -241,16 +242,46 @@ class _DecodedLines:
 
     def __init__(self, stream: IO[bytes]):
         self.number = 0
-        self._lines = _lines(stream)
+        self._lines = text.lines(stream, MAX_BYTES)
+        self._row = bytearray()  # its lines so far
+        self._again = io.BytesIO()  # lines to be read again
+        self._size = 0  # of `_again`
+        self._too_long = set[int]()  # numbers of lines that are blank in `_row` and `_again`
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        self.number, line = next(self._lines)
-        if line is None:
+        if self._again.tell() < self._size:
+            self.number, line = self.number + 1, self._again.readline()
+        else:
+            self.number, new = next(self._lines)
+            if new is None:
+                self._too_long.add(self.number)
+            line = new or b"\n"
+        is_first = not self._row
+        self._row += line
+        if self.number in self._too_long:
             raise csv.Error(f"a line of more than {MAX_BYTES:,} bytes")
-        return line.decode(*_ESCAPING)
+        if len(self._row) > MAX_OPEN_BYTES and not is_first:
+            raise csv.Error(f"a quote that is open for more than {MAX_OPEN_BYTES:,} bytes")
+        return line.decode(*text.ESCAPING)
+
+    def start_row(self) -> None:
+        self._row.clear()
+
+    def quotes(self) -> int:
+        """The number of quotes in the row."""
+        return self._row.count(b'"')
+
+    def reread(self) -> None:
+        """Goes back to the second line of the row."""
+        rest = self._row[self._row.find(b"\n") + 1 :] if b"\n" in self._row else b""
+        self.number -= rest.count(b"\n") + bool(rest and not rest.endswith(b"\n"))
+        if self._again.tell() < self._size:
+            self._again.seek(-len(rest), io.SEEK_CUR)
+        else:
+            self._again, self._size = io.BytesIO(rest), len(rest)
 
 
 def _csv(
@@ -263,17 +294,25 @@ def _csv(
 ) -> Iterator[Row | Fault]:
     # This limit is global to the process; by default fields are limited to 131,072 characters.
     csv.field_size_limit(MAX_BYTES)
-    # After an exception, the lines and the reader continue with the next one.
     lines = _DecodedLines(stream)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    has_header, recovering = not columns, False
     while True:
+        lines.start_row()
         place = f"{file}:{lines.number + 1}"
         try:
             cells = next(reader, None)
+            if recovering and lines.quotes() % 2:
+                raise csv.Error("a quote without another, after a malformed row")
+            recovering = False
         except csv.Error as error:
             if not columns:
                 raise DataError(f"{place}: the header cannot be read: {error}") from error
             yield Fault(place, f"malformed row: {error}")
+            # A quote that is not closed takes in rows that follow it. They are found again from the
+            # next line on; the end of a text with quotes in it is taken for no row, though.
+            lines.reread()
+            recovering = quoting != csv.QUOTE_NONE
             continue
         if cells is None:
             return
@@ -284,43 +323,22 @@ def _csv(
             _check_distinct(place, columns)
         elif len(cells) != len(columns):
             yield Fault(place, f"wrong columns: {len(cells)}, not {len(columns)}")
+        elif has_header and len(cells) > 1 and cells == columns:
+            yield Fault(place, "a second header")
         else:
             yield Row(place, dict(zip(columns, map(encode, cells))))
 
 
 def _parquet(file: str, stream: IO[bytes]) -> Iterator[Row]:
-    table = pa.parquet.ParquetFile(stream)
-    names = table.schema_arrow.names
+    names, rows = columnar.parquet(stream)
     _check_distinct(file, names)
-    number = 0
-    for batch in table.iter_batches(_PARQUET_ROWS):
-        for values in zip(*map(_values, batch.columns)):
-            yield Row(f"{file}[{number}]", dict(zip(names, values)))
-            number += 1
-
-
-def _values(column: Any) -> list[Any]:
-    """A column of a parquet file as Python values; lists of numbers become arrays."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.string())  # a datetime could lose nanoseconds
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = column.cast(pa.large_binary())
-    kind = column.type
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and (
-        pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)
-    ):
-        return [v.values.to_numpy(zero_copy_only=False) if v.is_valid else None for v in column]
-    return column.to_pylist()
+    for number, fields in enumerate(rows):
+        yield Row(f"{file}[{number}]", fields)
 
 
 def _npz(file: str, stream: IO[bytes]) -> Iterator[Row]:
     try:
-        loaded = np.load(stream, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("a single array")
-        arrays = dict(loaded)
+        arrays = columnar.npz(stream)
     except ValueError as error:  # raised for arrays of objects, too
         raise DataError(f"{file} is no .npz file of arrays of numbers or texts: {error}") from error
     lengths = {array.shape[:1] for array in arrays.values()}
@@ -328,17 +346,13 @@ def _npz(file: str, stream: IO[bytes]) -> Iterator[Row]:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise DataError(f"{file}: the arrays need an equal first axis; there are {shapes}")
     for i in range(len(next(iter(arrays.values())))):
-        yield Row(f"{file}[{i}]", {name: _element(array[i]) for name, array in arrays.items()})
-
-
-def _element(value: Any) -> Any:
-    value = value if np.ndim(value) else value.item()
-    return encode(value) if isinstance(value, str) else value
+        fields = {name: columnar.element(array[i]) for name, array in arrays.items()}
+        yield Row(f"{file}[{i}]", fields)
 
 
 def _fasta(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
     place, header, parts, remaining = "", None, list[bytes](), 0
-    for number, line in itertools.chain(_lines(stream), [(0, b">")]):
+    for number, line in itertools.chain(text.lines(stream, MAX_BYTES), [(0, b">")]):
         if line is not None and line.startswith(b">"):
             if header is not None:
                 fields = _header_fields(header) | {"sequence": b"".join(parts)}
@@ -355,7 +369,7 @@ def _fasta(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
 
 
 def _fastq(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
-    lines = _lines(stream)
+    lines = text.lines(stream, MAX_BYTES)
     window: collections.deque[tuple[int, bytes]] = collections.deque()
     resyncing = False
     while True:
@@ -394,13 +408,13 @@ def _header_fields(header: bytes) -> dict[str, bytes]:
 
 def _text(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
     names = _names(file)
-    for number, line in _lines(stream):
+    for number, line in text.lines(stream, MAX_BYTES):
         place = f"{file}:{number}"
         if line is None:
             yield _too_long(place)
         else:
-            text = line.removesuffix(b"\n").removesuffix(b"\r")
-            yield Row(place, {"text": text, **names})
+            content = line.removesuffix(b"\n").removesuffix(b"\r")
+            yield Row(place, {"text": content, **names})
 
 
 def _whole(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
@@ -434,26 +448,9 @@ _SUFFIXES = {
     ".npz": "npz", ".fasta": "fasta", ".fa": "fasta", ".fna": "fasta", ".ffn": "fasta",
     ".faa": "fasta", ".fastq": "fastq", ".fq": "fastq", ".txt": "text",
 }  # fmt: skip
-_ERRORS = (*compression.ERRORS, OSError, zipfile.BadZipFile, pa.ArrowException)
 
 
 # ---- helpers
-
-
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """The numbered lines, from 1, with their ends; None stands for a line beyond MAX_BYTES."""
-    for number in itertools.count(1):
-        line = stream.readline(MAX_BYTES + 1)
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line:
-            return
-        if len(line) <= MAX_BYTES:
-            yield number, line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(_BLOCK_BYTES)
-        yield number, None
 
 
 def _too_long(place: str) -> Fault:
@@ -484,7 +481,3 @@ def _file_system(path: str) -> tuple[Any, str]:
     if storage.is_remote(path):
         return fsspec.filesystem("gs"), path.removeprefix("gs://")
     return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
-
-
-def _is_hidden(relative: str) -> bool:
-    return any(part.startswith(".") for part in relative.split("/"))

@@ -1,7 +1,7 @@
 """Reader of examples from TensorFlow Datasets (TFDS): `tfds:NAME[/CONFIG][:VERSION]/SPLIT`.
 
     for row in tfds_source.rows("tfds:cifar10/train[:90%]"):
-        ...  # Row('tfds:cifar10/train[:90%][0]', {'id': b'...', 'image': uint8 array, 'label': 3})
+        ...  # Row('tfds:cifar10/train[:90%][0]', {'id': b'...', 'image': array, 'label': b'cat'})
 
 The split is in TFDS's own notation. Datasets are in TFDS's folder (TFDS_DATA_DIR, by default
 ~/tensorflow_datasets) and are downloaded if missing. TensorFlow itself is imported only to prepare
@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from spectral_pod.data.formats import Row, encode
+from spectral_pod.data.formats import Row
+from spectral_pod.data.text import encode
 from spectral_pod.errors import DataError
 
 PREFIX = "tfds:"
@@ -22,14 +23,16 @@ PREFIX = "tfds:"
 def rows(source: str) -> Iterator[Row]:
     """The examples of a split in order, with features as fields.
 
-    A Text is bytes, a ClassLabel the class index, an Image uint8 [height, width, channels].
+    A Text is bytes, a ClassLabel the name of the class or None, an Image uint8 [height, width,
+    channels].
 
     Raises:
       DataError: there is no such split, or no such dataset and it cannot be downloaded.
     """
     builder, split = _open(source)
+    classes = {name: _class_names(feature) for name, feature in builder.info.features.items()}
     for i, example in enumerate(_examples(builder, split)):
-        yield Row(f"{source}[{i}]", {name: _value(value) for name, value in example.items()})
+        yield Row(f"{source}[{i}]", {k: _value(x, classes[k]) for k, x in example.items()})
 
 
 def class_names(source: str, feature: str) -> tuple[str, ...]:
@@ -39,7 +42,11 @@ def class_names(source: str, feature: str) -> tuple[str, ...]:
       DataError: as in `rows`.
     """
     features = _open(source)[0].info.features
-    return tuple(getattr(features[feature], "names", ())) if feature in features else ()
+    return _class_names(features[feature]) if feature in features else ()
+
+
+def _class_names(feature: Any) -> tuple[str, ...]:
+    return tuple(getattr(feature, "names", None) or ())
 
 
 def describe(source: str) -> dict[str, Any]:
@@ -90,8 +97,10 @@ def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
     return iter(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
 
 
-def _value(value: Any) -> Any:
-    """A feature's value, converted as `Row` describes."""
+def _value(value: Any, classes: tuple[str, ...]) -> Any:
+    """A feature's value, converted as `Row` describes, or the name of its class."""
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
+    if classes and isinstance(value, int):
+        value = classes[value] if value >= 0 else None  # -1: there is no label
     return encode(value) if isinstance(value, str) else value

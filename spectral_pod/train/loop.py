@@ -135,7 +135,12 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
         "num_params": trainer.num_params,
         "operations": trainer.operations,
     } | task_facts
-    for text in (*objective.details(evaluation, sources.classes), *task_lines):
+    details = objective.details(evaluation, sources.classes)
+    if details:
+        trainer.writer.texts(
+            trainer.step, {f"{split}/details": "\n".join(("```", *details, "```"))}
+        )
+    for text in (*details, *task_lines):
         print_once(text)
     file = epath.Path(trainer.workdir) / "result.json"
     if runtime.is_leader():

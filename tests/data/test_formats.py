@@ -20,7 +20,7 @@ import pytest
 import zstandard
 from fsspec.implementations.dirfs import DirFileSystem
 
-from spectral_pod.data import formats
+from spectral_pod.data import formats, text
 from spectral_pod.data.formats import Fault, Row
 from spectral_pod.errors import DataError
 
@@ -340,16 +340,17 @@ def test_rows_with_wrong_columns(read, suffix, sep):
 
 def test_malformed_quotes(read):
     rows = read("x.csv", b'a,b\n"x"y,1\nz,2\n"never,3\nended,4\n')
-    assert [place for place, _ in rows] == ["x.csv:2", "x.csv:3", "x.csv:4"]
+    assert [place for place, _ in rows] == [f"x.csv:{n}" for n in range(2, 6)]
     assert rows[0][1].startswith("malformed row: ',' expected")
     assert rows[1][1] == {"a": b"z", "b": b"2"}
     assert rows[2][1] == "malformed row: unexpected end of data"
+    assert rows[3][1] == {"a": b"ended", "b": b"4"}
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_lines_have_a_limit(read, monkeypatch, compression):
     monkeypatch.setattr(formats, "MAX_BYTES", 1000)
-    monkeypatch.setattr(formats, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(text, "_BLOCK_BYTES", 64)
 
     def check(name, lines, bad, reason):
         content = COMPRESS[compression](b"\n".join(lines))
@@ -496,10 +497,12 @@ def test_gs_goes_through_its_file_system(tmp_path, monkeypatch):
     (tmp_path / "bucket/set/a").mkdir(parents=True)
     (tmp_path / "bucket/set/b.jsonl.gz").write_bytes(gzip.compress(b'{"t": "x"}\n{"t": "y"}'))
     (tmp_path / "bucket/set/a/a.txt").write_bytes(b"1\n2\n")
-    (tmp_path / "bucket/set/.hidden").touch()
+    for name in (".hidden", "_SUCCESS"):
+        (tmp_path / "bucket/set" / name).touch()
     files = ["gs://bucket/set/a/a.txt", "gs://bucket/set/b.jsonl.gz"]
     assert formats.files("gs://bucket/set") == formats.files("gs://bucket/set/") == files
     assert formats.files("gs://bucket/*/b.*") == formats.files(files[1]) == files[1:]
+    assert formats.files("gs://bucket/set/*") == files[1:]
     assert [(row.place, row.fields["t"]) for row in formats.rows(files[1])] == [
         (f"{files[1]}:1", b"x"),
         (f"{files[1]}:2", b"y"),

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from spectral_pod.data import origin
+from spectral_pod.data import labels, origin
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import records
 from spectral_pod.data.tasks.records import Records
@@ -240,7 +240,7 @@ def test_labels_are_names_or_numbers_of_classes(build, tmp_path):
         (0, ("3", "5"), "unknown label: '0'; the classes are 3, 5"),
         ("po", ("neg", "pos"), "unknown label: 'po'; the classes are neg, pos"),
         (None, ("neg", "pos"), "no label: field 'label' is null, not a name or an integer"),
-        (0.5, ("neg", "pos"), "no label: field 'label' is 0.5, not a name or an integer"),
+        (0.5, ("neg", "pos"), "unknown label: '0.5'; the classes are neg, pos"),
         ([1], ("neg", "pos"), r"no label: field 'label' is \[1\], not a name or an integer"),
     ):
         with pytest.raises(DataError, match=rf"a\.jsonl:2: {reason}; correct it, or leave out"):
@@ -250,6 +250,7 @@ def test_labels_are_names_or_numbers_of_classes(build, tmp_path):
 def test_one_class_or_very_many_are_none(build, tmp_path, monkeypatch):
     train = write_lines(tmp_path / "a.jsonl", numbered(50))
     monkeypatch.setattr(records, "MAX_CLASSES", 40)
+    monkeypatch.setattr(labels, "MAX_CLASSES", 40)
     for label, amount in {"text": "more than 40 values", "one": "the only value '1'"}.items():
         with pytest.raises(DataError, match=f"'{label}' has {amount} in .*2 classes or more"):
             build(train=write_lines(train, [row | {"one": 1} for row in numbered(50)]), label=label)
@@ -318,7 +319,7 @@ def test_bad_labels_stop_before_anything_is_written(tmp_path, monkeypatch):
         ({"on_fault": "ignore"}, r"options\.on_fault is 'ignore'; known are \['skip', 'stop'\]"),
         ({"held_out": 0.5}, r"options\.held_out is 0\.5; it must be in \[0, 0\.5\)"),
         ({"max_bytes": -1}, r"options\.max_bytes is -1"),
-        ({"classes": ("a", "b", "a")}, r"options\.classes has a name twice"),
+        ({"classes": ("a", "b", "a")}, r"options\.classes has an empty name, or a name twice"),
     ],
 )
 def test_options_are_checked(build, options, message):
@@ -337,7 +338,8 @@ def test_items_may_be_converted_anywhere(build, tmp_path, monkeypatch):
         write_lines(tmp_path / f"set/{i}.jsonl", list(rows))
     train = str(tmp_path / "set")
     _, splits = build(train=train)
-    plan = records.with_classes(Records(train=train))
+    plan = Records(train=train)
+    classes = records.find_classes(plan)
     items = list(plan.items())
     assert len(items) > 40
     assert items == list(plan.items())
@@ -346,8 +348,8 @@ def test_items_may_be_converted_anywhere(build, tmp_path, monkeypatch):
     ]
     done = {}
     for i in reversed(range(len(items))):
-        item, its_plan = pickle.loads(pickle.dumps((items[i], plan)))
-        done[i] = pickle.loads(pickle.dumps(records.convert(item, its_plan)))
+        arguments = pickle.loads(pickle.dumps((items[i], plan, classes)))
+        done[i] = pickle.loads(pickle.dumps(records.convert(*arguments)))
     for name, part in splits.items():
         assert part == [tuple(r) for i in sorted(done) for r in done[i].records[name]]
     assert sum(converted.tally.rows for converted in done.values()) == 500

@@ -16,11 +16,13 @@ from spectral_pod.errors import DataError
 
 NUM = {"train": 30, "test": 10}
 NAMES = ["cat", "dog", "eel"]
+GRADES = ["1", "2", "0"]  # names that are also indices, of other classes
 
 
 def example(i):
     image = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
-    return {"image": image, "text": f"example {i} é", "kind": i % 3, "year": 1900 + i}
+    text = f"example {i} é"
+    return {"image": image, "text": text, "kind": i % 3, "grade": i % 3, "year": 1900 + i}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,7 @@ def prepared(tmp_path_factory):
                 "image": tfds.features.Image(shape=(4, 4, 3)),
                 "text": tfds.features.Text(),
                 "kind": tfds.features.ClassLabel(names=NAMES),
+                "grade": tfds.features.ClassLabel(names=GRADES),
                 "year": np.int64,
             }
             return tfds.core.DatasetInfo(
@@ -79,7 +82,7 @@ def test_examples_are_rows(use, file_format):
         np.testing.assert_array_equal(row.fields["image"], expected["image"])
         assert row.fields["image"].dtype == np.uint8
         assert row.fields["text"] == expected["text"].encode()
-        assert (row.fields["kind"], type(row.fields["kind"])) == (expected["kind"], int)
+        assert row.fields["kind"] == NAMES[expected["kind"]].encode()
     again = [row.fields["year"] for row in tfds_source.rows("tfds:tiny_pets:1.0.0/train[:50%]")]
     assert again == years[:15]
     rest = [row.fields["year"] for row in tfds_source.rows("tfds:tiny_pets/train[50%:]+test")]
@@ -115,6 +118,11 @@ def test_records_of_a_set(use, tmp_path, file_format):
         found |= {d.tobytes(): int(y) for d, y in zip(split.read(range(count)), split.labels)}
     everything = map(example, [*range(30), *range(100, 110)])
     assert found == {records.to_luma(e["image"]).tobytes(): e["kind"] for e in everything}
+    Records(**options | {"label": "grade"}).build(str(tmp_path / "grades"))
+    grades = ByteStore(str(tmp_path / "grades"))
+    assert grades.classes == GRADES
+    labels = [store.split(name).labels.tolist() for name in NUM]
+    assert labels == [grades.split(name).labels.tolist() for name in NUM]
     Records(**options).check(store)
     assert store.manifest["provenance"]["sources"]["test"]["tfds"] == "tiny_pets/1.0.0"
 

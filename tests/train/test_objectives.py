@@ -1,5 +1,6 @@
 """The metrics of the objectives, and where they are reported."""
 
+import collections
 import functools
 import re
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spectral_pod import objectives
 from spectral_pod.data.document_writer import count_words
 from spectral_pod.data.windows import Windows
 from spectral_pod.objectives import Classification, LabelledPositions, NextByte, computed
@@ -48,6 +50,49 @@ def test_classification():
     assert Classification.eval_line("test", values) == line
     (table,) = Classification.details(values, list("abcd"))
     assert table.splitlines()[2].split() == ["b", ".", ".", ".", "1", "0.0%"]
+
+
+@pytest.mark.parametrize("num_classes", [2, 32, 33, 5000])
+def test_many_classes_give_their_worst_pairs(num_classes):
+    """Of batches, also merged in another order, and padded rows left out, as counted one by one."""
+    rng = np.random.default_rng(num_classes)
+    odd = max(1, num_classes // 40)  # few classes, so that pairs repeat
+    true, predicted = rng.integers(0, num_classes, (2, 3, 256)) // odd * odd
+    valid = rng.random((3, 256)) < 0.9
+    batches = [
+        objectives.Confusion.from_model_output(
+            labels=jnp.where(v, y, -1), logits=jax.nn.one_hot(p, num_classes), mask=v
+        )
+        for y, p, v in zip(jnp.asarray(true), jnp.asarray(predicted), jnp.asarray(valid))
+    ]
+    values = batches[0].merge(batches[1]).merge(batches[2]).compute()
+    assert values == batches[2].merge(batches[0].merge(batches[1])).compute()
+    counts = collections.Counter(zip(true[valid].tolist(), predicted[valid].tolist()))
+    names = [f"<{i}>" for i in range(num_classes)]
+    (text,) = Classification.details(values, names)
+    if num_classes <= 32:
+        shape = range(num_classes)
+        assert values == {"confusion": [[counts[i, j] for j in shape] for i in shape]}
+        assert len(text.splitlines()) == num_classes + 1
+    else:
+        wrong = [(-n, i, j) for (i, j), n in counts.items() if i != j]
+        worst = [[i, j, -n] for n, i, j in sorted(wrong)[:20]]
+        assert values == {"confused": worst}
+        i, j, n = worst[0]
+        assert text.splitlines()[1].split() == [str(n), f"<{i}>,", "taken", "for", f"<{j}>"]
+        assert len(text) < 1000
+
+
+def test_names_of_classes_do_not_break_the_report():
+    names = ["a\nb", "x" * 5000, "\x1b[2J"]
+    table = objectives.confusion_table([[1, 2, 0], [0, 3, 0], [0, 0, 4]], names)
+    assert [len(line.split()) for line in table.splitlines()] == [4, 5, 5, 5]
+    assert table.splitlines()[1].split()[0] == r"a\nb"
+    pairs = objectives.worst_pairs([[0, 1, 7], [2, 0, 5]], names)
+    assert len(pairs.splitlines()) == 3
+    assert all(line.isprintable() for line in (table + pairs).splitlines())
+    assert max(map(len, (table + pairs).splitlines())) < 100
+    assert objectives.worst_pairs([], names) == "most confused of 3 classes: none"
 
 
 def test_labelled_positions():
@@ -132,6 +177,11 @@ def test_a_metric_is_one_line(tmp_path):
     printed = f"squared_loss {validation['validation/squared_loss']:.4f}  on 16 records"
     assert re.search(rf"^step 2 validation: .*  {printed}$", done.stdout, re.MULTILINE)
     assert f"squared_loss {result['squared_loss']:.4f}; see" in done.stdout
+    # The details of the last evaluation are in TensorBoard as they are in print.
+    (line,) = re.findall(r"^ .*  recall$", done.stdout, re.MULTILINE)
+    events = b"".join(path.read_bytes() for path in tmp_path.glob("events.*"))
+    assert b"test/details" in events
+    assert line.encode() in events
 
 
 def test_a_metric_belongs_to_its_objective_only():

@@ -13,22 +13,30 @@ import dataclasses
 import functools
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from absl import logging
 
-from spectral_pod.data import byte_store, formats, origin, parallel_write, tfds_source
+from spectral_pod.data import (
+    byte_store,
+    columnar,
+    formats,
+    labels,
+    origin,
+    parallel_write,
+    tfds_source,
+)
 from spectral_pod.data.byte_store import Record
 from spectral_pod.data.formats import Fault, Row
+from spectral_pod.data.labels import MAX_CLASSES, Classes
 from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Bound, NonNegative
 
 SPLITS = ("train", "validation", "test")
-MAX_CLASSES = 65_536
 _ITEM_BYTES = 64_000_000
 _ROW_BYTES = 1_000  # of memory, that a row takes beside the bytes in it
 _PLACES = 5  # named for each reason why records were skipped
@@ -76,10 +84,7 @@ class Converted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Records(StoredTask):
-    """Records of files, or of a dataset of TFDS.
-
-    A label is the name of a class or, where the names are no integers, also its number.
-    """
+    """Records of files, or of a dataset of TFDS, whose labels are as `data/labels.py` says."""
 
     name = "records"
     version = 1
@@ -95,8 +100,9 @@ class Records(StoredTask):
     # The field with the bytes, or several: then a record is a tuple, such as two documents.
     data: str | tuple[str, ...] = "text"
     label: str = "label"  # the field with the class
-    # Names of the classes, by label; () takes those of a TFDS ClassLabel, or else the values in the
-    # training source, sorted, integers by their value.
+    # Names of the classes in order; where none is a number, a label may also be the index of one.
+    # () takes those of a TFDS ClassLabel, or else the labels in the training source, sorted,
+    # integers by their value.
     classes: tuple[str, ...] = ()
     # The part of the training records for each of validation and test that has no source of its
     # own; 0 leaves these splits out.
@@ -111,9 +117,11 @@ class Records(StoredTask):
             raise ConfigError(
                 f"config.data.options.data is {self.data!r}; name a field, or several"
             )
-        if len(set(self.classes)) < len(self.classes):
+        places = Classes(self.classes).places
+        if len(places) < len(self.classes) or "" in places:
             raise ConfigError(
-                f"config.data.options.classes has a name twice: {', '.join(self.classes)}"
+                "config.data.options.classes has an empty name, or a name twice, as '1' and '1.0' "
+                f"are: {', '.join(map(repr, self.classes))}"
             )
 
     @property
@@ -176,19 +184,24 @@ class Records(StoredTask):
                 "config.data.options.train is empty; name a file, a folder, or tfds:NAME/SPLIT"
             )
         sources = {split: describe(source) for split, source in self.sources.items()}
-        plan = with_classes(self)
+        classes = find_classes(self)
         size = sum(source.get("bytes", 0) for source in sources.values())
         read = Progress("Reading records", size, "bytes")
-        options = plan.options | {"data": plan.data_fields}
+        options = self.options | {"data": self.data_fields}
         parallel_write.write(
             path,
-            plan.items(read.add),
-            functools.partial(_converted, plan=plan),
-            plan={"version": self.version, "sources": sources, "options": options},
-            splits=plan.splits,
-            classes=plan.classes,
-            documents=len(plan.data_fields),
-            provenance=functools.partial(_provenance, plan, sources),
+            self.items(read.add),
+            functools.partial(_converted, plan=self, classes=classes),
+            plan={
+                "version": self.version,
+                "sources": sources,
+                "options": options,
+                "classes": dataclasses.asdict(classes),
+            },
+            splits=self.splits,
+            classes=classes.names,
+            documents=len(self.data_fields),
+            provenance=functools.partial(_provenance, self, sources),
             num_workers=os.cpu_count() or 1,
         )
         read.end()
@@ -228,6 +241,10 @@ def _provenance(
         if not count:
             source = split if split in sources else "train"
             raise DataError(_nothing_left(plan, split, tallies[source]))
+    for split, total in tallies.items():
+        for kind, count in total.skipped.items():
+            places = "; ".join(total.places[kind])
+            logging.warning("%d of %d records of %s skipped: %s", count, total.rows, split, places)
     options = plan.options | {"data": plan.data_fields}
     return {
         "task": "records",
@@ -236,45 +253,38 @@ def _provenance(
     }
 
 
-def _converted(item: Item, plan: Records) -> parallel_write.Converted:
-    records, tally = convert(item, plan)
+def _converted(item: Item, plan: Records, classes: Classes) -> parallel_write.Converted:
+    records, tally = convert(item, plan, classes)
     counts = {split: len(held) for split, held in records.items()}
     return records, (item.split, dataclasses.asdict(tally), counts)
 
 
-def with_classes(plan: Records) -> Records:
-    """The plan with the names of its classes, for which it may read the training source once.
+def find_classes(plan: Records) -> Classes:
+    """The classes of a plan, for which it may read the training source once.
 
     Raises:
       DataError: a label cannot be used, there is only one class, or there are too many.
     """
     if plan.classes:
-        return plan
+        return Classes(plan.classes)
     is_tfds = plan.train.startswith(tfds_source.PREFIX)
     if is_tfds and (names := tfds_source.class_names(plan.train, plan.label)):
-        return dataclasses.replace(plan, classes=names)
-    found: set[str] = set()
+        return Classes(names, stated=False)
+    found = labels.Found(plan.label)
     for row in _rows(plan.train, plan.format, plan.columns):
-        label = row if isinstance(row, Fault) else _label(row, plan.label)
-        if isinstance(label, str):
-            found.add(label)
-        elif plan.on_fault == "stop":
-            raise DataError(_fault_message(label))
+        fault = (
+            row
+            if isinstance(row, Fault)
+            else _missing(row, plan.label) or found.add(row.fields[plan.label], row.place)
+        )
+        if fault and plan.on_fault == "stop":
+            raise DataError(_fault_message(fault))
         if len(found) > MAX_CLASSES:
             break
-    if not 1 < len(found) <= MAX_CLASSES:
-        amount = f"more than {MAX_CLASSES:,}" if found else "no"
-        amount = f"the only value {found.pop()!r}" if len(found) == 1 else f"{amount} values"
-        raise DataError(
-            f"config.data.options.label: field {plan.label!r} has {amount} in {plan.train}; "
-            "classification needs 2 classes or more"
-        )
-    integers = all(map(_is_integer, found))
-    classes = sorted(found, key=lambda name: (int(name) if integers else 0, name))
-    return dataclasses.replace(plan, classes=tuple(classes))
+    return found.classes(plan.train)
 
 
-def convert(item: Item, plan: Records) -> Converted:
+def convert(item: Item, plan: Records, classes: Classes) -> Converted:
     """The records that rows become, in their order. A pure function: any process may run it.
 
     Raises:
@@ -282,10 +292,8 @@ def convert(item: Item, plan: Records) -> Converted:
     """
     records: dict[str, list[Record]] = {split: [] for split in plan.splits}
     tally = Tally(rows=len(item.rows))
-    index = {name: i for i, name in enumerate(plan.classes)}
-    numbered = not any(map(_is_integer, plan.classes))
     for row in item.rows:
-        example = row if isinstance(row, Fault) else _example(row, plan, index, numbered)
+        example = row if isinstance(row, Fault) else _example(row, plan, classes)
         if isinstance(example, Fault):
             if plan.on_fault == "stop":
                 raise DataError(_fault_message(example))
@@ -337,38 +345,30 @@ def describe(source: str) -> dict[str, Any]:
 # ---- rows
 
 
-def _example(
-    row: Row, plan: Records, index: Mapping[str, int], numbered: bool
-) -> tuple[tuple[bytes, ...], int] | Fault:
+def _example(row: Row, plan: Records, classes: Classes) -> tuple[tuple[bytes, ...], int] | Fault:
     documents: tuple[bytes, ...] = ()
     for field in plan.data_fields:
         document = bytes_of(row, field, plan.luma)
         if isinstance(document, Fault):
             return document
         documents += (document,)
-    name = _label(row, plan.label)
-    if isinstance(name, Fault):
-        return name
-    label = index.get(name)
-    if label is None and numbered and _is_integer(name):
-        label = int(name)
-        if not 0 <= label < len(index):
-            return Fault(row.place, f"label out of range: {label}, with {len(index)} classes")
-    if label is None:
-        known = ", ".join(list(index)[:20]) + (", ..." if len(index) > 20 else "")
-        return Fault(row.place, f"unknown label: {name!r}; the classes are {known}")
-    return documents, label
+    if fault := _missing(row, plan.label):
+        return fault
+    label = classes.index(row.fields[plan.label], plan.label, row.place)
+    return label if isinstance(label, Fault) else (documents, label)
 
 
 def bytes_of(row: Row, field: str, luma: bool = False) -> bytes | Fault:
     """The bytes of a field: those of a text, or of an array uint8, which `luma` makes grey."""
-    if field not in row.fields:
-        return _missing(row, field)
+    if fault := _missing(row, field):
+        return fault
     value = row.fields[field]
     if isinstance(value, bytes):
         return value
     if not isinstance(value, np.ndarray):
         kind = "null" if value is None else f"a {type(value).__name__}"
+        if isinstance(value, columnar.Unreadable):
+            kind = f"of type {value.type}"
         return Fault(row.place, f"no bytes: field {field!r} is {kind}, not text")
     if value.dtype != np.uint8:
         return Fault(
@@ -390,27 +390,10 @@ def to_luma(rgb: np.ndarray) -> np.ndarray:
     return ((weighted + (1 << 15)) >> 16).astype(np.uint8)
 
 
-def _label(row: Row, field: str) -> str | Fault:
-    """The name of a row's class, or the digits of its number."""
-    if field not in row.fields:
-        return _missing(row, field)
-    value = row.fields[field]
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return str(int(value))  # numbers beside a null are floats in some files
-    kind = "null" if value is None else repr(value)[:40]
-    return Fault(row.place, f"no label: field {field!r} is {kind}, not a name or an integer")
-
-
-def _missing(row: Row, field: str) -> Fault:
+def _missing(row: Row, field: str) -> Fault | None:
+    if field in row.fields:
+        return None
     return Fault(row.place, f"no field: {field!r} is not among {', '.join(map(repr, row.fields))}")
-
-
-def _is_integer(name: str) -> bool:
-    return re.fullmatch("-?[0-9]{1,18}", name) is not None
 
 
 def _split(source: str, documents: Sequence[bytes], plan: Records) -> str:
