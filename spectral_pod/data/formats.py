@@ -81,8 +81,10 @@ def files(source: str) -> list[str]:
         a glob; on disk or gs://.
 
     Raises:
+      ConfigError: the source names no place.
       DataError: there is no such file.
     """
+    source = storage.place(source, "a source", root=True)
     system, path = _file_system(source)
     try:
         if system.isfile(path):

@@ -57,6 +57,7 @@ from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks import records
 from spectral_pod.data.tasks.task import StoredTask, Stores
 from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.storage import Source
 
 if TYPE_CHECKING:
     from spectral_pod.config import Config, DataConfig
@@ -98,10 +99,10 @@ class LanguageModelling(StoredTask):
     num_classes = windows.NUM_CLASSES  # bytes and the end of a document
 
     seed: int = 0  # decides which split a document is in, where nothing else does
-    source: str = ""  # another name of `train`
-    train: str = ""  # a source; "" is the interpreter's own library
-    validation: str = ""  # a source; "" holds out a part of the training documents
-    test: str = ""  # likewise, unless there is a source for validation: then there is no such split
+    source: Source = ""  # another name of `train`
+    train: Source = ""  # a source; "" is the interpreter's own library
+    validation: Source = ""  # a source; "" holds out a part of the training documents
+    test: Source = ""  # likewise, unless there is a source for validation: then there is no such split
     format: str = "auto"  # of the files, where their suffixes do not say it: see `formats.rows`
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header
     data: str = "text"  # the field of a record that is the document
