@@ -4,12 +4,21 @@ import functools
 import itertools
 import json
 import math
+import typing
+from typing import Literal
 
 import pytest
 
-from spectral_pod.config import annotations, default, flat, to_dict
+from spectral_pod import models
+from spectral_pod.config import annotations, default, flat, mixer_options, to_dict
 from spectral_pod.errors import ConfigError
+from spectral_pod.generate.restore import one_device
+from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
+from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.models import MODELS
+from spectral_pod.train.optim import OPTIMIZERS, make_optimizer
 from spectral_pod.train.starts import claim_workdir
+from spectral_pod.train.state import abstract_state
 from spectral_pod.validation import validate, validate_mesh
 from tests import trainer
 
@@ -186,3 +195,72 @@ def test_a_workdir_of_before_a_field_was_added_continues(tmp_path):
 def test_every_field_says_what_it_may_be():
     """And there is no annotation of a field that does not exist."""
     assert annotations().keys() == flat(to_dict(default())).keys()
+
+
+ORDINARY = {int: [0, 1, 2, 3, 5, 8, 1000], float: [0.0, 1e-320, 0.5, 1.0, 1.5, 7.0, 1e30, 1e300]}
+NAMES = {
+    "model.channel_mixer": CHANNEL_MIXERS,
+    "optimizer.name": OPTIMIZERS,
+    "model.pattern": [(mixer,) for mixer in MIXERS],
+}
+
+
+def ordinary_values(field, annotation):
+    """Values that a field may accept."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if annotation is bool:
+        return True, False
+    return [*NAMES.get(field, ORDINARY.get(annotation, ())), *NONSENSE]
+
+
+def settings(task, name):
+    """A small configuration with each value of each field that decides how a model is built, and
+    with a mixer that reads it."""
+    small = {
+        "data.task": task, "data.seq_len": 64, "model.name": name, "model.num_layers": 1,
+        "model.hidden_dim": 16, "model.embed_dim": 8, "model.memory.head_dim": 8,
+        "train.global_batch_size": 8, "train.sample_bytes": 0,
+    }  # fmt: skip
+    sections = mixer_options()
+    causal = MODELS[name].causal
+    for field, annotation in annotations().items():
+        if not field.startswith(("model.", "optimizer.")) and field != "data.seq_len":
+            continue
+        section = field.split(".")[1]
+        readers = [
+            mixer
+            for mixer, cls in MIXERS.items()
+            if cls.section == section and (cls.can_be_causal or not causal)
+        ]
+        pattern = {"model.pattern": tuple(readers)} if section in sections and readers else {}
+        for value in ordinary_values(field, annotation):
+            c = default()
+            c.update_from_flattened_dict(small | pattern)
+            *parents, last = field.split(".")
+            parent = functools.reduce(getattr, parents, c)
+            with parent.ignore_type():
+                parent[last] = value
+            yield field, value, c
+
+
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 100))]
+)
+@pytest.mark.parametrize(("task", "name"), [("listops", "spectral_model"), ("lm", "spectral_gpt")])
+def test_what_is_accepted_can_be_built(task, name, part):
+    """A model and its optimizer, in shapes only."""
+    mesh = one_device()
+    for field, value, c in [*settings(task, name)][part::100]:
+        try:
+            validate(c)
+            validate_mesh(c, 1)
+        except ConfigError:
+            continue
+        model = models.build(c, num_classes=10)
+        try:
+            abstract_state(model, make_optimizer(c, model, mesh).tx, mesh)
+        except Exception as error:
+            raise AssertionError(f"config.{field} = {value!r} is accepted") from error
