@@ -168,7 +168,7 @@ def _segment(
         return result, None
     size2_BGHT = jnp.sum(e**2, -1) * jnp.sum(k**2, -1)
     # Not `any(>)`: without clipping, the segment may have overflowed to NaN.
-    clipped = ~jnp.all(size2_BGHT <= plan.clip * plan.clip)  # a power would raise where it is inf
+    clipped = ~jnp.all(size2_BGHT <= plan.clip**2)
     by_recurrence = functools.partial(delta_rule_recurrent, clip=plan.clip)
     return jax.lax.cond(clipped, by_recurrence, lambda *_: result, inputs, state_BHVK), clipped
 
