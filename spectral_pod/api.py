@@ -20,7 +20,7 @@ from spectral_pod import config as config_lib
 from spectral_pod import fields, models
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
-from spectral_pod.fields import NonNegative, Positive, shown
+from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, Probability, shown
 from spectral_pod.generate import export
 from spectral_pod.generate.restore import Trained, fitted, one_device, restore_for_inference
 from spectral_pod.generate.sampling import Sampling
@@ -75,11 +75,11 @@ def _set(section: ConfigDict, name: str, value: Any) -> None:
         for key, item in value.items():
             _set(section[name], key, item)
         return
-    kind = dict if free else type(section[name])
     try:
         section[name] = ConfigDict(dict(value)) if free else value
     except (TypeError, ValueError) as error:
-        kind = "a mapping" if issubclass(kind, (dict, ConfigDict)) else f"of type {kind.__name__}"
+        held = section[name]
+        kind = "a mapping" if isinstance(held, ConfigDict) else f"of type {type(held).__name__}"
         raise ConfigError(f"Config field {name!r} is {shown(value)}; it must be {kind}") from error
 
 
@@ -285,17 +285,18 @@ class _LanguageModel(Model):
         given = _checked_text(prompt, "prompt")
         if not given:
             raise ConfigError("prompt is empty; give at least one byte to continue")
-        numbers = {
-            name: value.item() if isinstance(value, np.generic) else value
-            for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
-        }
+        sampling = Sampling(
+            _checked(NonNegativeFloat, temperature, "temperature"),
+            _checked(NonNegative, top_k, "top_k"),
+            _checked(Probability, top_p, "top_p"),
+        )
         with on_mesh(self.mesh):
             pieces = continuations(
                 self._trained,
                 [given],
                 num_bytes=_checked(NonNegative, max_length, "max_length"),
                 seed=_checked(int, seed, "seed"),
-                sampling=Sampling(**numbers),
+                sampling=sampling,
                 stop=_checked_text(stop, "stop"),
             )
             written = b"".join(piece for (piece,) in pieces)
