@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from spectral_pod import objectives
+from spectral_pod import objectives, storage
 from spectral_pod.data import (
     byte_store,
     compression,
@@ -102,7 +102,7 @@ class LanguageModelling(StoredTask):
     source: Source = ""  # another name of `train`
     train: Source = ""  # a source; "" is the interpreter's own library
     validation: Source = ""  # a source; "" holds out a part of the training documents
-    test: Source = ""  # likewise, unless there is a source for validation: then there is no such split
+    test: Source = ""  # likewise; no such split if only validation has a source
     format: str = "auto"  # of the files, where their suffixes do not say it: see `formats.rows`
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header
     data: str = "text"  # the field of a record that is the document
@@ -204,7 +204,8 @@ class LanguageModelling(StoredTask):
         is_read_otherwise = (
             suffix in compression.SUFFIXES or self._format(self.source) != "document"
         )
-        if is_read_otherwise or os.path.isdir(os.path.expanduser(self.source)):
+        path = self.source and storage.place(self.source, "a source", root=True)
+        if is_read_otherwise or os.path.isdir(path):
             return [self.identity()]
         return [*super().forms(given), older]
 
