@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
-from spectral_pod import models
+from spectral_pod import fields, models
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, Probability, shown
 from spectral_pod.generate import export
 from spectral_pod.generate.restore import Trained, fitted, one_device, restore_for_inference
 from spectral_pod.generate.sampling import Sampling
@@ -27,7 +28,7 @@ from spectral_pod.generate.text import continuations
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import abstract_params, init_params
 from spectral_pod.parallel import runtime
-from spectral_pod.parallel.mesh import on_mesh
+from spectral_pod.parallel.mesh import AXES, on_mesh
 from spectral_pod.parallel.sharding import num_shards, tree_shardings
 from spectral_pod.seeds import random_key
 from spectral_pod.shapes import PAD
@@ -36,7 +37,7 @@ from spectral_pod.validation import validate
 runtime.leave_out_absent_tpus()
 
 
-def Config(**fields: Any) -> Any:
+def Config(**values: Any) -> Any:
     """`config.default()` with some fields changed.
 
     Keywords are fields of `config.model` or sections of the configuration. The value of a section
@@ -52,7 +53,7 @@ def Config(**fields: Any) -> Any:
       ConfigError: there is no such field, or its value is of another type.
     """
     config: Any = config_lib.default()
-    for name, value in fields.items():
+    for name, value in values.items():
         first = name.partition(".")[0]
         section = config if first in config and first not in config.model else config.model
         _set(section, name, value)
@@ -60,6 +61,8 @@ def Config(**fields: Any) -> Any:
 
 
 def _set(section: ConfigDict, name: str, value: Any) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"Config has no field {shown(name)}; names are text")
     name, _, rest = name.partition(".")
     if rest:
         value = {rest: value}
@@ -73,9 +76,11 @@ def _set(section: ConfigDict, name: str, value: Any) -> None:
             _set(section[name], key, item)
         return
     try:
-        section[name] = ConfigDict(value) if free else value
-    except TypeError as error:
-        raise ConfigError(f"Config field {name!r}: {error}") from error
+        section[name] = ConfigDict(dict(value)) if free else value
+    except (TypeError, ValueError) as error:
+        held = section[name]
+        kind = "a mapping" if isinstance(held, ConfigDict) else f"of type {type(held).__name__}"
+        raise ConfigError(f"Config field {name!r} is {shown(value)}; it must be {kind}") from error
 
 
 class Model:
@@ -95,11 +100,12 @@ class Model:
     default_task: str  # for a configuration that names no task
 
     def __init__(self, config: ConfigDict, *, num_classes: int, mesh: Mesh | None = None):
-        config = config_lib.copy(config)
+        config = config_lib.copy(_checked_config(config))
+        num_classes = _checked(Positive, num_classes, "num_classes")
         config.model.name = self.name
         config.data.task = config.data.task or self.default_task
         validate(config)
-        mesh = mesh or one_device()
+        mesh = _checked_mesh(mesh) or one_device()
         vocab_size = tasks.make(config.data.task, config.data.options).vocab_size
         build = functools.partial(
             models.build,
@@ -136,7 +142,8 @@ class Model:
         Raises:
           UserError: there is no sound checkpoint, or the model is of another class.
         """
-        trained = restore_for_inference(workdir, step=step, mesh=mesh, dtype=dtype)
+        step = step if step is None else _checked(NonNegative, step, "step")
+        trained = restore_for_inference(workdir, step=step, mesh=_checked_mesh(mesh), dtype=dtype)
         return cls._from_trained(trained, workdir)
 
     @classmethod
@@ -148,7 +155,8 @@ class Model:
         Raises:
           UserError: there is no model, it is damaged, or it is of another class.
         """
-        return cls._from_trained(export.load(directory, mesh=mesh, dtype=dtype), directory)
+        trained = export.load(directory, mesh=_checked_mesh(mesh), dtype=dtype)
+        return cls._from_trained(trained, directory)
 
     @classmethod
     def _from_trained(cls, trained: Trained, origin: str) -> Self:
@@ -162,9 +170,36 @@ class Model:
         return model
 
     def __call__(self, tokens_BL: Any) -> jax.Array:
-        """float32 logits of int tokens [B, L]; positions with `shapes.PAD` are padding."""
+        """float32 logits of int tokens [B, L]; positions with `shapes.PAD` are padding.
+
+        Raises:
+          DataError: these are no such tokens. The values of arrays on devices are not looked at.
+        """
+        if not isinstance(tokens_BL, jax.Array):
+            tokens_BL = self._checked_tokens(tokens_BL)
+        multiple = models.MODELS[self.name].bytes_per_position
+        shape = tokens_BL.shape
+        is_batch = len(shape) == 2 and min(shape) > 0 and shape[1] % multiple == 0
+        if not is_batch or not jnp.issubdtype(tokens_BL.dtype, jnp.integer):
+            raise DataError(
+                f"tokens_BL is {tokens_BL.dtype}{list(shape)}; it must be of integers [B, L], L a "
+                f"multiple of {multiple}"
+            )
         with on_mesh(self.mesh):
             return _apply(self.module, self.params, jnp.asarray(tokens_BL, jnp.int32))
+
+    def _checked_tokens(self, tokens: Any) -> np.ndarray:
+        try:
+            array = np.asarray(tokens)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"tokens_BL is no array of integers: {error}") from error
+        top = self._trained.vocab_size
+        if array.dtype.kind in "iu" and array.size and not 0 <= array.min() <= array.max() < top:
+            raise DataError(
+                f"tokens_BL has values from {array.min()} to {array.max()}; they must be in "
+                f"[0, {top})"
+            )
+        return array
 
     def count_parameters(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.params))
@@ -194,7 +229,8 @@ class SpectralModel(Model):
         For a batch, call the model with int tokens [B, L], L a multiple of 4: it returns [B, C].
 
         Raises:
-          DataError: a document is empty or too long, or the number of documents is wrong.
+          DataError: a document is no bytes, is empty or too long, or the number of documents is
+            wrong.
         """
         data = self.config.data
         if len(documents) != data.documents:
@@ -203,6 +239,8 @@ class SpectralModel(Model):
             rows = num_shards("batch")
         tokens_BKL = np.full((rows, data.documents, data.seq_len), PAD, np.int32)
         for i, document in enumerate(documents):
+            if not isinstance(document, (bytes, bytearray)):
+                raise DataError(f"a document is {shown(document)}; it must be bytes")
             if not 0 < len(document) <= data.seq_len:
                 raise DataError(
                     f"a document of {len(document)} bytes; this model takes 1 to {data.seq_len}"
@@ -215,7 +253,8 @@ class _LanguageModel(Model):
     default_task = "lm"
 
     def __init__(self, config: ConfigDict, *, mesh: Mesh | None = None):
-        task = tasks.make(config.data.task or self.default_task, config.data.options)
+        data = _checked_config(config).data
+        task = tasks.make(data.task or self.default_task, data.options)
         super().__init__(config, num_classes=task.num_classes, mesh=mesh)
 
     def generate(
@@ -240,18 +279,25 @@ class _LanguageModel(Model):
           stop: the text ends before the first occurrence of this; empty for none.
 
         Raises:
-          ValueError: the prompt is empty.
-          ConfigError: the model does not predict bytes.
+          ConfigError: the prompt is empty, an argument is out of its range, or the model does not
+            predict bytes.
         """
-        given = prompt.encode() if isinstance(prompt, str) else prompt
+        given = _checked_text(prompt, "prompt")
+        if not given:
+            raise ConfigError("prompt is empty; give at least one byte to continue")
+        sampling = Sampling(
+            _checked(NonNegativeFloat, temperature, "temperature"),
+            _checked(NonNegative, top_k, "top_k"),
+            _checked(Probability, top_p, "top_p"),
+        )
         with on_mesh(self.mesh):
             pieces = continuations(
                 self._trained,
                 [given],
-                num_bytes=max_length,
-                seed=seed,
-                sampling=Sampling(temperature, top_k, top_p),
-                stop=stop.encode() if isinstance(stop, str) else stop,
+                num_bytes=_checked(NonNegative, max_length, "max_length"),
+                seed=_checked(int, seed, "seed"),
+                sampling=sampling,
+                stop=_checked_text(stop, "stop"),
             )
             written = b"".join(piece for (piece,) in pieces)
         return written.decode(errors="replace") if isinstance(prompt, str) else written
@@ -280,6 +326,34 @@ class SpectralLLM(_LanguageModel):
     """
 
     name = "spectral_llm"
+
+
+def _checked(annotation: Any, value: Any, name: str) -> Any:
+    """The value of an argument, which numbers of NumPy may be, if its annotation accepts it."""
+    value = value.item() if isinstance(value, np.generic) else value
+    fields.check(annotation, value, name)
+    return value
+
+
+def _checked_text(text: Any, name: str) -> bytes:
+    if not isinstance(text, (str, bytes)):
+        raise ConfigError(f"{name} is {shown(text)}; it must be str or bytes")
+    try:
+        return text.encode() if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name} is {shown(text)}, which is no Unicode text: {error}") from error
+
+
+def _checked_config(config: Any) -> ConfigDict:
+    if not isinstance(config, ConfigDict) or not {"data", "model", "seed"} <= set(config):
+        raise ConfigError(f"config is {shown(config)}; make one by spectral_pod.Config")
+    return config
+
+
+def _checked_mesh(mesh: Any) -> Mesh | None:
+    if mesh is not None and not (isinstance(mesh, Mesh) and set(mesh.axis_names) == set(AXES)):
+        raise ConfigError(f"mesh is {shown(mesh)}; make one by parallel.mesh.make_mesh")
+    return mesh
 
 
 @functools.partial(jax.jit, static_argnums=0)

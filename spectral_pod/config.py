@@ -17,6 +17,7 @@ from spectral_pod.fields import Fraction, NonNegative, NonNegativeFloat, Positiv
 from spectral_pod.layers.architecture import ModelConfig
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.storage import Folder, LocalFolder
 
 
 @dataclasses.dataclass
@@ -26,8 +27,8 @@ class DataConfig:
     options: Any = dataclasses.field(default_factory=ConfigDict)
     # Existing stores that replace the task's own: paths, or pairs of a path and a mixture weight.
     stores: tuple[Any, ...] = ()
-    dir: str = "~/.cache/spectral_pod"  # folder or gs:// URL below which stores are written once
-    copies_dir: str = "~/.cache/spectral_pod/copies"  # local copies of stores read from gs://
+    dir: Folder = "~/.cache/spectral_pod"  # folder or gs:// URL below which stores are written once
+    copies_dir: LocalFolder = "~/.cache/spectral_pod/copies"  # copies of stores read from gs://
     copies_gb: NonNegativeFloat = 0.0  # disk limit for copies, in GB; 0 disables
     # Bytes per document, or per window of a language model. Longer documents are an error, unless
     # `truncate` cuts them.

@@ -13,9 +13,10 @@ import ast
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from spectral_pod.errors import ConfigError
@@ -29,6 +30,10 @@ class Bound(NamedTuple):
     least: float
     below: float
     meaning: str
+
+    def check(self, number: float, field: str) -> None:
+        if not self.least <= number < self.below:
+            raise ConfigError(f"{field} is {number}; it must be {self.meaning}")
 
 
 _INF = float("inf")
@@ -59,26 +64,30 @@ def check(annotation: Any, value: Any, field: str) -> None:
     if get_origin(annotation) is Literal:
         one_of(field, value, get_args(annotation))
         return
-    bounds: tuple[Any, ...] = ()
+    rules: Sequence[Any] = ()  # which check further: `Bound`, `storage.Place`
     if get_origin(annotation) is Annotated:
-        annotation, *rest = get_args(annotation)
-        bounds = tuple(bound for bound in rest if isinstance(bound, Bound))
+        annotation, *rules = get_args(annotation)
     if not _is(value, annotation):
-        raise ConfigError(f"{field} is {value!r}; it must be {_named(annotation)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{field} is {value}; it must be a finite number")
-    for bound in bounds:
-        if not bound.least <= value < bound.below:
-            raise ConfigError(f"{field} is {value}; it must be {bound.meaning}")
+        raise ConfigError(f"{field} is {shown(value)}; it must be {_named(annotation)}")
+    if annotation is float and not abs(value) <= sys.float_info.max:
+        raise ConfigError(f"{field} is {shown(value)}; it must be a finite number")
+    for rule in rules:
+        rule.check(value, field)
 
 
 def one_of(field: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises a ConfigError for a value that is no choice; it lists the choices and suggests one."""
     choices = list(choices)
-    if not any(value == choice and type(value) is type(choice) for choice in choices):  # True == 1
+    if not any(type(value) is type(choice) and value == choice for choice in choices):  # True == 1
         texts = [choice for choice in choices if isinstance(choice, str)]
         near = hint(value, texts) if isinstance(value, str) else ""
-        raise ConfigError(f"{field} is {value!r}; known are {sorted(choices)}{near}")
+        raise ConfigError(f"{field} is {shown(value)}; known are {sorted(choices)}{near}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message: one line of at most 200 letters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def hint(word: str, words: Iterable[str]) -> str:

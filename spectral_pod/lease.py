@@ -55,9 +55,9 @@ class Lease:
           wait: whether entering waits for the end of another holder, or raises `InUseError`.
           say: prints a line about a wait.
         """
-        folder, _, self._name = path.rpartition("/")
+        folder, self._name = os.path.split(path)
         self._what, self._wait, self._say = what, wait, say
-        self._folder, self._path = folder, path
+        self._folder, self._path = folder or ".", path
         self._me = _this_process()
         self._lost = ""
         self._ended = threading.Event()

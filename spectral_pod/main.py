@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     runtime.preemption.listen()
     runtime.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _BIND.value)
     config = _CONFIG.value
-    workdir: Any = _WORKDIR.value
+    workdir = storage.place(_WORKDIR.value, "--workdir")
     storage.check_access(workdir, write=not _EVAL_ONLY.value)
     if config.train.compilation_cache:
         runtime.enable_compilation_cache(workdir, read_only=_EVAL_ONLY.value)

@@ -1,4 +1,4 @@
-"""Access to object storage (gs://): retries, permission checks and atomic writes of files.
+"""Places on disk and in object storage (gs://): names, retries, permissions and atomic writes.
 
 Three libraries access gs://: tensorstore (records and arrays), gcsfs through etils' epath (all
 other files) and google-cloud-storage (Orbax's check of the bucket, and ours below). All of them use
@@ -8,11 +8,15 @@ module sets environment variables that they read, so it must be imported before 
 
 import functools
 import os
+import re
 import sys
+import unicodedata
+import urllib.parse
 import uuid
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from spectral_pod.errors import UserError, naming
+from spectral_pod import fields
+from spectral_pod.errors import ConfigError, UserError, naming
 
 _SILENCE = 20  # seconds without data after which a connection counts as broken
 _ENVIRONMENT = {
@@ -67,7 +71,7 @@ def kvstore_spec(url: str) -> dict[str, Any]:
     """The spec of a `tensorstore.KvStore` of the files below a folder or a gs:// URL."""
     if is_remote(url):
         bucket, _, path = url.removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/" if path else ""}
     return {"driver": "file", "path": f"{os.path.abspath(url)}/"}
 
 
@@ -96,17 +100,18 @@ def stays_inside(name: str) -> bool:
 
 
 def check_access(url: str, *, write: bool) -> None:
-    """Checks at start-up that storage is usable; does nothing for local folders.
+    """Checks at start-up that a folder can be used, whether or not it exists.
 
-    Lists one object below `url`. With `write` it also reads the bucket's metadata, as Orbax does,
-    and creates and deletes an empty object. Retries for up to a minute.
+    Lists one object below a gs:// URL. With `write` it also reads the bucket's metadata, as Orbax
+    does, and creates and deletes an empty object. Retries for up to a minute.
 
     Raises:
-      UserError: there are no credentials, no such bucket, no permission, or no network; the message
+      UserError: there are no credentials, no such bucket, no permission, or no network; on disk,
+        the path is or goes through a file or a broken link, or permissions are missing. The message
         says which and what to do.
     """
     if not is_remote(url):
-        return
+        return _check_disk(url, write=write)
     _bound_silence()
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError
@@ -223,3 +228,129 @@ def write_whole(file: Any, data: str | bytes) -> None:
             os.fsync(folder)  # the new name
         finally:
             os.close(folder)
+
+
+def _check_disk(folder: str, *, write: bool) -> None:
+    existing = folder
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing) or ("/" if existing.startswith("/") else ".")
+    name = folder if existing == folder else f"{folder}: {existing}"
+    if not os.path.exists(existing):
+        raise UserError(
+            f"{name} is a link to {os.readlink(existing)!r}, which does not exist; remove the link "
+            "or restore what it points to"
+        )
+    if not os.path.isdir(existing):
+        raise UserError(f"{name} is a file, and must be a folder; give another path")
+    if not os.access(existing, os.X_OK | (os.W_OK if write else os.R_OK)):
+        do = "write to" if write else "read"
+        raise UserError(f"{name} is a folder that you may not {do}; change its permissions")
+
+
+# ---- what users type
+
+_LONGEST = 800  # bytes: those of objects are 1024 at most, and what is below a place needs some
+_LONGEST_NAME = 255  # bytes, of a file or folder on disk
+_EXAMPLES = "a path on this disk, or gs://BUCKET/FOLDER"
+
+
+class Place(NamedTuple):
+    """An annotation of a field (`fields.py`) whose text is a place: it refuses what `place` does.
+
+    Attributes:
+      local: whether it is on disk.
+      optional: whether the text may be empty.
+    """
+
+    local: bool = False
+    optional: bool = False
+
+    def check(self, text: str, field: str) -> None:
+        if text or not self.optional:
+            place(text, field, root=True, local=self.local)
+
+
+Folder = Annotated[str, Place()]
+LocalFolder = Annotated[str, Place(local=True)]
+Source = Annotated[str, Place(optional=True)]  # files to read, or a glob
+
+
+def place(text: Any, flag: str, *, root: bool = False, local: bool = False) -> str:
+    """The path or gs:// URL that is meant by what a user typed; a place is unchanged.
+
+    `~` is expanded, `file:///x` is `/x`, and a URL's scheme is in lower case. There is no slash at
+    the end, none is doubled, and `..` is resolved: on disk as the system does it, through links.
+
+    Args:
+      text: a str or an `os.PathLike`.
+      flag: the flag, field or argument that has it, for messages.
+      root: whether a whole bucket may be meant.
+      local: whether it must be on disk.
+
+    Raises:
+      ConfigError: the text names no place, or one that cannot be used.
+    """
+    if isinstance(text, os.PathLike):
+        text = os.fspath(text)
+    if not isinstance(text, str):
+        raise ConfigError(f"{flag} is {fields.shown(text)}; it must be text: {_EXAMPLES}")
+
+    def wrong(why: str) -> ConfigError:
+        return ConfigError(f"{flag} is {fields.shown(text)}; {why}")
+
+    if text.lower().startswith("file:"):
+        text = urllib.parse.unquote(text)
+    if not text.strip():
+        raise wrong(f"it must not be empty; give {_EXAMPLES}")
+    if any(name != name.strip() for name in text.split("/")):
+        raise wrong("a name in it begins or ends with a space; take that away")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        raise wrong("it has a control character, or one that is not UTF-8; take that away")
+    scheme, slashes, rest = re.fullmatch(r"(?:([A-Za-z][\w+.-]*):)?(/*)(.*)", text).groups()  # type: ignore[union-attr]
+    scheme = (scheme or "").lower()
+    if scheme == "gs":
+        if slashes != "//":
+            raise wrong("write gs://BUCKET/FOLDER, with two slashes")
+        if local:
+            raise wrong("it must be a path on this disk")
+        found = _object(rest, wrong)
+        if "/" not in found.removeprefix("gs://") and not root:
+            raise wrong(f"it is a whole bucket; name a folder below it, such as {found}/run")
+    elif scheme == "file" and slashes not in ("/", "///"):
+        raise wrong("write file:///FOLDER, or the path alone")
+    elif scheme and scheme != "file" and slashes:
+        raise wrong(f"{scheme}: is not supported; give {_EXAMPLES}")
+    else:
+        found = _path(f"/{rest}" if scheme == "file" else text, wrong)
+        if found == "/":
+            raise wrong("it is the whole disk; name a folder below it")
+    if len(os.fsencode(found)) > _LONGEST:
+        raise wrong(f"it is longer than {_LONGEST} bytes; take a shorter one")
+    return found
+
+
+def _object(name: str, wrong: Any) -> str:
+    parts: list[str] = []
+    for part in name.split("/"):
+        if part == ".." and len(parts) < 2:
+            raise wrong("it leaves its bucket; take '..' away")
+        if part == "..":
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    if not parts or not re.fullmatch("[a-z0-9][a-z0-9._-]*", parts[0]):
+        raise wrong("a bucket has a name of lower-case letters, digits, '-', '_' and '.'")
+    return f"gs://{'/'.join(parts)}"
+
+
+def _path(text: str, wrong: Any) -> str:
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise wrong("there is no such home folder; give a whole path, or ./~ for a name with ~")
+    if any(len(os.fsencode(name)) > _LONGEST_NAME for name in path.split("/")):
+        raise wrong(f"a name in it is longer than {_LONGEST_NAME} bytes; take a shorter one")
+    if ".." in path.split("/"):
+        return os.path.realpath(path)  # `normpath` would take the folder of a link for its target's
+    path = re.sub("^//", "/", os.path.normpath(path))
+    # Without its "./" such a name would mean something else.
+    return f"./{path}" if re.match(r"~|[A-Za-z][\w+.-]*:", path) else path

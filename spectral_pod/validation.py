@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from spectral_pod import fields, models
+from spectral_pod import fields, models, storage
 from spectral_pod.config import Config, annotations, flat, store_and_weight, to_dict
 from spectral_pod.data.tasks import TASKS, DrawnTask
 from spectral_pod.errors import ConfigError
@@ -94,7 +94,8 @@ def _check_data(config: Config) -> None:
         )
     for entry in data.stores:
         match store_and_weight(entry):
-            case (str(), int() | float() as weight) if weight > 0:
+            case (str(path), int() | float() as weight) if 0 < weight < math.inf:
+                storage.place(path, "config.data.stores", root=True)
                 continue
         raise ConfigError(
             f"config.data.stores has {entry!r}; an entry is a path, or a path and a weight above 0"

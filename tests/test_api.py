@@ -2,6 +2,8 @@
 
 import doctest
 import fnmatch
+import inspect
+import math
 import os
 import subprocess
 import sys
@@ -9,12 +11,15 @@ import types
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import spectral_pod
 from spectral_pod import Config, SpectralGPT, SpectralLLM, SpectralModel, api, models
-from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.errors import ConfigError, DataError, UserError
+from spectral_pod.fields import shown
 from spectral_pod.generate import text
 from spectral_pod.generate.restore import one_device
 from spectral_pod.layers.block import unstack
@@ -141,7 +146,7 @@ def test_a_text_comes_as_its_prompt_came(gpt):
     stop = written[5:7]
     stopped = gpt.generate(b"The caf\xc3\xa9", max_length=30, seed=2, stop=stop)
     assert stopped == written[: written.index(stop)]
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ConfigError, match="empty"):
         gpt.generate("")
 
 
@@ -183,3 +188,82 @@ def test_a_model_that_cannot_be():
         SpectralGPT(Config(pattern=("spectral",)))
     with pytest.raises(ConfigError, match=r"task .listops. needs one of"):
         SpectralGPT(Config(data={"task": "listops"}))
+
+
+# ---- nonsense
+
+NONSENSE = [
+    None, True, 0, -1, 10**30, 10**400, 1.5, -1.0, math.nan, math.inf, "", "x", "\ud800", b"", b"x",
+    bytearray(b"x"), memoryview(b"x"), [], [1, "x"], [b"a"], ("a",), {}, {"x": 1}, {1: 2}, object(),
+    int, np.zeros(3), np.float32(0.5), np.array("x"), jnp.ones(3), jax.devices()[0], "a\0b", "gs://",
+    "s3://b/x", "~nobody-here/x", "empty", "file", "broken", "float16", ConfigDict(),
+    jax.sharding.Mesh(np.array(jax.devices()[:1]), "x"),
+]  # fmt: skip
+TOKENS = [
+    np.zeros((1, 8)), np.zeros((1, 8), bool), np.full((1, 8), 300), np.full((1, 8), -1),
+    np.zeros((0, 8), int), np.zeros((1, 0), int), np.zeros(8, int), np.zeros((1, 8, 1), int),
+    [[1, 2], [3]], np.array([["a"]]), np.full((1, 8), 2**40),
+    np.full((1, 8), np.nan), np.full((1, 8), 1j), np.array([["1"]], object), jnp.zeros((1, 8)),
+]  # fmt: skip
+
+
+def nonsense(gpt, classifier):
+    """(function, argument, value, arguments) for every argument of the API, and each value."""
+    small = {"num_layers": 1, "hidden_dim": 16, "wavelet": {"levels": 2}, "data": {"seq_len": 64}}
+    functions = {
+        SpectralGPT: {"config": Config(**small)},
+        SpectralLLM: {"config": Config(**small)},
+        SpectralModel: {"config": Config(**small), "num_classes": 2},
+        SpectralGPT.from_checkpoint: {"workdir": "empty"},
+        SpectralGPT.from_export: {"directory": "empty"},
+        gpt.generate: {"prompt": "x", "max_length": 1},
+        gpt.__call__: {"tokens_BL": None},
+        classifier.__call__: {"tokens_BL": None},
+    }
+    for function, good in functions.items():
+        for argument, parameter in inspect.signature(function).parameters.items():
+            for value in [*NONSENSE, *(TOKENS if argument == "tokens_BL" else ())]:
+                if value is not parameter.default:
+                    yield function, argument, value, good | {argument: value}
+
+    def classify(document):
+        return classifier.classify(document)
+
+    for value in NONSENSE:
+        if not isinstance(value, (bytes, bytearray)):
+            yield classify, "document", value, {"document": value}
+    for field in ["num_layers", "memory", "memory.gated", "seed", "data.options", "x", "a.b", ""]:
+        for value in NONSENSE:
+            yield Config, field.rpartition(".")[2], value, {field: value}
+
+
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))]
+)
+def test_nonsense_in_an_argument(gpt, classifier, part, tmp_path, monkeypatch):
+    """It is accepted, or one message names the argument or its value."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("home", "empty"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "broken").symlink_to("nothing")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    if part == 0:  # another sampling is another program to compile
+        monkeypatch.setattr(api, "continuations", lambda *args, **options: iter(()))
+    before = set(tmp_path.rglob("*"))
+    refused = 0
+    tried = [*nonsense(gpt, classifier)][part::10]
+    for function, argument, value, arguments in tried:
+        try:
+            function(**arguments)
+        except UserError as error:
+            refused += 1
+            text = str(error)
+            assert "\n" not in text
+            shows = (argument, shown(value), str(value), "empty holds no", "empty is no workdir")
+            assert isinstance(value, dict) or any(name in text for name in shows), (argument, text)
+        except Exception as error:
+            raise AssertionError(f"{function} of {argument}={value!r:.80}") from error
+    assert refused > len(tried) / 2
+    assert set(tmp_path.rglob("*")) == before

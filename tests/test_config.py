@@ -4,12 +4,21 @@ import functools
 import itertools
 import json
 import math
+import typing
+from typing import Literal
 
 import pytest
 
+from spectral_pod import models
 from spectral_pod.config import annotations, default, flat, to_dict
 from spectral_pod.errors import ConfigError
+from spectral_pod.generate.restore import one_device
+from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
+from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.models import MODELS
+from spectral_pod.train.optim import OPTIMIZERS, make_optimizer
 from spectral_pod.train.starts import claim_workdir
+from spectral_pod.train.state import abstract_state
 from spectral_pod.validation import validate, validate_mesh
 from tests import trainer
 
@@ -186,3 +195,65 @@ def test_a_workdir_of_before_a_field_was_added_continues(tmp_path):
 def test_every_field_says_what_it_may_be():
     """And there is no annotation of a field that does not exist."""
     assert annotations().keys() == flat(to_dict(default())).keys()
+
+
+ORDINARY = {int: [0, 1, 2, 3, 5, 8, 1000], float: [0.0, 1e-320, 0.5, 1.0, 1.5, 7.0, 1e30, 1e300]}
+NAMES = {
+    "model.channel_mixer": CHANNEL_MIXERS,
+    "optimizer.name": OPTIMIZERS,
+    "model.pattern": [(mixer,) for mixer in MIXERS],
+}
+
+
+def ordinary_values(field, annotation):
+    """Values that a field may accept."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if annotation is bool:
+        return True, False
+    return [*NAMES.get(field, ORDINARY.get(annotation, ())), *NONSENSE]
+
+
+def settings(name):
+    """(field, value, pattern): each value of each field that decides how a model is built, with a
+    pattern of the mixers that read the field."""
+    usable = {n: m for n, m in MIXERS.items() if m.can_be_causal or not MODELS[name].causal}
+    for field, annotation in annotations().items():
+        if field.startswith(("model.", "optimizer.")) or field == "data.seq_len":
+            section = field.split(".")[1]
+            pattern = tuple(n for n, mixer in usable.items() if mixer.section == section)
+            for value in ordinary_values(field, annotation):
+                yield field, value, pattern
+
+
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 200))]
+)
+@pytest.mark.parametrize(("task", "name"), [("listops", "spectral_model"), ("lm", "spectral_gpt")])
+def test_what_is_accepted_can_be_built(task, name, part):
+    """A model and its optimizer, in shapes only."""
+    mesh = one_device()
+    small = {
+        "data.task": task, "data.seq_len": 64, "model.name": name, "model.num_layers": 1,
+        "model.hidden_dim": 16, "model.embed_dim": 8, "model.memory.head_dim": 8,
+        "train.global_batch_size": 8, "train.sample_bytes": 0,
+    }  # fmt: skip
+    for field, value, pattern in [*settings(name)][part::200]:
+        c = default()
+        c.update_from_flattened_dict(small | {"model.pattern": pattern})
+        *sections, last = field.split(".")
+        section = functools.reduce(getattr, sections, c)
+        with section.ignore_type():
+            section[last] = value
+        try:
+            validate(c)
+            validate_mesh(c, 1)
+        except ConfigError:
+            continue
+        model = models.build(c, num_classes=10)
+        try:
+            abstract_state(model, make_optimizer(c, model, mesh).tx, mesh)
+        except Exception as error:
+            raise AssertionError(f"config.{field} = {value!r} is accepted") from error

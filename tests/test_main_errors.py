@@ -73,7 +73,7 @@ def test_a_workdir_below_a_file(tmp_path):
     file.write_text("precious")
     done = trainer.run(trainer.command(file / "run"), code=2)
     message = done.stderr.strip().splitlines()[-1]
-    assert re.match(f"UserError: cannot write workdir {file}/run: .*Not a directory", message)
+    assert re.match(f"UserError: {file}/run: {file} is a file, and must be a folder", message)
     assert "Traceback" not in done.stderr
     assert file.read_text() == "precious"
 

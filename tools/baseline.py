@@ -166,7 +166,7 @@ def table(task: str, lines: Sequence[Baseline], records: dict[str, int], classes
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("baseline", __doc__)
     parser.add_config()
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file as well")
+    parser.add_output("--json", "write the figures to this file as well")
     return shell.run(parser, measure, argv)
 
 

@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> int:
     parser = shell.parser("bucket", __doc__)
     commands = parser.add_subparsers(required=True, metavar="create|upload")
     creates = commands.add_parser("create", help="creates a bucket")
-    creates.add_argument("url", help="gs://NAME")
+    creates.add_place("url", root=True, help="gs://NAME")
     creates.add_argument("--location", required=True, help="a region, such as us-central2")
     creates.add_argument("--project", help="by default that of the credentials")
     creates.add_argument("--delete", action="append", default=[], metavar="PREFIX:DAYS")
     creates.set_defaults(command=create)
     uploads = commands.add_parser("upload", help="copies files to a bucket")
-    uploads.add_argument("source", help="a file or a folder")
-    uploads.add_argument("url", help="gs://NAME/PREFIX")
+    uploads.add_place("source", local=True, help="a file or a folder")
+    uploads.add_place("url", help="gs://NAME/PREFIX")
     uploads.set_defaults(command=upload)
     again = "Interrupted; the same command continues"
     return shell.run(parser, lambda a: a.command(a), argv, interrupted=again)
@@ -69,7 +69,7 @@ def create(arguments: argparse.Namespace) -> None:
 
 
 def upload(arguments: argparse.Namespace) -> None:
-    source = pathlib.Path(arguments.source).expanduser()
+    source = pathlib.Path(arguments.source)
     if not source.exists():
         raise DataError(f"{source} does not exist")
     storage.check_access(arguments.url, write=True)
@@ -100,7 +100,7 @@ def upload(arguments: argparse.Namespace) -> None:
 
 def _target(file: pathlib.Path, source: pathlib.Path, prefix: str) -> str:
     relative = file.name if source.is_file() else file.relative_to(source).as_posix()
-    return f"{prefix.rstrip('/')}/{relative}".lstrip("/")
+    return f"{prefix}/{relative}"
 
 
 def _is_same(file: pathlib.Path, blob: Any) -> bool:

@@ -22,7 +22,7 @@ _CELL, _GAP = max(pathfinder.PARAMETERS), 4  # pixels
 
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("contact_sheet", __doc__)
-    parser.add_argument("--output", required=True, metavar="FILE", help="the PNG to write")
+    parser.add_output("--output", "the PNG to write", required=True)
     parser.add_value("--columns", Positive, 8, "images in a row (8)")
     parser.add_value("--seed", NonNegative, 0, "of the generator (0)")
     return shell.run(parser, draw, argv)
@@ -36,7 +36,9 @@ def draw(arguments: argparse.Namespace) -> None:
         for size in pathfinder.PARAMETERS
         for label in (1, 0)
     ]
-    Image.fromarray(np.concatenate(rows)[:-_GAP, :-_GAP]).save(arguments.output, optimize=True)
+    Image.fromarray(np.concatenate(rows)[:-_GAP, :-_GAP]).save(
+        arguments.output, format="PNG", optimize=True
+    )
 
 
 def row(size: int, label: int, columns: int, seed: int) -> np.ndarray:

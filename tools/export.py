@@ -12,13 +12,15 @@ not exist.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
 import huggingface_hub
 from etils import epath
 
-from spectral_pod import project_files
+from spectral_pod import project_files, storage
+from spectral_pod.errors import ConfigError
 from spectral_pod.fields import NonNegative
 from spectral_pod.generate import export, hub
 from spectral_pod.generate.restore import restore_for_inference
@@ -29,12 +31,12 @@ from . import shell
 
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("export", __doc__)
-    parser.add_argument(
+    parser.add_place(
         "--workdir", required=True, help="the workdir of a run: a folder or a gs:// URL"
     )
     parser.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("--license", help="of the parameters, such as apache-2.0")
+    parser.add_place("--output", required=True, metavar="FOLDER", help="a new or empty one")
+    parser.add_argument("--license", type=_license, help="of the parameters, such as apache-2.0")
     parser.add_argument("--upload", metavar="USER/REPO", help="uploads the folder there")
     return shell.run(parser, export_model, argv)
 
@@ -44,17 +46,26 @@ def export_model(arguments: argparse.Namespace) -> None:
     workdir, output, repository = arguments.workdir, arguments.output, arguments.upload
     api = huggingface_hub.HfApi()
     # What can fail without the model is tried before anything is written.
+    storage.check_access(output, write=True)
     export.refuse_if_used(output)
-    if repository:
+    if repository is not None and storage.is_remote(output):
+        raise ConfigError(f"--upload takes files on disk; --output is {output}")
+    if repository is not None:
         hub.check_access(api, repository)
     trained = restore_for_inference(workdir, step=arguments.step)
     file = epath.Path(workdir) / "result.json"
     result = project_files.RESULT.read(file) if file.exists() else None
     export.save(trained, output, result=result, license=arguments.license)
     shell.say(f"step {trained.step} of {workdir} is in {output}")
-    if repository:
+    if repository is not None:
         hub.upload(api, repository, output)
         shell.say(f"uploaded to {api.endpoint}/{repository}")
+
+
+def _license(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.+-]+", text):
+        raise ConfigError(f"--license is {text!r}; it must be an identifier, such as apache-2.0")
+    return text
 
 
 if __name__ == "__main__":

@@ -38,12 +38,13 @@ from . import shell
 
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("generate", __doc__)
-    parser.add_argument(
+    parser.add_place(
         "--workdir", required=True, help="the workdir of a run: a folder or a gs:// URL"
     )
     parser.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
-    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    parser.add_argument("--batch", metavar="FILE", help='a file of lines {"prompt": ...}')
+    # Texts to continue, and to stop at, may be any bytes: `type` exempts them from being Unicode.
+    parser.add_argument("--prompt", type=str, metavar="TEXT", help="the text to continue")
+    parser.add_place("--batch", local=True, metavar="FILE", help='a file of lines {"prompt": ...}')
     parser.add_value("--num_bytes", Positive, 256, "bytes to append, at most (256)")
     parser.add_value("--temperature", NonNegativeFloat, 1.0, "0 takes the likeliest byte (1.0)")
     parser.add_value("--top_k", NonNegative, 0, "sample from the k likeliest bytes; 0: all (0)")
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         "--top_p", Probability, 1.0, "sample from the likeliest bytes of this total probability"
     )
     parser.add_value("--seed", int, 0, "sampling seed (0)")
-    parser.add_argument("--stop", default="", metavar="TEXT", help="end a text before this")
+    parser.add_argument("--stop", type=str, default="", metavar="TEXT", help="end before this")
     parser.add_argument("--stream", action="store_true", help="print the text as it is generated")
     parser.add_argument("--mesh", default="", help="devices by mesh axis: data=4 (one device)")
     parser.add_argument(

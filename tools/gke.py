@@ -21,13 +21,13 @@ import pathlib
 import re
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from spectral_pod import storage
 from spectral_pod.analysis import hardware
 from spectral_pod.errors import ConfigError
-from spectral_pod.fields import NonNegative
+from spectral_pod.fields import NonNegative, Positive
 
 from . import shell
 
@@ -48,15 +48,19 @@ CURABLE_EXIT_CODES = [75, 76, 77, *(code for code in range(129, 193) if code != 
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("gke", __doc__)
     parser.add_argument("--name", required=True, help="of the JobSet")
-    parser.add_argument("--image", required=True, help="REGISTRY/NAME:TAG")
-    parser.add_argument("--workdir", required=True, help="gs://BUCKET/FOLDER")
+    parser.add_argument("--image", type=_word("--image"), required=True, help="REGISTRY/NAME:TAG")
+    parser.add_place("--workdir", required=True, help="gs://BUCKET/FOLDER")
     parser.add_argument("--topology", help="a TPU slice, such as v4-128 or v5e:16x16")
-    parser.add_value("--num_slices", int, 1, "such slices (1)")
-    parser.add_argument("--gpu", help="a GPU as GKE calls it, such as nvidia-h100-80gb")
-    parser.add_value("--gpus_per_node", int, 8, "(8)")
-    parser.add_value("--num_nodes", int, 1, "such nodes (1)")
+    parser.add_value("--num_slices", Positive, 1, "such slices (1)")
+    parser.add_argument(
+        "--gpu", type=_word("--gpu"), help="a GPU as GKE calls it, such as nvidia-h100-80gb"
+    )
+    parser.add_value("--gpus_per_node", Positive, 8, "(8)")
+    parser.add_value("--num_nodes", Positive, 1, "such nodes (1)")
     parser.add_argument("--spot", action="store_true", help="on nodes that may be preempted")
-    parser.add_argument("--service_account", default="default", help="(default)")
+    parser.add_argument(
+        "--service_account", type=_word("--service_account"), default="default", help="(default)"
+    )
     parser.add_value("--max_restarts", NonNegative, 50, "not counting preemptions (50)")
     parser.add_argument("flags", nargs="+", metavar="-- FLAG", help="the trainer's flags")
     return shell.run(parser, write, argv)
@@ -140,8 +144,6 @@ def _tpus(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _gpus(arguments: argparse.Namespace) -> dict[str, Any]:
     """The template's values for GPU nodes: one process on each, with all its GPUs."""
-    if min(arguments.num_nodes, arguments.gpus_per_node) < 1:
-        raise ConfigError("--num_nodes and --gpus_per_node must be at least 1")
     process_id = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     env = [
         # The name that JobSet gives to the first pod of the first job.
@@ -165,6 +167,15 @@ def _gpus(arguments: argparse.Namespace) -> dict[str, Any]:
         "host_network": False,
         "dns_policy": "ClusterFirst",
     }
+
+
+def _word(flag: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", text, re.ASCII):
+            raise ConfigError(f"{flag} is {text!r}, which is no name of one")
+        return text
+
+    return parse
 
 
 def _check_name(name: str, num_slices: int, num_hosts: int) -> None:

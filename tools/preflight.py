@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from spectral_pod.analysis import hardware
+from spectral_pod.fields import NonNegativeFloat, Positive
 
 from . import shell
 
@@ -30,10 +31,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--topology", required=True, help="a slice, such as v4-128, v5e:16x16 or cpu-8"
     )
-    parser.add_value("--num_slices", int, 1, "such slices, joined by DCN along mesh.data (1)")
-    parser.add_argument("--json", metavar="FILE", help="write the report to this file as well")
-    parser.add_argument("--hlo", metavar="FILE", help="write the compiled training step here")
-    parser.add_value("--price_per_chip_hour", float, None, "adds the least cost of the whole run")
+    parser.add_value("--num_slices", Positive, 1, "such slices, joined by DCN along mesh.data (1)")
+    parser.add_output("--json", "write the report to this file as well")
+    parser.add_output("--hlo", "write the compiled training step here")
+    parser.add_value(
+        "--price_per_chip_hour", NonNegativeFloat, None, "adds the least cost of the whole run"
+    )
     return shell.run(parser, preflight, argv, failure=INVALID)
 
 

@@ -20,7 +20,6 @@ non-text bytes escaped. `tfds` copies a store to a dataset of TensorFlow Dataset
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from spectral_pod import fields, storage
 from spectral_pod.data import byte_store, duplicates, tasks
 from spectral_pod.data.progress import Progress
 from spectral_pod.errors import DataError
+from spectral_pod.fields import Positive
 
 from . import shell
 
@@ -41,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write(arguments: argparse.Namespace) -> None:
-    out = _path(arguments.out)
+    out = arguments.out
     task = _stored_tasks()[arguments.task]
     options = {
-        name: fields.parse(annotation, text, name)
+        name: fields.parse(annotation, text, f"--{name}")
         for name, annotation in task.annotations().items()
         if (text := getattr(arguments, f"option_{name}")) is not None
     }
@@ -59,7 +59,7 @@ def write(arguments: argparse.Namespace) -> None:
 
 
 def describe(arguments: argparse.Namespace) -> None:
-    store = byte_store.ByteStore(_path(arguments.store))
+    store = _open(arguments.store)
     manifest = store.manifest
     print(f"{store.path}  sha256 of its contents {store.digest}")
     print(f"{len(store.classes)} classes, {manifest['documents']} document(s) a record")
@@ -83,8 +83,8 @@ def describe(arguments: argparse.Namespace) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    path = _path(arguments.store)
-    splits = byte_store.ByteStore(path).manifest["splits"]
+    path = arguments.store
+    splits = _open(path).manifest["splits"]
     progress = Progress("Reading", sum(len(info["parts"]) for info in splits.values()), "parts")
     byte_store.verify(path, lambda part: progress.add())
     progress.end()
@@ -94,7 +94,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def head(arguments: argparse.Namespace) -> None:
-    store = byte_store.ByteStore(_path(arguments.store))
+    store = _open(arguments.store)
     split = store.split(arguments.split)
     for i in range(min(arguments.count, len(split))):
         documents = split.read(range(i * split.documents, (i + 1) * split.documents))
@@ -109,7 +109,8 @@ def head(arguments: argparse.Namespace) -> None:
 def to_tfds(arguments: argparse.Namespace) -> None:
     from spectral_pod.data import tfds_builder  # imports TensorFlow
 
-    store = byte_store.ByteStore(_path(arguments.store))
+    store = _open(arguments.store)
+    storage.check_access(arguments.data_dir, write=True)
     folder = tfds_builder.write(store, name=arguments.name, data_dir=arguments.data_dir)
     print(f"tfds.load({arguments.name!r}, data_dir={arguments.data_dir!r}): {folder}")
 
@@ -120,10 +121,10 @@ def _parser(argv: Sequence[str]) -> shell.Parser:
     writes = commands.add_parser("write", help="writes a task's records")
     stored = _stored_tasks()
     writes.add_argument("--task", choices=sorted(stored), required=True)
-    writes.add_argument("--out", required=True, help="a folder or a gs:// URL")
+    writes.add_place("--out", required=True, help="a folder or a gs:// URL")
     # The other flags depend on the task, which is therefore parsed first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default="")
+    first.add_argument("--task", nargs="?", default="")
     task = first.parse_known_args(argv)[0].task
     task = task if task in stored else min(stored)  # the error is reported with the other flags
     for name, default in stored[task]().options.items():
@@ -136,16 +137,16 @@ def _parser(argv: Sequence[str]) -> shell.Parser:
         ("tfds", to_tfds, "copies the store to a dataset of TensorFlow Datasets"),
     ):
         reads = commands.add_parser(name, help=about)
-        reads.add_argument("store", help="a folder or a gs:// URL")
+        reads.add_place("store", help="a folder or a gs:// URL")
         reads.set_defaults(command=function)
         if name == "describe":
             reads.add_argument("--duplicates", action="store_true")
         if name == "tfds":
             reads.add_argument("--name", required=True)
-            reads.add_argument("--data_dir", required=True)
+            reads.add_place("--data_dir", local=True, required=True)
         if name == "head":
             reads.add_argument("--split", default="train")
-            reads.add_argument("--count", type=int, default=5)
+            reads.add_value("--count", Positive, 5, "(5)")
     return parser
 
 
@@ -153,8 +154,9 @@ def _stored_tasks() -> dict[str, type[tasks.StoredTask]]:
     return {name: task for name, task in tasks.TASKS.items() if issubclass(task, tasks.StoredTask)}
 
 
-def _path(path: str) -> str:
-    return path if storage.is_remote(path) else os.path.expanduser(path)
+def _open(path: str) -> byte_store.ByteStore:
+    storage.check_access(path, write=False)
+    return byte_store.ByteStore(path)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ A tool is a module with a `main` that returns its exit code:
 
 `--help` prints the module's docstring and the flags. An error that the user can fix is one line on
 stderr and an exit code of `spectral_pod/errors.py`; any other error is a bug, with its traceback.
-stdout is for what the tool produces, stderr for progress.
+stdout is for what the tool produces, stderr for progress. A reader of stdout that leaves, such as
+`head -1`, ends a tool silently, with the code of a broken pipe (141).
 """
 
 import argparse
+import contextlib
 import difflib
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +24,8 @@ from spectral_pod import fields, storage
 from spectral_pod.errors import ConfigError, UserError
 
 # Some tools must start fast: neither JAX nor what imports it is imported here.
+
+_BROKEN_PIPE = 141  # as shells report a process that SIGPIPE ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +38,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ConfigError(message)
 
+    def _get_values(self, action: argparse.Action, texts: list[str]) -> Any:
+        if texts == ["--"] and action.option_strings and action.nargs is None:
+            value = self._get_value(action, *texts)  # argparse takes it for the end of the flags
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, texts)  # type: ignore[misc]
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        if action.type is None and not _is_unicode(text):
+            name = "/".join(action.option_strings) or action.dest
+            raise ConfigError(f"{name} is {text!r}; it must be text in UTF-8")
+        return super()._get_value(action, text)  # type: ignore[misc]
+
     def add_value(self, flag: str, annotation: Any, default: Any = None, help: str = "") -> None:
         """Adds a flag whose values are checked as fields are: `annotation` is from `fields.py`."""
 
@@ -40,6 +59,35 @@ class Parser(argparse.ArgumentParser):
 
         metavar = flag.lstrip("-").upper()
         self.add_argument(flag, type=parse, default=default, help=help, metavar=metavar)
+
+    def add_place(
+        self, flag: str, *, root: bool = False, local: bool = False, **options: Any
+    ) -> None:
+        """Adds a flag, or a positional argument, that names a place: see `storage.place`.
+
+        `options` are those of `add_argument`.
+        """
+
+        def parse(text: str) -> str:
+            return storage.place(text, flag, root=root, local=local)
+
+        self.add_argument(flag, type=parse, **options)
+
+    def add_output(self, flag: str, help: str, *, required: bool = False) -> None:
+        """Adds a flag that names a local file to write, which is tried before the tool's work."""
+
+        def parse(text: str) -> str:
+            file = storage.place(text, flag, local=True)
+            folder = os.path.dirname(file) or "."
+            if not os.path.isdir(folder):
+                raise ConfigError(f"{flag} is {text!r}, and there is no folder {folder!r}")
+            if os.path.isdir(file):
+                raise ConfigError(f"{flag} is {text!r}, which is a folder; name a file in it")
+            if not os.access(file if os.path.exists(file) else folder, os.W_OK):
+                raise ConfigError(f"{flag} is {text!r}, which you may not write")
+            return file
+
+        self.add_argument(flag, type=parse, metavar="FILE", help=help, required=required)
 
     def add_config(self) -> None:
         """Adds --config=FILE and --config.FIELD=VALUE.
@@ -72,16 +120,23 @@ def run(
       failure: the exit code of every error that the user can fix, in place of the error's own.
       interrupted: what Ctrl-C prints.
     """
+    _ready_streams()
     try:
-        return main(_parse(parser, argv)) or 0
+        code = main(_parse(parser, argv)) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         say(interrupted)
         return 130
+    except BrokenPipeError:
+        _leave_pipes()
+        return _BROKEN_PIPE
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and not _is_ours(error):
             say(f"{error}; this tool needs it: pip install 'spectral-pod[dev]'")
         elif isinstance(error, (UserError, *storage.failures())):
-            say(f"{type(error).__name__}: {error}")
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            say(f"{type(error).__name__}: {'; '.join(lines)}")
         else:
             raise
         code = getattr(error, "exit_code", UserError.exit_code)
@@ -92,6 +147,24 @@ def say(line: str) -> None:
     """Prints one line on stderr, in one piece: threads report there as well."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def _ready_streams() -> None:
+    """Makes stdout and stderr take any text, and discard it where the tool was started without."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_pipes() -> None:
+    """What is still in the buffers of stdout and stderr goes nowhere, without another error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is no file
+            os.dup2(null, stream.fileno())
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
@@ -121,6 +194,14 @@ def _load_config(argv: list[str]) -> tuple[Any, list[str]]:
     )
     _, *rest = command_line.parser(holder)(["tool", *argv])
     return holder.value, rest
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_ours(error: ModuleNotFoundError) -> bool:

@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -42,14 +41,13 @@ _SPIKE_WINDOW = 20  # preceding lines that a loss is compared with
 
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("status", __doc__)
-    parser.add_argument("workdir", help="a folder or a gs:// URL")
+    parser.add_place("workdir", help="a folder or a gs:// URL")
     parser.add_argument("--json", action="store_true", help="the same facts as JSON")
     return shell.run(parser, show, argv)
 
 
 def show(arguments: argparse.Namespace) -> None:
-    remote = storage.is_remote(arguments.workdir)
-    workdir = arguments.workdir if remote else os.path.expanduser(arguments.workdir)
+    workdir = arguments.workdir
     storage.check_access(workdir, write=False)
     metrics = project_files.Log(epath.Path(workdir) / "metrics.jsonl", project_files.METRICS)
     found = facts(workdir, metrics, time.time())

@@ -20,6 +20,7 @@ import bisect
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ from spectral_pod.errors import DataError
 from spectral_pod.lease import Lease
 
 FORMAT = "spectral_pod.byte_store/2"
+# The keys of a store's files, with the notes of `parallel_write`.
+_FILES = re.compile(rb"manifest\.json|unfinished/[^/]+|[^/]+/\d{5,}/(bytes|offsets|labels)/.*")
 
 
 class Record(NamedTuple):
@@ -310,8 +313,21 @@ def write(
 
 
 def clear(path: str) -> None:
-    """Deletes everything at `path`, so that no file of an earlier write remains."""
-    storage.kvstore(path).delete_range(ts.KvStore.KeyRange()).result()
+    """Deletes all files of an earlier write at `path`.
+
+    Raises:
+      DataError: there are files of another kind, and nothing is deleted.
+    """
+    kvstore = storage.kvstore(path)
+    keys = kvstore.list().result()
+    for key in keys:
+        if not _FILES.fullmatch(key):
+            raise DataError(
+                f"{path} holds {key.decode(errors='replace')!r}, which is of no byte store; give a "
+                "new or an empty folder"
+            )
+    if keys:
+        kvstore.delete_range(ts.KvStore.KeyRange()).result()
 
 
 def write_part(

@@ -81,8 +81,10 @@ def files(source: str) -> list[str]:
       source: a file, a folder, or a glob; on disk or gs://.
 
     Raises:
+      ConfigError: the source names no place.
       DataError: there is no such file; or a link is broken, or leads to a folder that it is in.
     """
+    source = storage.place(source, "a source", root=True)
     system, path = _file_system(source)
     remote = storage.is_remote(source)
     try:

@@ -54,7 +54,7 @@ class LocalCopies:
 
     def __init__(self, directory: str, limit_bytes: int):
         """`limit_bytes` limits all copies below `directory`, including those of other stores."""
-        self._root = Path(os.path.expanduser(directory))
+        self._root = Path(storage.place(directory, "config.data.copies_dir", local=True))
         self._limit = limit_bytes
         self._requests: queue.SimpleQueue[tuple[Part, Callable[[Path], None]] | None]
         self._requests = queue.SimpleQueue()

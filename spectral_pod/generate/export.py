@@ -7,7 +7,6 @@ DIR/README.md           the model card
 
 import hashlib
 import html
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +15,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 import safetensors.numpy
+from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
 from spectral_pod import config as config_lib
-from spectral_pod import models, project_files
+from spectral_pod import models, project_files, storage
 from spectral_pod.errors import CheckpointError, DataError
 from spectral_pod.generate.restore import Trained, fitted, one_device, recorded_config
 from spectral_pod.models.model import abstract_params
@@ -74,23 +74,24 @@ def save(
 
     Args:
       trained: the model.
-      directory: the folder, created if missing.
+      directory: the folder, on disk or gs://, created if missing.
       result: the content of the run's result.json, if the run has ended.
       license: an identifier for the card, such as 'apache-2.0'; None omits it.
 
     Raises:
       DataError: the folder is not empty.
     """
-    folder = pathlib.Path(directory)
+    directory = storage.place(directory, "directory")
+    folder = epath.Path(directory)
     refuse_if_used(directory)
     folder.mkdir(parents=True, exist_ok=True)
     params = {
         name: np.asarray(x, order="C")
         for name, x in traverse_util.flatten_dict(trained.params, sep=".").items()
     }
-    data = safetensors.numpy.save(params)
-    (folder / _PARAMETERS).write_bytes(data)  # `save_file` would make it readable by its owner only
-    (folder / _CARD).write_text(card(trained, result, license))
+    data = safetensors.numpy.save(params)  # `save_file` would make it readable by its owner only
+    storage.write_whole(folder / _PARAMETERS, data)
+    storage.write_whole(folder / _CARD, card(trained, result, license))
     facts = {
         "config": config_lib.to_dict(trained.config),
         "num_classes": trained.num_classes,
@@ -111,7 +112,9 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
       ConfigError: its configuration is of another version, or does not fit the mesh.
       CheckpointError: its parameters are damaged, or another model's.
     """
-    folder = pathlib.Path(directory)
+    directory = storage.place(directory, "directory")
+    storage.check_access(directory, write=False)
+    folder = epath.Path(directory)
     for name in (_CONFIG, _PARAMETERS):
         if not (folder / name).exists():
             raise DataError(f"{directory} holds no exported model: it has no {name}")
@@ -148,7 +151,7 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
 
 def refuse_if_used(directory: str) -> None:
     """Raises a `DataError` if a path is anything but a new or empty folder."""
-    folder = pathlib.Path(directory)
+    folder = epath.Path(directory)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{directory} holds something already; give a new or an empty folder")
 

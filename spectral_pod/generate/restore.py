@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
-from spectral_pod import models, project_files, storage
+from spectral_pod import fields, models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
@@ -83,6 +83,7 @@ def restore_for_inference(
       ConfigError: its configuration is of another version, or does not fit the mesh.
       CheckpointError: there is no such sound checkpoint, or it is another model's.
     """
+    workdir = storage.place(workdir, "workdir")
     storage.check_access(workdir, write=False)
     file = epath.Path(workdir) / "config.json"
     if not file.exists():
@@ -122,7 +123,7 @@ def restore_for_inference(
     )
 
 
-def recorded_config(fields: Any, file: str) -> Config:
+def recorded_config(values: Any, file: str) -> Config:
     """The validated configuration from the fields that a file recorded.
 
     Fields that are newer than the file get the values that it implies, and are logged.
@@ -130,10 +131,10 @@ def recorded_config(fields: Any, file: str) -> Config:
     Raises:
       ConfigError: it has fields or values that this version does not support.
     """
-    newer = config_lib.fill(fields, config_lib.defaults_of(fields, file))
+    newer = config_lib.fill(values, config_lib.defaults_of(values, file))
     if newer:
         logging.warning("%s is older than %s, and is read as it was meant", file, ", ".join(newer))
-    config = cast(Config, ConfigDict(fields))
+    config = cast(Config, ConfigDict(values))
     try:
         validate(config)
     except ConfigError as error:
@@ -154,6 +155,7 @@ def fitted(config: Config, mesh: Mesh, dtype: str) -> Config:
     Raises:
       ConfigError: the mesh cannot split the model.
     """
+    fields.check(config_lib.annotations()["model.dtype"], dtype, "dtype")
     config = config_lib.copy(config)
     config.model.dtype = cast(Any, dtype)
     for axis, size in mesh.shape.items():

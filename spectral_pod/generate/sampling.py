@@ -44,7 +44,7 @@ def draw(logits_BC: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Arr
     if sampling.temperature < jnp.finfo(jnp.float32).tiny:
         return jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
     best_B1 = jnp.max(logits_BC, axis=-1, keepdims=True)  # which stays 0, and does not overflow
-    logits_BC = (logits_BC - best_B1) / sampling.temperature
+    logits_BC = (logits_BC - best_B1) / float(sampling.temperature)
     if sampling.top_k or sampling.top_p < 1:
         logits_BC = jnp.where(_candidates(logits_BC, sampling), logits_BC, -jnp.inf)
     noise_BC = jax.vmap(lambda key: jax.random.gumbel(key, logits_BC.shape[1:]))(keys_B)

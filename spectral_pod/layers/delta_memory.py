@@ -1,13 +1,13 @@
 """Delta memory: an associative memory updated by the delta rule (`ops/delta_rule.py`)."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from spectral_pod.errors import ConfigError
-from spectral_pod.fields import NonNegativeFloat, Positive
+from spectral_pod.fields import Bound, Positive
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import Mixer
@@ -52,7 +52,7 @@ class DeltaMemoryLayer(Mixer):
     normalize_keys: bool = True
     gated: bool = False
     short_conv: Positive = 1
-    clip: NonNegativeFloat = 4.0
+    clip: Annotated[float, Bound(0, 1e6, "0 or more, below 1e6")] = 4.0
     beta_min: float = 0.0
     beta_max: float = 1.0
     method: Literal["chunked", "recurrent"] = "chunked"

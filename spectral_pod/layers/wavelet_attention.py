@@ -1,7 +1,7 @@
 """Convolutional attention on the bands of a wavelet transform: the mixer of SpectralLLM."""
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import pywt
 
 from spectral_pod import fields
-from spectral_pod.fields import Positive
+from spectral_pod.fields import Bound, Positive
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import Mixer, option, shared
@@ -65,7 +65,7 @@ class WaveletAttention(Mixer):
     """
 
     wavelet: str = option("name", "db4")
-    levels: Positive = 3
+    levels: Annotated[int, Bound(1, 17, "1 to 16")] = 3  # the reach doubles with each
     num_heads: Positive = 4
     padding: Literal["linear", "circular"] = "linear"
     method: str = shared("long_conv", "auto")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -111,9 +110,9 @@ def _open_stores(config: Config, task: StoredTask) -> tuple[dict[str, ByteStore]
     copies = _copies(config)
     for entry in config.data.stores:
         path, weight = store_and_weight(entry)
-        path = path if storage.is_remote(path) else os.path.expanduser(path)
+        path = storage.place(path, "config.data.stores")
         storage.check_access(path, write=False)
-        name = path.rstrip("/").rpartition("/")[2]
+        name = path.rpartition("/")[2]
         store = ByteStore(path, copies=copies)
         if name in stores:
             raise ConfigError(f"config.data.stores has two stores named {name!r}; rename a folder")

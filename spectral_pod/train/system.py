@@ -39,7 +39,7 @@ def usage(workdir: str, data_dir: str) -> dict[str, float]:
         ("system/disk_free_gb", workdir),
         ("system/data_disk_free_gb", data_dir),
     ):
-        folder = os.path.expanduser(folder)
+        folder = storage.place(folder, "config.data.dir", root=True)
         if not storage.is_remote(folder) and os.path.isdir(folder):
             values[name] = shutil.disk_usage(folder).free / _GB
     return values

@@ -181,3 +181,19 @@ def test_labels_must_have_a_class(tmp_path):
 
 def test_manifest_is_plain_json(store, tmp_path):
     assert json.loads((tmp_path / "store" / "manifest.json").read_text())["format"].endswith("/2")
+
+
+def test_only_the_remains_of_a_store_are_replaced(tmp_path):
+    rows = {"train": [Record(b"x", 0)]}
+    path = tmp_path / "documents"
+    (path / "train").mkdir(parents=True)
+    for name in ("thesis.txt", "train/thesis.txt", "train/00000/thesis.txt"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("precious")
+        with pytest.raises(DataError, match=f"documents holds '{name}', which is of no byte store"):
+            byte_store.write(str(path), rows, classes=["a"], provenance={})
+        assert (path / name).read_text() == "precious"
+        (path / name).unlink()
+    for _ in range(2):
+        byte_store.write(str(path), rows, classes=["a"], provenance={})
+        (path / "manifest.json").unlink()

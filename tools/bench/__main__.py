@@ -17,12 +17,13 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from spectral_pod.errors import ConfigError
-from spectral_pod.fields import Positive
+from spectral_pod.fields import Positive, PositiveFloat
 
 from .. import shell
 
@@ -32,14 +33,28 @@ BENCHMARKS = ("ops", "step", "generate", "data", "checkpoint")
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("bench", __doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
-    parser.add_argument("--json", metavar="FILE", help="write the report to this file as well")
-    parser.add_argument("--filter", metavar="REGEX", default="", help="run the matching groups")
+    parser.add_output("--json", "write the report to this file as well")
+    parser.add_argument(
+        "--filter", type=_regex, metavar="REGEX", default="", help="run the matching groups"
+    )
     parser.add_value("--repeats", Positive, None, "of every case (9)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_value("--cores", int, 1, "to use, on CPUs (1)")
-    parser.add_value("--big", float, None, "data only: write and read so many GB instead")
-    parser.add_argument("--peers", metavar="PYTHON", help="interpreter with the peers' packages")
+    parser.add_value("--cores", Positive, 1, "to use, on CPUs (1)")
+    parser.add_value("--big", PositiveFloat, None, "data only: write and read so many GB instead")
+    parser.add_place(
+        "--peers", local=True, metavar="PYTHON", help="interpreter with the peers' packages"
+    )
     return shell.run(parser, benchmark, argv)
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(
+            f"--filter is {text!r}, which is no regular expression: {error}"
+        ) from error
+    return text
 
 
 def benchmark(options: argparse.Namespace) -> None:

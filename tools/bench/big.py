@@ -16,8 +16,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from spectral_pod import storage
 from spectral_pod.data import byte_store, pipeline
 from spectral_pod.data.byte_store import ByteStore, Record
+from spectral_pod.fields import PositiveFloat
 
 from .. import shell
 
@@ -69,12 +71,13 @@ def _read(path: str, num_records: int) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("bench.big", __doc__)
     parser.add_argument("action", choices=("write", "read"))
-    parser.add_argument("store", help="a folder")
-    parser.add_argument("gigabytes", type=float)
+    parser.add_place("store", local=True, help="a folder")
+    parser.add_value("gigabytes", PositiveFloat)
     return shell.run(parser, act, argv)
 
 
 def act(arguments: argparse.Namespace) -> None:
+    storage.check_access(arguments.store, write=arguments.action == "write")
     action = {"write": _write, "read": _read}[arguments.action]
     action(arguments.store, int(arguments.gigabytes * 1e9) // _RECORD_BYTES)
 

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--topologies", default="", metavar="A,B", help="slices, smallest first")
     parser.add_argument("--processes", default="", metavar="N,M", help="counts, smallest first")
     parser.add_value("--windows", Positive, 4, "of five steps, to measure in every run (4)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file as well")
+    parser.add_output("--json", "write the rows to this file as well")
     return shell.run(parser, measure, argv)
 
 

@@ -28,6 +28,7 @@ from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Positive
 from spectral_pod.seeds import entropy
+from spectral_pod.storage import Source
 
 CLASSES = ("shuffled", "real")
 SPLITS = ("train", "validation", "test")
@@ -48,7 +49,7 @@ class Dna(StoredTask):
     num_classes = len(CLASSES)
 
     seed: int = 0  # draws blocks, windows and shuffles
-    source: str = ""  # a FASTA file, on disk or gs://, which may be compressed
+    source: Source = ""  # a FASTA file, on disk or gs://, which may be compressed
     window: Positive = 512  # letters in a record
     k: int = 2  # letters in a row whose counts a shuffle keeps; 1 keeps those of letters only
     train: int = 20_000  # records, half of them real; likewise validation and test

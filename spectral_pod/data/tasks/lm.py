@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from spectral_pod import objectives
+from spectral_pod import objectives, storage
 from spectral_pod.data import (
     byte_store,
     compression,
@@ -57,6 +57,7 @@ from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks import records
 from spectral_pod.data.tasks.task import StoredTask, Stores
 from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.storage import Source
 
 if TYPE_CHECKING:
     from spectral_pod.config import Config, DataConfig
@@ -98,10 +99,10 @@ class LanguageModelling(StoredTask):
     num_classes = windows.NUM_CLASSES  # bytes and the end of a document
 
     seed: int = 0  # decides which split a document is in, where nothing else does
-    source: str = ""  # another name of `train`
-    train: str = ""  # a source; "" is the interpreter's own library
-    validation: str = ""  # a source; "" holds out a part of the training documents
-    test: str = ""  # likewise, unless there is a source for validation: then there is no such split
+    source: Source = ""  # another name of `train`
+    train: Source = ""  # a source; "" is the interpreter's own library
+    validation: Source = ""  # a source; "" holds out a part of the training documents
+    test: Source = ""  # likewise; no such split if only validation has a source
     format: str = "auto"  # of the files, where their suffixes do not say it: see `formats.rows`
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header
     data: str = "text"  # the field of a record that is the document
@@ -203,7 +204,8 @@ class LanguageModelling(StoredTask):
         is_read_otherwise = (
             suffix in compression.SUFFIXES or self._format(self.source) != "document"
         )
-        if is_read_otherwise or os.path.isdir(os.path.expanduser(self.source)):
+        path = self.source and storage.place(self.source, "a source", root=True)
+        if is_read_otherwise or os.path.isdir(path):
             return [self.identity()]
         return [*super().forms(given), older]
 

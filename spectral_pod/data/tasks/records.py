@@ -35,6 +35,7 @@ from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks.task import StoredTask
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Bound, NonNegative
+from spectral_pod.storage import Source
 
 SPLITS = ("train", "validation", "test")
 _ITEM_BYTES = 64_000_000
@@ -92,9 +93,9 @@ class Records(StoredTask):
     # Of the hash of a record's bytes that decides whether it is held out; records of equal bytes
     # are in one split.
     seed: int = 0
-    train: str = ""  # a source
-    validation: str = ""  # a source; "" holds out a part of the training records
-    test: str = ""  # likewise
+    train: Source = ""  # a source
+    validation: Source = ""  # a source; "" holds out a part of the training records
+    test: Source = ""  # likewise
     format: str = "auto"  # of the files, where their suffixes do not say it: see `formats.rows`
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header
     # The field with the bytes, or several: then a record is a tuple, such as two documents.

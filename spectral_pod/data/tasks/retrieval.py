@@ -43,6 +43,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from absl import logging
 
+from spectral_pod import storage
 from spectral_pod.data import byte_store, formats, origin
 from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks.task import StoredTask
@@ -73,7 +74,7 @@ class Retrieval(StoredTask):
 
     seed: int = 0  # of the stand-in: draws files, splits and windows
     # The folder with the published files, also on gs://; "" makes the stand-in.
-    source: str = ""
+    source: storage.Source = ""
     # Of the published files: texts that are bytes literals are decoded, or kept.
     literals: Literal["decode", "keep"] = "decode"
     window: Positive = 4000  # of the stand-in: bytes in each document
@@ -223,7 +224,7 @@ def _decoded(text: bytes, place: str) -> bytes:
 
 
 def _join(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}"
+    return os.path.join(storage.place(folder, "config.data.options.source", root=True), name)
 
 
 # ---- the stand-in

@@ -222,9 +222,9 @@ class StoredTask(Task):
 
     def _path(self, directory: str, options: Mapping[str, Any]) -> str:
         key = hashlib.sha256(byte_store.FORMAT.encode() + _meaning(self, options)).hexdigest()[:8]
-        if not storage.is_remote(directory):
-            directory = os.path.expanduser(directory)
-        return f"{directory.rstrip('/')}/{self.name}-{key}"
+        return os.path.join(
+            storage.place(directory, "config.data.dir", root=True), f"{self.name}-{key}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
