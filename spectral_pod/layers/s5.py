@@ -126,7 +126,7 @@ class S5Layer(Mixer):
 
         def init_b(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             """B in the coordinates of the eigenvectors."""
-            b_DM = jax.random.normal(key, (shape[0], len(v_MK))) / jnp.sqrt(jnp.float32(len(v_MK)))
+            b_DM = nn.initializers.lecun_normal(1, 0)(key, (shape[0], len(v_MK)), jnp.float32)
             b_DK = jnp.dot(b_DM.astype(jnp.complex64), jnp.complex64(v_MK.conj()))
             return jnp.stack([b_DK.real, b_DK.imag], axis=1)
 
