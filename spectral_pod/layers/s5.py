@@ -42,9 +42,10 @@ class S5Layer(Mixer):
     Each state stands for a conjugate pair, hence the factor of 2. If not `causal`, a second scan
     runs from the end, with its own C. The decode state is x, complex64 [B, 1, K].
 
-    It starts as the published program does: with a block-diagonal HiPPO matrix, and with B and C of
-    variance 1 / 2K and 1 / 2KD before their change of coordinates. The published recipes use 8
-    blocks of 1 complex state for ListOps, 12 of 8 for Text, and 8 of 16 for Pathfinder.
+    It starts as the published program does with `C_init=lecun_normal`: with a block-diagonal HiPPO
+    matrix, and with B and C of variance 1 / 2K and 1 / 2KD before their change of coordinates. The
+    published recipes use 8 blocks of 1 complex state for ListOps, 12 of 8 for Text, and 8 of 16 for
+    Pathfinder, whose C has D times this variance.
 
     Attributes:
       state_dim: K, the number of complex states.
@@ -126,7 +127,7 @@ class S5Layer(Mixer):
 
         def init_b(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             """B in the coordinates of the eigenvectors."""
-            b_DM = jax.random.normal(key, (shape[0], len(v_MK))) / jnp.sqrt(jnp.float32(len(v_MK)))
+            b_DM = nn.initializers.lecun_normal(1, 0)(key, (shape[0], len(v_MK)), jnp.float32)
             b_DK = jnp.dot(b_DM.astype(jnp.complex64), jnp.complex64(v_MK.conj()))
             return jnp.stack([b_DK.real, b_DK.imag], axis=1)
 
