@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spectral_pod import fields, storage
+from spectral_pod import errors, fields, storage
 from spectral_pod.errors import ConfigError, UserError
 
 # Some tools must start fast: neither JAX nor what imports it is imported here.
@@ -134,7 +134,7 @@ def run(
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and not _is_ours(error):
             say(f"{error}; this tool needs it: pip install 'spectral-pod[dev]'")
-        elif isinstance(error, (UserError, *storage.failures())):
+        elif isinstance(error, (UserError, *storage.failures())) or errors.storage_error(error):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             say(f"{type(error).__name__}: {'; '.join(lines)}")
         else:

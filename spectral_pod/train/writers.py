@@ -123,6 +123,9 @@ class MetricWriter:
           UserError: a file could not be written; the other methods raise this, too.
         """
         self._submit(lambda writer: writer.flush())
+        if self._writers is not None:
+            with errors.naming(self._jsonl), open(self._jsonl, "a") as file:
+                os.fsync(file.fileno())  # a checkpoint that outlives a power cut follows
         wait(self._pending)
         self._raise_failures()
 

@@ -76,6 +76,7 @@ def test_ops(tmp_path):
                 "gcs_vs_grain_array_record",
                 "gcs_copies_vs_grain_array_record",
                 "loader_step_ratio",
+                "verified_step_ratio",
             },
         ),
         (

@@ -305,8 +305,13 @@ def test_event_files_by_clu_hold_the_same_points():
     assert {"train/loss", "validation/accuracy", "test/loss", "speed/bytes_per_second"} <= set(
         found
     )
-    for text, part in (("config", "hidden_dim: 16"), ("parameters", "encoder/embedding")):
-        assert part in found.pop(text)[0]
+    texts = {
+        "config": "hidden_dim: 16",
+        "parameters": "encoder/embedding",
+        "test/details": "recall",
+    }
+    for text, part in texts.items():
+        assert part in found.pop(text).popitem()[1]
     assert found == expected
 
 
