@@ -1,17 +1,20 @@
 """The diagonal state space mixer of S5 (Smith et al. 2023, "Simplified State Space Layers")."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectral_pod.fields import Positive
+from spectral_pod.errors import ConfigError
+from spectral_pod.fields import Positive, PositiveFloat
+from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import Group, parameter
 from spectral_pod.ops.diagonal_scan import diagonal_scan
 from spectral_pod.parallel.sharding import constrain
 
-STEP_SIZES = (0.001, 0.1)  # initial step sizes are drawn log-uniformly between these
 _MAX_REAL = -1e-4  # the largest real part of an eigenvalue, so that states cannot grow
 
 
@@ -42,22 +45,29 @@ class S5Layer(Mixer):
     Each state stands for a conjugate pair, hence the factor of 2. If not `causal`, a second scan
     runs from the end, with its own C. The decode state is x, complex64 [B, 1, K].
 
-    It starts as the published program does with `C_init=lecun_normal`: with a block-diagonal HiPPO
-    matrix, and with B and C of variance 1 / 2K and 1 / 2KD before their change of coordinates. The
-    published recipes use 8 blocks of 1 complex state for ListOps, 12 of 8 for Text, and 8 of 16 for
-    Pathfinder, whose C has D times this variance.
+    It starts as the published program does: with a block-diagonal HiPPO matrix and B of variance
+    1 / 2K. The published recipes use 8 blocks of 1 complex state for ListOps, 12 of 8 for Text, and
+    8 of 16 for Pathfinder, with `c_init='trunc_standard_normal'`; Path-X has `'complex_normal'` and
+    `dt_min=0.0001`.
 
     Attributes:
       state_dim: K, the number of complex states.
       blocks: HiPPO blocks, which divide K. The largest imaginary part grows with the square of a
         block's size: a single block of 64 states has parts up to 5,215, and a fifth of all pairs of
         state and step size alias.
+      c_init: the name of C's initial values in the published program. The variance of its real and
+        imaginary parts is 1 / 2KD for 'lecun_normal', 1 / 2K for 'trunc_standard_normal', and 1 / 2
+        for 'complex_normal'.
+      dt_min, dt_max: initial step sizes are drawn log-uniformly between these.
       dt_global: trains step sizes at the learning rate of the other parameters, with their weight
         decay, rather than as dynamics.
     """
 
     state_dim: Positive = 64
     blocks: Positive = 8
+    c_init: Literal["lecun_normal", "trunc_standard_normal", "complex_normal"] = "lecun_normal"
+    dt_min: PositiveFloat = 0.001
+    dt_max: PositiveFloat = 0.1
     dt_global: bool = False
 
     section = "s5"
@@ -65,9 +75,23 @@ class S5Layer(Mixer):
         ("model.s5.state_dim", "model.s5.blocks"), ("model.s5.state_dim", "mesh.tensor"),
     )  # fmt: skip
 
+    @classmethod
+    def check(cls, config: Architecture) -> None:
+        low, high = config.option("s5.dt_min"), config.option("s5.dt_max")
+        if not low <= high <= 1e3:
+            raise ConfigError(
+                f"config.model.s5.dt_min, dt_max are {low}, {high}; they need dt_min <= dt_max, "
+                "and dt_max at most 1000"
+            )
+
     def setup(self) -> None:
         self.log_a_K, self.b_D2K = self._dynamics()
-        init = nn.initializers.normal((2 * self.state_dim * self.width) ** -0.5)
+        inverse_variance = {
+            "lecun_normal": 2 * self.state_dim * self.width,
+            "trunc_standard_normal": 2 * self.state_dim,
+            "complex_normal": 2,
+        }
+        init = nn.initializers.normal(inverse_variance[self.c_init] ** -0.5)
         readout = parameter(init, None, "hidden", None, group="decayed", inputs=2)
         shape = (2, self.state_dim, self.width)
         self.c_2KD = self.param("readout", readout, shape)
@@ -132,7 +156,7 @@ class S5Layer(Mixer):
             return jnp.stack([b_DK.real, b_DK.imag], axis=1)
 
         def init_log_step(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            low, high = np.log(STEP_SIZES)
+            low, high = np.log((self.dt_min, self.dt_max))
             return jax.random.uniform(key, shape, minval=low, maxval=high)
 
         K = self.state_dim

@@ -28,6 +28,8 @@ PUBLISHED = {
     "ListOps": (8, 128, 8, 0.8660, 0.8660, 0.1779, 0.02186),
     "Text": (96, 256, 12, 0.3520, 80.966, 0.05114, 0.004499),
 }
+# The standard deviation of C of other recipes, 8 blocks of 16 states and 192 or 128 channels.
+OTHER_C = {"trunc_standard_normal": (192, 256**-0.5), "complex_normal": (128, 0.5**0.5)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -42,6 +44,17 @@ def test_it_starts_as_published(name):
     np.testing.assert_allclose(found, expected, rtol=0.05)
     steps = np.exp(values["ssm_log_step"])
     assert 0.001 <= steps.min() <= steps.max() <= 0.1
+
+
+@pytest.mark.parametrize("name", OTHER_C)
+def test_other_initial_values_are_as_published(name):
+    width, expected = OTHER_C[name]
+    layer = S5Layer(width, state_dim=128, c_init=name, dt_min=1e-4)
+    x, mask = np.zeros((1, 2, width), np.float32), np.ones((1, 2), bool)
+    params = jax.jit(layer.init)(jax.random.key(0), x, mask)["params"]
+    np.testing.assert_allclose(params["readout"].value.std(), expected, rtol=0.05)
+    steps = np.exp(params["ssm_log_step"].value)
+    assert 0.0001 <= steps.min() < 0.001 < steps.max() <= 0.1
 
 
 def test_one_large_block_aliases():

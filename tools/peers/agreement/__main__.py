@@ -9,8 +9,7 @@ Each FOLDER is a checkout of a peer's repository, whose own files are run beside
                rule, with their inputs and tolerances. Our functions stand in for its GPU kernels,
                and the expected results and gradients are those of its own naive recurrences.
     --s5       lindermanlab/S5: for every recipe the initial state space, and with equal parameters
-               the outputs and gradients of one layer. What only some recipes use and ours does not
-               have is said to be "not offered", with how far ours is from it.
+               the outputs and gradients of one layer.
     --zoology  HazyResearch/zoology: sequences of multi-query associative recall.
     --lra      google-research/long-range-arena: the expressions of ListOps, and the program's own
                values of our expressions.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-AGREES, DISAGREES, NOT_OFFERED = "agrees", "**disagrees**", "not offered"
+AGREES, DISAGREES = "agrees", "**disagrees**"
 _FALSE_ALARM = 1e-4  # the probability that equal distributions are said to differ
 
 
@@ -52,7 +52,7 @@ class Row:
     @property
     def failed(self) -> bool:
         """Whether something disagrees, or nothing was compared."""
-        return self.verdict != NOT_OFFERED and not (self.worst and self.agrees)
+        return not (self.worst and self.agrees)
 
     def line(self) -> str:
         values = f"{self.difference:.2g} | {self.tolerance:.2g}" if self.worst else " | "

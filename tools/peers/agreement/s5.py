@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectral_pod.layers.s5 import STEP_SIZES, S5Layer
+from spectral_pod.layers.s5 import S5Layer
 from tools import shell
-from tools.peers.agreement.rows import NOT_OFFERED, Row, importable, load
+from tools.peers.agreement.rows import Row, importable, load
 
 ROUNDING = 1e-4  # of the largest entry: float32, in another order
 SEEDS = 4  # initial states of each
@@ -26,7 +26,6 @@ SEEDS = 4  # initial states of each
 def compare(folder: Path) -> Iterator[Row]:
     """Compares every recipe's initial state space, and one layer with equal parameters."""
     start, same = Row("S5", "initial Lambda, B, C, steps"), Row("S5", "output and gradients")
-    other = Row("S5", "other initial C, steps", verdict=NOT_OFFERED)
     scripts = sorted(folder.glob("bin/run_experiments/run_*.sh"))
     if not scripts:
         raise FileNotFoundError(f"{folder} has no recipes in bin/run_experiments")
@@ -34,15 +33,14 @@ def compare(folder: Path) -> Iterator[Row]:
         recipe = script.stem.removeprefix("run_")
         shell.say(f"S5 {recipe}")
         blocks, theirs = _published_layer(folder, script)
-        _compare_initial(recipe, blocks, theirs, start, other)
+        _compare_initial(recipe, blocks, theirs, start)
         difference = max(jax.tree.leaves(_differences(blocks, theirs)))
         same.add(recipe, difference, ROUNDING)
         start.cases, same.cases = start.cases + 1, same.cases + 1
-    yield from (start, same, other)
+    yield from (start, same)
 
 
-def _compare_initial(recipe: str, blocks: int, theirs: Any, start: Row, other: Row) -> None:
-    """Adds to `start` what our layer offers, and to `other` what it does not."""
+def _compare_initial(recipe: str, blocks: int, theirs: Any, start: Row) -> None:
     ours = _our_layer(blocks, theirs)
     u_ND = jnp.zeros((2, theirs.H))
     keys = jax.random.split(jax.random.key(2), SEEDS)
@@ -59,19 +57,21 @@ def _compare_initial(recipe: str, blocks: int, theirs: Any, start: Row, other: R
     sorted_parts = np.sort(imaginary), np.sort(np.abs(expected[1]))
     start.add(f"{recipe} Im Lambda", _difference(*sorted_parts), ROUNDING)
     start.add_draws(f"{recipe} B", *draws("ssm_b"))
-    offered = {
-        "ssm_log_step": (theirs.dt_min, theirs.dt_max) == STEP_SIZES,
-        "readout": theirs.C_init == "lecun_normal",
-    }
-    for name, ours_too in offered.items():
-        row = start if ours_too else other
-        row.add_draws(f"{recipe} {'C' if name == 'readout' else 'steps'}", *draws(name))
-        other.cases += not ours_too
+    start.add_draws(f"{recipe} steps", *draws("ssm_log_step"))
+    start.add_draws(f"{recipe} C", *draws("readout"))
 
 
 def _our_layer(blocks: int, theirs: Any) -> S5Layer:
     causal = not theirs.bidirectional
-    return S5Layer(theirs.H, state_dim=theirs.P, blocks=blocks, causal=causal)
+    return S5Layer(
+        theirs.H,
+        state_dim=theirs.P,
+        blocks=blocks,
+        causal=causal,
+        c_init=theirs.C_init,
+        dt_min=theirs.dt_min,
+        dt_max=theirs.dt_max,
+    )
 
 
 def _published_layer(folder: Path, script: Path) -> tuple[int, Any]:
