@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Self
 
-import psutil
 from absl import logging
 
 from spectral_pod import storage
@@ -58,9 +57,12 @@ class Lease:
         folder, self._name = os.path.split(path)
         self._what, self._wait, self._say = what, wait, say
         self._folder, self._path = folder or ".", path
-        self._me = _this_process()
+        place = path if storage.is_remote(path) else os.path.realpath(path)
+        self._me = _this_process() | {"id": uuid.uuid4().hex, "place": place}
         self._lost = ""
         self._ended = threading.Event()
+        self._wake, self._attempted = threading.Event(), threading.Event()
+        self._asked = False  # `check` has waited for a renewal since the last one
 
     def __enter__(self) -> Self:
         """Takes the lease.
@@ -83,6 +85,7 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._wake.set()
         self._thread.join(timeout=_RELEASE_SECONDS)
         if self._lost:
             return
@@ -93,18 +96,23 @@ class Lease:
             logging.warning("The lease %s is not released, and expires: %s", self._path, error)
 
     def check(self) -> None:
-        """Checks that this process still holds the lease.
+        """Checks that this process still holds the lease, as far as is known without waiting.
 
         Raises:
           UserError: another process has taken it over.
         """
-        if not self._lost and time.monotonic() - self._renewed > EXPIRY_SECONDS:
-            self._renew_once()  # this process was suspended, or storage does not answer
+        is_silent = time.monotonic() - self._renewed > EXPIRY_SECONDS
+        if is_silent and not (self._lost or self._asked):
+            # This process was suspended, and somebody may have taken over; or storage is out, and
+            # then nobody can, and there is nothing more to wait for.
+            self._asked = True
+            self._attempted.clear()
+            self._wake.set()
+            self._attempted.wait(_RENEW_SECONDS)
         if self._lost:
             raise UserError(
                 f"{self._what} was taken over by {self._lost}, as this process did not show that "
-                f"it was alive for more than {EXPIRY_SECONDS:.0f} s; it ends here and writes "
-                "nothing more"
+                f"it was alive for more than {EXPIRY_SECONDS:.0f} s; it ends here"
             )
 
     def _take(self) -> None:
@@ -118,7 +126,13 @@ class Lease:
             else:
                 renewed = False
             holder = _holder(found.value) if found.state == "value" else {}
-            is_free = found.state != "value" or _is_dead(holder) or now - since > EXPIRY_SECONDS
+            is_copy = "place" in holder and holder["place"] != self._me["place"]
+            is_free = (
+                is_copy
+                or found.state != "value"
+                or _is_dead(holder)
+                or now - since > EXPIRY_SECONDS
+            )
             if is_free and self._write(found.stamp.generation):
                 return
             if not self._wait and (renewed or _is_alive(holder)):
@@ -140,28 +154,35 @@ class Lease:
         new = self._store.write(self._name, content, if_equal=generation).result().generation
         if not new:  # it was not; or it was, and a repeated request finds its own result
             found = self._store.read(self._name).result()
-            if found.state != "value" or found.value != content:
+            if found.state != "value" or _holder(found.value).get("id") != self._me["id"]:
                 return False
             new = found.stamp.generation
         self._generation = new
         return True
 
     def _renew(self) -> None:
-        while not self._ended.wait(_RENEW_SECONDS) and not self._lost:
-            self._renew_once()
+        while not self._lost:
+            self._wake.wait(_RENEW_SECONDS)
+            self._wake.clear()
+            if self._ended.is_set():
+                return
+            try:
+                self._renew_once()
+            except Exception as error:  # whoever wants to take it over cannot reach storage either
+                logging.warning("The lease %s is not renewed: %s", self._path, error)
+            self._attempted.set()
 
     def _renew_once(self) -> None:
-        try:
-            if self._write(self._generation):
-                self._renewed = time.monotonic()
-                return
+        if not self._write(self._generation):
             found = self._store.read(self._name).result()
-        except ValueError as error:  # whoever wants to take it over cannot reach storage either
-            logging.warning("The lease %s is not renewed: %s", self._path, error)
-            return
-        self._lost = (
-            _named(_holder(found.value)) if found.state == "value" else "someone who deleted it"
-        )
+            if found.state == "value":
+                self._lost = _named(_holder(found.value))
+                return
+            # Somebody has deleted the file; it is written again unless another process was faster.
+            self._store = storage.kvstore(self._folder)
+            if not self._write(found.stamp.generation):
+                return
+        self._renewed, self._asked = time.monotonic(), False
 
 
 def _this_process() -> dict[str, Any]:
@@ -169,10 +190,22 @@ def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "started": _started(os.getpid()),
         "machine": _machine(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
+
+
+def _started(pid: int) -> str:
+    """When a living process started, in ticks since the machine did; "" if there is none.
+
+    Not by the clock, which can be set.
+    """
+    try:
+        state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]
 
 
 def _machine() -> str:
@@ -199,14 +232,8 @@ def _is_here(holder: dict[str, Any]) -> bool:
 
 def _is_alive(holder: dict[str, Any]) -> bool:
     """Whether the holder is known to be alive, as a process of this machine."""
-    if not _is_here(holder):
-        return False
-    try:
-        process = psutil.Process(holder["pid"])
-        is_zombie = process.status() == psutil.STATUS_ZOMBIE
-        return bool(process.create_time() == holder["started"] and not is_zombie)
-    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
-        return False
+    pid, started = holder.get("pid"), holder.get("started")
+    return _is_here(holder) and isinstance(pid, int) and bool(started) and _started(pid) == started
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

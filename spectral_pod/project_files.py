@@ -33,19 +33,31 @@ _Name = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", max_l
 _PartName = Annotated[str, pydantic.Field(pattern="^[0-9]{5,18}$")]
 
 
-class RecordedData(TypedDict):
+class _Open(TypedDict):
+    """A part of a file that may have other keys, too."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+
+
+class RecordedData(_Open):
     """The section `data`, of which other fields may come and go with versions."""
 
     task: str
 
 
-class RecordedConfig(TypedDict):
+class RecordedConfig(_Open):
     """A configuration as it was recorded; `config.defaults_of` checks its sections."""
 
     data: RecordedData
 
 
-class Run(TypedDict):
+class _Closed(TypedDict):
+    """A file without other keys than those of its schema."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[misc]
+
+
+class Run(_Closed):
     """WORKDIR/config.json: whose a workdir is. Its checksum is the identity of the run."""
 
     config: RecordedConfig
@@ -65,7 +77,7 @@ class Start(TypedDict):
     jax: str
 
 
-class Evaluation(TypedDict):
+class Evaluation(_Open):
     """Metrics on a split, beside its name."""
 
     split: str
@@ -83,7 +95,7 @@ class FileDigest(TypedDict):
     sha256: _Sha256
 
 
-class Seal(TypedDict):
+class Seal(_Closed):
     """WORKDIR/seals/STEP.json: the files of a checkpoint, by their relative names."""
 
     step: _Count
@@ -114,7 +126,7 @@ class Split(TypedDict):
     parts: list[Part]
 
 
-class Manifest(TypedDict):
+class Manifest(_Closed):
     """STORE/manifest.json; see `data/byte_store.py`."""
 
     format: Literal["spectral_pod.byte_store/2"]
@@ -131,14 +143,14 @@ class WrittenPart(Part):
     class_counts: list[_Count]
 
 
-class Item(TypedDict):
+class Item(_Closed):
     """STORE/unfinished/ITEM.json; see `data/parallel_write.py`."""
 
     parts: dict[_Name, WrittenPart]
     facts: Any
 
 
-class Export(TypedDict):
+class Export(_Closed):
     """EXPORT/config.json; see `generate/export.py`."""
 
     config: RecordedConfig
@@ -204,21 +216,31 @@ class Kind(Generic[T]):
         recorded = value.pop(CHECKSUM, None)
         if recorded is not None and recorded != checksum(value):
             raise ValueError(f"its content differs from its {CHECKSUM}")
-        try:
-            self._adapter.validate_python(value, strict=True)
-        except pydantic.ValidationError as error:
-            raise ValueError(_first(error)) from None
+        self._check(value)
         return cast(T, value)
 
     def encode(self, content: Mapping[str, Any]) -> bytes:
-        """The bytes of a file with this content."""
-        value = json.loads(json.dumps(content))  # as it will be read: keys are strings
-        self._adapter.validate_python(value, strict=True)
+        """The bytes of a file with this content.
+
+        Raises:
+          DataError: it could not be read again.
+        """
+        try:
+            value = _json(json.dumps(content).encode())  # as it will be read: keys are strings
+            self._check(value)
+        except ValueError as error:
+            raise DataError(f"what is to be written could not be read: {error}") from error
         return json.dumps(value | {CHECKSUM: checksum(value)}, indent=1).encode()
 
     def write(self, file: Any, content: Mapping[str, Any]) -> None:
         """Writes an `epath.Path` atomically."""
         storage.write_whole(file, self.encode(content))
+
+    def _check(self, value: Any) -> None:
+        try:
+            self._adapter.validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            raise ValueError(_first(error)) from None
 
     @functools.cached_property
     def _adapter(self) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -111,15 +112,57 @@ def test_a_holder_on_another_machine_is_known_by_its_renewals(path, monkeypatch)
 
 def test_a_silent_holder_is_replaced_and_ends(path, monkeypatch):
     first = of_another_machine(monkeypatch, path).__enter__()
-    first._ended.set()  # as if it were suspended
-    first._thread.join()
-    with Lease(path, "the place") as second:
+    with monkeypatch.context() as suspended:
+        suspended.setattr(first, "_renew_once", lambda: None)
+        second = Lease(path, "the place").__enter__()
         time.sleep(0.7)
-        with pytest.raises(UserError, match="the place was taken over by process"):
-            first.check()
-        first.__exit__()
-        second.check()  # the first has not released what is no longer its own
-        assert json.loads(storage.kvstore(path.rpartition("/")[0])["lease.json"])
+    with pytest.raises(UserError, match="the place was taken over by process"):
+        first.check()
+    first.__exit__()
+    second.check()  # the first has not released what is no longer its own
+    assert json.loads(storage.kvstore(path.rpartition("/")[0])["lease.json"])
+    second.__exit__()
+
+
+def test_a_holder_that_was_suspended_keeps_what_nobody_wanted(path, monkeypatch):
+    with Lease(path, "the place") as lease:
+        with monkeypatch.context() as suspended:
+            suspended.setattr(lease, "_renew_once", lambda: None)
+            time.sleep(1.0)
+        for _ in range(50):
+            lease.check()
+            time.sleep(0.01)
+        assert time.monotonic() - lease._renewed < 0.6
+
+
+def test_storage_that_is_out_ends_nothing(path, monkeypatch):
+    """Neither does an error that nobody has foreseen, and renewals go on after it."""
+    with Lease(path, "the place") as lease:
+        with monkeypatch.context() as out:
+            out.setattr(lease, "_write", lambda _: 1 / 0)
+            time.sleep(0.8)
+            lease.check()
+            started = time.monotonic()
+            lease.check()
+            assert time.monotonic() - started < 0.05  # waits once, not at every step
+        time.sleep(0.4)
+        assert time.monotonic() - lease._renewed < 0.4
+
+
+def test_a_deleted_lease_is_written_again(path, tmp_path):
+    with Lease(path, "the place") as lease:
+        shutil.rmtree(tmp_path / "place")
+        time.sleep(0.5)
+        lease.check()
+        with pytest.raises(InUseError):
+            Lease(path, "the place").__enter__()
+
+
+def test_a_copied_lease_is_of_another_place(path, tmp_path):
+    with Lease(path, "the place"):
+        shutil.copytree(tmp_path / "place", tmp_path / "copy")
+        with Lease(f"{tmp_path}/copy/lease.json", "the copy") as copy:
+            copy.check()
 
 
 def test_waiting_for_the_end_of_another(path, monkeypatch):

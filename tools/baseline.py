@@ -183,6 +183,7 @@ def measure(arguments: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         sources = open_sources(config)
     lines, records = baselines(sources)
+    sources.wait_verified()
     print(table(config.data.task, lines, records, sources.num_classes))
     if arguments.json:
         data = {

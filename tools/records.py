@@ -67,7 +67,8 @@ def describe(arguments: argparse.Namespace) -> None:
     print(header)
     for name, info in manifest["splits"].items():
         shown = ", ".join(
-            f"{label} {count:,}" for label, count in zip(store.classes, info["class_counts"])
+            f"{_printable(label)} {count:,}"
+            for label, count in zip(store.classes, info["class_counts"])
         )
         print(
             f"{name:<12}{info['records']:>12,}{info['bytes']:>16,}{info['longest']:>12,}"
@@ -78,6 +79,7 @@ def describe(arguments: argparse.Namespace) -> None:
         total = sum(info["records"] for info in manifest["splits"].values())
         progress = Progress("Comparing", total, "records")
         report = duplicates.report(store, progress.add)
+        store.verification.wait()
         progress.end()
         print(json.dumps(report, indent=1))
 
@@ -96,14 +98,20 @@ def verify(arguments: argparse.Namespace) -> None:
 def head(arguments: argparse.Namespace) -> None:
     store = _open(arguments.store)
     split = store.split(arguments.split)
-    for i in range(min(arguments.count, len(split))):
-        documents = split.read(range(i * split.documents, (i + 1) * split.documents))
-        print(f"{i}: class {store.classes[split.labels[i]]}")
-        for document in documents:
+    count, k = min(arguments.count, len(split)), split.documents
+    documents = split.read(range(count * k))
+    store.verification.wait()
+    for i in range(count):
+        print(f"{i}: class {_printable(store.classes[split.labels[i]])}")
+        for document in documents[i * k : (i + 1) * k]:
             data = document[:_SHOWN_BYTES].tobytes()
             text = data.decode(errors="backslashreplace").encode("unicode_escape").decode()
             more = "..." if len(document) > _SHOWN_BYTES else ""
             print(f"   {len(document):,} bytes: {text}{more}")
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def to_tfds(arguments: argparse.Namespace) -> None:

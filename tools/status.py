@@ -66,7 +66,8 @@ def facts(workdir: str, metrics: project_files.Log[dict[str, float]], now: float
       ConfigError: `workdir` is not the workdir of a run.
       DataError: a file of the run is damaged.
     """
-    folder, lines = epath.Path(workdir), metrics.lines
+    folder = epath.Path(workdir)
+    lines = [line for line in metrics.lines if math.isfinite(line.get("wall_time", 0.0))]
     if not (folder / "config.json").exists():
         raise ConfigError(
             f"{workdir} is no workdir of a run, or of one that still prepares its data: it has no "
@@ -168,7 +169,7 @@ def _checkpoint(folder: epath.Path, now: float) -> dict[str, Any] | None:
         with contextlib.suppress(DataError):
             if file.suffix == ".json" and file.stem.isdecimal():
                 seals[int(file.stem)] = project_files.SEAL.read(file)
-    steps = {int(file.name) for file in _files(folder / "checkpoints") if file.name.isdigit()}
+    steps = {int(file.name) for file in _files(folder / "checkpoints") if file.name.isdecimal()}
     sealed = sorted(steps & seals.keys())
     unsealed = sorted(steps - seals.keys())
     if not steps:
@@ -246,7 +247,8 @@ def _faults(
         yield f"the training loss jumped {len(spikes)} time(s): {shown}"
     for file in _files(folder / "quarantine"):
         if file.suffix == ".txt":
-            reason = file.read_text().partition("\n")[0]
+            text = file.read_bytes().decode(errors="replace")
+            reason = text.partition("\n")[0]
             yield f"checkpoint {file.stem} is in quarantine: {reason}"
     if stalls:
         age = _duration(now - storage.modified(stalls[-1]))
@@ -314,7 +316,7 @@ def _progress(found: Mapping[str, Any]) -> Iterator[_Line]:
         + [f"{name.removesuffix('_seconds')} {_duration(spent)}" for name, spent in lost if spent],
     )
     hosts = found["hosts"]
-    if "slowest" in hosts:
+    if math.isfinite(hosts.get("slowest", math.nan)):
         slowest = int(hosts["slowest"])
         times = {name: hosts.get(f"{slowest}/{name}_seconds") for name in ("p50", "p99")}
         shown = [f"{name} {t:.3g} s a step" for name, t in times.items() if t is not None]
@@ -380,7 +382,7 @@ def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -
         points = {
             line["step"]: line[tag] / scale
             for line in lines
-            if tag in line and math.isfinite(line[tag])
+            if abs(line.get(tag, math.nan)) < 1e100  # plotext overflows beyond
         }
         if len(points) > 1:
             curves[title] = points
@@ -423,6 +425,9 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 def _duration(seconds: float) -> str:
     """0.4 s, 12 s, 3:04 min, 5:12 h, 3.2 days."""
+    if not math.isfinite(seconds) or seconds > 1e12:
+        return "an unknown time"
+    seconds = max(seconds, 0.0)  # clocks differ
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, hours = divmod(int(seconds), 60), divmod(int(seconds / 60), 60)

@@ -20,6 +20,7 @@ import bisect
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,32 +72,35 @@ class Split:
             for array in zarr_arrays.DTYPES
         }
         starts = np.cumsum([0] + [part["bytes"] for part in parts])
-        offsets = zarr_arrays.read_verified(opened["offsets"], urls, "offsets", parts)
+        offsets = zarr_arrays.read_verified(
+            opened["offsets"], urls, "offsets", parts, self.documents
+        )
         offsets = [part[:-1] + start for part, start in zip(offsets, starts)]
         self.offsets: np.ndarray = np.concatenate([*offsets, starts[-1:]])
-        labels = zarr_arrays.read_verified(opened["labels"], urls, "labels", parts)
+        labels = zarr_arrays.read_verified(opened["labels"], urls, "labels", parts, self.documents)
         self.labels: np.ndarray = np.concatenate([np.zeros(0, np.int32), *labels])
         self._starts: list[int] = starts.tolist()  # first byte of each part, and the total
         self._remote = zarr_arrays.results(opened["bytes"], [f"{url}/bytes" for url in urls])
-        self._check_facts(info, [part["bytes"] for part in parts])
+        self._folders = [f"{url}/bytes" for url in urls]  # of `_arrays`
+        for held, url, facts in zip(self._remote, self._folders, parts, strict=True):
+            zarr_arrays.check_form(held, url, "bytes", facts, self.documents)
+        self._check_facts(info)
         self._arrays = list(self._remote)  # with the local copies of parts, where there are any
         self._sha256 = [part["sha256"]["bytes"] for part in parts]
-        self._folders = [f"{url}/bytes" for url in urls]  # of `_arrays`
         self._copied: set[int] = set()
         self._requested: set[int] = set()  # parts whose content is verified, or will be
         if store.copies:
             for part in range(len(urls)):
                 store.copies.request(self._copy(part), functools.partial(self._use_copy, part))
 
-    def _check_facts(self, info: Mapping[str, Any], sizes: Sequence[int]) -> None:
+    def _check_facts(self, info: Mapping[str, Any]) -> None:
         """Checks what the manifest says about this split against its verified arrays."""
         num_classes = len(self._store.classes)
         if (
-            [array.shape for array in self._remote] != [(size,) for size in sizes]
-            or any(array.dtype.numpy_dtype != np.uint8 for array in self._remote)
-            or (len(self), self._starts[-1]) != (info["records"], info["bytes"])
+            (len(self), self._starts[-1]) != (info["records"], info["bytes"])
             or len(self.offsets) != len(self) * self.documents + 1
             or np.diff(self.offsets).max(initial=0) != info["longest"]
+            or len(info["class_counts"]) != num_classes
             or _class_counts(self.labels, num_classes) != info["class_counts"]
         ):
             raise DataError(
@@ -167,6 +171,10 @@ class Split:
             what = f"{self._store.path}/{self._names[part]}, bytes {where.start} to {where.stop},"
             raise zarr_arrays.unreadable(what, error) from error
 
+    def wait_verified(self) -> None:
+        """Waits until the parts that were read are verified; raises if one differs."""
+        self._store.verification.wait()
+
     def _verify(self, parts: set[int]) -> None:
         """Has the content of parts verified in the background, once each.
 
@@ -196,6 +204,7 @@ class Split:
             if "UNAVAILABLE" not in str(error) and isinstance(fault, DataError):
                 raise fault from error
             self._requested.discard(part)  # its next read is going to tell
+            logging.warning("A part that was read is not verified: %s", fault)
 
     def _copy(self, part: int) -> local_copies.Part:
         source = storage.kvstore(f"{self._store.path}/{self._names[part]}/bytes")
@@ -275,7 +284,7 @@ def exists(path: str) -> bool:
 
 def lease(path: str) -> Lease:
     """The lease of a store's writer: another writer waits for its end, or continues if it dies."""
-    where = f"{path.rstrip('/')}.lease"
+    where = f"{(path if storage.is_remote(path) else os.path.abspath(path)).rstrip('/')}.lease"
     return Lease(where, f"the store {path}", wait=True, say=lambda line: print(line, flush=True))
 
 
@@ -424,12 +433,13 @@ def verify(path: str, on_part: Callable[[str], None] = lambda part: None) -> Non
     Raises:
       DataError: an array differs or cannot be read; the message names the first.
     """
-    for name, info in ByteStore(path).manifest["splits"].items():
+    manifest = ByteStore(path).manifest
+    for name, info in manifest["splits"].items():
         for facts in info["parts"]:
             url = f"{path}/{name}/{facts['name']}"
             for array in zarr_arrays.DTYPES:
                 opened = zarr_arrays.open_array(f"{url}/{array}", storage.uncached())
-                zarr_arrays.read_verified([opened], [url], array, [facts])
+                zarr_arrays.read_verified([opened], [url], array, [facts], manifest["documents"])
             on_part(url)
 
 

@@ -53,3 +53,4 @@ def _examples(split: Split, names: list[str]) -> Iterator[tuple[int, dict[str, A
             contents = documents[i * k : (i + 1) * k]
             example = dict(zip(names, contents, strict=True))
             yield start + i, example | {"label": int(split.labels[start + i])}
+    split.wait_verified()

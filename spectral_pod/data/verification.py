@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 
+from absl import logging
+
 from spectral_pod.data.progress import Progress
-from spectral_pod.errors import DataError
 
 _POLL_SECONDS = 0.05
+_WAIT_SECONDS = 600.0
 
 
 class Verification:
@@ -21,12 +23,12 @@ class Verification:
 
     def __init__(self) -> None:
         self._checks: queue.Queue[Callable[[], None]] = queue.Queue()
-        self._failure: DataError | None = None
+        self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
         self.stopped = threading.Event()  # the checks end early
 
     def request(self, check: Callable[[], None]) -> None:
-        """Runs `check` later, which raises a DataError if data differ."""
+        """Runs `check` later, which raises if data differ."""
         self._checks.put(check)
         if self._thread is None:
             # A thread inside tensorstore would crash while the interpreter shuts down.
@@ -35,15 +37,25 @@ class Verification:
             self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raises the first DataError of a check so far."""
+        """Raises the first error of a check so far."""
         if self._failure:
             raise self._failure
 
-    def wait(self) -> None:
-        """Waits for all checks, and raises the first DataError."""
-        pending = self._checks.unfinished_tasks
+    def wait(self, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """Waits for all checks, and raises their first error.
+
+        At most for ten minutes: a run that has read little of large data need not read all of it.
+
+        Args:
+          while_waiting: called several times a second; may raise.
+        """
+        pending, deadline = self._checks.unfinished_tasks, time.monotonic() + _WAIT_SECONDS
         progress = Progress("verifying the data that were read", pending, "parts")
         while (left := self._checks.unfinished_tasks) and not self._failure:
+            if time.monotonic() > deadline:
+                logging.warning("%d of the parts that were read are not verified", left)
+                break
+            while_waiting()
             progress.at(pending - left)
             time.sleep(_POLL_SECONDS)
         progress.end()
@@ -63,7 +75,7 @@ class Verification:
                 continue
             try:
                 check()
-            except DataError as error:
+            except Exception as error:
                 self._failure = self._failure or error
             finally:
                 self._checks.task_done()

@@ -82,15 +82,48 @@ def unreadable(what: str, error: ValueError) -> UserError:
 
 
 def read_verified(
-    opened: Sequence[Any], urls: Sequence[str], array: str, facts: Sequence[Mapping[str, Any]]
+    opened: Sequence[Any],
+    urls: Sequence[str],
+    array: str,
+    facts: Sequence[Mapping[str, Any]],
+    documents: int,
 ) -> list[np.ndarray]:
-    """The values of one array of each part, verified against the manifest."""
+    """The values of one array of each part, verified against the manifest.
+
+    Args:
+      opened: futures of the arrays.
+      urls: of the parts.
+      array: its name.
+      facts: the manifest's, of each part.
+      documents: per record.
+    """
     array_urls = [f"{url}/{array}" for url in urls]
-    values = results([handle.read() for handle in results(opened, array_urls)], array_urls)
+    arrays = results(opened, array_urls)
+    for held, url, fact in zip(arrays, array_urls, facts, strict=True):
+        check_form(held, url, array, fact, documents)
+    values = results([held.read() for held in arrays], array_urls)
     for part, url, fact in zip(values, array_urls, facts, strict=True):
         if sha256(part) != fact["sha256"][array]:
             raise DataError(f"{url} differs from its manifest; delete the store")
     return values
+
+
+def check_form(held: Any, url: str, array: str, fact: Mapping[str, Any], documents: int) -> None:
+    """Checks the shape and the dtype of an opened array against the manifest.
+
+    Raises:
+      DataError: they differ.
+    """
+    sizes = {
+        "bytes": fact["bytes"],
+        "offsets": fact["records"] * documents + 1,
+        "labels": fact["records"],
+    }
+    if held.shape != (sizes[array],) or held.dtype.name != DTYPES[array]:
+        raise DataError(
+            f"{url} is {held.dtype.name}{list(held.shape)}, and its manifest says "
+            f"{DTYPES[array]}[{sizes[array]}]; delete the store to have it written again"
+        )
 
 
 def verify(url: str, expected: str, stopped: threading.Event) -> None:

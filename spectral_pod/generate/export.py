@@ -27,6 +27,7 @@ from spectral_pod.models.model import abstract_params
 from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.sealed_steps import check_same_model, described
 
+_SHOWN_CLASSES = 64
 _PARAMETERS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 _CARD_TEXT = """---
 {fields}
@@ -116,8 +117,8 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
     storage.check_access(directory, write=False)
     folder = epath.Path(directory)
     for name in (_CONFIG, _PARAMETERS):
-        if not (folder / name).exists():
-            raise DataError(f"{directory} holds no exported model: it has no {name}")
+        if not (folder / name).exists() or (folder / name).is_dir():
+            raise DataError(f"{directory} holds no exported model: it has no file {name}")
     facts = project_files.EXPORT.read(folder / _CONFIG)
     data = (folder / _PARAMETERS).read_bytes()
     if facts["sha256"] != hashlib.sha256(data).hexdigest():
@@ -125,6 +126,8 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
             f"{folder / _PARAMETERS} is damaged: its sha256 is not the one in {_CONFIG}; get or "
             "export the model again"
         )
+    if facts["classes"] and len(facts["classes"]) != facts["num_classes"]:
+        raise CheckpointError(f"{folder / _CONFIG} names other classes than its model has")
     mesh = mesh or one_device()
     config = recorded_config(facts["config"], str(folder / _CONFIG))
     module = models.build(
@@ -133,7 +136,10 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
         vocab_size=facts["vocab_size"],
         decoding=True,
     )
-    params = traverse_util.unflatten_dict(safetensors.numpy.load(data), sep=".")
+    try:
+        params = traverse_util.unflatten_dict(safetensors.numpy.load(data), sep=".")
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{folder / _PARAMETERS} is damaged: {error}") from error
     boxed = abstract_params(module, mesh)
     check_same_model(folder, described(params), described(nn.unbox(boxed)))
     return Trained(
@@ -170,7 +176,9 @@ def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None
         use = 'print(model.generate("To be", max_length=200))'
     elif not trained.objective.by_position:
         predicts = f"one of {trained.num_classes} classes"
-        predicts += f": {', '.join(map(_plain, trained.classes))}" if trained.classes else ""
+        names = ", ".join(map(_plain, trained.classes[:_SHOWN_CLASSES]))
+        more = ", ..." if len(trained.classes) > _SHOWN_CLASSES else ""
+        predicts += f": {names}{more}" if names else ""
         use = 'print(model.classes[model.classify(b"some bytes").argmax()])'
     else:
         predicts = f"one of {trained.num_classes} symbols at every position"
@@ -199,7 +207,7 @@ def _results(trained: Trained, result: Mapping[str, Any] | None) -> list[str]:
     if result is None or result["step"] != trained.step:
         return ["None are recorded of this step."]
     evaluation: Mapping[str, Any] = result["eval"]
-    scores = {name: x for name, x in evaluation.items() if isinstance(x, int | float)}
+    scores = {name: x for name, x in evaluation.items() if _is_number(x)}
     return [
         f"On the {_plain(result['eval']['split'])} split:",
         "",
@@ -207,6 +215,10 @@ def _results(trained: Trained, result: Mapping[str, Any] | None) -> list[str]:
         "|---|---|",
         *(f"| {_plain(name.replace('_', ' '))} | {x:.6g} |" for name, x in scores.items()),
     ]
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and abs(x) < 1e300
 
 
 def _plain(text: str) -> str:

@@ -92,11 +92,28 @@ def restore_for_inference(
     run = project_files.run_id(recorded)
     config = recorded_config(recorded["config"], str(file))
     saved = SealedSteps(f"{workdir}/checkpoints", run)
-    step = saved.choose(step)
+    while True:
+        chosen = saved.choose(step)
+        try:
+            return _restored(saved, chosen, recorded, config, mesh or one_device(), dtype)
+        except Exception:
+            if step is not None or (saved.directory / str(chosen)).exists():
+                raise
+            # The run is training, and has deleted this step meanwhile.
+
+
+def _restored(
+    saved: SealedSteps,
+    step: int,
+    recorded: project_files.Run,
+    config: Config,
+    mesh: Mesh,
+    dtype: str,
+) -> Trained:
+    """The parameters of a sound step, and the model for them."""
     # A task knows only the maximum number of its classes; the actual one depends on the data.
     num_classes = saved.shapes(step).get("params/head/bias", (0,))[0]
     vocab_size = tasks.make(config.data.task, config.data.options).vocab_size
-    mesh = mesh or one_device()
     build = functools.partial(
         models.build,
         fitted(config, mesh, dtype),

@@ -193,6 +193,7 @@ class Checkpointer(SealedSteps):
         return NO_STEP
 
     def _newest_sound(self) -> int:
+        self._refuse_another_run()
         for step in sorted(self._steps(), reverse=True):
             faults = self._faults(step)
             if not faults:

@@ -77,9 +77,9 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
             try:
                 trainer.train()
                 evaluation = trainer.evaluate(config.train.eval_split)
+                sources.wait_verified(trainer.stay_alive)
             except Preempted:
                 trainer.save_and_exit()
-            sources.wait_verified()
             result = _report(trainer, evaluation, started)
     runtime.barrier("the end")  # what the leader still writes may take longer than disconnecting
     return result

@@ -307,7 +307,10 @@ def _like(averages: Any, window: Mapping[str, list[float]]) -> Any | None:
     named = [(name, np.asarray(x)) for name, x in _named(averages)]
     if {name: len(sums) for name, sums in window.items()} != {name: x.size for name, x in named}:
         return None
-    leaves = [np.asarray(window[name], x.dtype).reshape(x.shape) for name, x in named]
+    try:
+        leaves = [np.asarray(window[name], x.dtype).reshape(x.shape) for name, x in named]
+    except (ValueError, OverflowError):  # an older seal, which has no checksum, was changed
+        return None
     return jax.tree.unflatten(jax.tree.structure(averages), leaves)
 
 

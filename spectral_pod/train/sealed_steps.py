@@ -99,8 +99,13 @@ class SealedSteps:
         if step == NO_STEP:
             return None
         folder = self.directory / str(step)
-        check_same_model(folder, described(self._metadata(step)), described(abstract_state))
-        state = self._restore(step, abstract_state)
+        try:
+            check_same_model(folder, described(self._metadata(step)), described(abstract_state))
+            state = self._restore(step, abstract_state)
+        except Exception:
+            if folder.exists() or jax.process_count() > 1:
+                raise
+            return self.restore(abstract_state)  # its run has deleted it meanwhile
         held = int(_named_leaves(state).get("step", step))
         if held != step:
             raise CheckpointError(
@@ -154,17 +159,35 @@ class SealedSteps:
             return [str(error)]
         if seal["step"] != step:
             return [f"its seal is of step {seal['step']}"]
-        if self._run and seal.get("run", self._run) != self._run:
+        if not self._is_ours(seal):
             return ["it is of another run: its seal names another configuration or other data"]
-        sealed, present = seal["files"], file_digests(self.directory / str(step))
+        try:
+            present = file_digests(self.directory / str(step))
+        except FileNotFoundError:
+            return ["its run has deleted it meanwhile"]
+        sealed = seal["files"]
         missing = [f"{name} is missing" for name in sealed.keys() - present.keys()]
         added = [f"{name} was added" for name in present.keys() - sealed.keys()]
         common = sealed.keys() & present.keys()
         altered = [f"{name} is altered" for name in common if sealed[name] != present[name]]
         return sorted(missing + added + altered)
 
+    def _is_ours(self, seal: project_files.Seal) -> bool:
+        return not self._run or seal.get("run", self._run) == self._run
+
+    def _refuse_another_run(self) -> None:
+        """Raises if there are steps, and all are of other runs: then the record is wrong."""
+        seals = [seal for step in self._sealed_steps() if (seal := self._read_seal(step))]
+        if seals and not any(map(self._is_ours, seals)):
+            raise CheckpointError(
+                f"all checkpoints in {self.directory} are of another run than "
+                f"{self.directory.parent / 'config.json'} records; restore that file, or start in "
+                "another --workdir"
+            )
+
     def _newest_sound(self) -> int:
         """The newest sound step, or NO_STEP; others are logged."""
+        self._refuse_another_run()
         for step in sorted(self._sealed_steps(), reverse=True):
             faults = self._faults(step)
             if not faults:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,14 +62,14 @@ class Sources(NamedTuple):
         first, *others = sources.values()
         return Mixture([first, *others], self.weights) if others else first
 
-    def wait_verified(self) -> None:
+    def wait_verified(self, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Waits until the content of all parts that were read is compared with their sha256.
 
         Raises:
           DataError: some part differs.
         """
         for store in self.stores.values():
-            store.verification.wait()
+            store.verification.wait(while_waiting)
 
     def evaluation(self, split: str) -> dict[str, pipeline.Source]:
         """Ordered batches that cover a split of each store once, by the name of the store."""

@@ -1,12 +1,14 @@
 """A store returns what was written, and damage is an error that names its location."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 
 from spectral_pod.data import byte_store, zarr_arrays
 from spectral_pod.data.byte_store import ByteStore, Record
+from spectral_pod.data.verification import Verification
 from spectral_pod.errors import DataError
 from tests import trainer
 
@@ -124,6 +126,46 @@ def test_exchanged_parts_are_never_data(tmp_path, monkeypatch, exchange):
         read_all()
     with pytest.raises(DataError):
         byte_store.verify(path)
+
+
+def test_what_a_check_raises_ends_the_wait():
+    def fail():
+        raise MemoryError
+
+    checks = Verification()
+    checks.request(fail)
+    with pytest.raises(MemoryError):
+        checks.wait()
+
+
+def test_a_wait_can_be_interrupted():
+    """By a signal, for example: storage may take minutes."""
+    never, checks = threading.Event(), Verification()
+    checks.request(lambda: never.wait(60))
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checks.wait(interrupt)
+    never.set()
+
+
+@pytest.mark.parametrize("array", ["bytes", "offsets", "labels"])
+@pytest.mark.parametrize("change", [("shape", [10**15]), ("data_type", "float64")])
+def test_an_array_of_another_form_is_not_read(store, tmp_path, array, change):
+    """Reading one of 10**15 entries would abort the process."""
+    key, value = change
+    for file in (tmp_path / "store/train").glob(f"*/{array}/zarr.json"):
+        held = json.loads(file.read_text())
+        held[key] = value
+        if key == "data_type":
+            held["codecs"][0]["configuration"]["chunk_shape"] = [1]
+            held["chunk_grid"]["configuration"]["chunk_shape"] = [1]
+        file.write_text(json.dumps(held))
+    for read in (lambda: ByteStore(store).split("train"), lambda: byte_store.verify(store)):
+        with pytest.raises(DataError, match=f"train/0000./{array}"):
+            read()
 
 
 def test_each_part_is_verified_once(store, monkeypatch):

@@ -127,7 +127,7 @@ def test_another_model(copied):
 
 
 def test_no_exported_model(exported, tmp_path):
-    with pytest.raises(DataError, match=r"no config\.json"):
+    with pytest.raises(DataError, match=r"no file config\.json"):
         export.load(str(tmp_path))
     with pytest.raises(ConfigError, match=r"spectral_pod\.SpectralGPT"):
         SpectralLLM.from_export(str(exported))

@@ -26,7 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from spectral_pod.errors import CheckpointError
 from spectral_pod.train import checkpoint
 from spectral_pod.train.checkpoint import Checkpointer
-from tests import processes
+from tests import processes, trainer
 
 
 class State(flax.struct.PyTreeNode):
@@ -134,6 +134,16 @@ def test_steps_of_another_run_or_number_are_moved_aside(directory):
     assert reasons.keys() == {"3-0.txt", "1000-0.txt"}
     assert "is of another run" in reasons["3-0.txt"]
     assert "its seal is of step 2" in reasons["1000-0.txt"]
+
+
+def test_a_run_whose_record_is_lost_is_not_thrown_away(directory):
+    """If no checkpoint is of the run that config.json records, that file is wrong, not they."""
+    write(directory, 1, 2, run="a")
+    before = trainer.contents(directory.parent)
+    with pytest.raises(CheckpointError, match=r"are of another run than .*config\.json records"):
+        restored_step(directory, run="b")
+    assert trainer.contents(directory.parent) == before
+    assert restored_step(directory, run="a") == 2
 
 
 def flip_a_bit(path):
