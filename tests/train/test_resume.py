@@ -106,6 +106,7 @@ def test_ten_kills(tmp_path):
     trainer.assert_same_run(tmp_path / "run", trainer.uninterrupted(*own))
 
 
+@pytest.mark.slow
 def test_lines_do_not_depend_on_where_sigterm_came(tmp_path, monkeypatch):
     """Between two lines, whose means are of more steps than the run that continues takes."""
     monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)
