@@ -310,7 +310,7 @@ def checksum(content: Mapping[str, Any]) -> str:
 
 def run_id(run: Run) -> str:
     """The identity of a run: of its configuration and its data."""
-    return checksum({name: value for name, value in run.items() if name != CHECKSUM})
+    return checksum(run)
 
 
 def _json(raw: bytes) -> Any:
