@@ -46,6 +46,10 @@ class StorageError(UserError, OSError):
     """A file cannot be read or written: a full disk, a limit, a permission, a lost file system."""
 
 
+class TakenOverError(UserError):
+    """Another process has taken over the workdir or the store that this one was writing."""
+
+
 class NonFiniteError(UserError):
     """The loss or a gradient is NaN or infinite; the newest valid checkpoint is kept."""
 

@@ -18,21 +18,43 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from absl import logging
 
-from spectral_pod import storage
-from spectral_pod.errors import UserError
+from spectral_pod import errors, storage
+from spectral_pod.errors import TakenOverError, UserError
 
 _RENEW_SECONDS = 5.0
 EXPIRY_SECONDS = 30.0  # without renewal, after which a lease may be taken over
 _POLL_SECONDS = 0.5
+_ENDED = "another process, which has ended"
 _RELEASE_SECONDS = 5.0  # for the release; where storage is out the lease expires by itself
 
 
 class InUseError(UserError):
     """Another process holds the lease."""
+
+
+class Claim(NamedTuple):
+    """A lease as processes know it that write for its holder, to which it can be sent."""
+
+    path: str
+    what: str
+    id: str  # of the holder
+
+    def check(self) -> None:
+        """Reads the lease, and checks that its holder is still the same.
+
+        Raises:
+          TakenOverError: it is another.
+          ValueError: it cannot be read.
+        """
+        folder, name = os.path.split(self.path)
+        found = storage.kvstore(folder or ".").read(name).result()
+        holder = _holder(found.value) if found.state == "value" else {}
+        if holder.get("id") != self.id:
+            raise _taken_over(self.what, _named(holder) if found.state == "value" else _ENDED)
 
 
 class Lease:
@@ -77,7 +99,8 @@ class Lease:
             self._store = storage.kvstore(self._folder)
             self._take()
         except (ValueError, OSError) as error:
-            raise UserError(f"cannot write {self._what}: {error}") from error
+            what = f"cannot write {self._what}"
+            raise errors.storage_error(error, what) or UserError(f"{what}: {error}") from error
         self._renewed = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -95,11 +118,16 @@ class Lease:
         except (ValueError, TimeoutError) as error:
             logging.warning("The lease %s is not released, and expires: %s", self._path, error)
 
+    @property
+    def claim(self) -> Claim:
+        """This lease, for processes that write for its holder."""
+        return Claim(self._path, self._what, self._me["id"])
+
     def check(self) -> None:
         """Checks that this process still holds the lease, as far as is known without waiting.
 
         Raises:
-          UserError: another process has taken it over.
+          TakenOverError: another process has taken it over.
         """
         is_silent = time.monotonic() - self._renewed > EXPIRY_SECONDS
         if is_silent and not (self._lost or self._asked):
@@ -110,10 +138,7 @@ class Lease:
             self._wake.set()
             self._attempted.wait(_RENEW_SECONDS)
         if self._lost:
-            raise UserError(
-                f"{self._what} was taken over by {self._lost}, as this process did not show that "
-                f"it was alive for more than {EXPIRY_SECONDS:.0f} s; it ends here"
-            )
+            raise _taken_over(self._what, self._lost)
 
     def _take(self) -> None:
         seen, since, told = None, time.monotonic(), False
@@ -178,11 +203,21 @@ class Lease:
             if found.state == "value":
                 self._lost = _named(_holder(found.value))
                 return
-            # Somebody has deleted the file; it is written again unless another process was faster.
+            if time.monotonic() - self._renewed > EXPIRY_SECONDS:
+                self._lost = _ENDED  # and has deleted the file
+                return
+            # A person has deleted the file; it is written again unless another process was faster.
             self._store = storage.kvstore(self._folder)
             if not self._write(found.stamp.generation):
                 return
         self._renewed, self._asked = time.monotonic(), False
+
+
+def _taken_over(what: str, by: str) -> TakenOverError:
+    return TakenOverError(
+        f"{what} was taken over by {by}, as this process did not show that it was alive for more "
+        f"than {EXPIRY_SECONDS:.0f} s; it ends here"
+    )
 
 
 def _this_process() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The lease: one holder at a time, taken over from the dead, on disk and in storage."""
 
 import json
+import pickle
 import random
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from spectral_pod import lease as lease_lib
 from spectral_pod import storage
-from spectral_pod.errors import UserError
+from spectral_pod.errors import StorageError, TakenOverError
 from spectral_pod.lease import InUseError, Lease
 from tests import trainer
 from tests.storage.conftest import bucket, proxy, server  # noqa: F401
@@ -116,12 +117,25 @@ def test_a_silent_holder_is_replaced_and_ends(path, monkeypatch):
         suspended.setattr(first, "_renew_once", lambda: None)
         second = Lease(path, "the place").__enter__()
         time.sleep(1.6)
-    with pytest.raises(UserError, match="the place was taken over by process"):
-        first.check()
+    for check in (first.check, first.claim.check, pickle.loads(pickle.dumps(first.claim)).check):
+        with pytest.raises(TakenOverError, match="the place was taken over by process"):
+            check()
+    second.claim.check()
     first.__exit__()
     second.check()  # the first has not released what is no longer its own
     assert json.loads(storage.kvstore(path.rpartition("/")[0])["lease.json"])
     second.__exit__()
+
+
+def test_a_holder_ends_also_if_the_one_that_replaced_it_has_ended(path, monkeypatch):
+    with of_another_machine(monkeypatch, path) as first:
+        with monkeypatch.context() as suspended:
+            suspended.setattr(first, "_renew_once", lambda: None)
+            with Lease(path, "the place"):
+                pass
+        with pytest.raises(TakenOverError, match="taken over by another process, which has ended"):
+            first.check()
+    assert storage.kvstore(path.rpartition("/")[0]).list().result() == []
 
 
 def test_a_holder_that_was_suspended_keeps_what_nobody_wanted(path, monkeypatch):
@@ -215,5 +229,5 @@ def test_also_in_storage(proxy, bucket):  # noqa: F811
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write the place: .*file"):
+    with pytest.raises(StorageError, match=r"cannot write the place: .*file.*; choose another pl"):
         Lease(f"{tmp_path}/file/lease.json", "the place").__enter__()

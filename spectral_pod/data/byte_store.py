@@ -13,10 +13,12 @@ parallel, an interrupted write continues with the missing parts, and parts can b
 
 The arrays are sharded zarr3, read and written by tensorstore: large files for object storage, small
 chunks for random access, each with a crc32c, so that a damaged chunk raises an error. The manifest
-is written last: a folder without one is an unfinished write.
+is written last: a folder without one is an unfinished write. While it is written it also has its
+writer's lease, `lease.json`.
 """
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import json
@@ -35,11 +37,14 @@ from spectral_pod.data import local_copies, zarr_arrays
 from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.data.verification import Verification
 from spectral_pod.errors import DataError
-from spectral_pod.lease import Lease
+from spectral_pod.lease import Claim, Lease
 
 FORMAT = "spectral_pod.byte_store/2"
+_LEASE = "lease.json"
 # The keys of a store's files, with the notes of `parallel_write`.
-_FILES = re.compile(rb"manifest\.json|unfinished/[^/]+|[^/]+/\d{5,}/(bytes|offsets|labels)/.*")
+_FILES = re.compile(
+    rb"(manifest|lease)\.json|unfinished/[^/]+|[^/]+/\d{5,}/(bytes|offsets|labels)/.*"
+)
 
 
 class Record(NamedTuple):
@@ -282,10 +287,32 @@ def exists(path: str) -> bool:
     return storage.kvstore(path).read("manifest.json").result().state == "value"
 
 
-def lease(path: str) -> Lease:
-    """The lease of a store's writer: another writer waits for its end, or continues if it dies."""
-    where = f"{(path if storage.is_remote(path) else os.path.abspath(path)).rstrip('/')}.lease"
-    return Lease(where, f"the store {path}", wait=True, say=lambda line: print(line, flush=True))
+_claims: dict[str, Claim] = {}  # by path: of the stores whose lease this process holds
+
+
+@contextlib.contextmanager
+def lease(path: str) -> Iterator[None]:
+    """Holds the lease of a store's writer; another waits for its end, or continues if it dies.
+
+    What writes the store within this context stops once another process has taken it over.
+    """
+    where = os.path.join(path, _LEASE)
+    what, say = f"the store {path}", functools.partial(print, flush=True)
+    with Lease(where, what, wait=True, say=say) as held:
+        _claims[path] = held.claim
+        try:
+            yield
+        finally:
+            del _claims[path]
+
+
+def lease_check(path: str) -> Callable[[], None]:
+    """To be called before a store is written, also in workers: raises if it was taken over."""
+    return _claims[path].check if path in _claims else _no_check
+
+
+def _no_check() -> None:
+    """For a store that is written without a lease."""
 
 
 def write(
@@ -326,17 +353,19 @@ def clear(path: str) -> None:
 
     Raises:
       DataError: there are files of another kind, and nothing is deleted.
+      TakenOverError: another process writes the store.
     """
     kvstore = storage.kvstore(path)
-    keys = kvstore.list().result()
-    for key in keys:
+    for key in kvstore.list().result():
         if not _FILES.fullmatch(key):
             raise DataError(
                 f"{path} holds {key.decode(errors='replace')!r}, which is of no byte store; give a "
                 "new or an empty folder"
             )
-    if keys:
-        kvstore.delete_range(ts.KvStore.KeyRange()).result()
+    lease_check(path)()
+    # All but the lease, beside which is lease.json.__lock while it is renewed.
+    for others in ({"exclusive_max": _LEASE}, {"inclusive_min": f"{_LEASE}/"}):
+        kvstore.delete_range(ts.KvStore.KeyRange(**others)).result()
 
 
 def write_part(
@@ -354,6 +383,7 @@ def write_part(
 
     Raises:
       DataError: a label has no class, or a record another number of documents.
+      TakenOverError: another process writes the store.
     """
     name = f"{index:05}"
     url = f"{path}/{split}/{name}"
@@ -372,6 +402,7 @@ def write_part(
         "offsets": np.cumsum([0, *map(len, data)], dtype=np.int64),
         "labels": np.asarray([record.label for record in records], np.int32),
     }
+    lease_check(path)()
     writes = [
         zarr_arrays.create_array(f"{url}/{name}", name, values) for name, values in arrays.items()
     ]
@@ -395,7 +426,11 @@ def finish(
     provenance: Mapping[str, Any],
     documents: int = 1,
 ) -> None:
-    """Completes a store by its manifest, given the results of `write_part` by split, in order."""
+    """Completes a store by its manifest, given the results of `write_part` by split, in order.
+
+    Raises:
+      TakenOverError: another process writes the store.
+    """
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "classes": list(classes),
@@ -418,6 +453,7 @@ def finish(
         "provenance": dict(provenance),
     }
     encoded = project_files.MANIFEST.encode(manifest)
+    lease_check(path)()
     storage.kvstore(path).write("manifest.json", encoded).result()
     counts = {name: info["records"] for name, info in manifest["splits"].items()}
     logging.info("Wrote byte store %s: records %s", path, counts)

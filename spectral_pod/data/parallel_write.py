@@ -12,6 +12,7 @@ no manifest, so it is never mistaken for a store, and a repeated write skips the
 """
 
 import concurrent.futures
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -57,6 +58,7 @@ def write(
 
     Raises:
       DataError: an item cannot be converted.
+      TakenOverError: another process writes the store.
     """
     notes = storage.kvstore(f"{path}/unfinished")
     encoded_plan = json.dumps(dict(plan), sort_keys=True).encode()
@@ -64,20 +66,26 @@ def write(
         byte_store.clear(path)
         notes.write("plan.json", encoded_plan).result()
     done = {name for name in notes.list().result() if _done(notes[name])}
-    options = {"num_classes": len(classes), "documents": documents}
+    convert_and_write = functools.partial(
+        _write_item,
+        path=path,
+        convert=convert,
+        options={"num_classes": len(classes), "documents": documents},
+        check=byte_store.lease_check(path),  # here, as workers hold no lease
+    )
     counted = itertools.count()
     numbered = ((next(counted), item) for item in items)
     work = ((index, item) for index, item in numbered if _note(index).encode() not in done)
     first = list(itertools.islice(work, 2))
     if len(first) < 2:  # not worth starting a process
         for index, item in first:
-            _write_item(path, index, item, convert, options)
+            convert_and_write(index, item)
     else:
         with workers.pool(num_workers) as pool:
             pending: set[concurrent.futures.Future[None]] = set()
             try:
                 for index, item in itertools.chain(first, work):
-                    pending.add(pool.submit(_write_item, path, index, item, convert, options))
+                    pending.add(pool.submit(convert_and_write, index, item))
                     _wait(pending, at_most=num_workers)
                 _wait(pending, at_most=0)
             except BaseException:
@@ -116,18 +124,21 @@ def _note(index: int) -> str:
 
 
 def _write_item(
-    path: str,
     index: int,
     item: Any,
+    *,
+    path: str,
     convert: Callable[[Any], Converted],
     options: Mapping[str, int],
+    check: Callable[[], None],
 ) -> None:
     """Converts and writes one item, in a worker process."""
     records, facts = convert(item)
-    parts = {
-        split: byte_store.write_part(path, split, index, split_records, **options)
-        for split, split_records in records.items()
-        if split_records
-    }
+    parts = {}
+    for split, split_records in records.items():
+        if split_records:
+            check()
+            parts[split] = byte_store.write_part(path, split, index, split_records, **options)
+    check()
     note = project_files.ITEM.encode({"parts": parts, "facts": facts})
     storage.kvstore(f"{path}/unfinished").write(_note(index), note).result()

@@ -1,6 +1,7 @@
 """A store returns what was written, and damage is an error that names its location."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -219,6 +220,18 @@ def test_labels_must_have_a_class(tmp_path):
     rows = [Record(b"x", 0), Record(b"y", 4)]
     with pytest.raises(DataError, match="record 1 has label 4"):
         byte_store.write(str(tmp_path / "s"), {"train": rows}, classes=["a"], provenance={})
+
+
+def test_a_writer_writes_nothing_beside_its_store(tmp_path):
+    """The store may be a mount point below a folder that is read-only."""
+    (tmp_path / "store").mkdir()
+    path = str(tmp_path / "store")
+    with byte_store.lease(path):
+        for _ in range(2):
+            byte_store.write(path, {"train": [Record(b"x", 0)]}, classes=["a"], provenance={})
+            assert os.listdir(tmp_path) == ["store"]
+            assert sorted(os.listdir(path)) == ["lease.json", "manifest.json", "train"]
+    assert sorted(os.listdir(path)) == ["manifest.json", "train"]
 
 
 def test_manifest_is_plain_json(store, tmp_path):

@@ -14,12 +14,15 @@ import pytest
 
 from spectral_pod.data import byte_store, parallel_write
 from spectral_pod.data.byte_store import ByteStore, Record
-from spectral_pod.errors import DataError
+from spectral_pod.errors import DataError, TakenOverError
 
 NUM_ITEMS = 7
 
 
-def convert(item, log="", broken=-1):
+def convert(item, log="", broken=-1, takes_over=""):
+    if takes_over:
+        other = {"id": "other", "pid": 7, "host": "x"}
+        pathlib.Path(takes_over).write_text(json.dumps(other))
     if item == broken:
         raise DataError(f"item {item} is broken")
     if log:
@@ -102,6 +105,20 @@ def test_a_killed_write_is_no_store_and_goes_on(tmp_path, serial):
     again = {int(file.name.split("-")[0]) for file in log.iterdir() if file.name not in before}
     assert again == set(range(NUM_ITEMS)) - done
     assert contents(path) == serial
+
+
+@pytest.mark.parametrize("num_items", [1, NUM_ITEMS])  # by this process, and by workers
+def test_a_writer_that_was_taken_over_stops(tmp_path, num_items):
+    lease = tmp_path / "lease.json"
+    ended = pytest.raises(TakenOverError, match="was taken over by process 7 on host x")
+    with ended, byte_store.lease(str(tmp_path)):
+        write(tmp_path, items=num_items, takes_over=str(lease))
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"plan.json", "lease.json"}
+    lease.unlink()  # the other has ended
+    with byte_store.lease(str(tmp_path)):
+        write(tmp_path, items=num_items)
+    byte_store.verify(str(tmp_path))
+    assert not lease.exists()
 
 
 def test_another_plan_starts_anew(tmp_path):

@@ -1,5 +1,6 @@
 """Two runs in one workdir or on one fresh store, and an evaluation beside a run."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,7 +9,8 @@ import time
 
 import pytest
 
-from spectral_pod import project_files
+from spectral_pod import lease, project_files
+from spectral_pod.data import byte_store
 from spectral_pod.errors import ConfigError, UserError
 from spectral_pod.train import loop, starts
 from tests import trainer
@@ -22,6 +24,22 @@ config = trainer.get_config()
 config.data.dir = sys.argv[1]
 config.data.options.train = 600
 print(sources.open_sources(config).digest)
+"""
+
+SUSPENDED = """
+import sys
+from spectral_pod import lease
+from spectral_pod.data import byte_store, zarr_arrays
+zarr_arrays.PART_BYTES = 1 << 15
+lease._machine = lambda: "another"  # so that it is known by its renewals alone
+lease.EXPIRY_SECONDS = 1.0
+def records():
+    for _ in range(3):
+        yield byte_store.Record(bytes(1 << 15), 0)
+        print("a part is written", flush=True)
+        input()
+with byte_store.lease(sys.argv[1]):
+    byte_store.write(sys.argv[1], {"train": records()}, classes=["a"], provenance={})
 """
 
 
@@ -65,7 +83,37 @@ def test_two_runs_write_one_store(tmp_path):
     assert len(digests) == 1
     said = "".join(output for output, _ in outputs)
     assert said.count("writing the listops data") == 1
-    assert not list(tmp_path.glob("*.lease"))
+    assert not list(tmp_path.rglob("lease.json*"))
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_suspended_writer_of_a_store_stops_if_another_took_it_over(
+    tmp_path, monkeypatch, has_ended
+):
+    path = str(tmp_path / "store")
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 1.0)
+    child = subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED, path], env=trainer.environment(), cwd=trainer.ROOT,
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout.readline() == "a part is written\n"
+    child.send_signal(19)  # SIGSTOP
+    with byte_store.lease(path):
+        new = {"train": [byte_store.Record(b"new", 0)]}
+        byte_store.write(path, new, classes=["a"], provenance={})
+        error = "" if has_ended else resumed(child)
+    error = error or resumed(child)
+    by = "another process, which has ended" if has_ended else f"process {os.getpid()} on host .*"
+    last = error.strip().splitlines()[-1]
+    assert re.search(rf"TakenOverError: the store {path} was taken over by {by}, as", last)
+    split = byte_store.ByteStore(path).split("train")
+    assert [data.tobytes() for data in split.read([0])] == [b"new"]
+    byte_store.verify(path)
+
+
+def resumed(child):
+    child.send_signal(18)  # SIGCONT
+    return child.communicate("\n" * 9)[1]
 
 
 @pytest.fixture
