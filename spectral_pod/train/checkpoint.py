@@ -18,7 +18,7 @@ step.
 import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from spectral_pod import project_files, storage
-from spectral_pod.errors import CheckpointError
+from spectral_pod.errors import CheckpointError, UserError
 from spectral_pod.train.sealed_steps import NO_STEP, SealedSteps, file_digests
 
 
@@ -42,9 +42,10 @@ class Checkpointer(SealedSteps):
     """Saves and restores a training state: any pytree of `jax.Array`s with any shardings.
 
     All processes must make the same calls in the same order. One save at a time runs in the
-    background; its failure is raised as a `CheckpointError` by the next `save`, `restore`, `check`,
-    `wait_until_finished` or `close`. A context manager, closed on exit. Only one job at a time may
-    open a directory, as opening it deletes what appear to be unfinished saves of a dead job.
+    background; its failure is raised as a `CheckpointError`, or as what `check_lease` raises, by
+    the next `save`, `restore`, `check`, `wait_until_finished` or `close`. A context manager, closed
+    on exit. Only one job at a time may open a directory, as opening it deletes what appear to be
+    unfinished saves of a dead job.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Checkpointer(SealedSteps):
         keep_best: int,
         best_metric: str = "accuracy",
         run: str = "",
+        check_lease: Callable[[], None] = lambda: None,
     ):
         """Opens a directory and deletes unfinished saves of killed processes.
 
@@ -65,6 +67,8 @@ class Checkpointer(SealedSteps):
           keep_latest: number of newest steps to keep, at least 1.
           keep_best: number of steps with the largest `best_metric` to keep in addition.
           best_metric: a key of the metrics passed to `save`.
+          check_lease: raises if another process has taken over the directory; called before
+            anything is sealed, moved or deleted.
 
         Raises:
           CheckpointError: keep_latest is 0, or the directory cannot be created.
@@ -75,6 +79,7 @@ class Checkpointer(SealedSteps):
         self._keep_latest = keep_latest
         self._keep_best = keep_best
         self._best_metric = best_metric
+        self._check_lease = check_lease
         self._quarantine_dir = self.directory.parent / "quarantine"
         try:
             self._manager = _Manager(
@@ -132,6 +137,7 @@ class Checkpointer(SealedSteps):
         """Adds metrics to the seal of a step that was saved without them."""
         if jax.process_index() == 0:
             seal = project_files.SEAL.read(self._seal_path(step))
+            self._check_lease()
             project_files.SEAL.write(self._seal_path(step), seal | {"metrics": dict(metrics)})
 
     def check(self) -> None:
@@ -153,6 +159,7 @@ class Checkpointer(SealedSteps):
             # raised by the next save.
             with contextlib.suppress(Exception):
                 self._manager.wait_until_finished()
+            self._check_lease()  # where it was lost, that is why, whatever failed
             raise self._failure(step, error) from error
 
     def close(self) -> None:
@@ -172,7 +179,7 @@ class Checkpointer(SealedSteps):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
-        except CheckpointError as error:
+        except UserError as error:
             if kind is None:
                 raise
             logging.error("%s", error)  # must not replace the error that ends the block
@@ -215,6 +222,7 @@ class Checkpointer(SealedSteps):
                 seal["window"] = window
             if self._run:
                 seal["run"] = self._run
+            self._check_lease()
             self._seals.mkdir(parents=True, exist_ok=True)
             project_files.SEAL.write(self._seal_path(step), seal)
             self._delete_old()
@@ -229,13 +237,16 @@ class Checkpointer(SealedSteps):
         best = sorted(rated, key=scores.__getitem__, reverse=True)  # the newest first among equals
         keep = {*list(scores)[: self._keep_latest], *best[: self._keep_best]}
         for step in scores.keys() - keep:
+            self._check_lease()
             (self.directory / str(step)).rmtree()
             self._seal_path(step).unlink()
         for path in list(self._seals.iterdir()):  # a process was killed between the two
             if path.suffix == ".json" and not (self.directory / path.stem).exists():
+                self._check_lease()
                 path.unlink()
 
     def _quarantine(self, step: int, faults: list[str]) -> None:
+        self._check_lease()
         n = 0
         while (target := self._quarantine_dir / f"{step}-{n}").exists():
             n += 1

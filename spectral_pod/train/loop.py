@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,7 +67,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
         runtime.barrier("workdir")
 
         # ---- model, optimizer, state
-        trainer = start(_checkpointer(config, workdir, run))
+        trainer = start(_checkpointer(config, workdir, run, check_lease))
         if not trainer.restore():
             trainer.initialize()
         trainer.report_start()
@@ -85,13 +86,16 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
     return result
 
 
-def _checkpointer(config: Config, workdir: str, run: str) -> Checkpointer:
+def _checkpointer(
+    config: Config, workdir: str, run: str, check_lease: Callable[[], None]
+) -> Checkpointer:
     return Checkpointer(
         f"{workdir}/checkpoints",
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,
         best_metric="score",
         run=run,
+        check_lease=check_lease,
     )
 
 

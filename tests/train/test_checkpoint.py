@@ -23,7 +23,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spectral_pod.errors import CheckpointError
+from spectral_pod.errors import CheckpointError, TakenOverError
 from spectral_pod.train import checkpoint
 from spectral_pod.train.checkpoint import Checkpointer
 from tests import processes, trainer
@@ -70,8 +70,8 @@ def is_pickle(data):
         return False
 
 
-def open_checkpointer(directory, keep_latest=3, keep_best=0, run=""):
-    return Checkpointer(str(directory), keep_latest=keep_latest, keep_best=keep_best, run=run)
+def open_checkpointer(directory, keep_latest=3, keep_best=0, **options):
+    return Checkpointer(str(directory), keep_latest=keep_latest, keep_best=keep_best, **options)
 
 
 def write(directory, *steps, run=""):
@@ -306,6 +306,46 @@ def test_background_failure_surfaces_at_the_next_call(directory, monkeypatch):
                 surface()
         checkpointer.check()  # raised once
     assert restored_step(directory) == 1
+
+
+class Lease:
+    """Is lost at the given call of `check`."""
+
+    def __init__(self, at):
+        self.calls_left = at
+
+    def check(self):
+        self.calls_left -= 1
+        if self.calls_left < 0:
+            raise TakenOverError("the workdir was taken over")
+
+
+@pytest.mark.parametrize(("lost_at", "sealed"), [(0, {1, 2}), (1, {1, 2, 3})])
+def test_nothing_is_sealed_or_deleted_once_another_has_taken_over(directory, lost_at, sealed):
+    write(directory, 1, 2)
+    checkpointer = open_checkpointer(directory, keep_latest=1, check_lease=Lease(lost_at).check)
+    with pytest.raises(TakenOverError, match="the workdir was taken over"), checkpointer:
+        checkpointer.save(3, make_state(3), None)
+    assert {int(seal.stem) for seal in (directory.parent / "seals").iterdir()} == sealed
+    assert steps_in(directory) == {1, 2, 3}
+
+
+def test_nothing_is_moved_once_another_has_taken_over(directory):
+    write(directory, 1)
+    (directory.parent / "seals/1.json").unlink()
+    with open_checkpointer(directory, check_lease=Lease(0).check) as checkpointer:
+        with pytest.raises(TakenOverError):
+            checkpointer.restore(abstract(make_state(0)))
+        with pytest.raises(TakenOverError):
+            checkpointer.save(1, make_state(1), None)
+    assert steps_in(directory) == {1}
+
+
+def test_a_save_that_fails_as_another_has_taken_over_says_so(directory, monkeypatch):
+    monkeypatch.setattr(checkpoint, "file_digests", full)  # as if the other had moved the step
+    checkpointer = open_checkpointer(directory, check_lease=Lease(0).check)
+    with pytest.raises(TakenOverError), checkpointer:
+        checkpointer.save(1, make_state(1), None)
 
 
 def test_the_error_that_ends_a_run_is_not_masked_by_a_failed_save(directory, monkeypatch):
