@@ -106,11 +106,7 @@ class SealedSteps:
             if folder.exists() or jax.process_count() > 1:
                 raise
             return self.restore(abstract_state)  # its run has deleted it meanwhile
-        held = int(_named_leaves(state).get("step", step))
-        if held != step:
-            raise CheckpointError(
-                f"checkpoint {folder} holds the state of step {held}; name it so, or move it away"
-            )
+        self._check_number(step, state)
         return state
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
@@ -128,11 +124,25 @@ class SealedSteps:
 
         Raises:
           CheckpointError: the parameters are another model's; the message lists the differences.
+            Or they are of another step.
         """
         expected = {"params": abstract_params}
-        found = {name: x for name, x in described(self._metadata(step)).items() if _is_param(name)}
+        metadata = self._metadata(step)
+        found = {name: x for name, x in described(metadata).items() if _is_param(name)}
         check_same_model(self.directory / str(step), found, described(expected))
-        return self._restore(step, expected)["params"]
+        number = {"step": np.zeros((), np.int32)} if "step" in _named_leaves(metadata) else {}
+        state = self._restore(step, expected | number)
+        self._check_number(step, state)
+        return state["params"]
+
+    def _check_number(self, step: int, state: Any) -> None:
+        """Compares the step that a state is of, if it says that, with the name of its folder."""
+        held = int(_named_leaves(state).get("step", step))
+        if held != step:
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} holds the state of step {held}; name it "
+                "so, or move it away"
+            )
 
     def _restore(self, step: int, abstract: Any) -> Any:
         """Restores those leaves of a step that `abstract` has."""

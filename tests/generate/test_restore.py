@@ -147,6 +147,16 @@ def test_a_step_that_was_renamed_is_refused(copied, with_seal):
         restore_for_inference(str(copied), step=1000)
 
 
+def test_a_step_whose_seal_was_edited_too_is_refused(copied):
+    """As older versions wrote it, the seal has no checksum."""
+    shutil.move(copied / "checkpoints/1", copied / "checkpoints/1000")
+    seal = shutil.move(copied / "seals/1.json", copied / "seals/1000.json")
+    trainer.edit(seal, lambda seal: seal.update(step=1000))
+    for step in (None, 1000):
+        with pytest.raises(CheckpointError, match=r"checkpoints/1000 holds the state of step 1;"):
+            restore_for_inference(str(copied), step=step)
+
+
 def change_model(workdir, change):
     """Changes the configuration, as if an older version had written the run."""
     trainer.edit(workdir / "config.json", lambda run: change(run["config"]["model"]))
