@@ -27,6 +27,7 @@ from spectral_pod.errors import DataError
 CHECKSUM = "checksum"  # the key of a file's sha256, in the file
 
 _Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+_Size = Annotated[int, pydantic.Field(ge=1, lt=2**31)]  # of a dimension of an array
 _Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 # Names that become parts of paths: of splits, and of a split's parts.
 _Name = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", max_length=200)]
@@ -154,8 +155,8 @@ class Export(_Closed):
     """EXPORT/config.json; see `generate/export.py`."""
 
     config: RecordedConfig
-    num_classes: _Count
-    vocab_size: _Count
+    num_classes: _Size
+    vocab_size: _Size
     step: _Count
     data_digest: str
     classes: list[str]

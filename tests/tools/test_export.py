@@ -126,6 +126,14 @@ def test_another_model(copied):
         export.load(str(copied))
 
 
+@pytest.mark.parametrize("field", ["vocab_size", "num_classes"])
+def test_sizes_that_no_model_has(copied, field):
+    for size, error in ((0, DataError), (2**31, DataError), (1, CheckpointError)):
+        trainer.edit(copied / "config.json", lambda facts, size=size: facts.update({field: size}))
+        with pytest.raises(error, match=rf"config\.json cannot be used: {field}: |another model"):
+            export.load(str(copied))
+
+
 def test_no_exported_model(exported, tmp_path):
     with pytest.raises(DataError, match=r"no file config\.json"):
         export.load(str(tmp_path))
