@@ -15,6 +15,7 @@ leave its last line incomplete, and such a line does not count.
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar, cast
 
@@ -30,7 +31,8 @@ _Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 _Size = Annotated[int, pydantic.Field(ge=1, lt=2**31)]  # of a dimension of an array
 _Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 # Names that become parts of paths: of splits, and of a split's parts.
-_Name = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", max_length=200)]
+_NAME = r"^[^/\\\x00.][^/\\\x00]{0,199}$"
+_Name = Annotated[str, pydantic.Field(pattern=_NAME)]
 _PartName = Annotated[str, pydantic.Field(pattern="^[0-9]{5,18}$")]
 
 
@@ -301,6 +303,11 @@ class Log(Generic[T]):
             n += 1
         storage.write_whole(copy, self._raw)
         return copy
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a split."""
+    return re.fullmatch(_NAME, text) is not None
 
 
 def checksum(content: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 
 from spectral_pod import fields, storage
-from spectral_pod.data import byte_store, duplicates, tasks
+from spectral_pod.data import byte_store, duplicates, store_lease, tasks
 from spectral_pod.data.progress import Progress
 from spectral_pod.errors import DataError
 from spectral_pod.fields import Positive
@@ -50,7 +50,7 @@ def write(arguments: argparse.Namespace) -> None:
     }
     storage.check_access(out, write=True)
     started = time.monotonic()
-    with byte_store.lease(out):
+    with store_lease.hold(out):
         if byte_store.exists(out):
             raise DataError(f"{out} holds a finished store; give another --out, or delete it first")
         task.from_options(options).build(out)

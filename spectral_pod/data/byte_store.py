@@ -18,11 +18,9 @@ writer's lease, `lease.json`.
 """
 
 import bisect
-import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,14 +31,13 @@ import tensorstore as ts
 from absl import logging
 
 from spectral_pod import project_files, storage
-from spectral_pod.data import local_copies, zarr_arrays
+from spectral_pod.data import local_copies, store_lease, zarr_arrays
 from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.data.verification import Verification
 from spectral_pod.errors import DataError
-from spectral_pod.lease import Claim, Lease
 
 FORMAT = "spectral_pod.byte_store/2"
-_LEASE = "lease.json"
+_RESERVED = ("manifest.json", store_lease.FILE, "unfinished")  # beside the folders of splits
 # The keys of a store's files, with the notes of `parallel_write`.
 _FILES = re.compile(
     rb"(manifest|lease)\.json|unfinished/[^/]+|[^/]+/\d{5,}/(bytes|offsets|labels)/.*"
@@ -287,34 +284,6 @@ def exists(path: str) -> bool:
     return storage.kvstore(path).read("manifest.json").result().state == "value"
 
 
-_claims: dict[str, Claim] = {}  # by path: of the stores whose lease this process holds
-
-
-@contextlib.contextmanager
-def lease(path: str) -> Iterator[None]:
-    """Holds the lease of a store's writer; another waits for its end, or continues if it dies.
-
-    What writes the store within this context stops once another process has taken it over.
-    """
-    where = os.path.join(path, _LEASE)
-    what, say = f"the store {path}", functools.partial(print, flush=True)
-    with Lease(where, what, wait=True, say=say) as held:
-        _claims[path] = held.claim
-        try:
-            yield
-        finally:
-            del _claims[path]
-
-
-def lease_check(path: str) -> Callable[[], None]:
-    """To be called before a store is written, also in workers: raises if it was taken over."""
-    return _claims[path].check if path in _claims else _no_check
-
-
-def _no_check() -> None:
-    """For a store that is written without a lease."""
-
-
 def write(
     path: str,
     splits: Mapping[str, Iterable[Record]],
@@ -362,9 +331,9 @@ def clear(path: str) -> None:
                 f"{path} holds {key.decode(errors='replace')!r}, which is of no byte store; give a "
                 "new or an empty folder"
             )
-    lease_check(path)()
+    store_lease.check_of(path)()
     # All but the lease, beside which is lease.json.__lock while it is renewed.
-    for others in ({"exclusive_max": _LEASE}, {"inclusive_min": f"{_LEASE}/"}):
+    for others in ({"exclusive_max": store_lease.FILE}, {"inclusive_min": f"{store_lease.FILE}/"}):
         kvstore.delete_range(ts.KvStore.KeyRange(**others)).result()
 
 
@@ -382,9 +351,11 @@ def write_part(
     Parts are ordered by index; indices may have gaps.
 
     Raises:
-      DataError: a label has no class, or a record another number of documents.
+      DataError: a label has no class, a record another number of documents, or the split a name
+        that it cannot have.
       TakenOverError: another process writes the store.
     """
+    _check_split(path, split)
     name = f"{index:05}"
     url = f"{path}/{split}/{name}"
     data: list[bytes] = []
@@ -402,7 +373,7 @@ def write_part(
         "offsets": np.cumsum([0, *map(len, data)], dtype=np.int64),
         "labels": np.asarray([record.label for record in records], np.int32),
     }
-    lease_check(path)()
+    store_lease.check_of(path)()
     writes = [
         zarr_arrays.create_array(f"{url}/{name}", name, values) for name, values in arrays.items()
     ]
@@ -429,8 +400,11 @@ def finish(
     """Completes a store by its manifest, given the results of `write_part` by split, in order.
 
     Raises:
+      DataError: a split has a name that it cannot have.
       TakenOverError: another process writes the store.
     """
+    for split in parts:
+        _check_split(path, split)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "classes": list(classes),
@@ -453,7 +427,7 @@ def finish(
         "provenance": dict(provenance),
     }
     encoded = project_files.MANIFEST.encode(manifest)
-    lease_check(path)()
+    store_lease.check_of(path)()
     storage.kvstore(path).write("manifest.json", encoded).result()
     counts = {name: info["records"] for name, info in manifest["splits"].items()}
     logging.info("Wrote byte store %s: records %s", path, counts)
@@ -477,6 +451,15 @@ def verify(path: str, on_part: Callable[[str], None] = lambda part: None) -> Non
                 opened = zarr_arrays.open_array(f"{url}/{array}", storage.uncached())
                 zarr_arrays.read_verified([opened], [url], array, [facts], manifest["documents"])
             on_part(url)
+
+
+def _check_split(path: str, split: str) -> None:
+    if split in _RESERVED or not project_files.is_name(split):
+        raise DataError(
+            f"{path}: no split can be named {split!r}; take a name of at most 200 characters, "
+            f"without '/' and '\\', that does not start with '.' and is none of "
+            f"{', '.join(_RESERVED)}"
+        )
 
 
 def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -21,7 +21,7 @@ from typing import Any
 import tensorstore as ts
 
 from spectral_pod import project_files, storage
-from spectral_pod.data import byte_store, workers
+from spectral_pod.data import byte_store, store_lease, workers
 from spectral_pod.data.byte_store import Record
 
 # Records by split, and JSON-serializable facts about the conversion.
@@ -71,7 +71,7 @@ def write(
         path=path,
         convert=convert,
         options={"num_classes": len(classes), "documents": documents},
-        check=byte_store.lease_check(path),  # here, as workers hold no lease
+        check=store_lease.check_of(path),  # here, as workers hold no lease
     )
     counted = itertools.count()
     numbered = ((next(counted), item) for item in items)

@@ -9,7 +9,7 @@ import jax
 
 from spectral_pod import storage
 from spectral_pod.config import Config, store_and_weight
-from spectral_pod.data import byte_store, pipeline, tasks
+from spectral_pod.data import byte_store, pipeline, store_lease, tasks
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.local_copies import LocalCopies
 from spectral_pod.data.mixture import Mixture
@@ -148,7 +148,7 @@ def _open_own_store(config: Config, task: StoredTask) -> ByteStore:
     path = task.find_store(config.data.dir, config.data.options.to_dict())
     if runtime.is_leader() and not byte_store.exists(path):
         storage.check_access(path, write=True)
-        with byte_store.lease(path):
+        with store_lease.hold(path):
             if not byte_store.exists(path):  # another run may have written it meanwhile
                 runtime.print_once(f"writing the {task.name} data to {path}")
                 task.build(path)

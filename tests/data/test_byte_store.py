@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import threading
 
 import numpy as np
 import pytest
 
-from spectral_pod.data import byte_store, zarr_arrays
+from spectral_pod.data import byte_store, store_lease, zarr_arrays
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.data.verification import Verification
 from spectral_pod.errors import DataError
@@ -216,6 +217,17 @@ def test_a_split_that_is_not_there_is_named(store):
         ByteStore(store).split("tset")
 
 
+@pytest.mark.parametrize("records", [[], [Record(b"x", 0)]], ids=["empty", "not empty"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "lease.json", "unfinished", "", "..", "../x", ".x", "a/b", "x" * 201]
+)
+def test_a_split_has_a_name_of_its_own(tmp_path, name, records):
+    path = str(tmp_path / "store")
+    with pytest.raises(DataError, match=rf"store: no split can be named {re.escape(repr(name))}; "):
+        byte_store.write(path, {name: records}, classes=["a"], provenance={})
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
 def test_labels_must_have_a_class(tmp_path):
     rows = [Record(b"x", 0), Record(b"y", 4)]
     with pytest.raises(DataError, match="record 1 has label 4"):
@@ -226,7 +238,7 @@ def test_a_writer_writes_nothing_beside_its_store(tmp_path):
     """The store may be a mount point below a folder that is read-only."""
     (tmp_path / "store").mkdir()
     path = str(tmp_path / "store")
-    with byte_store.lease(path):
+    with store_lease.hold(path):
         for _ in range(2):
             byte_store.write(path, {"train": [Record(b"x", 0)]}, classes=["a"], provenance={})
             assert os.listdir(tmp_path) == ["store"]

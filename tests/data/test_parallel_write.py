@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from spectral_pod.data import byte_store, parallel_write
+from spectral_pod.data import byte_store, parallel_write, store_lease
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.errors import DataError, TakenOverError
 
@@ -111,11 +111,11 @@ def test_a_killed_write_is_no_store_and_goes_on(tmp_path, serial):
 def test_a_writer_that_was_taken_over_stops(tmp_path, num_items):
     lease = tmp_path / "lease.json"
     ended = pytest.raises(TakenOverError, match="was taken over by process 7 on host x")
-    with ended, byte_store.lease(str(tmp_path)):
+    with ended, store_lease.hold(str(tmp_path)):
         write(tmp_path, items=num_items, takes_over=str(lease))
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"plan.json", "lease.json"}
     lease.unlink()  # the other has ended
-    with byte_store.lease(str(tmp_path)):
+    with store_lease.hold(str(tmp_path)):
         write(tmp_path, items=num_items)
     byte_store.verify(str(tmp_path))
     assert not lease.exists()

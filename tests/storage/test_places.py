@@ -9,7 +9,7 @@ import pytest
 
 from spectral_pod import storage
 from spectral_pod.config import default
-from spectral_pod.data import byte_store
+from spectral_pod.data import byte_store, store_lease
 from spectral_pod.data.byte_store import Record
 from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError, UserError
@@ -199,6 +199,6 @@ def test_the_files_of_a_bucket_are_below_no_slash():
 
 def test_a_store_in_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with byte_store.lease("new"):
+    with store_lease.hold("new"):
         byte_store.write("new", {"train": [Record(b"x", 0)]}, classes=["a"], provenance={})
     assert len(byte_store.ByteStore("new").split("train")) == 1

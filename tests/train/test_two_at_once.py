@@ -10,14 +10,14 @@ import time
 import pytest
 
 from spectral_pod import lease, project_files
-from spectral_pod.data import byte_store
+from spectral_pod.data import byte_store, store_lease
 from spectral_pod.errors import ConfigError, UserError
 from spectral_pod.train import loop, starts
 from tests import trainer
 
 WRITE = """
 import sys
-from spectral_pod.data import byte_store, tasks
+from spectral_pod.data import byte_store, store_lease, tasks
 from spectral_pod.train import sources
 from tests import trainer
 config = trainer.get_config()
@@ -29,7 +29,7 @@ print(sources.open_sources(config).digest)
 SUSPENDED = """
 import sys
 from spectral_pod import lease
-from spectral_pod.data import byte_store, zarr_arrays
+from spectral_pod.data import byte_store, store_lease, zarr_arrays
 zarr_arrays.PART_BYTES = 1 << 15
 lease._machine = lambda: "another"  # so that it is known by its renewals alone
 lease.EXPIRY_SECONDS = 1.0
@@ -38,7 +38,7 @@ def records():
         yield byte_store.Record(bytes(1 << 15), 0)
         print("a part is written", flush=True)
         input()
-with byte_store.lease(sys.argv[1]):
+with store_lease.hold(sys.argv[1]):
     byte_store.write(sys.argv[1], {"train": records()}, classes=["a"], provenance={})
 """
 
@@ -98,7 +98,7 @@ def test_a_suspended_writer_of_a_store_stops_if_another_took_it_over(
     )  # fmt: skip
     assert child.stdout.readline() == "a part is written\n"
     child.send_signal(19)  # SIGSTOP
-    with byte_store.lease(path):
+    with store_lease.hold(path):
         new = {"train": [byte_store.Record(b"new", 0)]}
         byte_store.write(path, new, classes=["a"], provenance={})
         error = "" if has_ended else resumed(child)
