@@ -300,11 +300,18 @@ class Preemption:
         timer.daemon = True
         timer.start()
 
-    def reached(self) -> bool:
-        """Whether to save and exit here. All processes call this equally often, at equal points."""
-        self._calls += 1
-        if _client() is None:
+    def reached(self, *, together: bool = True) -> bool:
+        """Whether to save and exit here.
+
+        Args:
+          together: whether all processes make this call, equally often and at equal points; only
+            then can several of them agree.
+        """
+        if num_processes() == 1:
             return self.received.is_set()
+        if not together:
+            return False
+        self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def _exit(self, why: str) -> NoReturn:

@@ -78,7 +78,8 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
             try:
                 trainer.train()
                 evaluation = trainer.evaluate(config.train.eval_split)
-                sources.wait_verified(trainer.stay_alive)
+                # For a time that is each process's own.
+                sources.wait_verified(functools.partial(trainer.check_for_shutdown, together=False))
             except Preempted:
                 trainer.save_and_exit()
             result = _report(trainer, evaluation, started)

@@ -271,18 +271,16 @@ class Trainer:
 
     # ---- shutdown
 
-    def check_for_shutdown(self) -> None:
-        """Raises if the run is to end here; called between any two steps or batches."""
-        self.stay_alive()
-        if runtime.preemption.reached():
-            raise Preempted
+    def check_for_shutdown(self, *, together: bool = True) -> None:
+        """Raises if the run is to end here; called between any two steps or batches.
 
-    def stay_alive(self) -> None:
-        """The part of `check_for_shutdown` that processes need not call equally often."""
+        Args:
+          together: see `Preemption.reached`.
+        """
         self.watchdog.beat()
         self.interrupt.check()
         self.check_lease()
-        if runtime.num_processes() == 1 and runtime.preemption.received.is_set():
+        if runtime.preemption.reached(together=together):
             raise Preempted
 
     def save_and_exit(self) -> NoReturn:

@@ -120,3 +120,21 @@ def test_a_lost_peer_is_not_confused_with_other_errors(monkeypatch, text, lost):
     assert runtime.is_peer_loss(CheckpointError(f"cannot write step 3: {text}")) == lost
     monkeypatch.setattr(runtime, "num_processes", lambda: 1)
     assert not runtime.is_peer_loss(ValueError(text))
+
+
+def test_only_several_processes_must_ask_together_whether_to_stop(monkeypatch):
+    preemption, asked = runtime.Preemption(), []
+    for received in (False, True):
+        assert [preemption.reached(together=together) for together in (True, False)] == [
+            received,
+            received,
+        ]
+        preemption.received.set()
+    monkeypatch.setattr(runtime, "num_processes", lambda: 2)
+    monkeypatch.setattr(
+        runtime.multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or True
+    )
+    assert not preemption.reached(together=False)
+    assert preemption.reached()
+    assert preemption.reached()
+    assert asked == [1, 2]

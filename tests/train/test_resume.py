@@ -112,11 +112,11 @@ def test_lines_do_not_depend_on_where_sigterm_came(tmp_path, monkeypatch):
     monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)
     check, signals = Trainer.check_for_shutdown, []
 
-    def terminated(self):
+    def terminated(self, **options):
         if self.step in signals:
             signals.remove(self.step)
             raise Preempted  # as after the signal, which cannot be sent to a step
-        check(self)
+        check(self, **options)
 
     monkeypatch.setattr(Trainer, "check_for_shutdown", terminated)
     config = trainer.get_config()
