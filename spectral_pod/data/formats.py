@@ -19,7 +19,7 @@
 
 The last five formats also have the fields `folder`, the name of the file's folder, and `name`, the
 file's name without suffixes. All but parquet, npz and whole may be compressed: .gz .bgz .bz2 .xz
-.zst.
+.zst. A document, which otherwise may have any size, then expands to 256 MB at most.
 
 Text is kept as the original bytes, even if it is not valid UTF-8; UTF-16 and UTF-32 with a byte
 order mark become UTF-8. One record is in memory at a time; for parquet a part of a row group, for
@@ -427,8 +427,13 @@ def _whole(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
         yield Row(file, {"bytes": content, **_names(file)})
 
 
-def _document(file: str, stream: IO[bytes]) -> Iterator[Row]:
-    yield Row(file, {"text": stream.read(), **_names(file)})
+def _document(file: str, stream: IO[bytes]) -> Iterator[Row | Fault]:
+    is_compressed = bool(_suffixes(file)[0])  # otherwise its size can be seen, and needs no limit
+    content = stream.read(MAX_BYTES + 1 if is_compressed else -1)
+    if is_compressed and len(content) > MAX_BYTES:
+        yield Fault(file, f"{_too_long(file).reason} once decompressed; decompress the file itself")
+    else:
+        yield Row(file, {"text": content, **_names(file)})
 
 
 _READERS: dict[str, Callable[..., Iterator[Row | Fault]]] = {

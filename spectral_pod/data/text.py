@@ -16,17 +16,30 @@ _MARKS = {  # those of UTF-32 first, as one of them starts with one of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_NO_TEXT = {
-    re.compile(rb"([\t\n\r -~]\0){2}|(\0[\t\n\r -~]){2}"): "UTF-16 without a byte order mark",
-    re.compile(rb"\x1f\x8b\x08"): "compressed by gzip; its name should end in .gz",
-    re.compile(rb"\xfd7zXZ\0"): "compressed by xz; its name should end in .xz",
-    re.compile(rb"\x28\xb5\x2f\xfd"): "compressed by zstd; its name should end in .zst",
-    re.compile(rb"PK\x03\x04"): "a zip archive",
-}
+_UNMARKED = re.compile(rb"([\t\n\r -~]\0){2}|(\0[\t\n\r -~]){2}")  # UTF-16
+# How files begin that are of no use as they are.
+_PACKED = re.compile(
+    rb"""(?P<gzip>\x1f\x8b\x08) | (?P<bzip2>BZh[1-9]1AY&SY) | (?P<xz>\xfd7zXZ\x00) |
+    (?P<zstd>\x28\xb5\x2f\xfd) | (?P<lz4>\x04\x22\x4d\x18) | (?P<zip>PK\x03\x04) |
+    (?P<sevenzip>7z\xbc\xaf\x27\x1c) | (?P<rar>Rar!\x1a\x07) | (?P<tar>.{257}ustar) |
+    (?P<parquet>PAR1.*PAR1\Z) | (?P<arrow>ARROW1\x00\x00)""",
+    re.DOTALL | re.VERBOSE,
+)
+_SUFFIX = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz", "zstd": ".zst", "parquet": ".parquet"}
 
 
 class NoTextError(ValueError):
     """The message says what the content of a file is instead of text."""
+
+
+def packed(data: bytes) -> str:
+    """What compressed file, archive or table begins so, and what to do with it; "" if none does."""
+    found = _PACKED.match(data)
+    if not found:
+        return ""
+    kind = str(found.lastgroup)
+    named = f", or give it the suffix {_SUFFIX[kind]}" if kind in _SUFFIX else ""
+    return f"a file of {kind}; unpack it{named}"
 
 
 def encode(text: str) -> bytes:
@@ -55,9 +68,10 @@ def lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
       UnicodeDecodeError: the text is not of the encoding of its mark.
     """
     line = _line(stream, limit)
-    for start, what in _NO_TEXT.items():
-        if line and start.match(line):
-            raise NoTextError(what)
+    if what := packed(line or b""):
+        raise NoTextError(what)
+    if line and _UNMARKED.match(line):
+        raise NoTextError("UTF-16 without a byte order mark")
     encoding = next((name for mark, name in _MARKS.items() if line and line.startswith(mark)), "")
     if line and encoding:
         stream = compression.as_stream(_recoded(line, stream, encoding))

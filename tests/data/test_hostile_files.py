@@ -68,6 +68,20 @@ def test_what_expands_takes_little_memory(tmp_path, monkeypatch, compression, co
     assert fault == Fault(f"{path}:1", "too long: more than 1,000,000 bytes")
 
 
+@pytest.mark.parametrize("compression", ["", *COMPRESS])
+def test_a_compressed_document_has_a_limit(read, monkeypatch, compression):
+    """Another one is as large as its file, and has none."""
+    monkeypatch.setattr(formats, "MAX_BYTES", 1000)
+    compress = COMPRESS.get(compression, bytes)
+    for size in (1000, 1001):
+        name = f"x{compression}"
+        (row,) = read(name, compress(bytes(size)), format="document")
+        if size == 1000 or not compression:
+            assert row.fields["text"] == bytes(size)
+        else:
+            assert row.reason.startswith("too long: more than 1,000 bytes once decompressed; ")
+
+
 def test_lines_of_many_values_are_faults(read, monkeypatch):
     """An empty list takes three bytes in a line and seventy in memory."""
     monkeypatch.setattr(formats, "MAX_COMMAS", 100)
@@ -185,12 +199,14 @@ def test_tables_of_spreadsheets(read):
     [
         ("text,label\na,1\n".encode("utf-16-le"), "UTF-16 without a byte order mark"),
         ("text,label\na,1\n".encode("utf-16-be"), "UTF-16 without a byte order mark"),
-        (gzip.compress(b"text,label\na,1\n"), r"compressed by gzip; its name should end in \.gz"),
-        (lzma.compress(b"text,label\na,1\n"), "compressed by xz"),
-        (zstandard.compress(b"text,label\na,1\n"), "compressed by zstd"),
-        (b"PK\x03\x04", "a zip archive"),
+        (gzip.compress(b"text,label\na,1\n"), r"a file of gzip; unpack it, or .* the suffix \.gz"),
+        (bz2.compress(b"text,label\na,1\n"), r"a file of bzip2; unpack it, or .* the suffix \.bz2"),
+        (lzma.compress(b"text,label\na,1\n"), "a file of xz"),
+        (zstandard.compress(b"text,label\na,1\n"), "a file of zstd"),
+        (b"PK\x03\x04", "a file of zip; unpack it$"),
+        (b"a.csv".ljust(257, b"\0") + b"ustar", "a file of tar; unpack it$"),
     ],
-    ids=["little", "big", "gzip", "xz", "zstd", "zip"],
+    ids=["little", "big", "gzip", "bzip2", "xz", "zstd", "zip", "tar"],
 )
 def test_what_is_no_text_is_said(read, content, what):
     with pytest.raises(DataError, match=rf"x\.csv is no text in UTF-8, but looks like {what}"):

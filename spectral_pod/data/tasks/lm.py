@@ -7,9 +7,10 @@ of TensorFlow Datasets, `tfds:imdb_reviews/train`. A document is
 
 - the field `data` of a record, in files whose suffix names a format of records (`data/formats.py`):
   JSON lines, CSV, parquet and others, and in TFDS;
-- a whole file otherwise, also `.txt`, decompressed if its suffix is .gz, .bz2, .xz or .zst. It may
-  hold any bytes, but not those of an archive, nor compressed ones that its name does not announce.
-  `format='document'` makes every file such a document, archives too; `format='text'` every line.
+- a whole file otherwise, also `.txt`, decompressed if its suffix is .gz, .bz2, .xz or .zst, to at
+  most 256 MB. It may hold any bytes, but not those of an archive, nor compressed ones that its name
+  does not announce. `format='document'` makes every file such a document, archives too;
+  `format='text'` every line.
 
 Empty documents are left out, and in a folder hidden files. The splits are
 
@@ -47,6 +48,7 @@ from spectral_pod.data import (
     formats,
     origin,
     pipeline,
+    text,
     tfds_source,
     windows,
 )
@@ -68,14 +70,6 @@ _NAMED = {
     "valid": "validation", "validation": "validation", "val": "validation",
     "test": "test",
 }  # fmt: skip
-# How files begin that are of no use as they are.
-_PACKED = re.compile(
-    rb"""(?P<gzip>\x1f\x8b\x08) | (?P<bzip2>BZh[1-9]1AY&SY) | (?P<xz>\xfd7zXZ\x00) |
-    (?P<zstd>\x28\xb5\x2f\xfd) | (?P<lz4>\x04\x22\x4d\x18) | (?P<zip>PK\x03\x04) |
-    (?P<sevenzip>7z\xbc\xaf\x27\x1c) | (?P<rar>Rar!\x1a\x07) | (?P<tar>.{257}ustar) |
-    (?P<parquet>PAR1.*PAR1\Z) | (?P<arrow>ARROW1\x00\x00)""",
-    re.DOTALL | re.VERBOSE,
-)
 _LIBRARY_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _TO_BE_SPLIT = ""
 _EMPTY = "empty"
@@ -283,11 +277,11 @@ class LanguageModelling(StoredTask):
         is_whole_file = row.place == one.source
         if isinstance(data, Fault) or self.format != "auto" or not is_whole_file:
             return data
-        if packed := _PACKED.match(data):
+        if packed := text.packed(data):
             return Fault(
                 row.place,
-                f"packed: it is a file of {packed.lastgroup}; unpack it, or give it the suffix of "
-                "its format, or train on it as it is with config.data.options.format='document'",
+                f"packed: it is {packed}, or train on it as it is with "
+                "config.data.options.format='document'",
             )
         return data
 
