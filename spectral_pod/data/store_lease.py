@@ -1,7 +1,9 @@
-"""One process at a time writes a byte store; its workers do so under its lease, STORE/lease.json.
+"""The lease on a byte store: one process at a time writes it, with its workers.
 
-with store_lease.hold(path):
-    byte_store.write(path, ...)  # stops if another process takes the store over
+    with store_lease.hold(path):
+        byte_store.write(path, ...)  # stops if another process takes the store over
+
+It is the file `lease.json` in the store, which is deleted once the store is written.
 """
 
 import contextlib
