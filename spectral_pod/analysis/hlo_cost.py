@@ -69,10 +69,15 @@ def _flops(program: Program, i: Instruction) -> float:
         whole = max(ends, key=lambda a: a.shape[-1])
         real = any(end.dtype in ("f32", "f64") for end in ends)
         return math.prod(whole.shape) * math.log2(max(length, 2)) * (2.5 if real else 5.0)
-    if i.opcode == "custom-call":
-        estimate = i.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
-        return float(estimate or 0)
-    return 0.0
+    return _estimate(i, "flops") or 0.0
+
+
+def _estimate(i: Instruction, figure: str) -> float | None:
+    """What a kernel says of its own cost (`ops/kernels/cost.py`)."""
+    if i.opcode != "custom-call":
+        return None
+    found = i.attribute(rf'"cost_estimate":\{{[^}}]*"{figure}":"?(\d+)')
+    return None if found is None else float(found)
 
 
 def _convolution_flops(program: Program, i: Instruction) -> float:
@@ -131,7 +136,8 @@ def _traffic(program: Program, i: Instruction) -> float:
         return operands[1] + min(written, program.operands(i)[1].arrays[0].bytes)
     if i.opcode == "fusion":
         return _fusion_traffic(program, i, written)
-    return sum(operands) + written
+    own = _estimate(i, "bytes_accessed")
+    return sum(operands) + written if own is None else own
 
 
 def _fusion_traffic(program: Program, fusion: Instruction, written: float) -> float:

@@ -44,7 +44,7 @@ class ModelConfig:
     # What the backward pass recomputes: nothing, everything, or all but products with parameters.
     remat: Literal["none", "full", "dots"] = "none"
     # Method of long convolutions, see ops/long_conv.py.
-    long_conv: Literal["auto", "right_angle", "real", "matmul"] = "auto"
+    long_conv: Literal["auto", "right_angle", "real", "matmul", "toeplitz"] = "auto"
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

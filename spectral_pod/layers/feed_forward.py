@@ -11,7 +11,6 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
-from spectral_pod.ops import long_conv
 from spectral_pod.ops.gelu import gelu
 from spectral_pod.parallel.sharding import constrain
 
@@ -69,7 +68,7 @@ class FrequencyFeedForward(Mixer):
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
-        return {"causal_conv": long_conv.resolve(config.long_conv)}
+        return LongConvolution.methods(config)
 
     def setup(self) -> None:
         self.long = LongConvolution(

@@ -11,7 +11,6 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.short_convolution import ShortConvolution
-from spectral_pod.ops import long_conv
 from spectral_pod.parallel.sharding import constrain
 
 
@@ -53,7 +52,7 @@ class HyenaLayer(Mixer):
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
-        return {"causal_conv": long_conv.resolve(config.long_conv)}
+        return LongConvolution.methods(config)
 
     def setup(self) -> None:
         features = (self.order + 1, self.width)

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.parameter import parameter
-from spectral_pod.ops.long_conv import causal_conv, circular_product
+from spectral_pod.ops import long_conv
 from spectral_pod.ops.online_conv import FilterBlock, filter_step
 from spectral_pod.parallel.sharding import filter_axis
 
@@ -120,6 +121,12 @@ class LongConvolution(nn.Module):
     method: str = "auto"
     skip: bool = False
 
+    @classmethod
+    def methods(cls, config: Architecture) -> dict[str, str]:
+        """As `Mixer.methods`."""
+        n = config.max_positions
+        return {"causal_conv": long_conv.resolve(config.long_conv, n, n, config.dtype)}
+
     def setup(self) -> None:
         self.filter = CausalFilter(self.num_taps, self.parametrization, self.decay, self.skip)
 
@@ -131,8 +138,8 @@ class LongConvolution(nn.Module):
         v_BDN = jnp.swapaxes(v_BND, 1, 2)
         if self.padding == "circular":
             h_BDN = jnp.broadcast_to(h_DT[None, :, : v_BDN.shape[2]], v_BDN.shape)
-            return jnp.swapaxes(circular_product(v_BDN, h_BDN).astype(v_BND.dtype), 1, 2)
-        return jnp.swapaxes(causal_conv(v_BDN, h_DT, self.method), 1, 2)
+            return jnp.swapaxes(long_conv.circular_product(v_BDN, h_BDN).astype(v_BND.dtype), 1, 2)
+        return jnp.swapaxes(long_conv.causal_conv(v_BDN, h_DT, self.method), 1, 2)
 
     def init_state(self, batch: int) -> FilterInputs:
         return FilterInputs(self.filter(self.width), jnp.zeros((batch, 0, self.width), jnp.float32))

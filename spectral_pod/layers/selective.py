@@ -13,7 +13,7 @@ from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, Long
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.layers.spectral import decaying_noise
-from spectral_pod.ops import fft, long_conv
+from spectral_pod.ops import fft
 from spectral_pod.parallel.sharding import constrain, filter_axis
 
 BLOCK = 64  # valid positions that share a causal context, the mean of all before their block
@@ -55,7 +55,7 @@ class SelectiveLayer(Mixer):
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
         if config.causal:
-            return {"causal_conv": long_conv.resolve(config.long_conv)}
+            return LongConvolution.methods(config)
         n, method = config.max_positions, config.option("spectral.method")
         return {"spectral_filter": fft.resolve(method, n, 2 * n)}
 

@@ -87,7 +87,7 @@ class WaveletAttention(Mixer):
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
-        return {"causal_conv": long_conv.resolve(config.long_conv)}
+        return {"causal_product": long_conv.resolve_product(config.long_conv)}
 
     def setup(self) -> None:
         if self.width % self.num_heads:

@@ -5,28 +5,45 @@ here, [B, D, N], as in safari and FlashFFTConv: transforms run along rows, and a
 write this order at no cost.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from scipy.fft import next_fast_len
 
 from spectral_pod.ops import matmul_dft, right_angle, sequence_fft
+from spectral_pod.ops.kernels import toeplitz
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 
-METHODS = ("right_angle", "real", "matmul")
+METHODS = ("right_angle", "real", "matmul", "toeplitz")
 
 _MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they save
 
 
-def choose(platform: str) -> str:
-    """The fastest method: by measurement on CPUs, by compiled cost on TPUs."""
+def choose(platform: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
+    """The fastest method: by measurement on CPUs, by compiled schedules on TPUs.
+
+    "toeplitz" is a kernel for TPUs, and computes what fits on the chip.
+    """
+    if platform == "tpu":
+        return "matmul" if toeplitz.unserved(length, num_taps, dtype) else "toeplitz"
+    return "right_angle" if platform == "cpu" else "real"
+
+
+def choose_product(platform: str) -> str:
+    """As `choose`, for `causal_product`: the kernel needs several sequences for each filter."""
     return {"tpu": "matmul", "cpu": "right_angle"}.get(platform, "real")
 
 
-def resolve(method: str) -> str:
+def resolve(method: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
     """The method itself, or for "auto" that of `choose` on the mesh that is set."""
-    return choose(platform()) if method == "auto" else method
+    return choose(platform(), length, num_taps, dtype) if method == "auto" else method
+
+
+def resolve_product(method: str) -> str:
+    return choose_product(platform()) if method == "auto" else method
 
 
 def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.Array:
@@ -38,18 +55,20 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.
     Args:
       u_BDN: real, any float dtype; any N >= 1.
       h_DT: float32 taps from lag 0 on; any T >= 1. Taps of lags >= N have no effect.
-      method: one of `METHODS` (see `fft.py`), or "auto" to let `choose` decide.
+      method: one of `METHODS`, or "auto" to let `choose` decide. "toeplitz_interpreted" runs the
+        kernel without a TPU, slowly: for tests.
 
     Returns:
       [B, D, N] in the dtype of u.
 
     Raises:
-      ValueError: positions are split over devices and the sizes fit neither way of splitting the
-        work (see `sequence_fft.py`).
+      ValueError: the method is a kernel that the device or the sizes rule out, or positions are
+        split over devices and the sizes fit neither way of splitting the work (see
+        `sequence_fft.py`).
     """
     length, h_DT = u_BDN.shape[2], h_DT[:, : u_BDN.shape[2]]
     num_points = block_length(length, h_DT.shape[1])
-    convolve = _method(method)
+    convolve = _method(resolve(method, length, h_DT.shape[1], u_BDN.dtype))
     shards = num_shards("position")
     channels = u_BDN.shape[1] // num_shards("channel")
     if channels % shards:
@@ -85,7 +104,7 @@ def causal_product(
     Raises:
       ValueError: positions are split and a device's channels are not a multiple of their shards.
     """
-    convolve = _method(method)
+    convolve = _method(resolve_product(method))
     shards, channels = num_shards("position"), q_BDN.shape[1] // num_shards("channel")
     if channels % shards:
         raise ValueError(
@@ -135,7 +154,21 @@ def block_length(length: int, num_taps: int) -> int:
 
 
 def _method(name: str) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    return {"right_angle": _right_angle, "real": _real, "matmul": _matmul}[resolve(name)]
+    methods: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {
+        "right_angle": _right_angle,
+        "real": _real,
+        "matmul": _matmul,
+        "toeplitz": _toeplitz,
+        "toeplitz_interpreted": functools.partial(_toeplitz, interpret=True),
+    }
+    return methods[name]
+
+
+def _toeplitz(
+    u_BDN: jax.Array, h_DT: jax.Array, num_points: int, interpret: bool = False
+) -> jax.Array:
+    del num_points
+    return toeplitz.causal_conv(u_BDN, h_DT, interpret=interpret)
 
 
 def _right_angle(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:

@@ -1,0 +1,359 @@
+"""Causal convolution as products with Toeplitz blocks that are made on chip: a kernel for TPUs.
+
+A sequence is cut into blocks of T = 128 positions, and every block is a row of U. Row i of the
+result is Y_i = sum_j U_{i-j} M_j with matrices M_j[s, t] = h[j T + t - s]. HBM sees u, h and y,
+and nothing else: the matrices are lane slices of one band, band[s, l] = row[T + l - s], that is the
+row of taps rolled by s lanes. No product reaches from a later position to an earlier one, so
+causality is exact.
+
+The matrix unit multiplies bfloat16 with float32 sums. Inputs in bfloat16 are exact operands, and
+the taps are sums of two such terms, so the result is exact to its own rounding. Inputs in float32
+are sums of two terms as well, in three products, with a relative error of at most 1e-5. The
+gradient of the filter is summed in float32.
+
+Letters here: C channels of a grid cell; R rows, in the order (block, sequence), so that a shift by
+j blocks is a slice; G rows of all channels, (block, sequence, channel); W lanes of a row of taps;
+P terms of a sum; S words of rows. The others are in `shapes.py`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from spectral_pod.ops.kernels.cost import with_cost
+from spectral_pod.parallel.sharding import platform
+
+_T = 128  # lanes of a vector register
+_SUBLANES = 8
+_CHANNELS = 8  # C
+_MAX_SEQUENCES = 32  # of a grid cell: a band serves all of them
+
+_VMEM_SHARE = 0.8  # of on-chip memory, for what is counted here; the rest is the compiler's
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static sizes of one convolution. `lags` counts blocks of lags: j = 0, ..., lags - 1."""
+
+    blocks: int  # of a sequence
+    lags: int
+    sequences: int  # of a grid cell
+    terms: int  # of the activations
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        return self.blocks * self.sequences
+
+    @property
+    def padded_rows(self) -> int:
+        """Enough for multiples of T rows from any lag's first row on."""
+        starts = [j * self.sequences for j in range(self.lags)]
+        return max(start + -(-(self.rows - start) // _T) * _T for start in starts)
+
+    @property
+    def width(self) -> int:
+        """Lanes of a row of taps, W: the lags from -T to lags T - 1."""
+        return (self.lags + 1) * _T
+
+
+def unserved(length: int, num_taps: int, dtype: DTypeLike) -> str | None:
+    """Why the kernels cannot compute these sizes on the current mesh; None if they can."""
+    if platform() != "tpu":
+        return f"it is a kernel for TPUs, and this is a {platform()}"
+    needed = _vmem(_plan(length, num_taps, 1, dtype, interpret=False), dtype)
+    capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+    if needed <= _VMEM_SHARE * capacity:
+        return None
+    return (
+        f"{length} positions and {num_taps} taps need {needed / 2**20:.0f} MiB of on-chip memory, "
+        f"and {_VMEM_SHARE:.0%} of {capacity / 2**20:.0f} MiB can be used"
+    )
+
+
+def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """y_n = sum_{t <= n} h_t u_{n-t} per channel.
+
+    Args:
+      u_BDN: bfloat16 or float32; any sizes.
+      h_DT: float32.
+      interpret: runs the kernels as ordinary JAX operations, on any platform.
+
+    Returns:
+      [B, D, N] in the dtype of u.
+
+    Raises:
+      ValueError: `unserved` gives a reason.
+    """
+    B, D, N = u_BDN.shape
+    h_DT = h_DT[:, :N]
+    if not interpret and (reason := unserved(N, h_DT.shape[1], u_BDN.dtype)):
+        raise ValueError(f"a causal convolution cannot use method 'toeplitz': {reason}")
+    plan = _plan(N, h_DT.shape[1], B, u_BDN.dtype, interpret)
+    pads = (-B % plan.sequences, -D % _CHANNELS, -N % _T)
+    u_BDN = jnp.pad(u_BDN, [(0, pad) for pad in pads])
+    h_DT = jnp.pad(h_DT, ((0, pads[1]), (0, 0)))
+    return _convolve(u_BDN, h_DT, plan)[:B, :D, :N]
+
+
+def _plan(length: int, num_taps: int, batch: int, dtype: DTypeLike, interpret: bool) -> _Plan:
+    blocks = -(-length // _T)
+    lags = min(blocks, (num_taps + _T - 2) // _T + 1)
+    terms = 1 if dtype == jnp.bfloat16 else 2
+    plan = _Plan(blocks, lags, _SUBLANES, terms, interpret)
+    if interpret:
+        return plan
+    capacity = _VMEM_SHARE * pltpu.get_tpu_info().vmem_capacity_bytes
+    while plan.sequences < min(batch, _MAX_SEQUENCES):
+        larger = dataclasses.replace(plan, sequences=2 * plan.sequences)
+        if -batch % larger.sequences > -batch % plan.sequences or _vmem(larger, dtype) > capacity:
+            break
+        plan = larger
+    return plan
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(u_BDN: jax.Array, h_DT: jax.Array, plan: _Plan) -> jax.Array:
+    (y_BDN,) = _call(_forward, "toeplitz_forward", plan, [_words(h_DT, plan.width), u_BDN], [u_BDN])
+    return y_BDN
+
+
+def _convolve_forward(
+    u_BDN: jax.Array, h_DT: jax.Array, plan: _Plan
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _convolve(u_BDN, h_DT, plan), (u_BDN, h_DT)
+
+
+def _convolve_backward(
+    plan: _Plan, residuals: tuple[jax.Array, jax.Array], dy_BDN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The adjoint's row i is sum_j dY_{i+j} M_j^T: blocks of the mirrored taps, at lags -j."""
+    u_BDN, h_DT = residuals
+    mirrored_DW = _words(h_DT[:, ::-1], plan.width, end=plan.width - _T + 1)
+    outputs = [u_BDN, jax.ShapeDtypeStruct((h_DT.shape[0], plan.width), jnp.float32)]
+    du_BDN, dh_DW = _call(
+        _backward, "toeplitz_backward", plan, [mirrored_DW, u_BDN, dy_BDN], outputs
+    )
+    return du_BDN, dh_DW[:, _T : _T + h_DT.shape[1]]
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _forward(
+    words_PCW: Any, u_BCN: Any, y_BCN: Any, rows_GT: Any, band_PSW: Any, sum_RT: Any, *, plan: _Plan
+) -> None:
+    _load(u_BCN, rows_GT)
+
+    def channel(c: jax.Array) -> None:
+        _make_band(words_PCW, c, band_PSW)
+        u_PRT = _terms(rows_GT[_rows(c, plan)], plan.terms)
+        sum_RT[...] = jnp.zeros(sum_RT.shape, jnp.float32)
+        for j in range(plan.lags):
+            shift = j * plan.sequences
+            sum_RT[shift:] += _product([u[: plan.rows - shift] for u in u_PRT], _block(band_PSW, j))
+        rows_GT[_rows(c, plan)] = sum_RT[...]
+
+    _each_channel(channel)
+    _store(rows_GT, y_BCN)
+
+
+def _backward(
+    words_PCW: Any, u_BCN: Any, dy_BCN: Any, du_BCN: Any, dh_CW: Any, u_GT: Any, dy_GT: Any,
+    band_PSW: Any, sum_RT: Any, late_PRT: Any, diagonals_8W: Any, *, plan: _Plan,
+) -> None:  # fmt: skip
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        dh_CW[...] = jnp.zeros(dh_CW.shape, jnp.float32)
+
+    _load(u_BCN, u_GT)
+    _load(dy_BCN, dy_GT)
+    late_PRT[...] = jnp.zeros(late_PRT.shape, late_PRT.dtype)
+
+    def channel(c: jax.Array) -> None:
+        _make_band(words_PCW, c, band_PSW)
+        u_RT = jnp.pad(u_GT[_rows(c, plan)], ((0, -plan.rows % _T), (0, 0)))
+        u_PTR = _terms(u_RT.T, plan.terms)
+        for p, dy_RT in enumerate(_terms(dy_GT[_rows(c, plan)], plan.terms)):
+            late_PRT[p, : plan.rows] = dy_RT
+        sum_RT[...] = jnp.zeros(sum_RT.shape, jnp.float32)
+        diagonals_8W[...] = jnp.zeros(diagonals_8W.shape, jnp.float32)
+        for j in range(plan.lags):
+            shift = j * plan.sequences
+            count = plan.rows - shift
+            padded = count + -count % _T
+            dy_PRT = [late_PRT[p, shift : shift + padded] for p in range(plan.terms)]
+            block = _block(band_PSW, plan.lags - 1 - j)
+            sum_RT[:count] += _product([dy[:count] for dy in dy_PRT], block)
+            products_TT = _product([u[:, :padded] for u in u_PTR], dy_PRT)
+            _add_diagonals(products_TT, diagonals_8W, j)
+        dh_CW[pl.ds(c, 1)] += jnp.sum(_skew(diagonals_8W[...], -1), axis=0, keepdims=True)
+        dy_GT[_rows(c, plan)] = sum_RT[...]
+
+    _each_channel(channel)
+    _store(dy_GT, du_BCN)
+
+
+def _load(x_BCN: Any, rows_GT: Any) -> None:
+    """Lays out the rows (block, sequence, channel) in float32: a channel's rows have one stride."""
+    count = x_BCN.shape[0] * _CHANNELS
+    for i in range(x_BCN.shape[2] // _T):
+        x_BCT = x_BCN[:, :, i * _T : (i + 1) * _T].astype(jnp.float32)
+        rows_GT[i * count : (i + 1) * count] = x_BCT.reshape(count, _T)
+
+
+def _store(rows_GT: Any, x_BCN: Any) -> None:
+    count = x_BCN.shape[0] * _CHANNELS
+    for i in range(x_BCN.shape[2] // _T):
+        x_BCT = rows_GT[i * count : (i + 1) * count].reshape(*x_BCN.shape[:2], _T)
+        x_BCN[:, :, i * _T : (i + 1) * _T] = x_BCT.astype(x_BCN.dtype)
+
+
+def _rows(c: jax.Array, plan: _Plan) -> Any:
+    """Where the rows (block, sequence) of a channel are."""
+    return pl.ds(c, plan.rows, stride=_CHANNELS)
+
+
+def _each_channel(channel: Callable[[jax.Array], None]) -> None:
+    jax.lax.fori_loop(0, _CHANNELS, lambda c, _: channel(c), None)
+
+
+def _make_band(words_PCW: Any, c: jax.Array, band_PSW: Any) -> None:
+    """Fills band[s, l] = row[T + l - s].
+
+    A word holds two adjacent rows of the band, so that a roll moves both. Rolls by 0, 2, ..., 14
+    make eight words of rows, and rolls of these by multiples of 16 the others.
+    """
+    width = words_PCW.shape[2]
+    for p in range(band_PSW.shape[0]):
+        row_1W = words_PCW[p, pl.ds(c, 1)]
+        eight = _skew(jnp.broadcast_to(row_1W, (_SUBLANES, width)), 2)
+        for g in range(_T // 2 // _SUBLANES):
+            rolled = pltpu.roll(eight, 2 * _SUBLANES * g, 1) if g else eight
+            band_PSW[p, _SUBLANES * g : _SUBLANES * (g + 1)] = rolled[:, _T:]
+
+
+def _block(band_PSW: Any, k: int) -> list[jax.Array]:
+    at = slice(k * _T, (k + 1) * _T)
+    return [pltpu.bitcast(band_PSW[p, :, at], jnp.bfloat16) for p in range(band_PSW.shape[0])]
+
+
+def _add_diagonals(x_TT: jax.Array, diagonals_8W: Any, j: int) -> None:
+    """Adds the rows of a block to the row of lags, each group of eight rolled to its lags.
+
+    x[s, t] belongs to lag j T + t - s, which is lane (j + 1) T + t - s. What remains is row s
+    modulo 8 too far to the right.
+    """
+    lane = jax.lax.broadcasted_iota(jnp.int32, (_SUBLANES, _T), 1)
+    here, before = x_TT[:_SUBLANES], jnp.zeros((_SUBLANES, _T), jnp.float32)
+    for s in range(_SUBLANES, _T, _SUBLANES):
+        rolled = pltpu.roll(x_TT[s : s + _SUBLANES], _T - s, 1)
+        here += jnp.where(lane < _T - s, rolled, 0.0)
+        before += jnp.where(lane < _T - s, 0.0, rolled)
+    diagonals_8W[:, (j + 1) * _T : (j + 2) * _T] = here
+    diagonals_8W[:, j * _T : (j + 1) * _T] += before
+
+
+def _skew(x_8W: jax.Array, lanes: int) -> jax.Array:
+    """Rolls row s by `lanes * s`, in three steps that roll all rows and select: a rotation with a
+    stride does not exist on v4."""
+    row = jax.lax.broadcasted_iota(jnp.int32, x_8W.shape, 0)
+    for bit in range(3):
+        rolled = pltpu.roll(x_8W, (lanes << bit) % x_8W.shape[1], 1)
+        x_8W = jnp.where((row >> bit) & 1 == 1, rolled, x_8W)
+    return x_8W
+
+
+def _terms(x: jax.Array, count: int) -> list[jax.Array]:
+    """bfloat16 terms whose sum is x, the largest first."""
+    terms = []
+    for _ in range(count):
+        terms.append(x.astype(jnp.bfloat16))
+        x = x - terms[-1].astype(x.dtype)
+    return terms
+
+
+def _words(h_DT: jax.Array, width: int, end: int | None = None) -> jax.Array:
+    """The two terms of a row of taps as int32 [2, D, W]: tap l in the low half of a word, tap l - 1
+    in the high half. The row begins at lane T, or ends before the lane `end`."""
+    start = _T if end is None else end - h_DT.shape[1]
+    h_DW = jnp.pad(h_DT.astype(jnp.float32), ((0, 0), (start, width - start - h_DT.shape[1])))
+    h_PDW = jnp.stack(_terms(h_DW, 2))
+    bits_PDW = jax.lax.bitcast_convert_type(h_PDW, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits_PDW | jnp.roll(bits_PDW, 1, axis=2) << 16, jnp.int32)
+
+
+def _product(x_P: Sequence[jax.Array], y_P: Sequence[jax.Array]) -> jax.Array:
+    """The product of two sums of terms, without those below its precision."""
+    kept = max(len(x_P), len(y_P))
+    products = [
+        jnp.dot(x, y, preferred_element_type=jnp.float32)
+        for p, x in enumerate(x_P)
+        for y in y_P[: kept - p]
+    ]
+    return functools.reduce(jnp.add, products)
+
+
+def _call(
+    kernel: Callable[..., None],
+    name: str,
+    plan: _Plan,
+    inputs: Sequence[jax.Array],
+    outputs: Sequence[Any],
+) -> Sequence[jax.Array]:
+    """Runs a kernel over groups of channels and, innermost, groups of sequences."""
+    B, D, N = inputs[1].shape
+    W = plan.width
+    words = pl.BlockSpec((2, _CHANNELS, W), lambda d, b: (0, d, 0))
+    activation = pl.BlockSpec((plan.sequences, _CHANNELS, N), lambda d, b: (b, d, 0))
+    taps = pl.BlockSpec((_CHANNELS, W), lambda d, b: (d, 0))
+    backward = len(outputs) == 2
+    rows = pltpu.VMEM((plan.rows * _CHANNELS, _T), jnp.float32)
+    scratch = [
+        *[rows] * (len(inputs) - 1),
+        pltpu.VMEM((2, _T // 2, W - _T), jnp.int32),
+        pltpu.VMEM((plan.rows, _T), jnp.float32),
+    ]
+    if backward:
+        scratch += [
+            pltpu.VMEM((plan.terms, plan.padded_rows, _T), jnp.bfloat16),
+            pltpu.VMEM((_SUBLANES, W), jnp.float32),
+        ]
+    varying = jax.typeof(inputs[1]).manual_axis_type
+    limit = None if plan.interpret else int(0.95 * pltpu.get_tpu_info().vmem_capacity_bytes)
+
+    def build(cost: pl.CostEstimate | None) -> Callable[..., Any]:
+        return pl.pallas_call(
+            functools.partial(kernel, plan=plan),
+            name=name,
+            grid=(D // _CHANNELS, B // plan.sequences),
+            in_specs=[words, *[activation] * (len(inputs) - 1)],
+            out_specs=[activation, taps][: len(outputs)],
+            out_shape=[
+                jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in outputs
+            ],
+            scratch_shapes=scratch,
+            interpret=plan.interpret,
+            cost_estimate=cost,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit
+            ),
+        )
+
+    return with_cost(build, inputs)
+
+
+def _vmem(plan: _Plan, dtype: DTypeLike) -> int:
+    """Bytes on chip of the backward pass, which needs more: blocks are double-buffered."""
+    block = _CHANNELS * plan.rows * _T
+    buffers = 2 * (3 * block * jnp.dtype(dtype).itemsize + 3 * _CHANNELS * plan.width * 4)
+    scratch = 2 * block + 2 * _T * plan.width + plan.rows * _T + _SUBLANES * plan.width
+    values = plan.terms * (plan.padded_rows + 2 * plan.rows) * _T * 2
+    return buffers + 4 * scratch + values
