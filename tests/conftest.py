@@ -34,7 +34,7 @@ runtime.initialize(None, 1, 0)
 # processes inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-pytest.register_assert_rewrite("tests.trainer")
+pytest.register_assert_rewrite("tests.trainer", "tests.train.states", "tests.data.files")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
