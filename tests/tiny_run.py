@@ -7,12 +7,11 @@ from spectral_pod import models
 from spectral_pod.config import default
 from spectral_pod.data import tasks
 from spectral_pod.generate.restore import one_device
-from spectral_pod.models.model import abstract_params
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import abstract_state
-from tests.models.drawn import drawn
+from tests.models.drawn import drawn_state
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -42,8 +41,6 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
         vocab_size=task.vocab_size,
     )
     abstract = abstract_state(model, make_optimizer(config, model, mesh).tx, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     with (
         Checkpointer(
             f"{workdir}/checkpoints", keep_latest=len(steps), keep_best=0, run=run
@@ -51,9 +48,7 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
         jax.set_mesh(mesh),
     ):
         for step in steps:
-            params = drawn(abstract_params(model, mesh), seed=step)
-            state = zeros.replace(step=np.int32(step), params=params)
-            state = jax.device_put(state, shardings)
+            state = drawn_state(abstract, model, mesh, step)
             checkpointer.save(step, state, None)
     return state.params
 
