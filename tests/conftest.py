@@ -10,7 +10,7 @@ import tempfile
 
 import pytest
 
-from tests import processes
+from tests import processes, type_checks
 
 # XLA sizes its thread pool by this; collectives between fake devices starve with fewer threads.
 os.environ["PJRT_NPROC"] = "16"
@@ -29,12 +29,13 @@ import jax
 
 from spectral_pod.parallel import runtime
 
+type_checks.install()
 runtime.initialize(None, 1, 0)
 # A shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP ignored;
 # processes inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-pytest.register_assert_rewrite("tests.trainer")
+pytest.register_assert_rewrite("tests.trainer", "tests.train.states", "tests.data.files")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,7 +1,6 @@
-"""Writes a workdir as a run does, but without training: it saves perturbed initial parameters."""
+"""Writes a workdir as a run does, but without training: its parameters are drawn."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spectral_pod import models
@@ -11,7 +10,8 @@ from spectral_pod.generate.restore import one_device
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.optim import make_optimizer
-from spectral_pod.train.state import abstract_state, init_state
+from spectral_pod.train.state import abstract_state
+from tests.models.drawn import drawn_state
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -40,7 +40,7 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
         num_classes=num_classes or task.num_classes,
         vocab_size=task.vocab_size,
     )
-    state = init_state(model, make_optimizer(config, model, mesh).tx, mesh, config.seed)
+    abstract = abstract_state(model, make_optimizer(config, model, mesh).tx, mesh)
     with (
         Checkpointer(
             f"{workdir}/checkpoints", keep_latest=len(steps), keep_best=0, run=run
@@ -48,7 +48,7 @@ def write_run(workdir, config=None, *, mesh=None, steps=(1,), num_classes=None):
         jax.set_mesh(mesh),
     ):
         for step in steps:
-            state = state.replace(step=jnp.int32(step), params=_perturbed(state.params, step))
+            state = drawn_state(abstract, model, mesh, step)
             checkpointer.save(step, state, None)
     return state.params
 
@@ -65,12 +65,3 @@ def parameters(workdir, config, step):
         jax.tree_util.keystr(path): np.asarray(x)
         for path, x in jax.tree_util.tree_leaves_with_path(state.params)
     }
-
-
-@jax.jit
-def _perturbed(params, seed):
-    """Adds noise, since trained parameters do not have their symmetric initial values."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
-    return jax.tree.unflatten(tree, noisy)

@@ -85,18 +85,21 @@ def official_texts(examples):
     return [listops.encode(e.symbols, "raw").decode() for e in examples]
 
 
-def nodes(tree, depth=1):
+def nodes(tree):
     """(depth, operator or digit, number of arguments) of every node, starting at the root."""
-    if not isinstance(tree, tuple):
-        yield depth, tree, 0
-        return
-    head, arguments = tree[0], []
-    while isinstance(head, tuple):
-        head, argument = head
-        arguments.append(argument)
-    yield depth, head, len(arguments)
-    for argument in reversed(arguments):
-        yield from nodes(argument, depth + 1)
+    found, left = [], [(1, tree)]
+    while left:
+        depth, tree = left.pop()
+        if not isinstance(tree, tuple):
+            found.append((depth, tree, 0))
+            continue
+        head, arguments = tree[0], []
+        while isinstance(head, tuple):
+            head, argument = head
+            arguments.append((depth + 1, argument))
+        found.append((depth, head, len(arguments)))
+        left += arguments  # the last ones first, so that the first one is taken next
+    return found
 
 
 def features(trees):

@@ -30,6 +30,18 @@ def drawn_params(model, seed=0):
     return drawn(abstract_params(model, one_device()), seed)
 
 
+def drawn_state(abstract, model, mesh, step=0):
+    """A training state on a mesh, at `step`: drawn parameters, and zeros in the optimizer's state.
+
+    Args:
+      abstract: of `train.state.abstract_state`.
+    """
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    params = drawn(abstract_params(model, mesh), seed=step)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.device_put(zeros.replace(step=np.int32(step), params=params), shardings)
+
+
 def drawn(boxed, seed=0):
     """Parameters as large as initial ones, without their symmetries and zeros, float32 in NumPy.
 

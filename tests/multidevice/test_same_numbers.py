@@ -20,6 +20,7 @@ from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
 from spectral_pod.train.state import init_state
 from spectral_pod.train.step import jit_train_step
+from tests.models.drawn import drawn_state
 from tests.multidevice import fake_devices
 
 STEPS, ROWS, SEQ_LEN = 20, 16, 256
@@ -76,8 +77,18 @@ def make_batch(seed, by_position=False):
     return {"tokens": tokens, "labels": labels, "valid": valid}
 
 
-def make_step(sizes, **overrides):
-    """(a new state, the jitted step on numpy batches) on a mesh."""
+def initial_state(s):
+    """That of step 0 in training."""
+    return init_state(s.model, s.optimizer.tx, s.mesh, s.config.seed)
+
+
+def any_state(s):
+    """One that takes no time to compile."""
+    return drawn_state(s.abstract, s.model, s.mesh)
+
+
+def make_step(sizes, start=initial_state, **overrides):
+    """(a new state, of `start`, and the jitted step on numpy batches) on a mesh."""
     s = fake_devices.setup(sizes, **overrides)
     objective = NextByte if s.model.causal else Classification
     step = jit_train_step(s.model, s.optimizer, objective, s.config, s.mesh, s.abstract)
@@ -87,7 +98,7 @@ def make_step(sizes, **overrides):
             state, (averages, _) = step(state, jax.device_put(batch, batch_sharding(s.mesh)))
         return state, float(jax.device_get(averages).compute()["loss"])
 
-    return init_state(s.model, s.optimizer.tx, s.mesh, s.config.seed), on_mesh
+    return start(s), on_mesh
 
 
 def train(sizes, num_micro, model="spectral_model"):
@@ -141,7 +152,7 @@ def padding():
     other["tokens"][~batch["valid"]] = PAD
     other["labels"][~batch["valid"]] = 0
     twice = {k: np.concatenate([v[rows], v[rows]]) for k, v in batch.items()}
-    start, step = make_step("data=2 fsdp=2", **overrides)
+    start, step = make_step("data=2 fsdp=2", any_state, **overrides)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))  # a step consumes its state
     found = []
     for each in (batch, other, twice):

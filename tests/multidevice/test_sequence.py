@@ -13,7 +13,7 @@ from spectral_pod.ops.long_conv import causal_conv
 from spectral_pod.parallel.sharding import spec
 from spectral_pod.shapes import PAD
 from tests.multidevice import fake_devices
-from tests.multidevice.test_same_numbers import make_step
+from tests.multidevice.test_same_numbers import any_state, make_step
 
 # Mesh, positions, channels: channels for every device, or too few of them (four steps).
 CASES = {
@@ -51,7 +51,7 @@ def long_step():
     overrides["model.memory_interval"] = 1
     found = {}
     for sizes in ("", "sequence=8"):
-        state, step = make_step(sizes, **overrides)
+        state, step = make_step(sizes, any_state, **overrides)
         state, loss = step(state, batch)
         moments = fake_devices.leaves(state.opt_state[1].mu)
         found[sizes] = {"loss": loss} | {name: x.tolist() for name, x in moments.items()}

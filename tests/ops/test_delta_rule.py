@@ -24,7 +24,7 @@ from spectral_pod.ops.delta_rule import delta_rule
 from tests.models.drawn import drawn
 
 METHODS = ["chunked", "recurrent"]
-LENGTHS = [1, 31, 32, 33, 63, 64, 100, 256, 257, 513]
+LENGTHS = [1, 31, 32, 33, 63, 64, 100, 256, 257, 513]  # around chunks of 32, segments of 256
 CLIPS = ["never", "once", "everywhere"]
 GATES = ["none", "mixed", "strong"]
 B, K, V = 2, 8, 6
@@ -123,8 +123,18 @@ def problems_and_truths(N):
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("N", LENGTHS)
+# A length is a program. The slow ones stand to chunks as another does; a loop has no chunks.
+QUICK = {(N, "chunked") for N in (1, 31, 32, 33, 256, 257, 513)}
+QUICK |= {(N, "recurrent") for N in (1, 33, 513)}
+
+
+@pytest.mark.parametrize(
+    ("N", "method"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(LENGTHS, METHODS)
+    ],
+)
 def test_equals_the_float64_loop(N, method):
     for inputs, expected in problems_and_truths(N):
         assert_close(run(*inputs, method=method), expected, OUTPUT_TOLERANCE)
@@ -250,14 +260,19 @@ def test_the_chunked_form_detects_clips_exactly():
     assert 5 < sum(detected) < 35
 
 
+@functools.cache
+def problem_and_gradients(seed, clips, gates):
+    inputs = problem(seed, 300, clips=clips, gates=gates)
+    weights = random_weights(seed, inputs)
+    return inputs, weights, float64_gradients(weights, inputs)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("clips", CLIPS)
 def test_gradients_equal_float64(clips, gates, method):
     for seed in range(3):
-        inputs = problem(seed, 300, clips=clips, gates=gates)
-        weights = random_weights(seed, inputs)
-        expected = float64_gradients(weights, inputs)
+        inputs, weights, expected = problem_and_gradients(seed, clips, gates)
         assert_close(gradients(weights, inputs, method), expected, GRADIENT_TOLERANCE)
 
 

@@ -60,8 +60,10 @@ def found():
     }  # fmt: skip
     by_name = {}
     for name, cls in models.MODELS.items():
-        pattern = tuple(m for m in MIXERS if MIXERS[m].can_be_causal or not cls.causal)
-        blocks = {"model.name": name, "model.pattern": pattern, "model.num_layers": len(pattern)}
+        mixers = tuple(m for m in MIXERS if MIXERS[m].can_be_causal or not cls.causal)
+        # A repeat that is not whole is traced once, and one that is scanned three times.
+        blocks = {"model.name": name, "model.num_layers": len(mixers)}
+        blocks["model.pattern"] = (*mixers, mixers[0])
         for fields in ({}, others | {"data.documents": cls.max_documents}):
             model = model_of(config_of(**fast, **blocks, **fields))
             tree = groups(abstract_params(model, one_device()))

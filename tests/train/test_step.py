@@ -9,8 +9,9 @@ from spectral_pod.objectives import NextByte
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.shapes import PAD
 from spectral_pod.train.optim import make_optimizer
-from spectral_pod.train.state import abstract_state, init_state
+from spectral_pod.train.state import abstract_state
 from spectral_pod.train.step import jit_train_step
+from tests.models.drawn import drawn_state
 from tests.tiny_run import tiny_config
 
 LENGTH = 32
@@ -34,7 +35,7 @@ def test_rows_of_padding_change_nothing():
     def step(batch):
         with on_mesh(mesh):
             run = jit_train_step(model, optimizer, objective, config, mesh, abstract)
-            state, (averages, scalars) = run(init_state(model, optimizer.tx, mesh, 0), batch)
+            state, (averages, scalars) = run(drawn_state(abstract, model, mesh), batch)
         return state.params, jax.tree.leaves(averages), scalars
 
     padded = {k: np.concatenate([x, np.full_like(x, empty[k])]) for k, x in batch.items()}
