@@ -17,23 +17,29 @@ from spectral_pod.ops import matmul_dft, right_angle, sequence_fft
 from spectral_pod.ops.kernels import toeplitz
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 
-METHODS = ("right_angle", "real", "matmul", "toeplitz")
+METHODS = ("right_angle", "real", "matmul")  # on any platform; a kernel for TPUs is "toeplitz"
 
 _MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they save
+# Positions from which the kernel moves less to and from HBM than "matmul": of shorter sequences XLA
+# can keep the transforms on the chip.
+_MIN_KERNEL = 2048
 
 
 def choose(platform: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
-    """The fastest method: by measurement on CPUs, by compiled schedules on TPUs.
+    """The fastest method: by measurement on CPUs, by compiled cost on TPUs.
 
-    "toeplitz" is a kernel for TPUs, and computes what fits on the chip.
+    "toeplitz" is a kernel for TPUs, for sequences that fit on the chip.
     """
     if platform == "tpu":
-        return "matmul" if toeplitz.unserved(length, num_taps, dtype) else "toeplitz"
+        if length >= _MIN_KERNEL and not toeplitz.unserved(length, num_taps, dtype):
+            return "toeplitz"
+        return "matmul"
     return "right_angle" if platform == "cpu" else "real"
 
 
 def choose_product(platform: str) -> str:
-    """As `choose`, for `causal_product`: the kernel needs several sequences for each filter."""
+    """As `choose`, for `causal_product`: a kernel serves several sequences with each filter, and
+    here each has its own."""
     return {"tpu": "matmul", "cpu": "right_angle"}.get(platform, "real")
 
 
@@ -43,7 +49,8 @@ def resolve(method: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
 
 
 def resolve_product(method: str) -> str:
-    return choose_product(platform()) if method == "auto" else method
+    """As `resolve`, for `causal_product`."""
+    return method if method in METHODS else choose_product(platform())
 
 
 def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.Array:
@@ -55,8 +62,8 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.
     Args:
       u_BDN: real, any float dtype; any N >= 1.
       h_DT: float32 taps from lag 0 on; any T >= 1. Taps of lags >= N have no effect.
-      method: one of `METHODS`, or "auto" to let `choose` decide. "toeplitz_interpreted" runs the
-        kernel without a TPU, slowly: for tests.
+      method: one of `METHODS`, "toeplitz", or "auto" to let `choose` decide. For tests,
+        "toeplitz_interpreted" runs the kernel without a TPU, slowly.
 
     Returns:
       [B, D, N] in the dtype of u.

@@ -19,7 +19,7 @@ def with_cost(
     build: Callable[[pl.CostEstimate | None], Callable[..., Any]], arguments: Sequence[jax.Array]
 ) -> Any:
     """Runs `build(cost)`, a `pl.pallas_call`, on the arguments, with its cost as counted."""
-    (kernel,) = _kernels(jax.make_jaxpr(build(None))(*arguments).jaxpr)
+    (kernel,) = kernels(jax.make_jaxpr(build(None))(*arguments).jaxpr)
     mapping, body = kernel.params["grid_mapping"], kernel.params["jaxpr"]
     cost = pl.CostEstimate(
         flops=math.prod(mapping.grid) * _flops(body),
@@ -29,14 +29,15 @@ def with_cost(
     return build(cost)(*arguments)
 
 
-def _kernels(jaxpr: core.Jaxpr) -> list[Any]:
+def kernels(jaxpr: core.Jaxpr) -> list[Any]:
+    """The `pallas_call` equations of a program and of what it calls."""
     found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]
     return found + [
         kernel
         for eqn in jaxpr.eqns
         if eqn.primitive.name != "pallas_call"
         for inner in _inner(eqn)
-        for kernel in _kernels(inner)
+        for kernel in kernels(inner)
     ]
 
 
