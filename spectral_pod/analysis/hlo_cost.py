@@ -56,6 +56,19 @@ def traffic(program: Program) -> float:
     return math.fsum(count * _traffic(program, i) for i, count in runs)
 
 
+def estimated_cycles(program: Program) -> float:
+    """Cycles of one run by libtpu's own estimate of every instruction, one after the other.
+
+    Programs for TPUs say it of fusions; kernels are not estimated and count nothing.
+    """
+    runs = program.runs(_estimated_cycles, fused=False)
+    return math.fsum(count * _estimated_cycles(i) for i, count in runs)
+
+
+def _estimated_cycles(i: Instruction) -> float:
+    return float(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+
+
 def _flops(program: Program, i: Instruction) -> float:
     if i.opcode == "dot":
         lhs = program.operands(i)[0].arrays[0].shape

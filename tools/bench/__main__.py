@@ -1,8 +1,9 @@
-"""Benchmarks: python -m tools.bench ops|step|generate|data|checkpoint [--json=FILE]
+"""Benchmarks: python -m tools.bench ops|step|generate|data|checkpoint|kernels [--json=FILE]
 
     python -m tools.bench ops --filter='delta|causal' --repeats=15
     python -m tools.bench ops --peers=DIR/bin/python     compared with PyTorch (tools/peers)
     python -m tools.bench data --big=10                  a store of 10 GB, and its peak memory
+    python -m tools.bench kernels --topology=v5e:2x2     compiled schedules, without a TPU
 
 Prints a row for each case and the ratios of interest, with their targets. Ratios compare medians of
 interleaved repetitions of one run: they are reproducible on a shared machine, the milliseconds are
@@ -27,7 +28,7 @@ from spectral_pod.fields import Positive, PositiveFloat
 
 from .. import shell
 
-BENCHMARKS = ("ops", "step", "generate", "data", "checkpoint")
+BENCHMARKS = ("ops", "step", "generate", "data", "checkpoint", "kernels")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_value("--cores", Positive, 1, "to use, on CPUs (1)")
     parser.add_value("--big", PositiveFloat, None, "data only: write and read so many GB instead")
+    parser.add_argument("--topology", help="kernels only: the slice to compile for")
     parser.add_place(
         "--peers", local=True, metavar="PYTHON", help="interpreter with the peers' packages"
     )
@@ -64,6 +66,12 @@ def benchmark(options: argparse.Namespace) -> None:
         if options.benchmark != "data":
             raise ConfigError(f"--big is of the benchmark data, not {options.benchmark}")
         return big.measure(options.big)
+    if (options.benchmark == "kernels") != bool(options.topology):
+        raise ConfigError("--topology is of the benchmark kernels, which needs it")
+    if options.topology:
+        from . import kernels
+
+        return kernels.measure(options.topology, options.json)
     # JAX is imported after the pinning: it sizes its thread pools when it starts.
     from . import machine
 
