@@ -20,6 +20,7 @@ non-text bytes escaped. `tfds` copies a store to a dataset of TensorFlow Dataset
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 from spectral_pod import fields, storage
 from spectral_pod.data import byte_store, duplicates, store_lease, tasks
 from spectral_pod.data.progress import Progress
-from spectral_pod.errors import DataError
+from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Positive
 
 from . import shell
@@ -117,6 +118,11 @@ def _printable(name: str) -> str:
 def to_tfds(arguments: argparse.Namespace) -> None:
     from spectral_pod.data import tfds_builder  # imports TensorFlow
 
+    if not re.fullmatch(r"[A-Za-z]\w{0,99}", arguments.name, re.ASCII):
+        raise ConfigError(
+            f"--name is {arguments.name!r}; the name of a TFDS dataset is a letter and at most 99 "
+            "letters, digits and underscores"
+        )
     store = _open(arguments.store)
     storage.check_access(arguments.data_dir, write=True)
     folder = tfds_builder.write(store, name=arguments.name, data_dir=arguments.data_dir)

@@ -162,6 +162,8 @@ def test_nonsense_in_a_flag(name, part, folder, monkeypatch, capfd):
             assert "Traceback" not in said
             (line,) = [line for line in said.splitlines() if "Error: " in line]
             shown = flag.lstrip("-"), repr(value)[1:-1][:60]
+            if value.startswith(("~", "..")):  # the message may name where that leads
+                shown = (*shown, os.path.abspath(os.path.expanduser(value)))
             if not flag.startswith("-") and value.startswith("-"):  # it is a flag, to every parser
                 shown = (*shown, "the following arguments are required", "Unknown command line")
             assert any(text.lower() in line.lower() for text in shown), f"{argv}: {line}"
