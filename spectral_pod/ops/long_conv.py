@@ -20,9 +20,9 @@ from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_
 METHODS = ("right_angle", "real", "matmul")  # on any platform; a kernel for TPUs is "toeplitz"
 
 _MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they save
-# Positions from which the kernel moves less to and from HBM than "matmul": of shorter sequences XLA
-# can keep the transforms on the chip.
-_MIN_KERNEL = 2048
+# Positions from which the kernel takes fewer cycles than "matmul" by libtpu's estimates, in a layer
+# alone and in the whole training step (docs/results.md). Shorter ones have not been compared.
+_MIN_KERNEL = 512
 
 
 def choose(platform: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
