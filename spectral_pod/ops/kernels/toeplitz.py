@@ -99,8 +99,8 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, *, interpret: bool = False) -
     plan = _plan(N, h_DT.shape[1], B, u_BDN.dtype, interpret)
     pads = (-B % plan.sequences, -D % _CHANNELS, -N % _T)
     u_BDN = jnp.pad(u_BDN, [(0, pad) for pad in pads])
-    h_DT = jnp.pad(h_DT, ((0, pads[1]), (0, 0)))
-    return _convolve(u_BDN, h_DT, plan)[:B, :D, :N]
+    h_DX = jnp.pad(h_DT, ((0, pads[1]), (0, plan.lags * _T - h_DT.shape[1])))
+    return _convolve(u_BDN, h_DX, plan)[:B, :D, :N]
 
 
 def _plan(length: int, num_taps: int, batch: int, dtype: DTypeLike, interpret: bool) -> _Plan:
@@ -120,45 +120,45 @@ def _plan(length: int, num_taps: int, batch: int, dtype: DTypeLike, interpret: b
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(u_BDN: jax.Array, h_DT: jax.Array, plan: _Plan) -> jax.Array:
-    (y_BDN,) = _call(_forward, "toeplitz_forward", plan, [_words(h_DT, plan.width), u_BDN], [u_BDN])
+def _convolve(u_BDN: jax.Array, h_DX: jax.Array, plan: _Plan) -> jax.Array:
+    (y_BDN,) = _call(_forward, "toeplitz_forward", plan, [h_DX, u_BDN], [u_BDN])
     return y_BDN
 
 
 def _convolve_forward(
-    u_BDN: jax.Array, h_DT: jax.Array, plan: _Plan
+    u_BDN: jax.Array, h_DX: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolve(u_BDN, h_DT, plan), (u_BDN, h_DT)
+    return _convolve(u_BDN, h_DX, plan), (u_BDN, h_DX)
 
 
 def _convolve_backward(
     plan: _Plan, residuals: tuple[jax.Array, jax.Array], dy_BDN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The adjoint's row i is sum_j dY_{i+j} M_j^T: blocks of the mirrored taps, at lags -j."""
-    u_BDN, h_DT = residuals
-    mirrored_DW = _words(h_DT[:, ::-1], plan.width, end=plan.width - _T + 1)
-    outputs = [u_BDN, jax.ShapeDtypeStruct((h_DT.shape[0], plan.width), jnp.float32)]
-    du_BDN, dh_DW = _call(
-        _backward, "toeplitz_backward", plan, [mirrored_DW, u_BDN, dy_BDN], outputs
+    """The adjoint's row i is sum_j dY_{i+j} M_j^T."""
+    u_BDN, h_DX = residuals
+    du_BDN, dh_DX = _call(
+        _backward, "toeplitz_backward", plan, [h_DX, u_BDN, dy_BDN], [u_BDN, h_DX]
     )
-    return du_BDN, dh_DW[:, _T : _T + h_DT.shape[1]]
+    return du_BDN, dh_DX
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _forward(
-    words_PCW: Any, u_BCN: Any, y_BCN: Any, rows_GT: Any, band_PSW: Any, sum_RT: Any, *, plan: _Plan
-) -> None:
+    h_CX: Any, u_BCN: Any, y_BCN: Any, words_PCW: Any, band_PSX: Any, sum_RT: Any, rows_GT: Any,
+    *, plan: _Plan,
+) -> None:  # fmt: skip
     _load(u_BCN, rows_GT)
+    _make_words(h_CX, words_PCW)
 
     def channel(c: jax.Array) -> None:
-        _make_band(words_PCW, c, band_PSW)
+        _make_band(words_PCW, c, band_PSX)
         u_PRT = _terms(rows_GT[_rows(c, plan)], plan.terms)
         sum_RT[...] = jnp.zeros(sum_RT.shape, jnp.float32)
         for j in range(plan.lags):
             shift = j * plan.sequences
-            sum_RT[shift:] += _product([u[: plan.rows - shift] for u in u_PRT], _block(band_PSW, j))
+            sum_RT[shift:] += _product([u[: plan.rows - shift] for u in u_PRT], _block(band_PSX, j))
         rows_GT[_rows(c, plan)] = sum_RT[...]
 
     _each_channel(channel)
@@ -166,19 +166,20 @@ def _forward(
 
 
 def _backward(
-    words_PCW: Any, u_BCN: Any, dy_BCN: Any, du_BCN: Any, dh_CW: Any, u_GT: Any, dy_GT: Any,
-    band_PSW: Any, sum_RT: Any, late_PRT: Any, diagonals_8W: Any, *, plan: _Plan,
+    h_CX: Any, u_BCN: Any, dy_BCN: Any, du_BCN: Any, dh_CX: Any, words_PCW: Any, band_PSX: Any,
+    sum_RT: Any, u_GT: Any, dy_GT: Any, late_PRT: Any, diagonals_8W: Any, *, plan: _Plan,
 ) -> None:  # fmt: skip
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        dh_CW[...] = jnp.zeros(dh_CW.shape, jnp.float32)
+        dh_CX[...] = jnp.zeros(dh_CX.shape, jnp.float32)
 
     _load(u_BCN, u_GT)
     _load(dy_BCN, dy_GT)
+    _make_words(h_CX, words_PCW)
     late_PRT[...] = jnp.zeros(late_PRT.shape, late_PRT.dtype)
 
     def channel(c: jax.Array) -> None:
-        _make_band(words_PCW, c, band_PSW)
+        _make_band(words_PCW, c, band_PSX)
         u_RT = jnp.pad(u_GT[_rows(c, plan)], ((0, -plan.rows % _T), (0, 0)))
         u_PTR = _terms(u_RT.T, plan.terms)
         for p, dy_RT in enumerate(_terms(dy_GT[_rows(c, plan)], plan.terms)):
@@ -190,11 +191,12 @@ def _backward(
             count = plan.rows - shift
             padded = count + -count % _T
             dy_PRT = [late_PRT[p, shift : shift + padded] for p in range(plan.terms)]
-            block = _block(band_PSW, plan.lags - 1 - j)
-            sum_RT[:count] += _product([dy[:count] for dy in dy_PRT], block)
+            block = _block(band_PSX, j)
+            sum_RT[:count] += _product([dy[:count] for dy in dy_PRT], block, transposed=True)
             products_TT = _product([u[:, :padded] for u in u_PTR], dy_PRT)
             _add_diagonals(products_TT, diagonals_8W, j)
-        dh_CW[pl.ds(c, 1)] += jnp.sum(_skew(diagonals_8W[...], -1), axis=0, keepdims=True)
+        dh_1W = jnp.sum(_skew(diagonals_8W[...], -1), axis=0, keepdims=True)
+        dh_CX[pl.ds(c, 1)] += dh_1W[:, _T:]
         dy_GT[_rows(c, plan)] = sum_RT[...]
 
     _each_channel(channel)
@@ -225,24 +227,33 @@ def _each_channel(channel: Callable[[jax.Array], None]) -> None:
     jax.lax.fori_loop(0, _CHANNELS, lambda c, _: channel(c), None)
 
 
-def _make_band(words_PCW: Any, c: jax.Array, band_PSW: Any) -> None:
+def _make_words(h_CX: Any, words_PCW: Any) -> None:
+    """The two terms of each row of taps, from lane T on: tap l in the low half of a word, tap l - 1
+    in the high half."""
+    h_CW = jnp.concatenate([jnp.zeros((_CHANNELS, _T), jnp.float32), h_CX[...]], axis=1)
+    for p, term_CW in enumerate(_terms(h_CW, 2)):
+        high_CW = pltpu.bitcast(term_CW.astype(jnp.float32), jnp.int32)
+        words_PCW[p] = jax.lax.shift_right_logical(high_CW, 16) | pltpu.roll(high_CW, 1, 1)
+
+
+def _make_band(words_PCW: Any, c: jax.Array, band_PSX: Any) -> None:
     """Fills band[s, l] = row[T + l - s].
 
     A word holds two adjacent rows of the band, so that a roll moves both. Rolls by 0, 2, ..., 14
     make eight words of rows, and rolls of these by multiples of 16 the others.
     """
     width = words_PCW.shape[2]
-    for p in range(band_PSW.shape[0]):
+    for p in range(band_PSX.shape[0]):
         row_1W = words_PCW[p, pl.ds(c, 1)]
         eight = _skew(jnp.broadcast_to(row_1W, (_SUBLANES, width)), 2)
         for g in range(_T // 2 // _SUBLANES):
             rolled = pltpu.roll(eight, 2 * _SUBLANES * g, 1) if g else eight
-            band_PSW[p, _SUBLANES * g : _SUBLANES * (g + 1)] = rolled[:, _T:]
+            band_PSX[p, _SUBLANES * g : _SUBLANES * (g + 1)] = rolled[:, _T:]
 
 
-def _block(band_PSW: Any, k: int) -> list[jax.Array]:
+def _block(band_PSX: Any, k: int) -> list[jax.Array]:
     at = slice(k * _T, (k + 1) * _T)
-    return [pltpu.bitcast(band_PSW[p, :, at], jnp.bfloat16) for p in range(band_PSW.shape[0])]
+    return [pltpu.bitcast(band_PSX[p, :, at], jnp.bfloat16) for p in range(band_PSX.shape[0])]
 
 
 def _add_diagonals(x_TT: jax.Array, diagonals_8W: Any, j: int) -> None:
@@ -280,21 +291,13 @@ def _terms(x: jax.Array, count: int) -> list[jax.Array]:
     return terms
 
 
-def _words(h_DT: jax.Array, width: int, end: int | None = None) -> jax.Array:
-    """The two terms of a row of taps as int32 [2, D, W]: tap l in the low half of a word, tap l - 1
-    in the high half. The row begins at lane T, or ends before the lane `end`."""
-    start = _T if end is None else end - h_DT.shape[1]
-    h_DW = jnp.pad(h_DT.astype(jnp.float32), ((0, 0), (start, width - start - h_DT.shape[1])))
-    h_PDW = jnp.stack(_terms(h_DW, 2))
-    bits_PDW = jax.lax.bitcast_convert_type(h_PDW, jnp.uint16).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(bits_PDW | jnp.roll(bits_PDW, 1, axis=2) << 16, jnp.int32)
-
-
-def _product(x_P: Sequence[jax.Array], y_P: Sequence[jax.Array]) -> jax.Array:
-    """The product of two sums of terms, without those below its precision."""
-    kept = max(len(x_P), len(y_P))
+def _product(
+    x_P: Sequence[jax.Array], y_P: Sequence[jax.Array], transposed: bool = False
+) -> jax.Array:
+    """X Y or X Y^T, of sums of terms, without products below the precision of either."""
+    kept, contracted = max(len(x_P), len(y_P)), ((1,), (int(transposed),))
     products = [
-        jnp.dot(x, y, preferred_element_type=jnp.float32)
+        jax.lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=jnp.float32)
         for p, x in enumerate(x_P)
         for y in y_P[: kept - p]
     ]
@@ -311,17 +314,16 @@ def _call(
     """Runs a kernel over groups of channels and, innermost, groups of sequences."""
     B, D, N = inputs[1].shape
     W = plan.width
-    words = pl.BlockSpec((2, _CHANNELS, W), lambda d, b: (0, d, 0))
+    taps = pl.BlockSpec((_CHANNELS, W - _T), lambda d, b: (d, 0))
     activation = pl.BlockSpec((plan.sequences, _CHANNELS, N), lambda d, b: (b, d, 0))
-    taps = pl.BlockSpec((_CHANNELS, W), lambda d, b: (d, 0))
-    backward = len(outputs) == 2
     rows = pltpu.VMEM((plan.rows * _CHANNELS, _T), jnp.float32)
     scratch = [
-        *[rows] * (len(inputs) - 1),
+        pltpu.VMEM((2, _CHANNELS, W), jnp.int32),
         pltpu.VMEM((2, _T // 2, W - _T), jnp.int32),
         pltpu.VMEM((plan.rows, _T), jnp.float32),
+        *[rows] * (len(inputs) - 1),
     ]
-    if backward:
+    if len(outputs) == 2:
         scratch += [
             pltpu.VMEM((plan.terms, plan.padded_rows, _T), jnp.bfloat16),
             pltpu.VMEM((_SUBLANES, W), jnp.float32),
@@ -334,7 +336,7 @@ def _call(
             functools.partial(kernel, plan=plan),
             name=name,
             grid=(D // _CHANNELS, B // plan.sequences),
-            in_specs=[words, *[activation] * (len(inputs) - 1)],
+            in_specs=[taps, *[activation] * (len(inputs) - 1)],
             out_specs=[activation, taps][: len(outputs)],
             out_shape=[
                 jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in outputs
