@@ -102,6 +102,24 @@ def test_a_big_store():
     assert "--big is of the benchmark data" in bench("step", "--big=1", code=2).stderr
 
 
+@pytest.mark.slow
+def test_kernels(tmp_path):
+    """Their cost is compiled for TPUs, of which there is none."""
+    path = tmp_path / "report.json"
+    done = bench("kernels", "--topology=v5e:2x2", "--quick", f"--json={path}")
+    data = json.loads(path.read_text())
+    assert {row["case"] for row in data["rows"]} == {"kernel", "matmul", "xla_fft"}
+    assert [row["schedule"] > 0 for row in data["rows"]] == [True, False, False]
+    assert all(row[key] > 0 for row in data["rows"] for key in ("bytes", "flops", "cycles"))
+    assert data["ratios"]["causal_cycles_vs_matmul_512"] > 1
+    assert all(f"{name} {value:.2f}" in done.stdout for name, value in data["ratios"].items())
+
+
+def test_a_topology_is_of_the_kernels():
+    assert "--topology is of the benchmark kernels" in bench("kernels", code=2).stderr
+    assert "the kernels are for TPUs" in bench("kernels", "--topology=cpu-2", code=2).stderr
+
+
 def scaling(tmp_path, *arguments, code=0):
     """Runs the measurement of scaling to its end, which must be `code`; the rows that it wrote."""
     path = tmp_path / "rows.json"

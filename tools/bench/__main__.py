@@ -71,7 +71,7 @@ def benchmark(options: argparse.Namespace) -> None:
     if options.topology:
         from . import kernels
 
-        return kernels.measure(options.topology, options.json)
+        return kernels.measure(options.topology, options.json, options.quick)
     # JAX is imported after the pinning: it sizes its thread pools when it starts.
     from . import machine
 

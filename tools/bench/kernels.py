@@ -33,8 +33,9 @@ _METHODS = {"kernel": "toeplitz", "matmul": "matmul", "xla_fft": "real"}
 _KERNELS = ("toeplitz",)
 
 
-def measure(name: str, path: str | None) -> None:
+def measure(name: str, path: str | None, quick: bool) -> None:
     """Prints the table for the topology `name`, and writes the report to `path`."""
+    lengths = _LENGTHS[:1] if quick else _LENGTHS
     topology = hardware.parse(name, 1)
     if topology.chip.family == "cpu":
         raise ConfigError(f"--topology={name}: the kernels are for TPUs")
@@ -47,7 +48,7 @@ def measure(name: str, path: str | None) -> None:
                 (case, length): (printing if method in _KERNELS else other).submit(
                     _compiled, topology, dump, length, method
                 )
-                for length in _LENGTHS
+                for length in lengths
                 for case, method in _METHODS.items()
             }
             for (case, length), found in pending.items():
@@ -56,7 +57,7 @@ def measure(name: str, path: str | None) -> None:
     by = {(row["case"], row["length"]): row for row in rows}
     ratios = {
         f"causal_{figure}_vs_{case}_{length}": by[case, length][key] / by["kernel", length][key]
-        for length in _LENGTHS
+        for length in lengths
         for case in ("matmul", "xla_fft")
         for figure, key in (("cycles", "cycles"), ("bytes", "bytes"))
     }
