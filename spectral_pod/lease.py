@@ -30,6 +30,9 @@ EXPIRY_SECONDS = 30.0  # without renewal, after which a lease may be taken over
 _POLL_SECONDS = 0.5
 _ENDED = "another process, which has ended"
 _RELEASE_SECONDS = 5.0  # for the release; where storage is out the lease expires by itself
+# For a request of the renewing thread, which must have left the storage library before the process
+# ends: C++ aborts a process whose threads are still in it.
+_REQUEST_SECONDS = 3.0
 
 
 class InUseError(UserError):
@@ -173,12 +176,13 @@ class Lease:
                 )
             time.sleep(_POLL_SECONDS)
 
-    def _write(self, generation: bytes) -> bool:
+    def _write(self, generation: bytes, timeout: float | None = None) -> bool:
         """Replaces the lease if it is still of this generation; returns whether it was."""
         content = json.dumps(self._me | {"renewed": uuid.uuid4().hex}).encode()
-        new = self._store.write(self._name, content, if_equal=generation).result().generation
+        written = self._store.write(self._name, content, if_equal=generation)
+        new = written.result(timeout=timeout).generation
         if not new:  # it was not; or it was, and a repeated request finds its own result
-            found = self._store.read(self._name).result()
+            found = self._store.read(self._name).result(timeout=timeout)
             if found.state != "value" or _holder(found.value).get("id") != self._me["id"]:
                 return False
             new = found.stamp.generation
@@ -198,8 +202,8 @@ class Lease:
             self._attempted.set()
 
     def _renew_once(self) -> None:
-        if not self._write(self._generation):
-            found = self._store.read(self._name).result()
+        if not self._write(self._generation, _REQUEST_SECONDS):
+            found = self._store.read(self._name).result(timeout=_REQUEST_SECONDS)
             if found.state == "value":
                 self._lost = _named(_holder(found.value))
                 return
@@ -208,7 +212,7 @@ class Lease:
                 return
             # A person has deleted the file; it is written again unless another process was faster.
             self._store = storage.kvstore(self._folder)
-            if not self._write(found.stamp.generation):
+            if not self._write(found.stamp.generation, _REQUEST_SECONDS):
                 return
         self._renewed, self._asked = time.monotonic(), False
 

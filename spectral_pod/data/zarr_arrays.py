@@ -57,8 +57,23 @@ def create_array(url: str, array: str, values: np.ndarray) -> Any:
         "store_data_equal_to_fill_value": True,
         "metadata": _metadata(array, len(values)),
     }
-    opened = ts.open(spec, create=True, delete_existing=True, context=storage.uncached())
-    return opened.result().write(values)
+    return _created(spec).write(values)
+
+
+def _created(spec: dict[str, Any], attempts: int = 5) -> ts.TensorStore:
+    """A new array in place of what is there.
+
+    Where the answer to a request is lost, tensorstore repeats it, finds the metadata that it has
+    itself written, and says that they exist.
+    """
+    while True:
+        attempts -= 1
+        try:
+            opened = ts.open(spec, create=True, delete_existing=True, context=storage.uncached())
+            return opened.result()
+        except ValueError as error:
+            if "ALREADY_EXISTS" not in str(error) or not attempts:
+                raise
 
 
 def results(futures: Sequence[Any], urls: Sequence[str]) -> list[Any]:
