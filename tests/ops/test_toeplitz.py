@@ -18,8 +18,9 @@ SLOW = [
     (1, 1, 1, 1), (7, 3, 2, 1), (128, 128, 1, 2), (257, 128, 2, 2), (257, 129, 2, 2),
     (384, 130, 9, 9), (500, 1000, 2, 17), (1024, 1024, 1, 1),
 ]  # fmt: skip
-# Of the largest value. In bfloat16 inputs and results are rounded, and nothing else is.
-TOLERANCE = {"float32": (1e-5, 1e-5, 1e-5), "bfloat16": (4e-3, 4e-3, 1e-6)}
+# Of the largest value. The two terms of a float32 have 17 bits together. In bfloat16 inputs and
+# results are rounded, and nothing else is.
+TOLERANCE = {"float32": (2e-5, 2e-5, 2e-5), "bfloat16": (4e-3, 4e-3, 1e-6)}
 
 run = functools.partial(causal_conv, method="toeplitz_interpreted")
 
