@@ -12,8 +12,9 @@ are sums of two terms as well, in three products; with 17 bits of each factor th
 2e-5 of the largest result. The gradient of the filter is summed in float32.
 
 Letters here: C channels of a grid cell; R rows, in the order (block, sequence), so that a shift by
-j blocks is a slice; G rows of all channels, (block, sequence, channel); X lanes of
-the taps and W those of a row of taps with T zeros before them; P terms of a sum; S words of rows. The others are in `shapes.py`.
+j blocks is a slice; G rows of all channels, (block, sequence, channel); X lanes of the taps, and W
+those of a row of taps, which has T zeros before them; P terms of a sum; S words of rows. The others
+are in `shapes.py`.
 """
 
 import dataclasses
