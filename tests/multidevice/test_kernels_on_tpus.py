@@ -50,7 +50,8 @@ def compile_all(topology, cases):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         with on_mesh(mesh):
-            u = array((32, 256, length), dtype, "batch", "channel", "position")
+            # At least 32 sequences a chip: the largest grid cells that are planned must fit.
+            u = array((128, 256, length), dtype, "batch", "channel", "position")
             h = array((256, num_taps), "float32", None, None)
             lowered = jax.jit(both).trace(u, h, u).lower(lowering_platforms=("tpu",))
             shapes = (length, num_taps), (2**17, 2**17)

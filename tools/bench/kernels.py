@@ -41,7 +41,7 @@ def measure(name: str, path: str | None, quick: bool) -> None:
         raise ConfigError(f"--topology={name}: the kernels are for TPUs")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-kernels-") as dump:
-        # libtpu reads its flags once, and takes hours to print the programs of XLA's FFT.
+        # libtpu reads its flags once, and takes very long to print the programs of XLA's FFT.
         printing, other = (_process(topology, folder) for folder in (dump, None))
         with printing, other:
             pending = {
@@ -56,10 +56,11 @@ def measure(name: str, path: str | None, quick: bool) -> None:
                 shell.say(f"{case} at {length}: compiled")
     by = {(row["case"], row["length"]): row for row in rows}
     ratios = {
-        f"causal_{figure}_vs_{case}_{length}": by[case, length][key] / by["kernel", length][key]
+        f"causal_{figure}_vs_{case}_{length}": by[case, length][figure]
+        / by["kernel", length][figure]
         for length in lengths
         for case in ("matmul", "xla_fft")
-        for figure, key in (("cycles", "cycles"), ("bytes", "bytes"))
+        for figure in ("cycles", "bytes")
     }
     print(_table(rows, topology))
     print("\n".join(f"{ratio} {value:.2f}" for ratio, value in ratios.items()))
@@ -140,11 +141,10 @@ def _schedule(dump: str, kernel: Any) -> float:
 
 def _table(rows: list[dict[str, Any]], topology: Topology) -> str:
     lines = [f"{topology}: {_BATCH} x {_WIDTH} a chip, bfloat16, forward and backward"]
-    lines.append(f"{'case':<10}{'length':>7}{'MB':>10}{'GFLOP':>9}{'schedule':>12}{'us':>9}")
+    lines.append(f"{'case':<10}{'length':>7}{'MB':>10}{'GFLOP':>9}{'cycles':>12}{'us':>9}")
     for row in rows:
-        schedule = f"{row['schedule']:,.0f}" if row["schedule"] else ""
         lines.append(
             f"{row['case']:<10}{row['length']:>7,}{row['bytes'] / 1e6:>10,.1f}"
-            f"{row['flops'] / 1e9:>9,.1f}{schedule:>12}{row['seconds'] * 1e6:>9,.0f}"
+            f"{row['flops'] / 1e9:>9,.1f}{row['cycles']:>12,.0f}{row['seconds'] * 1e6:>9,.0f}"
         )
     return "\n".join(lines)

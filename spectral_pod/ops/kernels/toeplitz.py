@@ -137,9 +137,8 @@ def _convolve_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """The adjoint's row i is sum_j dY_{i+j} M_j^T."""
     u_BDN, h_DX = residuals
-    du_BDN, dh_DX = _call(
-        _backward, "toeplitz_backward", plan, [h_DX, u_BDN, dy_BDN], [u_BDN, h_DX]
-    )
+    inputs, outputs = [h_DX, u_BDN, dy_BDN], [u_BDN, h_DX]
+    du_BDN, dh_DX = _call(_backward, "toeplitz_backward", plan, inputs, outputs)
     return du_BDN, dh_DX
 
 
@@ -192,8 +191,8 @@ def _backward(
             count = plan.rows - shift
             padded = count + -count % _T
             dy_PRT = [late_PRT[p, shift : shift + padded] for p in range(plan.terms)]
-            block = _block(band_PSX, j)
-            sum_RT[:count] += _product([dy[:count] for dy in dy_PRT], block, transposed=True)
+            early_PRT = [dy_RT[:count] for dy_RT in dy_PRT]
+            sum_RT[:count] += _product(early_PRT, _block(band_PSX, j), transposed=True)
             products_TT = _product([u[:, :padded] for u in u_PTR], dy_PRT)
             _add_diagonals(products_TT, diagonals_8W, j)
         dh_1W = jnp.sum(_skew(diagonals_8W[...], -1), axis=0, keepdims=True)
@@ -355,8 +354,8 @@ def _call(
 
 def _vmem(plan: _Plan, dtype: DTypeLike) -> int:
     """Bytes on chip of the backward pass, which needs more: blocks are double-buffered."""
-    block = _CHANNELS * plan.rows * _T
-    buffers = 2 * (3 * block * jnp.dtype(dtype).itemsize + 3 * _CHANNELS * plan.width * 4)
-    scratch = 2 * block + 2 * _T * plan.width + plan.rows * _T + _SUBLANES * plan.width
+    block, taps = _CHANNELS * plan.rows * _T, _CHANNELS * plan.width
+    buffers = 2 * (3 * block * jnp.dtype(dtype).itemsize + 2 * taps * 4)  # u, dy, du; h, dh
+    scratch = 2 * taps + _T * plan.width + plan.rows * _T + 2 * block + _SUBLANES * plan.width
     values = plan.terms * (plan.padded_rows + 2 * plan.rows) * _T * 2
     return buffers + 4 * scratch + values
