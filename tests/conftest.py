@@ -10,7 +10,8 @@ import tempfile
 
 import pytest
 
-from tests import processes, type_checks
+from tests import processes
+from tests import type_checks as type_checks  # looked up by pyproject.toml's hook
 
 # XLA sizes its thread pool by this; collectives between fake devices starve with fewer threads.
 os.environ["PJRT_NPROC"] = "16"
@@ -29,7 +30,6 @@ import jax
 
 from spectral_pod.parallel import runtime
 
-type_checks.install()
 runtime.initialize(None, 1, 0)
 # A shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP ignored;
 # processes inherit both.

@@ -1,16 +1,16 @@
 """Types are checked wherever a function is defined, also again and with other types."""
 
-import beartype
 import jax.numpy as jnp
 import jaxtyping
 import pytest
 from jaxtyping import Float, Int
 
 from spectral_pod.ops import gelu
+from tests import type_checks
 
 
 def defined(kind, default=0):
-    @jaxtyping.jaxtyped(typechecker=beartype.beartype)
+    @jaxtyping.jaxtyped(typechecker=type_checks.checked)
     def double(x: kind, times: int = default) -> kind:
         return x * 2 if x.ndim < 3 else "no array"
 

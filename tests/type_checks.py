@@ -1,13 +1,13 @@
 """beartype, which checks types in tests, with its checks made once for each signature.
 
 jaxtyping's import hook decorates nested functions too, each time that they are defined: a fifth of
-the time to trace a model went into checks that had been made before. What jaxtyping has decorated
-is never the function itself but one without a body, which has its signature.
+the time to trace a model went into checks that had been made before. pyproject.toml names `checked`
+as the type checker of the hook. What jaxtyping has decorated is never the function itself but one
+without a body, which has its signature.
 """
 
 import beartype
 
-_decorate = beartype.beartype
 _decorated = {}
 
 
@@ -22,12 +22,7 @@ def checked(fn):
     try:
         known = _decorated.get(signature)
     except TypeError:  # an annotation or a default has no hash
-        return _decorate(fn)
+        return beartype.beartype(fn)
     if known is None:
-        known = _decorated[signature] = _decorate(fn)
+        known = _decorated[signature] = beartype.beartype(fn)
     return known
-
-
-def install():
-    """The import hook looks `beartype.beartype` up by this name, at every definition."""
-    beartype.beartype = checked
