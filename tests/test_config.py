@@ -236,13 +236,14 @@ def test_what_is_accepted_can_be_built(task, name, part):
     """A model and its optimizer, in shapes only."""
     mesh = one_device()
     small = {
-        "data.task": task, "data.seq_len": 64, "model.name": name, "model.num_layers": 1,
-        "model.hidden_dim": 16, "model.embed_dim": 8, "model.memory.head_dim": 8,
+        "data.task": task, "data.seq_len": 64, "model.name": name, "model.hidden_dim": 16,
+        "model.embed_dim": 8, "model.memory.head_dim": 8,
         "train.global_batch_size": 8, "train.sample_bytes": 0,
     }  # fmt: skip
     for field, value, pattern in [*settings(name)][part::200]:
         c = default()
-        c.update_from_flattened_dict(small | {"model.pattern": pattern})
+        layers = {"model.pattern": pattern, "model.num_layers": max(1, len(pattern))}
+        c.update_from_flattened_dict(small | layers)
         *sections, last = field.split(".")
         section = functools.reduce(getattr, sections, c)
         with section.ignore_type():

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import shutil
 import socket
 import subprocess
@@ -42,6 +43,12 @@ def two_processes(*options):
     """The workdir of a run of two processes, and what each of them printed."""
     folder = trainer.home() / f"two-processes-{len(list(trainer.home().iterdir()))}"
     folder.mkdir()
+    arguments = command(folder / "run", NUM_DEVICES, *options)
+    return folder / "run", outputs_of_two(arguments, folder)
+
+
+def outputs_of_two(arguments, folder):
+    """What each of two processes that run together prints; both must succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -50,8 +57,7 @@ def two_processes(*options):
     with contextlib.ExitStack() as stack:
         children = []
         for i, log in enumerate(logs):
-            arguments = command(folder / "run", NUM_DEVICES, *options) + distributed
-            children.append(trainer.start([*arguments, f"--process_id={i}"], log))
+            children.append(trainer.start([*arguments, *distributed, f"--process_id={i}"], log))
             stack.callback(children[i].wait)
             stack.callback(children[i].kill)
         deadline = time.monotonic() + SECONDS
@@ -62,7 +68,7 @@ def two_processes(*options):
             codes.append(child.returncode)
     printed = [log.read_text() for log in logs]
     assert codes == [0, 0], "\n\n".join(text[-5000:] for text in printed)
-    return folder / "run", printed
+    return printed
 
 
 def parameters(workdir):
@@ -105,6 +111,21 @@ def test_both_save_and_only_the_first_reports():
     assert len(list(workdir.glob("events.*"))) == 1
     points = [(point["step"], *point) for point in trainer.curves(workdir)]
     assert len(points) == len(set(points))  # each written once
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_a_run_and_write_nothing(tmp_path):
+    options = "mesh.fsdp=4"
+    workdir, _ = two_processes(options)
+    before = trainer.contents(workdir)
+    arguments = [*command(workdir, NUM_DEVICES, options), "--eval_only"]
+    first, second = outputs_of_two(arguments, tmp_path)
+    trained = trainer.result(workdir)["eval"]
+    assert re.search(rf"^step {STEPS} test: .*accuracy {trained['accuracy']:.2%}", first, re.M), (
+        first
+    )
+    assert not re.search("^step ", second, re.M)
+    assert trainer.contents(workdir) == before
 
 
 @pytest.mark.slow

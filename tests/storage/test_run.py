@@ -2,6 +2,7 @@
 
 import functools
 import re
+import signal
 import socket
 import time
 
@@ -85,6 +86,26 @@ def test_killed_in_a_save(proxy, bucket, tmp_path):
 @pytest.mark.parametrize("moment", ["data", "metadata", "seal"])
 def test_killed_elsewhere_in_a_save(proxy, bucket, tmp_path, moment):
     assert_outlives_a_kill(proxy, bucket, tmp_path, moment)
+
+
+@pytest.mark.slow
+def test_a_run_is_alone_in_its_bucket(proxy, bucket, tmp_path):
+    """A second trainer is refused, and the lease goes with the first."""
+    log = tmp_path / "log"
+    proxy.set(preconditions=True)
+    child = start(proxy, bucket, log)
+    try:
+        wait_until(child, log, lambda: "run/seals/4.json" in bucket.names("run/seals/"))
+        child.send_signal(signal.SIGSTOP)  # so that it outlives the other
+        second = trainer.run(proxy.used_by(command(f"{bucket.url}/run")), code=2).stderr
+        last = second.strip().splitlines()[-1]
+        assert re.search(rf"{bucket.url}/run is in use by process {child.pid} on host", last), last
+        child.send_signal(signal.SIGCONT)
+        assert child.wait(timeout=240) == 0, log.read_text()
+    finally:
+        child.kill()
+    assert "run/lease.json" not in bucket.names("run/")
+    assert_same_run(bucket, tmp_path / "run")
 
 
 @pytest.mark.slow
