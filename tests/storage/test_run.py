@@ -181,7 +181,8 @@ def test_storage_is_gone_for_good(proxy, bucket, tmp_path):
     log = tmp_path / "log"
     code = ends_with(proxy, bucket, log, outage_s=1000)
     assert code == 2, log.read_text()
-    assert re.match("(Checkpoint|User)Error: .*gs://", log.read_text().strip().splitlines()[-1])
+    last = log.read_text().strip().splitlines()[-1]
+    assert re.match("(Checkpoint|Storage|User)Error: .*gs://", last), last
     assert "spectral_pod/main.py" not in log.read_text()  # no traceback of ours
     proxy.set()
     assert "starting at step" in run(proxy, bucket).stdout
