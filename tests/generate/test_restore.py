@@ -16,6 +16,7 @@ from spectral_pod.layers.block import unstack
 from spectral_pod.objectives import Classification, NextByte
 from spectral_pod.shapes import PAD
 from tests import tiny_run, trainer
+from tests.models.drawn import drawn_state
 from tests.tiny_run import DIGEST, tiny_config, write_run
 
 pytestmark = pytest.mark.slow  # trains and saves small models first
@@ -121,7 +122,11 @@ def test_a_step_that_is_being_written_is_none(copied):
 
 
 def test_parameters_that_are_not_finite_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_run, "_perturbed", lambda params, _: jax.tree.map(jnp.log, params))
+    def of_logs(*arguments):
+        state = drawn_state(*arguments)
+        return state.replace(params=jax.tree.map(jnp.log, state.params))
+
+    monkeypatch.setattr(tiny_run, "drawn_state", of_logs)
     write_run(tmp_path)
     with pytest.raises(NonFiniteError, match=r"checkpoints/1 holds parameters that are NaN"):
         restore_for_inference(str(tmp_path))
