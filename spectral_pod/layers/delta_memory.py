@@ -107,8 +107,8 @@ class DeltaMemoryLayer(Mixer):
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, DeltaState]:
         qkv, states = self._qkv(x_BPD, mask_BP), []
         for i, short in enumerate(self._shorts()):
-            qkv[i], state = short.prefill(qkv[i])
-            states.append(state)
+            states.append(short.recent(qkv[i]))
+            qkv[i] = short(qkv[i])
         o_BPHV, memory_BHVK = self._memory(x_BPD, qkv, mask_BN=mask_BP, method=self.method)
         return self._read(o_BPHV), DeltaState(memory_BHVK, tuple(states))
 

@@ -29,7 +29,8 @@ class Dense(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, index: int | None = None) -> jax.Array:
+        """With an index, the part of the result with that index of the first feature alone."""
         features = (self.features,) if isinstance(self.features, int) else self.features
         num_in = len(self.axes) - len(features)
         shape = x.shape[-num_in:] + features
@@ -42,6 +43,9 @@ class Dense(nn.Module):
             bias = self.param("bias", zeros, features).astype(self.dtype)
         # A kernel split over `embed` is gathered here, so that each device multiplies its own rows.
         kernel = constrain(kernel.astype(self.dtype), *(_gathered(axis) for axis in self.axes))
+        if index is not None:
+            features, bias = features[1:], bias[index]
+            kernel = jax.lax.index_in_dim(kernel, index, num_in, keepdims=False)
         x = x.astype(self.dtype)
         if num_shards("position") > 1:  # batch and positions, both split, cannot be one axis
             y = jnp.tensordot(x, kernel, num_in)

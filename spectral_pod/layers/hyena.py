@@ -11,6 +11,7 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.short_convolution import ShortConvolution
+from spectral_pod.ops import short_conv
 from spectral_pod.parallel.sharding import constrain
 
 
@@ -52,7 +53,11 @@ class HyenaLayer(Mixer):
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
-        return LongConvolution.methods(config)
+        methods = LongConvolution.methods(config)
+        if (taps := config.option("hyena.short_conv")) > 1:
+            sizes = config.max_positions, config.hidden_dim, taps, config.dtype
+            methods["short_conv"] = short_conv.choose(*sizes)
+        return methods
 
     def setup(self) -> None:
         features = (self.order + 1, self.width)
@@ -74,38 +79,37 @@ class HyenaLayer(Mixer):
         return HyenaState(short, tuple(long.init_state(batch) for long in self.longs))
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, HyenaState]:
-        projected_BPOD, short = self._projected(x_BPD, mask_BP), None
+        x_O, short = [self._projected(x_BPD, mask_BP, i) for i in range(self.order + 1)], None
         if self.short_conv > 1:
-            projected_BPOD, short = self.short.prefill(projected_BPOD)
-        y_BPD, states = projected_BPOD[:, :, -1], []
+            short = self.short.recent(jnp.stack(x_O, 2))
+            x_O = [self.short(x_BPD, i) for i, x_BPD in enumerate(x_O)]
+        y_BPD, states = x_O[-1], []
         for i, long in enumerate(self.longs):
-            y_BPD, state = long.prefill(self._gated(projected_BPOD, i, y_BPD))
+            y_BPD, state = long.prefill(self._gated(x_O, i, y_BPD))
             states.append(state)
-        return self._read(projected_BPOD, y_BPD), HyenaState(short, tuple(states))
+        return self._read(x_O, y_BPD), HyenaState(short, tuple(states))
 
     def advance(
         self, x_B1D: jax.Array, state: HyenaState, position: jax.Array
     ) -> tuple[jax.Array, HyenaState]:
-        projected_B1OD, short = self._projected(x_B1D), state.short
+        projected_B1OD, short = self.project(x_B1D), state.short
         if short is not None:
             projected_B1OD, short = self.short.advance(projected_B1OD, short)
-        y_B1D, states = projected_B1OD[:, :, -1], []
+        x_O = [projected_B1OD[:, :, i] for i in range(self.order + 1)]
+        y_B1D, states = x_O[-1], []
         for i, (long, before) in enumerate(zip(self.longs, state.long)):
-            y_B1D, after = long.advance(self._gated(projected_B1OD, i, y_B1D), before, position)
+            y_B1D, after = long.advance(self._gated(x_O, i, y_B1D), before, position)
             states.append(after)
-        return self._read(projected_B1OD, y_B1D), HyenaState(short, tuple(states))
+        return self._read(x_O, y_B1D), HyenaState(short, tuple(states))
 
-    def _projected(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
-        projected_BNOD = self.project(x_BND)
-        if mask_BN is not None:
-            zero = jnp.zeros((), self.dtype)
-            projected_BNOD = jnp.where(mask_BN[..., None, None], projected_BNOD, zero)
-        return constrain(projected_BNOD, "batch", "position", None, "channel")
+    def _projected(self, x_BND: jax.Array, mask_BN: jax.Array, index: int) -> jax.Array:
+        y_BND = self.project(x_BND, index)
+        y_BND = jnp.where(mask_BN[..., None], y_BND, jnp.zeros((), self.dtype))
+        return constrain(y_BND, "batch", "position", "channel")
 
-    def _gated(self, projected_BNOD: jax.Array, i: int, y_BND: jax.Array) -> jax.Array:
+    def _gated(self, x_O: list[jax.Array], i: int, y_BND: jax.Array) -> jax.Array:
         """The input of the i-th long convolution."""
-        return y_BND if self.order == 1 else projected_BNOD[:, :, self.order - 1 - i] * y_BND
+        return y_BND if self.order == 1 else x_O[self.order - 1 - i] * y_BND
 
-    def _read(self, projected_BNOD: jax.Array, y_BND: jax.Array) -> jax.Array:
-        y_BND = self.out(projected_BNOD[:, :, 0] * y_BND)
-        return constrain(y_BND, "batch", "position", "width")
+    def _read(self, x_O: list[jax.Array], y_BND: jax.Array) -> jax.Array:
+        return constrain(self.out(x_O[0] * y_BND), "batch", "position", "width")

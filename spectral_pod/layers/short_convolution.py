@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.layers.parameter import parameter
-from spectral_pod.ops.halo import previous
-from spectral_pod.parallel.sharding import Axes, shard_op
+from spectral_pod.ops.short_conv import short_conv
+from spectral_pod.parallel.sharding import Axes
 
 
 class ShortConvolution(nn.Module):
@@ -33,26 +33,21 @@ class ShortConvolution(nn.Module):
         kernel = self.param("short_filter", boxed, (self.taps, *self.features))
         self.kernel = kernel.astype(self.dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, ...] to the same in `dtype`."""
-        before = self.taps - 1
+    def __call__(self, x: jax.Array, index: int | None = None) -> jax.Array:
+        """[B, N, ...] to the same in `dtype`.
 
-        # A sum of shifts, since XLA would gather the channels for a grouped convolution.
-        def op(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            length = x.shape[1]
-            x = jnp.concatenate([previous(x, before), x], axis=1)
-            shifted = [x[:, before - i : before - i + length] for i in range(self.taps)]
-            return sum(y * k[None, None] for y, k in zip(shifted, kernel))  # type: ignore[return-value]
-
-        axes = ("batch", "position", *self.axes)
-        return shard_op(op, (axes, (None, *self.axes)), axes)(x, self.kernel)
+        With an index, of the filters with that index of the first axis of the features alone.
+        """
+        if index is None:
+            return short_conv(x, self.kernel, self.axes)
+        return short_conv(x, self.kernel[:, index], self.axes[1:])
 
     def init_state(self, batch: int) -> jax.Array:
         return jnp.zeros((batch, self.taps - 1, *self.features), self.dtype)
 
-    def prefill(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        recent = jnp.concatenate([self.init_state(len(x)), x.astype(self.dtype)], axis=1)
-        return self(x), recent[:, x.shape[1] :]
+    def recent(self, x: jax.Array) -> jax.Array:
+        """The state after x."""
+        return jnp.concatenate([self.init_state(len(x)), x.astype(self.dtype)], 1)[:, x.shape[1] :]
 
     def advance(self, x: jax.Array, recent: jax.Array) -> tuple[jax.Array, jax.Array]:
         recent = jnp.concatenate([recent, x], axis=1)

@@ -12,11 +12,12 @@ from spectral_pod.ops.kernels.cost import kernels
 from spectral_pod.ops.long_conv import causal_conv
 
 # Length, taps, channels, sequences: one block and several, taps within one block, at its end and
-# beyond the sequence, several groups of channels and of sequences.
-QUICK = [(300, 300, 3, 2)]
+# beyond the sequence, several groups of channels and of sequences. A multiple of 128 channels is
+# read as [B, N, D].
+QUICK = [(300, 300, 3, 2), (130, 20, 128, 1)]
 SLOW = [
     (1, 1, 1, 1), (7, 3, 2, 1), (128, 128, 1, 2), (257, 128, 2, 2), (257, 129, 2, 2),
-    (384, 130, 9, 9), (500, 1000, 2, 17), (1024, 1024, 1, 1),
+    (384, 130, 9, 9), (500, 1000, 2, 17), (1024, 1024, 1, 1), (257, 257, 256, 9),
 ]  # fmt: skip
 # Of the largest value. The two terms of a float32 have 17 bits together. In bfloat16 inputs and
 # results are rounded, and nothing else is.

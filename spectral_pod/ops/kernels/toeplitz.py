@@ -11,6 +11,10 @@ the taps are sums of two such terms, so the result is exact to its own rounding.
 are sums of two terms as well, in three products; with 17 bits of each factor the error is at most
 2e-5 of the largest result. The gradient of the filter is summed in float32.
 
+A grid cell has 8 channels of [B, D, N], or where they fit on the chip 128 of [B, N, D], which it
+transposes: what surrounds a convolution is best computed with a channel in each lane, and a
+transpose by XLA moves as many bytes as the convolution.
+
 Letters here: C channels of a grid cell; R rows, in the order (block, sequence), so that a shift by
 j blocks is a slice; G rows of all channels, (block, sequence, channel); X lanes of the taps, and W
 those of a row of taps, which has T zeros before them; P terms of a sum; S words of rows. The others
@@ -19,6 +23,7 @@ are in `shapes.py`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +38,6 @@ from spectral_pod.parallel.sharding import platform
 
 _T = 128  # lanes of a vector register
 _SUBLANES = 8
-_CHANNELS = 8  # C
 _MAX_SEQUENCES = 32  # of a grid cell: a band serves all of them
 
 _VMEM_SHARE = 0.8  # of on-chip memory, for what is counted here; the rest is the compiler's
@@ -46,8 +50,14 @@ class _Plan:
     blocks: int  # of a sequence
     lags: int
     sequences: int  # of a grid cell
+    channels: int  # of a grid cell, C
     terms: int  # of the activations
     interpret: bool
+
+    @property
+    def positions_first(self) -> bool:
+        """Whether the kernels read [B, N, D], with a channel in each lane."""
+        return self.channels == _T
 
     @property
     def rows(self) -> int:
@@ -69,7 +79,7 @@ def unserved(length: int, num_taps: int, dtype: DTypeLike) -> str | None:
     """Why the kernels cannot compute these sizes on the current mesh; None if they can."""
     if platform() != "tpu":
         return f"it is a kernel for TPUs, and this is a {platform()}"
-    needed = _vmem(_plan(length, num_taps, 1, dtype, interpret=False), dtype)
+    needed = _vmem(_plan(length, num_taps, 1, 1, dtype, interpret=False), dtype)
     capacity = pltpu.get_tpu_info().vmem_capacity_bytes
     if needed <= _VMEM_SHARE * capacity:
         return None
@@ -97,59 +107,68 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, *, interpret: bool = False) -
     h_DT = h_DT[:, :N]
     if not interpret and (reason := unserved(N, h_DT.shape[1], u_BDN.dtype)):
         raise ValueError(f"a causal convolution cannot use method 'toeplitz': {reason}")
-    plan = _plan(N, h_DT.shape[1], B, u_BDN.dtype, interpret)
-    pads = (-B % plan.sequences, -D % _CHANNELS, -N % _T)
+    plan = _plan(N, h_DT.shape[1], B, D, u_BDN.dtype, interpret)
+    pads = (-B % plan.sequences, -D % plan.channels, -N % _T)
     u_BDN = jnp.pad(u_BDN, [(0, pad) for pad in pads])
     h_DX = jnp.pad(h_DT, ((0, pads[1]), (0, plan.lags * _T - h_DT.shape[1])))
-    return _convolve(u_BDN, h_DX, plan)[:B, :D, :N]
+    if plan.positions_first:
+        y_BDN = jnp.swapaxes(_convolve(jnp.swapaxes(u_BDN, 1, 2), h_DX, plan), 1, 2)
+    else:
+        y_BDN = _convolve(u_BDN, h_DX, plan)
+    return y_BDN[:B, :D, :N]
 
 
-def _plan(length: int, num_taps: int, batch: int, dtype: DTypeLike, interpret: bool) -> _Plan:
+def _plan(
+    length: int, num_taps: int, batch: int, channels: int, dtype: DTypeLike, interpret: bool
+) -> _Plan:
     blocks = -(-length // _T)
     lags = min(blocks, (num_taps + _T - 2) // _T + 1)
     terms = 1 if dtype == jnp.bfloat16 else 2
-    plan = _Plan(blocks, lags, _SUBLANES, terms, interpret)
-    if interpret:
-        return plan
-    capacity = _VMEM_SHARE * pltpu.get_tpu_info().vmem_capacity_bytes
-    while plan.sequences < min(batch, _MAX_SEQUENCES):
-        larger = dataclasses.replace(plan, sequences=2 * plan.sequences)
-        if -batch % larger.sequences > -batch % plan.sequences or _vmem(larger, dtype) > capacity:
-            break
-        plan = larger
-    return plan
+    plan = _Plan(blocks, lags, _SUBLANES, _SUBLANES, terms, interpret)
+    capacity = math.inf
+    if not interpret:
+        capacity = _VMEM_SHARE * pltpu.get_tpu_info().vmem_capacity_bytes
+        while plan.sequences < min(batch, _MAX_SEQUENCES):
+            larger = dataclasses.replace(plan, sequences=2 * plan.sequences)
+            if -batch % larger.sequences > -batch % plan.sequences:
+                break
+            if _vmem(larger, dtype) > capacity:
+                break
+            plan = larger
+    wider = dataclasses.replace(plan, channels=_T)
+    return wider if channels % _T == 0 and _vmem(wider, dtype) <= capacity else plan
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(u_BDN: jax.Array, h_DX: jax.Array, plan: _Plan) -> jax.Array:
-    (y_BDN,) = _call(_forward, "toeplitz_forward", plan, [h_DX, u_BDN], [u_BDN])
-    return y_BDN
+def _convolve(u: jax.Array, h_DX: jax.Array, plan: _Plan) -> jax.Array:
+    (y,) = _call(_forward, "toeplitz_forward", plan, [h_DX, u], [u])
+    return y
 
 
 def _convolve_forward(
-    u_BDN: jax.Array, h_DX: jax.Array, plan: _Plan
+    u: jax.Array, h_DX: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolve(u_BDN, h_DX, plan), (u_BDN, h_DX)
+    return _convolve(u, h_DX, plan), (u, h_DX)
 
 
 def _convolve_backward(
-    plan: _Plan, residuals: tuple[jax.Array, jax.Array], dy_BDN: jax.Array
+    plan: _Plan, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The adjoint's row i is sum_j dY_{i+j} M_j^T."""
-    u_BDN, h_DX = residuals
-    inputs, outputs = [h_DX, u_BDN, dy_BDN], [u_BDN, h_DX]
-    du_BDN, dh_DX = _call(_backward, "toeplitz_backward", plan, inputs, outputs)
-    return du_BDN, dh_DX
+    u, h_DX = residuals
+    inputs, outputs = [h_DX, u, dy], [u, h_DX]
+    du, dh_DX = _call(_backward, "toeplitz_backward", plan, inputs, outputs)
+    return du, dh_DX
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _forward(
-    h_CX: Any, u_BCN: Any, y_BCN: Any, words_PCW: Any, band_PSX: Any, sum_RT: Any, rows_GT: Any,
+    h_CX: Any, u: Any, y: Any, words_PCW: Any, band_PSX: Any, sum_RT: Any, rows_GT: Any,
     *, plan: _Plan,
 ) -> None:  # fmt: skip
-    _load(u_BCN, rows_GT)
+    _load(u, rows_GT, plan)
     _make_words(h_CX, words_PCW)
 
     def channel(c: jax.Array) -> None:
@@ -158,23 +177,23 @@ def _forward(
         sum_RT[...] = jnp.zeros(sum_RT.shape, jnp.float32)
         for j in range(plan.lags):
             shift = j * plan.sequences
-            sum_RT[shift:] += _product([u[: plan.rows - shift] for u in u_PRT], _block(band_PSX, j))
+            sum_RT[shift:] += _product([x[: plan.rows - shift] for x in u_PRT], _block(band_PSX, j))
         rows_GT[_rows(c, plan)] = sum_RT[...]
 
-    _each_channel(channel)
-    _store(rows_GT, y_BCN)
+    _each(plan.channels, channel)
+    _store(rows_GT, y, plan)
 
 
 def _backward(
-    h_CX: Any, u_BCN: Any, dy_BCN: Any, du_BCN: Any, dh_CX: Any, words_PCW: Any, band_PSX: Any,
+    h_CX: Any, u: Any, dy: Any, du: Any, dh_CX: Any, words_PCW: Any, band_PSX: Any,
     sum_RT: Any, u_GT: Any, dy_GT: Any, late_PRT: Any, diagonals_8W: Any, *, plan: _Plan,
 ) -> None:  # fmt: skip
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         dh_CX[...] = jnp.zeros(dh_CX.shape, jnp.float32)
 
-    _load(u_BCN, u_GT)
-    _load(dy_BCN, dy_GT)
+    _load(u, u_GT, plan)
+    _load(dy, dy_GT, plan)
     _make_words(h_CX, words_PCW)
     late_PRT[...] = jnp.zeros(late_PRT.shape, late_PRT.dtype)
 
@@ -193,44 +212,70 @@ def _backward(
             dy_PRT = [late_PRT[p, shift : shift + padded] for p in range(plan.terms)]
             early_PRT = [dy_RT[:count] for dy_RT in dy_PRT]
             sum_RT[:count] += _product(early_PRT, _block(band_PSX, j), transposed=True)
-            products_TT = _product([u[:, :padded] for u in u_PTR], dy_PRT)
+            products_TT = _product([x[:, :padded] for x in u_PTR], dy_PRT)
             _add_diagonals(products_TT, diagonals_8W, j)
         dh_1W = jnp.sum(_skew(diagonals_8W[...], -1), axis=0, keepdims=True)
         dh_CX[pl.ds(c, 1)] += dh_1W[:, _T:]
         dy_GT[_rows(c, plan)] = sum_RT[...]
 
-    _each_channel(channel)
-    _store(dy_GT, du_BCN)
+    _each(plan.channels, channel)
+    _store(dy_GT, du, plan)
 
 
-def _load(x_BCN: Any, rows_GT: Any) -> None:
-    """Lays out the rows (block, sequence, channel) in float32: a channel's rows have one stride."""
-    count = x_BCN.shape[0] * _CHANNELS
-    for i in range(x_BCN.shape[2] // _T):
-        x_BCT = x_BCN[:, :, i * _T : (i + 1) * _T].astype(jnp.float32)
-        rows_GT[i * count : (i + 1) * count] = x_BCT.reshape(count, _T)
+def _load(x: Any, rows_GT: Any, plan: _Plan) -> None:
+    """Lays out the rows (block, sequence, channel) in float32: a channel's rows have one stride.
+
+    x is [B, N, C] or [B, C, N], as in the plan.
+    """
+    count = plan.sequences * plan.channels
+
+    def block(i: jax.Array) -> None:
+        positions = _at(i, _T)
+        if plan.positions_first:
+            for b in range(plan.sequences):
+                x_TC = x[b, positions].astype(jnp.float32)
+                rows_GT[_at(i * plan.sequences + b, plan.channels)] = x_TC.T
+        else:
+            x_BCT = x[:, :, positions].astype(jnp.float32)
+            rows_GT[_at(i, count)] = x_BCT.reshape(count, _T)
+
+    _each(plan.blocks, block)
 
 
-def _store(rows_GT: Any, x_BCN: Any) -> None:
-    count = x_BCN.shape[0] * _CHANNELS
-    for i in range(x_BCN.shape[2] // _T):
-        x_BCT = rows_GT[i * count : (i + 1) * count].reshape(*x_BCN.shape[:2], _T)
-        x_BCN[:, :, i * _T : (i + 1) * _T] = x_BCT.astype(x_BCN.dtype)
+def _store(rows_GT: Any, x: Any, plan: _Plan) -> None:
+    count = plan.sequences * plan.channels
+
+    def block(i: jax.Array) -> None:
+        positions = _at(i, _T)
+        if plan.positions_first:
+            for b in range(plan.sequences):
+                rows_CT = rows_GT[_at(i * plan.sequences + b, plan.channels)]
+                x[b, positions] = rows_CT.T.astype(x.dtype)
+        else:
+            x_BCT = rows_GT[_at(i, count)].reshape(plan.sequences, plan.channels, _T)
+            x[:, :, positions] = x_BCT.astype(x.dtype)
+
+    _each(plan.blocks, block)
+
+
+def _at(i: jax.Array, size: int) -> Any:
+    """The i-th of parts of a size."""
+    return pl.ds(pl.multiple_of(i * size, size), size)
 
 
 def _rows(c: jax.Array, plan: _Plan) -> Any:
     """Where the rows (block, sequence) of a channel are."""
-    return pl.ds(c, plan.rows, stride=_CHANNELS)
+    return pl.ds(c, plan.rows, stride=plan.channels)
 
 
-def _each_channel(channel: Callable[[jax.Array], None]) -> None:
-    jax.lax.fori_loop(0, _CHANNELS, lambda c, _: channel(c), None)
+def _each(count: int, body: Callable[[jax.Array], None]) -> None:
+    jax.lax.fori_loop(0, count, lambda i, _: body(i), None)
 
 
 def _make_words(h_CX: Any, words_PCW: Any) -> None:
     """The two terms of each row of taps, from lane T on: tap l in the low half of a word, tap l - 1
     in the high half."""
-    h_CW = jnp.concatenate([jnp.zeros((_CHANNELS, _T), jnp.float32), h_CX[...]], axis=1)
+    h_CW = jnp.concatenate([jnp.zeros((len(h_CX), _T), jnp.float32), h_CX[...]], axis=1)
     for p, term_CW in enumerate(_terms(h_CW, 2)):
         high_CW = pltpu.bitcast(term_CW.astype(jnp.float32), jnp.int32)
         words_PCW[p] = jax.lax.shift_right_logical(high_CW, 16) | pltpu.roll(high_CW, 1, 1)
@@ -312,14 +357,16 @@ def _call(
     outputs: Sequence[Any],
 ) -> Sequence[jax.Array]:
     """Runs a kernel over groups of channels and, innermost, groups of sequences."""
-    B, D, N = inputs[1].shape
-    W = plan.width
-    taps = pl.BlockSpec((_CHANNELS, W - _T), lambda d, b: (d, 0))
-    activation = pl.BlockSpec((plan.sequences, _CHANNELS, N), lambda d, b: (b, d, 0))
-    rows = pltpu.VMEM((plan.rows * _CHANNELS, _T), jnp.float32)
+    B, (D, X) = len(inputs[1]), inputs[0].shape
+    C, W, N = plan.channels, plan.width, plan.blocks * _T
+    taps = pl.BlockSpec((C, X), lambda d, b: (d, 0))
+    activation = pl.BlockSpec((plan.sequences, C, N), lambda d, b: (b, d, 0))
+    if plan.positions_first:
+        activation = pl.BlockSpec((plan.sequences, N, C), lambda d, b: (b, 0, d))
+    rows = pltpu.VMEM((plan.rows * C, _T), jnp.float32)
     scratch = [
-        pltpu.VMEM((2, _CHANNELS, W), jnp.int32),
-        pltpu.VMEM((2, _T // 2, W - _T), jnp.int32),
+        pltpu.VMEM((2, C, W), jnp.int32),
+        pltpu.VMEM((2, _T // 2, X), jnp.int32),
         pltpu.VMEM((plan.rows, _T), jnp.float32),
         *[rows] * (len(inputs) - 1),
     ]
@@ -335,7 +382,7 @@ def _call(
         return pl.pallas_call(
             functools.partial(kernel, plan=plan),
             name=name,
-            grid=(D // _CHANNELS, B // plan.sequences),
+            grid=(D // C, B // plan.sequences),
             in_specs=[taps, *[activation] * (len(inputs) - 1)],
             out_specs=[activation, taps][: len(outputs)],
             out_shape=[
@@ -354,7 +401,7 @@ def _call(
 
 def _vmem(plan: _Plan, dtype: DTypeLike) -> int:
     """Bytes on chip of the backward pass, which needs more: blocks are double-buffered."""
-    block, taps = _CHANNELS * plan.rows * _T, _CHANNELS * plan.width
+    block, taps = plan.channels * plan.rows * _T, plan.channels * plan.width
     buffers = 2 * (3 * block * jnp.dtype(dtype).itemsize + 2 * taps * 4)  # u, dy, du; h, dh
     scratch = 2 * taps + _T * plan.width + plan.rows * _T + 2 * block + _SUBLANES * plan.width
     values = plan.terms * (plan.padded_rows + 2 * plan.rows) * _T * 2
