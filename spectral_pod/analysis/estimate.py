@@ -68,8 +68,8 @@ def estimate(
             schedule = schedules.get(kernel)
             if schedule is None:
                 program.notes.add(f"the kernel {kernel[0]} has no schedule: its bytes count")
-            cycles = schedule.cycles if schedule else 0
-            return chip.latency + max(cycles / chip.clock, bytes_s)
+            known = schedule.cycles if schedule else 0
+            return chip.latency + max(known / chip.clock, bytes_s)
         if i.opcode.endswith("-start") or i.opcode in hlo.KINDS:
             return 0.0
         if cycles := hlo_cost.instruction_cycles(i):

@@ -3,8 +3,11 @@
 The compiler knows when every instruction of a kernel is issued: libtpu prints the final program as
 bundles of instructions, one a cycle. A bundle counts once for every trip of the loops around it. It
 is not seen when a kernel waits for memory, so the time is at least that of the bytes that move.
-What a condition guards, as under `pl.when`, counts in every trip, which makes an upper bound; the
-body of a loop whose trips depend on data counts once, which does not.
+
+Three conventions, which notes report except for the first. What is done in some cells of a grid, as
+under `pl.when(pl.program_id(0) == 0)`, counts in every cell: an upper bound. Of a condition on data
+the shortest branch is compiled, as the others are rare fall-backs here. The body of a loop whose
+trips depend on data counts once.
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ class Kernel:
 
     signature: Signature
     trips: tuple[int, ...]  # of the loops in a grid cell, as they are printed; 0: not known
+    falls_back: bool  # on conditions on data, of which the shortest branches are left
     program: bytes  # `jax.export`ed
 
 
@@ -52,17 +56,64 @@ def kernels(jaxpr: Any) -> list[Kernel]:
 def _kernel(equation: Any) -> Kernel:
     import jax
 
-    def alone(*operands: jax.Array) -> Any:
-        return equation.primitive.bind(*operands, **equation.params)
+    body = _usual(equation.params["jaxpr"])
+    params = equation.params | {"jaxpr": body}
 
-    name = equation.params["name"]
+    def alone(*operands: jax.Array) -> Any:
+        return equation.primitive.bind(*operands, **params)
+
     operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
     exported = jax.export.export(jax.jit(alone), platforms=["tpu"])(*operands)
     return Kernel(
-        signature=(name, _arrays(equation.invars), _arrays(equation.outvars)),
-        trips=tuple(_trips(equation.params["jaxpr"])),
+        signature=(params["name"], _arrays(equation.invars), _arrays(equation.outvars)),
+        trips=tuple(_trips(body)),
+        falls_back=str(body) != str(equation.params["jaxpr"]),
         program=bytes(exported.serialize()),
     )
+
+
+def _usual(jaxpr: Any) -> Any:
+    """A kernel's program in which all branches of a condition on data are its shortest one."""
+    known: set[Any] = set()  # what follows from the place in the grid
+
+    def usual(equation: Any) -> Any:
+        inputs = [v for v in equation.invars if not hasattr(v, "val")]
+        if equation.primitive.name in ("program_id", "num_programs") or (
+            inputs and not equation.effects and known.issuperset(inputs)
+        ):
+            known.update(equation.outvars)
+        params = equation.params
+        if equation.primitive.name == "cond" and equation.invars[0] not in known:
+            shortest = min(params["branches"], key=lambda branch: _length(branch.jaxpr))
+            params = params | {"branches": (shortest,) * len(params["branches"])}
+        return equation.replace(params={name: _inside(value) for name, value in params.items()})
+
+    return jaxpr.replace(eqns=[usual(equation) for equation in jaxpr.eqns])
+
+
+def _inside(value: Any) -> Any:
+    """`_usual` of a parameter of an equation, where that is a program or several."""
+    from jax.extend import core
+
+    if type(value) is tuple:
+        return tuple(map(_inside, value))
+    if isinstance(value, core.ClosedJaxpr):
+        return value.replace(jaxpr=_usual(value.jaxpr))
+    return _usual(value) if isinstance(value, core.Jaxpr) else value
+
+
+def _length(jaxpr: Any) -> int:
+    return sum(1 + sum(map(_length, _programs(equation))) for equation in jaxpr.eqns)
+
+
+def _programs(equation: Any) -> Iterator[Any]:
+    """The programs that an equation runs."""
+    import jax
+
+    for value in jax.tree.leaves(list(equation.params.values())):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+            yield inner
 
 
 def _arrays(variables: Sequence[Any]) -> Arrays:
@@ -71,8 +122,6 @@ def _arrays(variables: Sequence[Any]) -> Arrays:
 
 def _trips(jaxpr: Any) -> Iterator[int]:
     """The trips of every loop that is compiled as one, outer ones before the inner ones."""
-    import jax
-
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             trips = equation.params["length"] // equation.params["unroll"]
@@ -80,10 +129,8 @@ def _trips(jaxpr: Any) -> Iterator[int]:
                 yield trips
         elif equation.primitive.name == "while":
             yield 0
-        for value in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _trips(inner)
+        for inner in _programs(equation):
+            yield from _trips(inner)
 
 
 class Compiler:
@@ -110,7 +157,11 @@ class Compiler:
     def schedule(self, kernel: Kernel) -> Schedule:
         """Raises: ValueError if the printed loops are not those of the kernel."""
         task = functools.partial(_printed, self._topology, self._folder.name, kernel.program)
-        return count(self._pool.submit(task).result(), kernel.trips)
+        found = count(self._pool.submit(task).result(), kernel.trips)
+        if not kernel.falls_back:
+            return found
+        usual = "of a kernel's conditions on data the shortest branch counts"
+        return Schedule(found.cycles, "; ".join(filter(None, (found.note, usual))))
 
 
 def _prepare(topology: Topology, folder: str) -> None:

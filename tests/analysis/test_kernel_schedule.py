@@ -77,6 +77,14 @@ def guarded(x, out):
     add(x, out)
 
 
+def fallen_back(x, out):
+    add(x, out)
+
+    @pl.when(jnp.max(x[...]) > 9.0)
+    def _():
+        repeated(50)(x, out)
+
+
 def until(x, out):
     out[...] = jax.lax.while_loop(lambda a: jnp.max(a) < 9.0, lambda a: 2 * a + 1, x[...])
 
@@ -131,16 +139,26 @@ def test_schedules_are_linear_in_cells_and_trips():
     assert steps(found[6:]) % (6 * 8) == 0
 
 
+def test_fall_backs_on_data_are_left_out_and_conditions_on_the_cell_are_not():
+    for grid in ((8,), (8, 3)):
+        assert kernel(fallen_back, *grid).falls_back
+        assert kernel(fallen_back, *grid).trips == kernel(add, *grid).trips == ()
+        assert not kernel(guarded, *grid).falls_back
+    assert kernel(repeated(4, 3), 8).trips == (4, 3)
+
+
 @libtpu
 @pytest.mark.slow
 def test_loops_in_loops_conditions_and_cores():
     nested = [kernel(repeated(4, n), 8) for n in (3, 6, 9)]
     found = cycles(
         "v4:2x2x1", *nested, kernel(add, 8), kernel(guarded, 8), kernel(until, 8),
-        kernel(add, 16, parallel=True), kernel(add, 16),
+        kernel(add, 16, parallel=True), kernel(add, 16), kernel(fallen_back, 8),
     )  # fmt: skip
     assert steps(found[:3]) % (4 * 3 * 8) == 0
-    plain, conditional, unknown, both, one = found[3:]
+    plain, conditional, unknown, both, one, usual = found[3:]
+    assert plain.cycles <= usual.cycles < 1.5 * plain.cycles
+    assert "conditions on data" in usual.note
     assert conditional.cycles > plain.cycles
     assert "depend on data" in unknown.note
     assert 1.8 < one.cycles / both.cycles < 2.2  # two cores share what is parallel
