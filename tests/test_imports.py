@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "generate.text": ("errors", "parallel.sharding", "generate"),
     "generate.export": (*_TRAINABLE, "train.sealed_steps", "generate"),
     "generate.hub": ("errors",),
-    "analysis": ("shapes", "errors", "config", "layers", "models", "analysis"),
+    "analysis": ("shapes", "errors", "config", "ops", "layers", "models", "analysis"),
     "train": ("shapes", "errors", "fields", "seeds", "storage", "project_files", "objectives",
               "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "objectives", "parallel.sharding"),

@@ -2,9 +2,10 @@
 
 Compiling for TPUs takes a minute or so, and without a TPU JAX's own cache cannot load the programs.
 So the compiler's results are cached in `CACHE`: the program as text and its memory figures, or the
-message that it ran out of memory.
+message that it ran out of memory; and the schedules of kernels.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -23,8 +24,9 @@ from jax.sharding import Mesh
 
 from spectral_pod import config as config_lib
 from spectral_pod import models
-from spectral_pod.analysis import flops, hardware
+from spectral_pod.analysis import flops, hardware, kernel_schedule
 from spectral_pod.analysis.hardware import Topology
+from spectral_pod.analysis.kernel_schedule import Schedule, Signature
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
 from spectral_pod.parallel.mesh import make_mesh, on_mesh
@@ -61,6 +63,7 @@ class Setup:
     mesh: Mesh
     abstract: TrainState
     analytic_flops: float  # of a training step on the whole mesh
+    traced: Any  # the training step
     lowered: dict[str, Any]  # 'train', 'eval'
 
 
@@ -93,9 +96,10 @@ def set_up(config: Config, topology: Topology) -> Setup:
         "eval": (jit_eval_step(model, objective, mesh, abstract), abstract.params, eval_batch),
     }
     with on_mesh(mesh):
+        traced = {name: step.trace(*arguments) for name, (step, *arguments) in steps.items()}
         lowered = {
-            name: step.trace(*arguments).lower(lowering_platforms=(devices[0].platform,))
-            for name, (step, *arguments) in steps.items()
+            name: step.lower(lowering_platforms=(devices[0].platform,))
+            for name, step in traced.items()
         }
     return Setup(
         config=config,
@@ -104,6 +108,7 @@ def set_up(config: Config, topology: Topology) -> Setup:
         mesh=mesh,
         abstract=abstract,
         analytic_flops=flops.train_flops(config, abstract.params, num_classes, vocab_size),
+        traced=traced["train"],
         lowered=lowered,
     )
 
@@ -157,12 +162,10 @@ def compile_all(setups: list[Setup], say: Callable[[str], None]) -> list[dict[st
 
 
 def _compile(setup: Setup, name: str, say: Callable[[str], None]) -> Compiled:
-    path = os.path.join(os.path.expanduser(CACHE), f"{_key(setup, name)}.json.gz")
-    label = f"{name} step for {setup.topology}"
-    if os.path.exists(path):
-        with gzip.open(path, "rt") as file:
-            say(f"{label}: compiled before")
-            return Compiled(**json.load(file))
+    path, label = _path(_key(setup, name)), f"{name} step for {setup.topology}"
+    if (stored := _load(path)) is not None:
+        say(f"{label}: compiled before")
+        return Compiled(**stored)
     started = time.monotonic()
     try:
         executable = setup.lowered[name].compile()
@@ -174,20 +177,67 @@ def _compile(setup: Setup, name: str, say: Callable[[str], None]) -> Compiled:
             raise
         compiled = Compiled("", dict.fromkeys(_MEMORY, 0), str(error))
     say(f"{label}: compiled in {time.monotonic() - started:.0f} s")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with gzip.open(f"{path}.{os.getpid()}", "wt", compresslevel=5) as file:
-        json.dump(dataclasses.asdict(compiled), file)
-    os.replace(f"{path}.{os.getpid()}", path)
+    _store(path, dataclasses.asdict(compiled))
     return compiled
 
 
+def schedules(setup: Setup, say: Callable[[str], None]) -> dict[Signature, Schedule]:
+    """The compiled schedules of the training step's kernels, each compiled alone.
+
+    Kernels of one name on equal arrays are taken to be the same. One whose schedule cannot be read
+    is left out, and reported.
+    """
+    kernels = {one.signature: one for one in kernel_schedule.kernels(setup.traced.jaxpr.jaxpr)}
+    found: dict[Signature, Schedule] = {}
+    with contextlib.ExitStack() as stack:
+        compiler = None
+        for signature, kernel in kernels.items():
+            path, label = _path(_digest(setup, str(kernel))), f"kernel {signature[0]}"
+            if (stored := _load(path)) is not None:
+                say(f"{label}: compiled before")
+                found[signature] = Schedule(**stored)
+                continue
+            compiler = compiler or stack.enter_context(kernel_schedule.Compiler(setup.topology))
+            started = time.monotonic()
+            try:
+                found[signature] = compiler.schedule(kernel)
+            except ValueError as error:
+                say(f"{label}: {error}")
+                continue
+            say(f"{label}: compiled in {time.monotonic() - started:.0f} s")
+            _store(path, dataclasses.asdict(found[signature]))
+    return found
+
+
+def _path(key: str) -> str:
+    return os.path.join(os.path.expanduser(CACHE), f"{key}.json.gz")
+
+
+def _load(path: str) -> Any:
+    if not os.path.exists(path):
+        return None
+    with gzip.open(path, "rt") as file:
+        return json.load(file)
+
+
+def _store(path: str, data: dict[str, Any]) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with gzip.open(f"{path}.{os.getpid()}", "wt", compresslevel=5) as file:
+        json.dump(data, file)
+    os.replace(f"{path}.{os.getpid()}", path)
+
+
 def _key(setup: Setup, name: str) -> str:
-    """A digest of all that the compiler's result depends on, which line numbers do not change."""
+    """A digest of all that a compiled step depends on, which line numbers do not change."""
     text = setup.lowered[name].as_text(debug_info=True)
-    text = re.sub(r'\.py":\d+:\d+( to (\d+)?:\d+)?', '.py"', text)
+    return _digest(setup, re.sub(r'\.py":\d+:\d+( to (\d+)?:\d+)?', '.py"', text))
+
+
+def _digest(setup: Setup, text: str) -> str:
+    """A digest of a program and of all that its compiler depends on."""
     compiler = "jaxlib" if setup.topology.chip.family == "cpu" else "libtpu"
     versions = f"{compiler} {importlib.metadata.version(compiler)} {jax.__version__}"
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC")]
-    layout = [field.name for field in dataclasses.fields(Compiled)]
+    layout = [field.name for one in (Compiled, Schedule) for field in dataclasses.fields(one)]
     key = json.dumps([text, str(setup.topology), versions, flags, layout])
     return hashlib.sha256(key.encode()).hexdigest()[:24]

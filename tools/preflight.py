@@ -1,5 +1,8 @@
 """Compiles the real training and evaluation steps for a slice, without having one, and reports
-whether they fit in memory, what they communicate, and a lower bound on the time of a step.
+whether they fit in memory, what they communicate, and how long a step takes: a lower bound, and for
+TPUs an estimate with the layers that take most of it. The estimate adds up what the compiler says
+of each instruction and kernel. Waits for memory are mostly missing from it, and it has never been
+compared with hardware.
 
     python -m tools.preflight --config=configs/lra_listops.py --topology=v4-128
     ... --topology=v5p:8x8x8 --num_slices=2 --config.mesh.fsdp=8 --price_per_chip_hour=4.2
@@ -35,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_output("--json", "write the report to this file as well")
     parser.add_output("--hlo", "write the compiled training step here")
     parser.add_value(
-        "--price_per_chip_hour", NonNegativeFloat, None, "adds the least cost of the whole run"
+        "--price_per_chip_hour", NonNegativeFloat, None, "adds the cost of the whole run"
     )
     return shell.run(parser, preflight, argv, failure=INVALID)
 
@@ -55,7 +58,9 @@ def preflight(arguments: argparse.Namespace) -> int:
         other_setup = compiled_step.set_up(*neighbour)
         compiled, other_compiled = compiled_step.compile_all([setup, other_setup], shell.say)
         other = other_setup, other_compiled
-    report = preflight_report.make(setup, compiled, other, arguments.price_per_chip_hour)
+    on_tpus = topology.chip.family != "cpu" and compiled["train"].text
+    schedules = compiled_step.schedules(setup, shell.say) if on_tpus else {}
+    report = preflight_report.make(setup, compiled, schedules, other, arguments.price_per_chip_hour)
     for path, text in (
         (arguments.json, json.dumps(report.data, indent=1) + "\n"),
         (arguments.hlo, compiled["train"].text),

@@ -8,7 +8,10 @@ from typing import Any
 import jax
 
 from spectral_pod.analysis import hardware, hlo, hlo_cost
+from spectral_pod.analysis.estimate import Estimate, estimate
+from spectral_pod.analysis.hardware import Chip
 from spectral_pod.analysis.hlo import Collective
+from spectral_pod.analysis.kernel_schedule import Schedule, Signature
 from spectral_pod.analysis.provenance import describe, parameter_shapes
 from spectral_pod.analysis.roofline import Roofline, roofline
 from spectral_pod.config import row_len
@@ -16,6 +19,8 @@ from spectral_pod.config import row_len
 from .compiled_step import Compiled, Setup, bytes_per_chip
 
 _BOUNDS = [field.name for field in dataclasses.fields(Roofline)]
+_ESTIMATES = [field.name for field in dataclasses.fields(Estimate)]
+_SHOWN = 5  # operations of the estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +33,15 @@ class Report:
 def make(
     setup: Setup,
     compiled: dict[str, Compiled],
+    schedules: Mapping[Signature, Schedule],
     other: tuple[Setup, dict[str, Compiled]] | None,
     price_per_chip_hour: float | None = None,
 ) -> Report:
     """The report on a setup's compiled steps, compared with those of another size of slice.
 
     In the data, sizes are bytes per chip and FLOPs those of one chip and step; what is unknown of a
-    step that did not compile is None.
+    step that did not compile, or of its estimate, is None. Hours and cost are those of the
+    estimate, or else at least those of the roofline.
     """
     config, topology, train = setup.config, setup.topology, compiled["train"]
     found = {name: _collectives(setup, one) for name, one in compiled.items()}
@@ -46,7 +53,7 @@ def make(
         notes.add("there is no other size to compare with: growth of collectives isn't checked")
 
     analytic = setup.analytic_flops / topology.num_chips
-    lowered, bound, hours = None, None, 0.0
+    lowered, bound, expected, hours = None, None, None, 0.0
     if train.text:
         program = hlo.Program(train.text)
         lowered = hlo_cost.flops(program)
@@ -57,8 +64,11 @@ def make(
             analytic_flops=analytic,
             chip=topology.chip,
         )
-        hours = config.train.total_steps * bound.step_s / 3600
-        notes |= program.notes
+        if topology.chip.family != "cpu":
+            expected = estimate(program, schedules, bound.network_s, topology.chip)
+        step_s = expected.step_s if expected else bound.step_s
+        hours = config.train.total_steps * step_s / 3600
+        notes |= program.notes | {one.note for one in schedules.values() if one.note}
     tokens = config.train.global_batch_size * row_len(config)
     data = {
         "fits": all(one["headroom"] >= 0 for one in hbm.values()),
@@ -68,6 +78,7 @@ def make(
         "collectives": rows["train"],
         "flops": {"lowered": lowered, "analytic": analytic},
         "roofline": dataclasses.asdict(bound) if bound else dict.fromkeys(_BOUNDS),
+        "estimate": dataclasses.asdict(expected) if expected else dict.fromkeys(_ESTIMATES),
         "topology": str(topology),
         "mesh": dict(setup.mesh.shape),
         "parameters_per_chip": bytes_per_chip(setup.abstract.params),
@@ -225,8 +236,12 @@ def _text(
             f"network {_time(bound['network_s'])}",
             f"a step takes at least {_time(bound['step_s'])}: MFU at most "
             f"{bound['mfu_ceiling']:.1%}, {rate:,.0f} bytes/s at most",
-            f"{config.train.total_steps:,} steps take at least {hours:.3g} hours"
+            *_estimated(data, chip),
+            f"{config.train.total_steps:,} steps take "
+            + ("about" if data["estimate"]["step_s"] else "at least")
+            + f" {hours:.3g} hours"
             + (f" and cost {data['cost']:,.2f}" if "cost" in data else "")
+            + (" by the estimate" if data["estimate"]["step_s"] else " by the roofline")
             + ", evaluations not counted",
         ]
     lines += [f"note: {note}" for note in data["notes"]]
@@ -241,6 +256,27 @@ def _text(
     else:
         lines.append("FITS")
     return "\n".join(lines)
+
+
+def _estimated(data: dict[str, Any], chip: Chip) -> list[str]:
+    found = data["estimate"]
+    if found["step_s"] is None:
+        return ["not estimated: only libtpu says how long its instructions take, and this is a CPU"]
+    mfu = data["flops"]["analytic"] / (chip.peak_flops * found["step_s"])
+    lines = [
+        f"a step takes about {_time(found['step_s'])} by the compiler's own estimates, never "
+        f"compared with hardware: MFU {mfu:.1%}; compiled {_time(found['compiled_s'])}, kernels "
+        f"{_time(found['kernels_s'])}, network {_time(found['network_s'])}; HBM alone "
+        f"{_time(found['memory_s'])}",
+    ]
+    if found["fallbacks_s"] > 0:
+        lines.append(f"  if every fall-back ran, {_time(found['fallbacks_s'])} more")
+    for row in found["operations"][:_SHOWN]:
+        lines.append(
+            f"  {row['share']:>6.1%} {_time(row['seconds']):>9}  {row['what']}, "
+            f"{row['runs']:,} instructions"
+        )
+    return lines
 
 
 def _total(rows: list[dict[str, Any]]) -> str:

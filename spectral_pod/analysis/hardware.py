@@ -30,6 +30,9 @@ class Chip:
     dimensions: int  # of the torus of chips
     cores: int  # TensorCores per chip; the 128 of v4-128 counts these
     clock: float  # cycles/s of a core
+    latency: (
+        float  # seconds of an instruction that reads and writes HBM, however little; 0: unknown
+    )
     largest: int  # chips in the largest slice
 
     def __str__(self) -> str:
@@ -42,34 +45,38 @@ _GIB = 2**30
 # NICs: 50 Gbit/s per chip on v5p, 2 x 100 Gbit/s for 8 chips on v5e and 4 x 200 on v6e, which have
 # 4 chips per host in slices of more than 8 chips; v4's is not documented and assumed equal to
 # v5p's. HBM is what the compiler (libtpu 0.0.52) reports as available to a program.
-# Clocks follow from the peaks: 4 matrix units of 128 x 128 a core, on v6e of 256 x 256.
+# Clocks follow from the peaks: 4 matrix units of 128 x 128 a core, on v6e of 256 x 256. Latencies
+# are libtpu's own estimates for a sum of 8 numbers: 612, 1,826, 2,123 and 2,121 cycles.
 # CPU: nominal figures of one laptop core, so that the same formulas apply.
 _TPUS = (
     Chip(
         family="v4", device_kinds=("TPU v4",), peak_flops=275e12, hbm_bytes=int(30.75 * _GIB),
         hbm_bandwidth=1.2e12, ici_bandwidth=300e9, dcn_bandwidth=25e9, chips_per_host=4,
-        dimensions=3, cores=2, clock=1.05e9, largest=4096,
+        dimensions=3, cores=2, clock=1.05e9, latency=0.58e-6, largest=4096,
     ),
     Chip(
         family="v5e", device_kinds=("TPU v5 lite", "TPU v5e"), peak_flops=197e12,
         hbm_bytes=int(15.75 * _GIB), hbm_bandwidth=819e9, ici_bandwidth=200e9,
-        dcn_bandwidth=12.5e9, chips_per_host=4, dimensions=2, cores=1, clock=1.5e9, largest=256,
+        dcn_bandwidth=12.5e9, chips_per_host=4, dimensions=2, cores=1, clock=1.5e9,
+        latency=1.22e-6, largest=256,
     ),
     Chip(
         family="v5p", device_kinds=("TPU v5", "TPU v5p"), peak_flops=459e12,
         hbm_bytes=int(95.73 * _GIB), hbm_bandwidth=2.765e12, ici_bandwidth=600e9,
-        dcn_bandwidth=25e9, chips_per_host=4, dimensions=3, cores=2, clock=1.75e9, largest=6144,
+        dcn_bandwidth=25e9, chips_per_host=4, dimensions=3, cores=2, clock=1.75e9,
+        latency=1.21e-6, largest=6144,
     ),
     Chip(
         family="v6e", device_kinds=("TPU v6 lite", "TPU v6e"), peak_flops=918e12,
         hbm_bytes=int(31.24 * _GIB), hbm_bandwidth=1.638e12, ici_bandwidth=400e9,
-        dcn_bandwidth=50e9, chips_per_host=4, dimensions=2, cores=1, clock=1.75e9, largest=256,
+        dcn_bandwidth=50e9, chips_per_host=4, dimensions=2, cores=1, clock=1.75e9,
+        latency=1.21e-6, largest=256,
     ),
 )  # fmt: skip
 _CPU = Chip(
     family="cpu", device_kinds=("cpu",), peak_flops=1e11, hbm_bytes=0, hbm_bandwidth=10e9,
     ici_bandwidth=10e9, dcn_bandwidth=1e9, chips_per_host=256, dimensions=1, cores=1, clock=3e9,
-    largest=256,
+    latency=0.0, largest=256,
 )  # fmt: skip
 CHIPS = {chip.family: chip for chip in (*_TPUS, _CPU)}
 

@@ -2,7 +2,7 @@
 
 XLA's own counts (`compiled.cost_analysis()`) count the body of a loop once. Here an instruction
 counts once per iteration of the loops around it, and of a conditional the most expensive branch
-counts.
+counts, or the cheapest one on request.
 """
 
 import dataclasses
@@ -131,12 +131,12 @@ class Program:
         return [scope[name] for name in instruction.operands if name in scope]
 
     def runs(
-        self, measure: Callable[[Instruction], float], *, fused: bool = True
+        self, measure: Callable[[Instruction], float], *, fused: bool = True, rare: bool = True
     ) -> list[tuple[Instruction, int]]:
         """The instructions with a positive measure, each with its number of executions per run.
 
-        Of a conditional's branches, the one with the greatest total counts. `fused` says whether
-        to include instructions inside fusions.
+        Of a conditional's branches, the one with the greatest total counts, or if not `rare` the
+        one with the least. `fused` says whether to include instructions inside fusions.
         """
         memo: dict[str, list[tuple[Instruction, int]]] = {}
 
@@ -152,9 +152,9 @@ class Program:
                 inner = [visit(callee) for callee in instruction.callees]
                 if instruction.opcode == "conditional":
                     totals = [sum(measure(i) * n for i, n in branch) for branch in inner]
-                    if max(totals) > min(totals):
+                    if rare and max(totals) > min(totals):
                         self.notes.add("of a conditional the costliest branch counts")
-                    inner = [inner[totals.index(max(totals))]]
+                    inner = [inner[totals.index(max(totals) if rare else min(totals))]]
                 elif instruction.opcode == "while":
                     trips = self.trip_count(instruction) if inner[0] else 0
                     inner = [[(i, n * trips) for i, n in inner[0]]]

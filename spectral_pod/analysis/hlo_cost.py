@@ -21,13 +21,14 @@ _FREE = (
 )  # fmt: skip
 
 
-def flops(program: Program) -> float:
+def flops(program: Program, *, rare: bool = True) -> float:
     """FLOPs of products, convolutions and FFTs in one run, for one chip.
 
     A product counts 2mnk, a convolution 2 per tap that falls on data, a complex FFT 5 n log2 n, a
     real FFT half of that, and a custom call its own cost estimate. Elementwise work is excluded.
+    `rare` is that of `Program.runs`, here and below.
     """
-    runs = program.runs(lambda i: _flops(program, i))
+    runs = program.runs(lambda i: _flops(program, i), rare=rare)
     return math.fsum(count * _flops(program, i) for i, count in runs)
 
 
@@ -46,26 +47,27 @@ def _passes(i: Instruction) -> int:
     return {"default": 1, "high": 3, "highest": 6}.get(precision, 1)
 
 
-def traffic(program: Program) -> float:
+def traffic(program: Program, *, rare: bool = True) -> float:
     """Bytes read from and written to one chip's HBM in one run, without reuse in caches.
 
     A fusion reads its operands and writes its results once. For an operand that it only slices, the
     slice counts; for one that it updates in place, the update.
     """
-    runs = program.runs(lambda i: _traffic(program, i), fused=False)
-    return math.fsum(count * _traffic(program, i) for i, count in runs)
+    runs = program.runs(lambda i: moved(program, i), fused=False, rare=rare)
+    return math.fsum(count * moved(program, i) for i, count in runs)
 
 
-def estimated_cycles(program: Program) -> float:
-    """Cycles of one run by libtpu's own estimate of every instruction, one after the other.
+def estimated_cycles(program: Program, *, rare: bool = True) -> float:
+    """Cycles of one run by libtpu's own estimate of every instruction, one after the other."""
+    runs = program.runs(instruction_cycles, fused=False, rare=rare)
+    return math.fsum(count * instruction_cycles(i) for i, count in runs)
 
-    Programs for TPUs say it of fusions; kernels are not estimated and count nothing.
+
+def instruction_cycles(i: Instruction) -> float:
+    """libtpu's own estimate of an instruction; 0 where it says nothing, as of kernels.
+
+    Programs for TPUs say it of fusions and of most copies.
     """
-    runs = program.runs(_estimated_cycles, fused=False)
-    return math.fsum(count * _estimated_cycles(i) for i, count in runs)
-
-
-def _estimated_cycles(i: Instruction) -> float:
     return float(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
 
 
@@ -135,7 +137,8 @@ def _valid_taps(
     return int(np.count_nonzero(valid))
 
 
-def _traffic(program: Program, i: Instruction) -> float:
+def moved(program: Program, i: Instruction) -> float:
+    """Bytes that one instruction reads from and writes to HBM."""
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0.0
     operands = [_size(operand.arrays) for operand in program.operands(i)]

@@ -1,4 +1,4 @@
-"""Descriptions of collectives: which parameter, gradient or activation an array belongs to."""
+"""What instructions and collectives belong to: a layer, a parameter, a gradient, an activation."""
 
 import itertools
 import re
@@ -62,6 +62,15 @@ def describe(collective: Collective, parameters: Mapping[Shape, str]) -> str:
             role = "from the backward pass of" if backward else "from"
     again = ", again for the backward pass" if recomputed else ""
     return f"{role} {name} {collective.what}{again}"
+
+
+def layer(source: str) -> str:
+    """The layer of a JAX operation, and the pass: 'blocks/block_0/hyena, backward'."""
+    module, _ = _module_and_primitive(source)
+    name = "/".join(module.split("/")[:3]) or "outside of layers"
+    if "rematted_computation" in source:
+        return f"{name}, again for the backward pass"
+    return f"{name}, backward" if "transpose(" in source else name
 
 
 def _module_and_primitive(source: str) -> tuple[str, str]:

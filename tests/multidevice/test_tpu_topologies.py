@@ -60,6 +60,10 @@ def test_no_collective_grows(name, tmp_path):
     assert all(row["axes"] for row in rows if row["count"] * row["bytes"] > 1024)
     if name in CHIPS:
         assert (found["chips"], found["hosts"]) == CHIPS[name]
+    estimate, bound = found["estimate"], found["roofline"]
+    busy = max(estimate["compiled_s"], estimate["memory_s"])
+    assert estimate["step_s"] == pytest.approx(busy + bound["network_s"])
+    assert sum(row["share"] for row in estimate["operations"]) <= 1.001
     crossing = [row for row in rows if row["link"] == "DCN"]
     assert bool(crossing) == ("slices" in name)
     assert all(row["axes"][0] == "data" for row in crossing)  # fsdp stays within a slice
@@ -75,6 +79,23 @@ def test_a_plain_fft_is_seen_to_reduce_the_global_batch(tmp_path):
         assert "data" in row["axes"]
         assert "spectral" in row["what"]
         assert "[64," in row["what"]  # every row of the batch, on every chip
+
+
+@pytest.mark.slow
+def test_the_estimate_knows_the_schedules_of_kernels(tmp_path):
+    arguments = [
+        "--topology=v5e:2x2", "--config.model.num_layers=1", "--config.model.memory_interval=0",
+        "--config.data.seq_len=1024", "--price_per_chip_hour=1",
+    ]  # fmt: skip
+    found = report(tmp_path, *arguments, config="configs/lm_library.py")
+    estimate = found["estimate"]
+    assert estimate["kernels_s"] > 1e-5
+    kernels = {row["what"].partition(": ")[2] for row in estimate["operations"]} - {""}
+    assert kernels == {"toeplitz_forward", "toeplitz_backward"}
+    assert estimate["step_s"] > found["roofline"]["step_s"]
+    hours = 1500 * estimate["step_s"] / 3600
+    assert found["cost"] == pytest.approx(hours * 4)
+    assert not any("no schedule" in note for note in found["notes"])
 
 
 SHIPPED = {"v4:4x4x4": 64, "v5e-256": 256, "v5p-1024": 512, "v5p-128 x 2": 128, "cpu-8": 8}

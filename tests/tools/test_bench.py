@@ -4,9 +4,11 @@ import json
 import os
 import sys
 
+import jax
 import pytest
 
 from tests import processes, trainer
+from tools.bench import kernels
 from tools.bench.timing import Case, Comparison, Group, Ratio, Seconds, measure, met
 
 ROW = {
@@ -108,11 +110,36 @@ def test_kernels(tmp_path):
     path = tmp_path / "report.json"
     done = bench("kernels", "--topology=v5e:2x2", "--quick", f"--json={path}")
     data = json.loads(path.read_text())
-    assert {row["case"] for row in data["rows"]} == {"kernel", "matmul", "xla_fft"}
+    cases = [(row["operation"], row["name"], row["length"]) for row in data["rows"]]
+    assert cases == [("causal", name, 512) for name in ("kernel", "matmul", "xla_fft")]
     assert [row["schedule"] > 0 for row in data["rows"]] == [True, False, False]
     assert all(row[key] > 0 for row in data["rows"] for key in ("bytes", "flops", "cycles"))
     assert data["ratios"]["causal_cycles_vs_matmul_512"] > 1
     assert all(f"{name} {value:.2f}" in done.stdout for name, value in data["ratios"].items())
+
+
+def test_ratios_of_kernels_are_the_others_over_ours_where_there_is_a_kernel():
+    rows = [
+        {"operation": operation, "name": name, "length": length, "cycles": 1.0, "bytes": size}
+        for operation, name, length, size in (
+            ("causal", "matmul", 512, 6.0), ("causal", "kernel", 512, 2.0),
+            ("causal", "kernel", 2048, 9.0), ("delta", "chunked", 512, 5.0),
+        )
+    ]  # fmt: skip
+    assert kernels._ratios(rows) == {
+        "causal_cycles_vs_matmul_512": 1.0,
+        "causal_bytes_vs_matmul_512": 3.0,
+    }
+
+
+def test_every_case_of_a_kernel_can_be_built():
+    for case in kernels._CASES:
+        function, operands, result = kernels._OPERATIONS[case.operation](case)
+        shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in operands]
+        if case.name == "kernel":  # which needs a TPU
+            function, *_ = kernels._OPERATIONS[case.operation](case._replace(method="matmul"))
+        found = jax.eval_shape(function, *shapes)
+        assert (found.shape, found.dtype) == (result.shape, result.dtype)
 
 
 def test_a_topology_is_of_the_kernels():

@@ -43,12 +43,13 @@ COMMANDS = {
         ["tfds", "store", "--name=n", "--data_dir=new"],
     ],
     "tools.status": [["run"]],
+    "tools.tune": [[CONFIG]],
 }
 # What tools do with values that they accept is left out: of these always, as it takes long or a
 # network; in the gate of all but the latter.
 LONG = {
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
-    "tools.preflight",
+    "tools.preflight", "tools.tune",
 }  # fmt: skip
 SHORT = {"tools.gke", "tools.status"}
 RUN = shell.run

@@ -55,6 +55,9 @@ def test_the_report_holds_what_it_should(fits):
     assert set(bounds) == {"compute_s", "memory_s", "network_s", "step_s", "mfu_ceiling"}
     assert bounds["step_s"] == max(bounds[f"{what}_s"] for what in ("compute", "memory", "network"))
     assert 0 < bounds["mfu_ceiling"] < 1
+    assert set(report["estimate"].values()) == {None}
+    assert "not estimated" in done.stdout  # without libtpu
+    assert "1,000 steps take at least" in done.stdout
     assert report["cost"] == pytest.approx(1000 * bounds["step_s"] / 3600 * 8 * 2)
     assert text.startswith("HloModule jit_train_step")
     assert "FITS" in done.stdout.splitlines()[-1]

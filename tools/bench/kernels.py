@@ -2,66 +2,77 @@
 
     python -m tools.bench kernels --topology=v5e:2x2 [--json=FILE]
 
-Every case is the causal convolution of 8 sequences of 256 channels on each chip, in bfloat16,
-forward and backward, compiled for the topology. The cycles of a kernel are those of its static
-schedule: the instruction bundles that libtpu prints, times the trips of their loops, over the cores
-of a chip. Those of what XLA compiles are libtpu's own estimates. Neither waits for memory, so the
-time is at least that of the bytes that move to and from HBM. Nothing has run on a TPU.
+Every case is an operation by one method, forward and backward, compiled for the topology with equal
+work on each chip. The cycles of a kernel are those of its static schedule on one core
+(`analysis/kernel_schedule.py`, which also says what is counted by convention). Those of what XLA
+compiles are libtpu's own estimates; of a conditional the cheapest branch counts, as the others are
+rare fall-backs. Neither waits for memory, so the time is at least that of the bytes that move to
+and from HBM. Nothing has run on a TPU.
+
+Letters here: those of `shapes.py`.
 """
 
-import functools
-import glob
 import json
-import math
 import multiprocessing
-import os
-import re
-import tempfile
-from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
-from spectral_pod.analysis import hardware
+from spectral_pod.analysis import hardware, kernel_schedule
 from spectral_pod.analysis.hardware import Topology
+from spectral_pod.analysis.kernel_schedule import Kernel
 from spectral_pod.errors import ConfigError
 
 from .. import shell
 
 _BATCH, _WIDTH = 8, 256  # of a chip
-_LENGTHS = (512, 2048, 4096)
-_METHODS = {"kernel": "toeplitz", "matmul": "matmul", "xla_fft": "real"}
-_KERNELS = ("toeplitz",)
+_HEADS, _HEAD_DIM = 8, 64
+
+
+class Case(NamedTuple):
+    """An operation on sequences of a length by a method; "kernel" is compared with the others."""
+
+    operation: str  # a name in `_OPERATIONS`
+    name: str
+    method: str
+    length: int
+
+
+# Those of --quick come first.
+_CASES = [
+    Case("causal", "kernel", "toeplitz", 512),
+    Case("causal", "matmul", "matmul", 512),
+    Case("causal", "xla_fft", "real", 512),
+    *(Case("causal", "kernel", "toeplitz", n) for n in (2048, 4096)),
+    *(Case("causal", "matmul", "matmul", n) for n in (2048, 4096)),
+    *(Case("causal", "xla_fft", "real", n) for n in (2048, 4096)),
+    *(Case("spectral", "matmul", "matmul", n) for n in (512, 2048, 8192)),
+    *(Case("spectral", "xla_fft", "real", n) for n in (512, 2048, 8192)),
+    Case("delta", "chunked", "chunked", 2048),
+    Case("delta_clip", "chunked", "chunked", 2048),
+]
+_QUICK = 3
 
 
 def measure(name: str, path: str | None, quick: bool) -> None:
     """Prints the table for the topology `name`, and writes the report to `path`."""
-    lengths = _LENGTHS[:1] if quick else _LENGTHS
     topology = hardware.parse(name, 1)
     if topology.chip.family == "cpu":
         raise ConfigError(f"--topology={name}: the kernels are for TPUs")
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="bench-kernels-") as dump:
-        # libtpu reads its flags once, and takes very long to print the programs of XLA's FFT.
-        printing, other = (_process(topology, folder) for folder in (dump, None))
-        with printing, other:
-            pending = {
-                (case, length): (printing if method in _KERNELS else other).submit(
-                    _compiled, topology, dump, length, method
-                )
-                for length in lengths
-                for case, method in _METHODS.items()
-            }
-            for (case, length), found in pending.items():
-                rows.append({"case": case, "length": length} | found.result())
-                shell.say(f"{case} at {length}: compiled")
-    by = {(row["case"], row["length"]): row for row in rows}
-    ratios = {
-        f"causal_{figure}_vs_{case}_{length}": by[case, length][figure]
-        / by["kernel", length][figure]
-        for length in lengths
-        for case in ("matmul", "xla_fft")
-        for figure in ("cycles", "bytes")
-    }
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(2, context, hardware.prepare, (topology,)) as pool,
+        kernel_schedule.Compiler(topology) as compiler,
+    ):
+        cases = _CASES[:_QUICK] if quick else _CASES
+        pending = [pool.submit(_compiled, topology, case) for case in cases]
+        for case, found in zip(cases, pending, strict=True):
+            figures, kernels = found.result()
+            schedule = sum(compiler.schedule(kernel).cycles for kernel in kernels)
+            rows.append(case._asdict() | _figures(topology, schedule, **figures))
+            shell.say(f"{case.operation} by {case.name} at {case.length}: compiled")
+    ratios = _ratios(rows)
     print(_table(rows, topology))
     print("\n".join(f"{ratio} {value:.2f}" for ratio, value in ratios.items()))
     if path:
@@ -71,80 +82,136 @@ def measure(name: str, path: str | None, quick: bool) -> None:
             file.write("\n")
 
 
-def _process(topology: Topology, dump: str | None) -> ProcessPoolExecutor:
-    """A process for `_compiled`, in which libtpu prints schedules to a folder, if that is given."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, context, _prepare, (topology, dump))
+def _ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Cycles and bytes of every other method over those of the kernel, at equal work."""
+    ours = {(row["operation"], row["length"]): row for row in rows if row["name"] == "kernel"}
+    return {
+        f"{row['operation']}_{figure}_vs_{row['name']}_{row['length']}": row[figure] / own[figure]
+        for row in rows
+        if row["name"] != "kernel" and (own := ours.get((row["operation"], row["length"])))
+        for figure in ("cycles", "bytes")
+    }
 
 
-def _prepare(topology: Topology, dump: str | None) -> None:
-    hardware.prepare(topology)
-    if dump:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-
-
-def _compiled(topology: Topology, dump: str, length: int, method: str) -> dict[str, float]:
-    """What one chip computes and moves in a forward and a backward pass, and for how long."""
+def _compiled(topology: Topology, case: Case) -> tuple[dict[str, float], list[Kernel]]:
+    """What XLA compiles for one chip, a forward and a backward pass, and the kernels in it."""
     import jax
-    import jax.numpy as jnp
 
     from spectral_pod.analysis import hlo, hlo_cost
-    from spectral_pod.ops.kernels.cost import kernels
-    from spectral_pod.ops.long_conv import causal_conv
     from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
     from spectral_pod.parallel.sharding import spec
 
     sizes: dict[str, int] = {axis: 1 for axis in AXES}
     sizes["data"] = topology.num_chips
     mesh = make_mesh(sizes, hardware.devices(topology))
+    function, operands, result = _OPERATIONS[case.operation](case)
 
-    def both(u_BDN: jax.Array, h_DN: jax.Array, dy_BDN: jax.Array) -> Any:
-        convolve = functools.partial(causal_conv, method=method)
-        y_BDN, pullback = jax.vjp(convolve, u_BDN, h_DN)
-        return y_BDN, *pullback(dy_BDN)
+    def both(dy: jax.Array, *operands: jax.Array) -> Any:
+        y, pullback = jax.vjp(function, *operands)
+        return y, *pullback(dy)
 
-    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
-        sharding = jax.sharding.NamedSharding(mesh, spec(*axes))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def array(operand: Operand) -> jax.ShapeDtypeStruct:
+        first = ["batch"] if operand.split else [None]
+        rows = operand.shape[0] * (topology.num_chips if operand.split else 1)
+        axes = spec(*first, *[None] * (len(operand.shape) - 1))
+        sharding = jax.sharding.NamedSharding(mesh, axes)
+        return jax.ShapeDtypeStruct((rows, *operand.shape[1:]), operand.dtype, sharding=sharding)
 
     with on_mesh(mesh):
-        rows = _BATCH * topology.num_chips
-        u = array((rows, _WIDTH, length), jnp.bfloat16, "batch", None, None)
-        traced = jax.jit(both).trace(u, array((_WIDTH, length), jnp.float32, None, None), u)
+        traced = jax.jit(both).trace(array(result), *map(array, operands))
         lowered = traced.lower(lowering_platforms=("tpu",))
         program = hlo.Program(lowered.compile().as_text())
-    chip = topology.chip
-    moved, flops = hlo_cost.traffic(program), hlo_cost.flops(program)
-    schedule = sum(_schedule(dump, kernel) for kernel in kernels(traced.jaxpr.jaxpr))
-    cycles = hlo_cost.estimated_cycles(program) + schedule / chip.cores
-    seconds = max(moved / chip.hbm_bandwidth, cycles / chip.clock)
+    figures = {
+        "bytes": hlo_cost.traffic(program, rare=False),
+        "flops": hlo_cost.flops(program, rare=False),
+        "estimated": hlo_cost.estimated_cycles(program, rare=False),
+    }
+    return figures, kernel_schedule.kernels(traced.jaxpr.jaxpr)
+
+
+def _figures(
+    topology: Topology, schedule: float, bytes: float, flops: float, estimated: float
+) -> dict[str, float]:
+    chip, cycles = topology.chip, schedule + estimated
+    seconds = max(bytes / chip.hbm_bandwidth, cycles / chip.clock)
     return {
-        "bytes": moved, "flops": flops, "schedule": schedule,
-        "cycles": cycles, "seconds": seconds,
+        "bytes": bytes, "flops": flops, "schedule": schedule, "cycles": cycles, "seconds": seconds,
     }  # fmt: skip
 
 
-def _schedule(dump: str, kernel: Any) -> float:
-    """Cycles of a kernel by its final bundles: those of a grid cell once for each cell, those of
-    its loop once for each trip."""
-    found = glob.glob(f"{dump}/*{kernel.params['name']}*-final_bundles.txt")
-    path = max((p for p in found if "schedule-analysis" not in p), key=os.path.getmtime)
-    depths: Counter[int] = Counter()
-    with open(path) as file:
-        for line in file:
-            if bundle := re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{", line):
-                depths[len(bundle[1])] += 1
-    loops = [e for e in kernel.params["jaxpr"].eqns if e.primitive.name == "scan"]
-    (trips,) = (loop.params["length"] for loop in loops)
-    return math.prod(kernel.params["grid_mapping"].grid) * (depths[1] + trips * depths[2])
+# ---- operations
+
+
+class Operand(NamedTuple):
+    """An array of one chip; `split` ones have sequences first, and each chip has its own."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    split: bool = True
+
+
+Built = tuple[Callable[..., Any], list[Operand], Operand]  # a function, its operands and result
+
+
+def _causal(case: Case) -> Built:
+    """u_BDN in bfloat16 with filters as long as the sequence."""
+    from spectral_pod.ops.long_conv import causal_conv
+
+    u = Operand((_BATCH, _WIDTH, case.length), "bfloat16")
+    h = Operand((_WIDTH, case.length), "float32", split=False)
+    return lambda u_BDN, h_DT: causal_conv(u_BDN, h_DT, case.method), [u, h], u
+
+
+def _spectral(case: Case) -> Built:
+    """x_BND in bfloat16, filtered without wrapping around by FFTs of 2N points."""
+    import jax
+
+    from spectral_pod.ops.fft import spectral_filter
+
+    def filtered(x_BND: jax.Array, real_FD: jax.Array, imag_FD: jax.Array) -> jax.Array:
+        w_FD = jax.lax.complex(real_FD, imag_FD)
+        return spectral_filter(x_BND, w_FD, 2 * case.length, case.method)
+
+    x = Operand((_BATCH, case.length, _WIDTH), "bfloat16")
+    w = Operand((case.length + 1, _WIDTH), "float32", split=False)
+    return filtered, [x, w, w], x
+
+
+def _delta(case: Case, clip: float | None = None) -> Built:
+    """Queries and keys in float32, values in bfloat16, as `layers/delta_memory.py` has them."""
+    from spectral_pod.ops.delta_rule import delta_rule
+
+    def read(*inputs: Any) -> Any:
+        method: Any = case.method
+        return delta_rule(*inputs, method=method, clip=clip).o_BNHV
+
+    shape = _BATCH, case.length, _HEADS, _HEAD_DIM
+    q, v, beta = (Operand(shape, "float32"), Operand(shape, "bfloat16"),
+                  Operand(shape[:3], "float32"))  # fmt: skip
+    return read, [q, q, v, beta], v
+
+
+def _delta_clip(case: Case) -> Built:
+    """With a clip, of which the estimates assume that it does not fire."""
+    return _delta(case, clip=8.0)
+
+
+_OPERATIONS = {
+    "causal": _causal,
+    "spectral": _spectral,
+    "delta": _delta,
+    "delta_clip": _delta_clip,
+}
 
 
 def _table(rows: list[dict[str, Any]], topology: Topology) -> str:
-    lines = [f"{topology}: {_BATCH} x {_WIDTH} a chip, bfloat16, forward and backward"]
-    lines.append(f"{'case':<10}{'length':>7}{'MB':>10}{'GFLOP':>9}{'cycles':>12}{'us':>9}")
+    lines = [f"{topology}: {_BATCH} sequences a chip, forward and backward"]
+    lines.append(
+        f"{'operation':<11}{'case':<9}{'length':>6}{'MB':>10}{'GFLOP':>9}{'cycles':>12}{'us':>9}"
+    )
     for row in rows:
         lines.append(
-            f"{row['case']:<10}{row['length']:>7,}{row['bytes'] / 1e6:>10,.1f}"
+            f"{row['operation']:<11}{row['name']:<9}{row['length']:>6,}{row['bytes'] / 1e6:>10,.1f}"
             f"{row['flops'] / 1e9:>9,.1f}{row['cycles']:>12,.0f}{row['seconds'] * 1e6:>9,.0f}"
         )
     return "\n".join(lines)
