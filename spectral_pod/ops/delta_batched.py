@@ -180,7 +180,7 @@ def _chunk_maps(
     inverse = unit_lower_inverse(lower * rate.mT)
     x = dot(inverse, jnp.concatenate([v, decays.since * k], -1))
     y = dot((decays.until * rate * x).mT, k)
-    M = decays.whole * jnp.eye(k.shape[-1], dtype=k.dtype) - y[..., V:, :]
+    M = decays.whole * _eye(k) - y[..., V:, :]
     return _ChunkMaps(inverse, x[..., :V], x[..., V:], M, y[..., :V, :])
 
 
@@ -266,8 +266,7 @@ def _chunks_backward(
     solved = Solved(decays, delta_algebra.key_products(inputs, decays), inverse, states, e)
     reads = delta_algebra.read_cotangents(inputs, decays, do)
     rate_W = rate * dot(inverse, decays.since * k)
-    eye = jnp.eye(k.shape[-1], dtype=k.dtype)
-    M_transposed = decays.whole * eye - dot(k.mT, decays.until * rate_W)
+    M_transposed = decays.whole * _eye(k) - dot(k.mT, decays.until * rate_W)
     offsets = reads.dstate - dot(reads.du.mT, rate_W)
     plain = functools.partial(_states, M_transposed, offsets, dstate_BHVK, reverse=True)
     if clipped is None:
@@ -329,6 +328,11 @@ def _clipped_states(
     chunks = M_and_W, offsets, phi, y, unit_e, inverse
     dstate_BHVK, (dstates, along) = jax.lax.scan(step, dstate_BHVK, chunks, reverse=True)
     return (dstate_BHVK, dstates), along
+
+
+def _eye(k: jax.Array) -> jax.Array:
+    """The identity [1, 1, 1, K, K] of the keys."""
+    return jnp.eye(k.shape[-1], dtype=k.dtype)[None, None, None]
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ none waits in a collective that others do not join.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from spectral_pod.parallel.sharding import SEQUENCE
 _Pair = tuple[jax.Array, jax.Array]
 
 
+@runtime_checkable
 class Form(Protocol):
     """The functions of `delta_chunks.py` and of `delta_batched.py`."""
 
