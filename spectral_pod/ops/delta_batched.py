@@ -1,6 +1,6 @@
 """The delta rule by matrix products over all chunks of a sequence at once, with exact clipping.
 
-For accelerators, where operations that are small and many cost more than the arithmetic in them.
+For accelerators, where many small operations cost more to start than to compute.
 The algebra is that of `delta_algebra.py`. With P the inverse, which depends on no state,
 
     [e0, W] = P [v, a k],    e = e0 - W S^T,
@@ -9,11 +9,11 @@ The algebra is that of `delta_algebra.py`. With P the inverse, which depends on 
 so only S <- S M + b is in the order of chunks, one small product each.
 
 The rates of writes that a clip shortens, r_t = beta_t c_t with c_t = min(1, clip / |e_t||k_t|),
-depend on the errors, and these on the rates of earlier tokens only. So solving with the rates as
-they are, and taking new ones from the errors, ends in the exact solution: every round fixes the
-next token at least, and in practice few rounds suffice for thousands, one if no write is clipped.
-Sequences that need more than `ROUNDS` are computed by the recurrence. README.md derives the
-gradient, which is that of the solution whatever the rounds that led to it.
+depend on the errors, and these on the rates of earlier tokens only. So solving with some rates, and
+taking new ones from the errors, ends in the exact solution: every round settles one more token at
+least. In practice few rounds suffice for thousands of tokens, and one if no write is clipped. Where
+`ROUNDS` do not, the recurrence computes the result. README.md derives the gradient, which is that of
+the solution whatever the rounds that led to it.
 
 The backward pass stores P, the errors, the factors and the states before the chunks, about as much
 as q, k and v, and recomputes products with L, A, W and M. Arrays have the axes [G, B, H, T, ...].
@@ -217,7 +217,7 @@ def _solve(
         _, unsolved, count, _ = carry
         return unsolved & (count < ROUNDS)
 
-    def round_(carry: Any) -> Any:
+    def next_round(carry: Any) -> Any:
         factors, _, count, _ = carry
         trial = solve(factors)
         new = clip / jnp.sqrt(jnp.maximum(_size2(trial.e, k), clip**2))
@@ -232,7 +232,7 @@ def _solve(
     unsolved, count = vary_like(jnp.ones((), bool), k), vary_like(jnp.zeros((), jnp.int32), k)
     # Not a first solve before the loop: it would be a second copy of the program.
     carry = factors, unsolved, count, jax.tree.map(initial, jax.eval_shape(solve, factors))
-    _, unsolved, _, trial = jax.lax.while_loop(unfinished, round_, carry)
+    _, unsolved, _, trial = jax.lax.while_loop(unfinished, next_round, carry)
     return trial, unsolved
 
 
@@ -258,11 +258,8 @@ def _chunks_backward(
     from du in the formula of dr, and add phi e/|e| to A^T do in that of dS.
     """
     _, factors, inverse, states, e, clipped, _ = residuals
-    k, decays, rate = (
-        inputs.k,
-        delta_algebra.gate_products(inputs),
-        (inputs.beta * factors)[..., None],
-    )
+    k, rate = inputs.k, (inputs.beta * factors)[..., None]
+    decays = delta_algebra.gate_products(inputs)
     solved = Solved(decays, delta_algebra.key_products(inputs, decays), inverse, states, e)
     reads = delta_algebra.read_cotangents(inputs, decays, do)
     rate_W = rate * dot(inverse, decays.since * k)

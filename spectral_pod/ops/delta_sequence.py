@@ -34,8 +34,8 @@ class Form(Protocol):
     def forward(
         self, plan: Any, inputs: DeltaInputs, state_BHVK: jax.Array
     ) -> tuple[DeltaResult, Any]:
-        """The result, and residuals with a field `clipped`: nonzero if a write was clipped, None
-        without a clip."""
+        """The result, and residuals. Their `clipped` is true anywhere if a write was clipped, and
+        None without a clip; their `states[0]` is the state before the shard."""
 
     def backward(
         self, plan: Any, residuals: Any, cotangents: DeltaResult
@@ -103,8 +103,7 @@ def _backward(
     dlast_BHVK = cotangents.state_BHVK
 
     def run(dstate_BHVK: jax.Array) -> tuple[DeltaInputs, jax.Array]:
-        cotangents_of = cotangents._replace(state_BHVK=dstate_BHVK)
-        return form.backward(plan, saved.residuals, cotangents_of)
+        return form.backward(plan, saved.residuals, cotangents._replace(state_BHVK=dstate_BHVK))
 
     def exact() -> jax.Array:
         return _pass_along(lambda dstate: run(dstate)[1], dlast_BHVK, reverse=True)

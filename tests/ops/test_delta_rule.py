@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spectral_pod.analysis import hlo, hlo_cost
 from spectral_pod.layers import delta_memory
 from spectral_pod.layers.delta_memory import DeltaMemoryLayer
 from spectral_pod.ops import delta_batched, delta_chunks, reference
@@ -287,6 +288,33 @@ def test_the_recurrence_computes_what_the_rounds_do_not():
     assert_close(found[:2], truth(*inputs), OUTPUT_TOLERANCE)
     assert (np.asarray(found.clipped_BH) == 100).all()
     assert_close(dinputs, float64_gradients(weights, inputs), GRADIENT_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_the_batched_form_has_few_operations():
+    """Measured on CPUs: 307 and 582, of the chunked form 3,914 and 9,359."""
+    B, N, H, K = 8, 2048, 4, 64
+    shapes = *[(B, N, H, K)] * 3, (B, N, H), (B, H, K, K)
+    *tokens, state = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def count(fn, *args):
+        """The instructions that a run executes, with loops unrolled."""
+        program = hlo.Program(jax.jit(fn).lower(*args).compile().as_text())
+        runs = program.runs(lambda i: float(i.opcode not in hlo_cost._FREE), fused=False)
+        return sum(times for _, times in runs)
+
+    def forward_and_both(method):
+        def both(tokens, state, cotangents):
+            result, pullback = jax.vjp(METHODS[method], tokens, state)
+            return result, pullback(cotangents)
+
+        args = DeltaInputs(*tokens), state  # without a clip, hence without the recurrence
+        cotangents = jax.eval_shape(METHODS[method], *args)
+        return count(METHODS[method], *args), count(both, *args, cotangents)
+
+    found = forward_and_both("batched")
+    assert found <= (350, 650)
+    assert all(10 * few < many for few, many in zip(found, forward_and_both("chunked")))
 
 
 def test_the_method_is_chosen_by_platform():
