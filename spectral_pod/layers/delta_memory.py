@@ -13,7 +13,7 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.layers.short_convolution import ShortConvolution
-from spectral_pod.ops.delta_rule import delta_rule
+from spectral_pod.ops.delta_rule import delta_rule, resolve
 from spectral_pod.parallel.sharding import constrain
 
 FORGETTING_RATES = (0.001, 0.1)  # initial rates of the first and the last head, per position
@@ -44,7 +44,8 @@ class DeltaMemoryLayer(Mixer):
         long as values. The original limit is 10 for K = 64, that is 1.25 here.
       beta_min, beta_max: the range of the write strength beta, a scaled sigmoid. With the original
         0.01 to 0.3 no write can replace a value: the key then recalls 0.7 old + 0.3 new at best.
-      method: 'chunked' or 'recurrent', which compute the same function (`ops/delta_rule.py`).
+      method: 'chunked', 'batched' or 'recurrent', which compute the same function, or 'auto' to
+        choose by platform (`ops/delta_rule.py`).
     """
 
     num_heads: Positive = 1
@@ -55,7 +56,7 @@ class DeltaMemoryLayer(Mixer):
     clip: Annotated[float, Bound(0, 1e6, "0 or more, below 1e6")] = 4.0
     beta_min: float = 0.0
     beta_max: float = 1.0
-    method: Literal["chunked", "recurrent"] = "chunked"
+    method: Literal["auto", "chunked", "batched", "recurrent"] = "auto"
 
     section = "memory"
     divisible = (("model.memory.num_heads", "mesh.tensor"),)
@@ -80,7 +81,7 @@ class DeltaMemoryLayer(Mixer):
 
     @classmethod
     def methods(cls, config: Architecture) -> dict[str, str]:
-        return {"delta_rule": config.option("memory.method")}
+        return {"delta_rule": resolve(config.option("memory.method"))}
 
     def setup(self) -> None:
         def dense(features: tuple[int, ...], axes: tuple[str | None, ...]) -> Dense:

@@ -1,21 +1,9 @@
-"""The delta rule by matrix products over chunks of tokens, with exact clipping and its gradient.
+"""The delta rule by matrix products over chunks of tokens, a segment of chunks at a time.
 
-Let q, k, v hold the tokens of a chunk as rows and beta be a column. Let g_t be the gate of token t,
-and G(s, t) the product of the gates of the tokens after s up to t, with s = 0 before the chunk. Let
-S be the state before the chunk. Without clipping, the prediction errors are
-
-    e_t = v_t - G(0, t) S k_t - sum_{s < t} G(s, t) (k_t . k_s) beta_s e_s,    that is
-    e = (I + L diag(beta))^-1 (v - a k S^T),    L = tril(G * k k^T, -1),    u = beta e,
-    o = a q S^T + A u,    A = tril(G * q k^T),    S <- G(0, T) S + (z u)^T k,
-
-with the columns a = G(0, t) and z = G(t, T): the chunked form of Yang et al. 2024, "Parallelizing
-Linear Transformers with the Delta Rule over Sequence Length", with the gates of Yang et al. 2024,
-"Gated Delta Networks", solved for errors instead of writes. Without gates every G is 1. Logs of G
-are sums of log gates and never differences of sums, so G is at most 1 and exact to rounding.
-
-Detecting clips is free: |e_t||k_t| > clip means that the write of token t would have been clipped.
-Up to the first clipped write both forms agree, so the chunked form detects a clip if and only if
-the recurrence clips. A segment of chunks with a clipped write is recomputed by the recurrence, so
+The algebra is that of `delta_algebra.py`, with the rates beta, as if there were no clip. Detecting
+clips is free: |e_t||k_t| > clip means that the write of token t would have been clipped. Up to the
+first clipped write both forms agree, so the chunked form detects a clip if and only if the
+recurrence clips. A segment of chunks with a clipped write is recomputed by the recurrence, so
 a clip changes earlier outputs of its segment by rounding only. The backward pass starts from the
 stored states before the segments and recomputes everything else.
 """
@@ -28,13 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.ops import delta_algebra
+from spectral_pod.ops.delta_algebra import Solved, join, split, unit_lower_inverse
 from spectral_pod.ops.delta_recurrence import (
     DeltaInputs,
     DeltaResult,
     delta_rule_recurrent,
     dot,
     pad_tokens,
+    recurrent_cotangents,
 )
+from spectral_pod.parallel.sharding import vary_like
 
 CHUNK = 32  # tokens of one triangular solve
 MATRICES = 8  # processed at once: several chunks of each head, if there are fewer heads than that
@@ -138,6 +130,21 @@ def backward(
 _chunked.defvjp(forward, backward)
 
 
+def affine_map(plan: Plan, inputs: DeltaInputs) -> _Pair:
+    """M_BHKK and b_BHVK of all chunks together, S -> S M + b, as if there were no clip.
+
+    Rows of a state evolve independently: one run with values [v, 0] and initial state [0; I] gives
+    both.
+    """
+    B, _, H, K = inputs.k.shape
+    V = inputs.v.shape[-1]
+    below_BHUK = jnp.broadcast_to(jnp.eye(V + K, K, -V, jnp.float32), (B, H, V + K, K))
+    padded = inputs._replace(v=jnp.pad(inputs.v, [(0, 0)] * 3 + [(0, K)]))
+    plan = plan._replace(clip=None)
+    (_, state_BHUK, _), _ = forward(plan, padded, vary_like(below_BHUK, inputs.k))
+    return state_BHUK[..., V:, :], state_BHUK[..., :V, :]
+
+
 def _starts(plan: Plan, inputs: DeltaInputs) -> jax.Array:
     return jnp.arange(0, inputs.k.shape[1], plan.segment)
 
@@ -159,14 +166,14 @@ def _segment(
     plan: Plan, inputs: DeltaInputs, state_BHVK: jax.Array
 ) -> tuple[DeltaResult, jax.Array | None]:
     """The segment's result, by the recurrence if a write is clipped, and whether one is."""
-    q, k, _, beta, _ = parts = jax.tree.map(lambda x: _split(x, plan.chunk), inputs)
-    decays, _, _, states, e, state = _solve(parts, state_BHVK)
-    attention = jnp.tril(dot(q, k.mT) * decays.between)
-    o = decays.since * dot(q, states.mT) + dot(attention, beta[..., None] * e)
-    result = DeltaResult(_join(o), state, jnp.zeros_like(beta[:, 0, :, 0]))
+    parts = jax.tree.map(lambda x: split(x, plan.chunk), inputs)
+    solved, state = _solve(parts, state_BHVK)
+    e, beta = solved.e, parts.beta
+    o = delta_algebra.outputs(parts, solved.decays, solved.states, beta[..., None], e)
+    result = DeltaResult(join(o), state, jnp.zeros_like(beta[:, 0, :, 0]))
     if plan.clip is None:
         return result, None
-    size2_BGHT = jnp.sum(e**2, -1) * jnp.sum(k**2, -1)
+    size2_BGHT = jnp.sum(e**2, -1) * jnp.sum(parts.k**2, -1)
     # Not `any(>)`: without clipping, the segment may have overflowed to NaN.
     clipped = ~jnp.all(size2_BGHT <= plan.clip**2)
     by_recurrence = functools.partial(delta_rule_recurrent, clip=plan.clip)
@@ -181,16 +188,13 @@ def _segment_backward(
     cotangents: _Pair,
 ) -> tuple[DeltaInputs, jax.Array]:
     def by_recurrence() -> tuple[DeltaInputs, jax.Array]:
-        def recurrence(inputs: DeltaInputs, state_BHVK: jax.Array) -> _Pair:
-            return delta_rule_recurrent(inputs, state_BHVK, plan.clip)[:2]
-
-        return jax.vjp(recurrence, inputs, state_BHVK)[1](cotangents)
+        return recurrent_cotangents(inputs, state_BHVK, plan.clip, cotangents)
 
     def by_chunks() -> tuple[DeltaInputs, jax.Array]:
         do_BNHV, dstate_BHVK = cotangents
-        parts, do = jax.tree.map(lambda x: _split(x, plan.chunk), (inputs, do_BNHV))
+        parts, do = jax.tree.map(lambda x: split(x, plan.chunk), (inputs, do_BNHV))
         dparts, dstate_BHVK = _chunks_backward(parts, state_BHVK, do, dstate_BHVK)
-        return jax.tree.map(_join, dparts), dstate_BHVK
+        return jax.tree.map(join, dparts), dstate_BHVK
 
     # The backward pass branches too: zero cotangents of an overflowed chunk would become NaN.
     return by_chunks() if clipped is None else jax.lax.cond(clipped, by_recurrence, by_chunks)
@@ -199,30 +203,12 @@ def _segment_backward(
 # ---- chunks; inputs are [B, G, H, T, ...] here
 
 
-class _Decays(NamedTuple):
-    """Products of gates, or, from `_log_decays`, sums of their logs."""
-
-    between: jax.Array  # [B, G, H, T, T], G(s, t) in row t and column s < t
-    since: jax.Array  # [B, G, H, T, 1], a
-    until: jax.Array  # [B, G, H, T, 1], z
-    whole: jax.Array  # [B, G, H, 1, 1], G(0, T)
-
-
-class _Solved(NamedTuple):
-    decays: _Decays
-    lower: jax.Array  # L
-    inverse: jax.Array  # (I + L diag(beta))^-1
-    states: jax.Array  # [B, G, H, V, K], before each chunk
-    e: jax.Array
-    state: jax.Array  # after the last chunk
-
-
-def _solve(inputs: DeltaInputs, state_BHVK: jax.Array) -> _Solved:
-    """The errors of all tokens without clipping, and the states before and after the chunks."""
+def _solve(inputs: DeltaInputs, state_BHVK: jax.Array) -> tuple[Solved, jax.Array]:
+    """The errors of all tokens without clipping, and the state after the last chunk."""
     _, k, v, beta, _ = inputs
-    decays = _decays(inputs)
-    lower = jnp.tril(dot(k, k.mT) * decays.between, -1)
-    inverse = _unit_lower_inverse(lower * beta[..., None, :])
+    decays = delta_algebra.gate_products(inputs)
+    lower = delta_algebra.key_products(inputs, decays)
+    inverse = unit_lower_inverse(lower * beta[..., None, :])
 
     def write(state: jax.Array, chunk: Any) -> tuple[jax.Array, _Pair]:
         inverse, k, v, beta, (_, since, until, whole) = chunk
@@ -231,7 +217,7 @@ def _solve(inputs: DeltaInputs, state_BHVK: jax.Array) -> _Solved:
 
     chunks = inverse, k, v, beta[..., None], decays
     state_BHVK, (states, e) = _scan_chunks(write, state_BHVK, chunks)
-    return _Solved(decays, lower, inverse, states, e, state_BHVK)
+    return Solved(decays, lower, inverse, states, e), state_BHVK
 
 
 def _chunks_backward(
@@ -245,13 +231,11 @@ def _chunks_backward(
         du = A^T do + z k dS'^T,    dr = P^T (beta du),
         dS = G(0, T) dS' + (a do)^T q - (a dr)^T k.
 
-    The rest is independent of order: by e = r - L u, dL = -tril(dr u^T, -1) and
-    dbeta = e . (du - L^T dr); the product rule gives the others.
+    The rest is independent of order.
     """
-    q, k, _, beta, log_gate = inputs
-    beta = beta[..., None]
-    decays, lower, inverse, states, e, _ = _solve(inputs, state_BHVK)
-    attention = jnp.tril(dot(q, k.mT) * decays.between)
+    solved, _ = _solve(inputs, state_BHVK)
+    decays, beta = solved.decays, inputs.beta[..., None]
+    reads = delta_algebra.read_cotangents(inputs, decays, do)
 
     def unwrite(dstate: jax.Array, chunk: Any) -> tuple[jax.Array, Any]:
         inverse, k, beta, (_, since, until, whole), du, dstate_read = chunk
@@ -259,69 +243,11 @@ def _chunks_backward(
         dr = dot(inverse.mT, beta * du)
         return whole * dstate + dstate_read - dot((since * dr).mT, k), (dstate, du, dr)
 
-    u, do_state = beta * e, decays.since * do
-    chunks = inverse, k, beta, decays, dot(attention.mT, do), dot(do_state.mT, q)
+    u = beta * solved.e
+    chunks = solved.inverse, inputs.k, beta, decays, reads.du, reads.dstate
     dstate_BHVK, (dstates, du, dr) = _scan_chunks(unwrite, dstate_BHVK, chunks, reverse=True)
-
-    # The contributions through the state S, through A and through L.
-    dq_state, dk_state = dot(do_state, states), -dot(decays.since * dr, states)
-    dk_write = dot(decays.until * u, dstates)
-    dattention, dlower = jnp.tril(dot(do, u.mT)), -jnp.tril(dot(dr, u.mT), -1)
-    dqk, dkk = dattention * decays.between, dlower * decays.between
-    dq = dq_state + dot(dqk, k)
-    dk = dk_state + dk_write + dot(dqk.mT, q) + dot(dkk + dkk.mT, k)
-    dbeta = jnp.sum((du - dot(lower.mT, dr)) * e, -1)
-    dlog_gate = None
-    if log_gate is not None:
-        dlogs = _Decays(
-            between=dattention * attention + dlower * lower,
-            since=jnp.sum(dq_state * q + dk_state * k, -1, keepdims=True),
-            until=jnp.sum(dk_write * k, -1, keepdims=True),
-            whole=decays.whole * jnp.sum(dstates * states, (-2, -1), keepdims=True),
-        )
-        (dlog_gate,) = jax.vjp(_log_decays, log_gate)[1](dlogs)
-    return DeltaInputs(dq, dk, dr, dbeta, dlog_gate), dstate_BHVK
-
-
-def _decays(inputs: DeltaInputs) -> _Decays:
-    if inputs.log_gate is None:
-        return _Decays(*4 * [jnp.ones((1, inputs.k.shape[1], 1, 1, 1), inputs.k.dtype)])
-    return jax.tree.map(jnp.exp, _log_decays(inputs.log_gate))
-
-
-def _log_decays(log_gate_BGHT: jax.Array) -> _Decays:
-    T = log_gate_BGHT.shape[-1]
-    rows = jnp.broadcast_to(log_gate_BGHT[..., None], (*log_gate_BGHT.shape, T))
-    between = jnp.cumsum(jnp.tril(rows, -1), -2)
-    since = jnp.cumsum(log_gate_BGHT, -1)[..., None]
-    return _Decays(between, since, between[..., -1, :, None], since[..., -1:, :])
-
-
-def _unit_lower_inverse(lower: jax.Array) -> jax.Array:
-    """(I + lower)^-1 for strictly lower triangular matrices [..., T, T], T = 8 * 2^j.
-
-    Recursive halving by [[P, 0], [C, Q]]^-1 = [[P^-1, 0], [-Q^-1 C P^-1, Q^-1]], down to blocks of
-    4, whose inverse is (I - L)(I + L^2), exact as L^4 = 0. With repeated keys, the powers of L that
-    larger blocks need grow like binomial coefficients and cancel: blocks of 8 would lose a digit,
-    whole chunks all of them.
-
-    Raises:
-      ValueError: T is not 8 * 2^j.
-    """
-    size = lower.shape[-1]
-    if size == 8:  # both blocks of 4 in one matrix, as CPUs are slow at 4 x 4 products
-        eye = jnp.broadcast_to(jnp.eye(8, dtype=lower.dtype), lower.shape)
-        blocks = lower.at[..., 4:, :4].set(0.0)
-        inverse = dot(eye - blocks, eye + dot(blocks, blocks))
-        return inverse - dot(inverse, dot(lower - blocks, inverse))
-    if size % 16:
-        raise ValueError(f"a chunk must have 8 * 2^j tokens; halving it led to {size}")
-    half = size // 2
-    halves = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]])
-    first, second = _unit_lower_inverse(halves)
-    corner = -dot(second, dot(lower[..., half:, :half], first))
-    top = jnp.concatenate([first, jnp.zeros_like(first)], -1)
-    return jnp.concatenate([top, jnp.concatenate([corner, second], -1)], -2)
+    dinputs = delta_algebra.input_cotangents(inputs, solved, reads, u, du, dr, dstates)
+    return dinputs, dstate_BHVK
 
 
 def _scan_chunks(
@@ -330,19 +256,7 @@ def _scan_chunks(
     chunks: Any,
     reverse: bool = False,
 ) -> tuple[jax.Array, Any]:
+    """`jax.lax.scan` over axis G of `chunks`, which the results have, too."""
     chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), chunks)
     state, found = jax.lax.scan(f, state, chunks, reverse=reverse)
     return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
-
-
-def _split(x_BNH: jax.Array, chunk: int) -> jax.Array:
-    """[B, N, H, ...] -> [B, G, H, T, ...]."""
-    B, _, *rest = x_BNH.shape
-    return jnp.swapaxes(x_BNH.reshape(B, -1, chunk, *rest), 2, 3)
-
-
-def _join(x_BGHT: jax.Array) -> jax.Array:
-    """[B, G, H, T, ...] -> [B, N, H, ...], the inverse of `_split`."""
-    x_BGTH = jnp.swapaxes(x_BGHT, 2, 3)
-    B, G, T, *rest = x_BGTH.shape
-    return x_BGTH.reshape(B, G * T, *rest)

@@ -71,6 +71,21 @@ def delta_rule_recurrent(
     return DeltaResult(jnp.moveaxis(o_NBHV, 0, 1), state_BHVK, jnp.sum(clipped, (0, 1)))
 
 
+def recurrent_cotangents(
+    inputs: DeltaInputs,
+    state_BHVK: jax.Array,
+    clip: float | None,
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[DeltaInputs, jax.Array]:
+    """The cotangents of the inputs and the initial state of `delta_rule_recurrent`, given those of
+    the outputs and of the last state."""
+
+    def recurrence(inputs: DeltaInputs, state_BHVK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return delta_rule_recurrent(inputs, state_BHVK, clip)[:2]
+
+    return jax.vjp(recurrence, inputs, state_BHVK)[1](cotangents)
+
+
 def pad_tokens(x_BNH: jax.Array, length: int) -> jax.Array:
     """Appends zero tokens, which leave the state unchanged: beta and the log gate are zero too."""
     return jnp.pad(

@@ -7,19 +7,44 @@ its key, writes the error, and reads with its query:
 
 Without gates g is 1; with them this is the gated delta rule (Yang et al. 2024, "Gated Delta
 Networks: Improving Mamba2 with Delta Rule"). `delta_recurrence.py` computes this definition by a
-scan, `delta_chunks.py` the same function by matrix products, and `delta_sequence.py` the latter for
-sequences split over devices. README.md has the derivation.
+scan, `delta_chunks.py` and `delta_batched.py` the same function by matrix products, and
+`delta_sequence.py` the latter for sequences split over devices. README.md has the derivation.
 """
 
-from typing import Literal
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.ops.delta_chunks import delta_rule_chunked
+from spectral_pod.ops import delta_batched, delta_chunks
 from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, delta_rule_recurrent
 from spectral_pod.ops.delta_sequence import delta_rule_split
-from spectral_pod.parallel.sharding import num_shards, shard_op
+from spectral_pod.parallel.sharding import num_shards, platform, shard_op
+
+_Method = Callable[[DeltaInputs, jax.Array, float | None], DeltaResult]
+
+METHODS: dict[str, _Method] = {
+    "chunked": delta_chunks.delta_rule_chunked,
+    "batched": delta_batched.delta_rule_batched,
+    "recurrent": delta_rule_recurrent,
+}
+# The methods that keep split positions split; the others gather them.
+SPLIT: dict[str, _Method] = {
+    "chunked": functools.partial(delta_rule_split, delta_chunks),
+    "batched": functools.partial(delta_rule_split, delta_batched),
+}
+
+
+def choose(platform: str) -> str:
+    """The method for whole sequences: on CPUs the one with small segments, which fit the caches,
+    elsewhere the one with the fewest operations."""
+    return "chunked" if platform == "cpu" else "batched"
+
+
+def resolve(method: str) -> str:
+    """The method itself, or for "auto" that of `choose` on the mesh that is set."""
+    return choose(platform()) if method == "auto" else method
 
 
 def delta_rule(
@@ -31,14 +56,14 @@ def delta_rule(
     log_gate_BNH: jax.Array | None = None,
     state_BHVK: jax.Array | None = None,
     mask_BN: jax.Array | None = None,
-    method: Literal["chunked", "recurrent"] = "chunked",
+    method: str = "auto",
     clip: float | None = None,
 ) -> DeltaResult:
     """Applies the delta rule to whole sequences, in float32 whatever the input dtype.
 
     Runs on each device's own sequences and heads, so that each device decides for itself whether a
     write was clipped. Do not `vmap` over it: both sides of that branch would then run. Where the
-    mesh splits positions, "chunked" keeps them split, evenly, and "recurrent" gathers them.
+    mesh splits positions, they stay split, evenly, except that "recurrent" gathers them.
 
     Args:
       q_BNHK: queries.
@@ -49,7 +74,8 @@ def delta_rule(
       state_BHVK: the state before the first token; zero if None.
       mask_BN: valid tokens; the others leave the state unchanged and their output is 0. All are
         valid if None.
-      method: "chunked" for training and prefill, "recurrent" for a few tokens at a time.
+      method: for training and prefill "chunked", "batched" or "auto", which lets `choose` decide;
+        "recurrent" for a few tokens at a time.
       clip: the largest |e||k| written in full, up to 1e19; None for no limit. It keeps the state
         finite for keys of any length. Unit keys need none: with beta <= 1 a write then shortens
         the error of its key and changes nothing else.
@@ -67,13 +93,13 @@ def delta_rule(
     if state_BHVK is None:
         state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K), jnp.float32)
 
-    split = method == "chunked" and num_shards("position") > 1
-    chunked = delta_rule_split if split else delta_rule_chunked
-    methods = {"chunked": chunked, "recurrent": delta_rule_recurrent}
+    method = resolve(method)
+    split = method in SPLIT and num_shards("position") > 1
+    compute = (SPLIT if split else METHODS)[method]
 
     def local(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         *inputs, state_BHVK = arrays
-        return tuple(methods[method](DeltaInputs(*inputs), state_BHVK, clip))
+        return tuple(compute(DeltaInputs(*inputs), state_BHVK, clip))
 
     axes = ("batch", "position" if split else None, "head", None)
     state_axes = ("batch", "head", None, None)

@@ -2,10 +2,9 @@
 
 Every function here runs under `shard_map`, on each device's own shard of the positions. Without
 clipping, the state after a shard is affine in the state before it, S' = S M + b, and cotangents are
-affine in the other direction, dS = dS' M^T + c. A device obtains its M [K, K] by applying its
-shard, with zero values, to the identity, and its b by applying it to the zero state. All devices
-gather these pairs, the only communication whatever the length, and compose those of the preceding
-shards to get the state that their own shard starts from.
+affine in the other direction, dS = dS' M^T + c. All devices gather the pairs M [K, K] and b, the
+only communication whatever the length, and compose those of the preceding shards to get the state
+that their own shard starts from.
 
 If a write is clipped anywhere, that state is invalid. Then, and only then, each device waits for
 the exact state from the device before it. All devices of the mesh take the same branch, so that
@@ -14,31 +13,52 @@ none waits in a collective that others do not join.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.ops import delta_chunks
-from spectral_pod.ops.delta_chunks import Plan, Residuals
 from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, dot
 from spectral_pod.parallel.sharding import SEQUENCE
 
 _Pair = tuple[jax.Array, jax.Array]
 
 
+@runtime_checkable
+class Form(Protocol):
+    """The functions of `delta_chunks.py` and of `delta_batched.py`."""
+
+    def cut(self, inputs: DeltaInputs, clip: float | None) -> tuple[Any, DeltaInputs]:
+        """A plan, and the inputs padded to what it wants."""
+
+    def forward(
+        self, plan: Any, inputs: DeltaInputs, state_BHVK: jax.Array
+    ) -> tuple[DeltaResult, Any]:
+        """The result, and residuals. Their `clipped` is true anywhere if a write was clipped, and
+        None without a clip; their `states[0]` is the state before the shard."""
+
+    def backward(
+        self, plan: Any, residuals: Any, cotangents: DeltaResult
+    ) -> tuple[DeltaInputs, jax.Array]:
+        """The cotangents of the inputs and the state."""
+
+    def affine_map(self, plan: Any, inputs: DeltaInputs) -> _Pair:
+        """M and b without a clip."""
+
+
 class _Saved(NamedTuple):
-    residuals: Residuals
+    residuals: Any  # of `Form.forward`
     transition_BHKK: jax.Array  # M
     clipped: jax.Array  # whether a write was clipped on any device
 
 
 def delta_rule_split(
-    inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = None
+    form: Form, inputs: DeltaInputs, state_BHVK: jax.Array, clip: float | None = None
 ) -> DeltaResult:
-    """`delta_rule_chunked` on the whole sequence, of which each device holds a shard.
+    """The delta rule on the whole sequence, of which each device holds a shard.
 
     Args:
+      form: how a device computes its shard, `delta_chunks` or `delta_batched`.
       inputs: the device's shard.
       state_BHVK: the state before the whole sequence, the same on all devices that share it.
       clip: as in `delta_rule`.
@@ -48,21 +68,23 @@ def delta_rule_split(
       whose write was clipped.
     """
     N = inputs.k.shape[1]
-    plan, inputs = delta_chunks.cut(inputs, clip)
-    result = _split(plan, inputs, state_BHVK)
+    plan, inputs = form.cut(inputs, clip)
+    result = _split(form, plan, inputs, state_BHVK)
     return result._replace(o_BNHV=result.o_BNHV[:, :N])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _split(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> DeltaResult:
-    return _forward(plan, inputs, first_BHVK)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _split(form: Form, plan: Any, inputs: DeltaInputs, first_BHVK: jax.Array) -> DeltaResult:
+    return _forward(form, plan, inputs, first_BHVK)[0]
 
 
-def _forward(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> tuple[DeltaResult, _Saved]:
-    transition_BHKK, written_BHVK = _summary(plan, inputs)
-    run = functools.partial(delta_chunks.forward, plan, inputs)
+def _forward(
+    form: Form, plan: Any, inputs: DeltaInputs, first_BHVK: jax.Array
+) -> tuple[DeltaResult, _Saved]:
+    transition_BHKK, written_BHVK = form.affine_map(plan, inputs)
+    run = functools.partial(form.forward, plan, inputs)
 
-    def exact() -> tuple[DeltaResult, Residuals]:
+    def exact() -> tuple[DeltaResult, Any]:
         return run(_pass_along(lambda state: run(state)[0].state_BHVK, first_BHVK))
 
     assumed = run(_compose(first_BHVK, transition_BHKK, written_BHVK))
@@ -75,13 +97,13 @@ def _forward(plan: Plan, inputs: DeltaInputs, first_BHVK: jax.Array) -> tuple[De
     return result, _Saved(residuals, transition_BHKK, clipped)
 
 
-def _backward(plan: Plan, saved: _Saved, cotangents: DeltaResult) -> tuple[DeltaInputs, jax.Array]:
+def _backward(
+    form: Form, plan: Any, saved: _Saved, cotangents: DeltaResult
+) -> tuple[DeltaInputs, jax.Array]:
     dlast_BHVK = cotangents.state_BHVK
 
     def run(dstate_BHVK: jax.Array) -> tuple[DeltaInputs, jax.Array]:
-        return delta_chunks.backward(
-            plan, saved.residuals, cotangents._replace(state_BHVK=dstate_BHVK)
-        )
+        return form.backward(plan, saved.residuals, cotangents._replace(state_BHVK=dstate_BHVK))
 
     def exact() -> jax.Array:
         return _pass_along(lambda dstate: run(dstate)[1], dlast_BHVK, reverse=True)
@@ -95,18 +117,6 @@ def _backward(plan: Plan, saved: _Saved, cotangents: DeltaResult) -> tuple[Delta
 
 
 _split.defvjp(_forward, _backward)
-
-
-def _summary(plan: Plan, inputs: DeltaInputs) -> _Pair:
-    """M_BHKK and b_BHVK of the shard, from one run with values [v, 0] and initial state [0; I]."""
-    B, _, H, K = inputs.k.shape
-    V = inputs.v.shape[-1]
-    below_BHUK = jnp.broadcast_to(jnp.eye(V + K, K, -V, jnp.float32), (B, H, V + K, K))
-    everywhere = jax.sharding.get_abstract_mesh().axis_names
-    below_BHUK = jax.lax.pcast(below_BHUK, everywhere, to="varying")
-    padded = inputs._replace(v=jnp.pad(inputs.v, [(0, 0)] * 3 + [(0, K)]))
-    (_, state_BHUK, _), _ = delta_chunks.forward(plan._replace(clip=None), padded, below_BHUK)
-    return state_BHUK[..., V:, :], state_BHUK[..., :V, :]
 
 
 def _compose(

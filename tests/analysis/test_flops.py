@@ -104,7 +104,7 @@ def test_a_spectral_model_without_memory_is_its_products_and_ffts():
     ("name", "pattern", "fields"),
     [
         ("spectral_gpt", ("hyena+delta",), [{"long_conv": m} for m in ("right_angle", "real",
-         "matmul")] + [{"memory.method": m} for m in ("chunked", "recurrent")]),
+         "matmul")] + [{"memory.method": m} for m in ("chunked", "batched", "recurrent")]),
         ("spectral_model", ("spectral",), [{"spectral.method": m} for m in ("right_angle", "real",
          "matmul", "plain")]),
         ("spectral_llm", ("wavelet",), [{"long_conv": m} for m in ("right_angle", "real")]),

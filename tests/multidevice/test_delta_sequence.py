@@ -16,16 +16,25 @@ from tests.multidevice import fake_devices
 
 B, N, H, K, V = 2, 600, 2, 8, 6  # blocks of 300, 150 and 75 positions
 CLIPS = ("never", "once", "everywhere", "overflow")
-# Meshes, and whether there are gates.
-QUICK = (("sequence=2", True), ("sequence=8", True), ("data=2 sequence=2 tensor=2", False))
+# Meshes, whether there are gates, and the method of each device.
+QUICK = (
+    ("sequence=2", True, "chunked"),
+    ("sequence=8", True, "chunked"),
+    ("data=2 sequence=2 tensor=2", False, "chunked"),
+    ("data=2 sequence=2 tensor=2", True, "batched"),
+)
 SLOW = (
-    ("sequence=4", True),
-    ("sequence=4", False),
-    ("sequence=8", False),
-    ("data=2 sequence=2", True),
-    ("sequence=4 tensor=2", True),
+    ("sequence=4", True, "chunked"),
+    ("sequence=4", False, "chunked"),
+    ("sequence=8", False, "chunked"),
+    ("data=2 sequence=2", True, "chunked"),
+    ("sequence=4 tensor=2", True, "chunked"),
+    ("sequence=2", True, "batched"),
+    ("sequence=4", False, "batched"),
+    ("sequence=8", True, "batched"),
 )
 PROGRAMS = (("sequence=2", N), ("sequence=2", 4 * N), ("sequence=8", 4 * N))  # mesh, positions
+METHODS = ("chunked", pytest.param("batched", marks=pytest.mark.slow))
 TOLERANCE = 1e-5  # relative to the largest entry; measured: at most 2e-6
 AXES = {"q": ("batch", "position", "head", None), "state": ("batch", "head", None, None)}
 AXES |= {"k": AXES["q"], "v": AXES["q"], "beta": AXES["q"][:3], "log_gate": AXES["q"][:3]}
@@ -58,7 +67,7 @@ def problem(clips="never", gated=True, length=N):
     return {name: x.astype(np.float32) for name, x in inputs.items()}
 
 
-def results(inputs):
+def results(inputs, method):
     """The reads, the final state and the gradients of a function of both, by name."""
     mask = jnp.asarray(np.random.default_rng(1).random((B, inputs["q"].shape[1])) < 0.9)
     rng = np.random.default_rng(2)
@@ -71,6 +80,7 @@ def results(inputs):
             log_gate_BNH=inputs.get("log_gate"),
             state_BHVK=inputs["state"],
             mask_BN=mask,
+            method=method,
             clip=10.0,
         )[:2]
         return sum(jnp.sum(w * jnp.sin(x)) for w, x in zip(weights, found, strict=True)), found
@@ -80,19 +90,20 @@ def results(inputs):
 
 
 @functools.cache
-def compiled(sizes, gated, length):
+def compiled(sizes, gated, length, method):
     """`results` as a program for a mesh, and the shardings of its inputs."""
     inputs = problem(gated=gated, length=length)
     mesh = fake_devices.mesh_of(sizes)
     with jax.set_mesh(mesh):
         places = {name: jax.NamedSharding(mesh, spec(*AXES[name])) for name in inputs}
-        return jax.jit(results, in_shardings=(places,)).lower(inputs).compile(), places
+        run = jax.jit(functools.partial(results, method=method), in_shardings=(places,))
+        return run.lower(inputs).compile(), places
 
 
-def compare(sizes, gated):
+def compare(sizes, gated, method):
     """By kind of clips and result, the largest difference from one device, relative to the largest
     entry; NaN where an entry is."""
-    program, places = compiled(sizes, gated, N)
+    program, places = compiled(sizes, gated, N, method)
     found = {}
     for clips in CLIPS:
         actual = jax.device_get(program(jax.device_put(problem(clips, gated), places)))
@@ -106,7 +117,7 @@ def on_one_device(clips, gated):
     """No gates are gates of one: a single program gives both."""
     inputs = problem(clips, gated)
     ones = {"log_gate": np.zeros(inputs["beta"].shape, np.float32)}
-    return jax.device_get(compiled("", True, N)[0](ones | inputs))
+    return jax.device_get(compiled("", True, N, "chunked")[0](ones | inputs))
 
 
 def distance(actual, expected):
@@ -121,17 +132,17 @@ def compare_all(cases):
 
 def compare_quick():
     """The distances of the quick cases, and `programs`, which share a program."""
-    return compare_all(QUICK), programs(PROGRAMS)
+    return compare_all(QUICK), programs(PROGRAMS, "chunked")
 
 
-def without_handing_over():
+def without_handing_over(method):
     """Whether results are finite where handing states over gives NaN, by kind of clips."""
 
     def hand_over(run, first, **_):
         return run(delta_sequence._varying(first * jnp.nan))
 
     with mock.patch.object(delta_sequence, "_pass_along", hand_over):
-        program, places = compiled("sequence=2", True, N)
+        program, places = compiled("sequence=2", True, N, method)
     found = {}
     for clips in CLIPS:
         actual = jax.device_get(program(jax.device_put(problem(clips), places)))
@@ -139,11 +150,11 @@ def without_handing_over():
     return found
 
 
-def programs(cases):
+def programs(cases, method):
     """Of each (mesh, positions): the collectives as [kind, type], and bytes of temporaries."""
     found = []
     for sizes, length in cases:
-        program, _ = compiled(sizes, True, length)
+        program, _ = compiled(sizes, True, length, method)
         pattern = r"= (\(.*?\)|\S+) ([a-z-]+)\(.*channel_id="
         collectives = re.findall(pattern, program.as_text())
         found.append((sorted(collectives), program.memory_analysis().temp_size_in_bytes))
@@ -167,7 +178,7 @@ def slow():
 @pytest.mark.parametrize(
     "case",
     [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)],
-    ids=lambda case: f"{case[0]}, {'gated' if case[1] else 'not gated'}",
+    ids=lambda case: f"{case[0]}, {'gated' if case[1] else 'not gated'}, {case[2]}",
 )
 def test_equals_one_device(case, clips):
     cases, found = (QUICK, quick()[0]) if case in QUICK else (SLOW, slow())
@@ -177,17 +188,23 @@ def test_equals_one_device(case, clips):
     assert max(distances.values()) <= TOLERANCE, distances
 
 
-def test_states_are_handed_over_only_where_a_clip_fires():
-    finite = fake_devices.run(__file__, "without_handing_over")
+@pytest.mark.parametrize("method", METHODS)
+def test_states_are_handed_over_only_where_a_clip_fires(method):
+    finite = fake_devices.run(__file__, "without_handing_over", method)
     assert finite == {clips: clips == "never" for clips in CLIPS}
 
 
-def test_only_states_travel_and_memory_is_split():
-    (few, _), (many, memory), (_, split_memory) = quick()[1]
+@pytest.mark.parametrize("method", METHODS)
+def test_only_states_travel_and_memory_is_split(method):
+    if method == "chunked":
+        found = quick()[1]
+    else:
+        found = fake_devices.run(__file__, "programs", PROGRAMS, method)
+    (few, _), (many, memory), (_, split_memory) = found
     assert {kind for _, kind in few} == {"all-gather", "all-reduce", "collective-permute"}
     assert few == many
     assert split_memory < memory / 2
 
 
 if __name__ == "__main__":
-    fake_devices.main(compare_quick, compare_all, without_handing_over)
+    fake_devices.main(compare_quick, compare_all, without_handing_over, programs)

@@ -10,21 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spectral_pod.analysis import hlo, hlo_cost
 from spectral_pod.layers import delta_memory
 from spectral_pod.layers.delta_memory import DeltaMemoryLayer
-from spectral_pod.ops import reference
-from spectral_pod.ops.delta_chunks import (
-    _unit_lower_inverse,
-    cut,
-    delta_rule_chunked,
-    forward,
-)
-from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent
-from spectral_pod.ops.delta_rule import delta_rule
+from spectral_pod.ops import delta_batched, delta_chunks, reference
+from spectral_pod.ops.delta_algebra import unit_lower_inverse
+from spectral_pod.ops.delta_recurrence import DeltaInputs
+from spectral_pod.ops.delta_rule import METHODS, choose, delta_rule
 from tests.models.drawn import drawn
 
-METHODS = ["chunked", "recurrent"]
-LENGTHS = [1, 31, 32, 33, 63, 64, 100, 256, 257, 513]  # around chunks of 32, segments of 256
+PRODUCTS = ["chunked", "batched"]  # the methods by matrix products
+LENGTHS = [1, 31, 32, 33, 63, 64, 100, 256, 257, 513]  # around chunks of 32 or 64, segments of 256
 CLIPS = ["never", "once", "everywhere"]
 GATES = ["none", "mixed", "strong"]
 B, K, V = 2, 8, 6
@@ -83,8 +79,7 @@ def loss(fn, weights, inputs):
 
 @functools.partial(jax.jit, static_argnames="method")
 def gradients(weights, inputs, method="chunked"):
-    fn = delta_rule_chunked if method == "chunked" else delta_rule_recurrent
-    return jax.tree.leaves(jax.grad(functools.partial(loss, fn, weights))(inputs))
+    return jax.tree.leaves(jax.grad(functools.partial(loss, METHODS[method], weights))(inputs))
 
 
 def float64_gradients(weights, inputs):
@@ -125,6 +120,7 @@ def problems_and_truths(N):
 
 # A length is a program. The slow ones stand to chunks as another does; a loop has no chunks.
 QUICK = {(N, "chunked") for N in (1, 31, 32, 33, 256, 257, 513)}
+QUICK |= {(N, "batched") for N in (1, 33, 256, 513)}
 QUICK |= {(N, "recurrent") for N in (1, 33, 513)}
 
 
@@ -140,13 +136,15 @@ def test_equals_the_float64_loop(N, method):
         assert_close(run(*inputs, method=method), expected, OUTPUT_TOLERANCE)
 
 
-def test_another_chunk_length_gives_the_same():
-    chunked = jax.jit(functools.partial(delta_rule_chunked, clip=10.0, chunk=16))
+@pytest.mark.parametrize("method", PRODUCTS)
+def test_another_chunk_length_gives_the_same(method):
+    rule = functools.partial(METHODS[method], clip=10.0)
+    chunked = jax.jit(functools.partial(rule, chunk=16))
     for clips in CLIPS:
         *tokens, state = inputs = problem(0, 150, clips=clips, gates="mixed")
         assert_close(chunked(DeltaInputs(*tokens), state)[:2], truth(*inputs), OUTPUT_TOLERANCE)
     with pytest.raises(ValueError, match="must have 8"):
-        jax.eval_shape(functools.partial(delta_rule_chunked, chunk=24), DeltaInputs(*tokens), state)
+        jax.eval_shape(functools.partial(rule, chunk=24), DeltaInputs(*tokens), state)
 
 
 def test_starts_from_an_empty_memory():
@@ -196,15 +194,16 @@ def test_masked_tokens_get_no_gradient():
         assert gradient[mask].any()
 
 
+@pytest.mark.parametrize("method", PRODUCTS)
 @pytest.mark.parametrize("beta", [(0.3, 0.3), (0.97, 1.0)])
 @pytest.mark.parametrize("different_keys", [1, 3])
-def test_repeated_keys(different_keys, beta):
+def test_repeated_keys(different_keys, beta, method):
     inputs = problem(5, 300, beta=beta)
     inputs[1] = inputs[1][:, np.arange(300) % different_keys]
     weights = random_weights(5, inputs)
-    assert_close(run(*inputs), truth(*inputs), OUTPUT_TOLERANCE)
+    assert_close(run(*inputs, method=method), truth(*inputs), OUTPUT_TOLERANCE)
     expected = float64_gradients(weights, inputs)
-    assert_close(gradients(weights, inputs), expected, GRADIENT_TOLERANCE)
+    assert_close(gradients(weights, inputs, method), expected, GRADIENT_TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -219,11 +218,13 @@ def test_the_clip_keeps_long_keys_finite(method):
     assert_close(gradients(weights, inputs, method), expected, GRADIENT_TOLERANCE)
 
 
-def test_both_forms_agree_on_raw_keys():
+@pytest.mark.parametrize("method", PRODUCTS)
+def test_agrees_with_the_recurrence_on_raw_keys(method):
     """Raw Gaussian keys make the clipped recurrence chaotic: float64 results soon diverge."""
     inputs = problem(6, 300, beta=(0.5, 1.0), unit_keys=False)
     assert not np.isfinite(run(*inputs, clip=None)[0]).all()
-    assert_close(run(*inputs), run(*inputs, method="recurrent"), OUTPUT_TOLERANCE)
+    by_recurrence = run(*inputs, method="recurrent")
+    assert_close(run(*inputs, method=method), by_recurrence, OUTPUT_TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -247,7 +248,8 @@ def test_clipped_writes_are_counted(method):
 
 
 def test_the_chunked_form_detects_clips_exactly():
-    certified = jax.jit(lambda tokens, state: forward(*cut(tokens, clip=10.0), state))
+    chunks = delta_chunks
+    certified = jax.jit(lambda tokens, state: chunks.forward(*chunks.cut(tokens, 10.0), state))
     detected = []
     for seed in range(40):
         *tokens, state = problem(seed, 64, gates="mixed" if seed % 2 else "none")
@@ -258,6 +260,67 @@ def test_the_chunked_form_detects_clips_exactly():
         detected.append(bool(residuals.clipped.any()))
         assert detected[-1] == np.any(clipped != unclipped), seed
     assert 5 < sum(detected) < 35
+
+
+def solved_in_rounds(inputs):
+    """Whether the batched form needs no recurrence for a clip of 10."""
+    *tokens, state = inputs
+    batched = delta_batched
+    forward = jax.jit(lambda tokens, state: batched.forward(*batched.cut(tokens, 10.0), state))
+    return not forward(DeltaInputs(*tokens), state)[1].unsolved
+
+
+def test_rounds_find_the_clips_of_unit_keys():
+    for clips, gates in itertools.product(CLIPS, ("none", "mixed")):
+        assert solved_in_rounds(problem(7, 300, clips=clips, gates=gates))
+
+
+def test_the_recurrence_computes_what_the_rounds_do_not():
+    inputs = problem(7, 100, clips="everywhere", gates="mixed")
+    weights = random_weights(7, inputs)
+    with mock.patch.object(delta_batched, "ROUNDS", 1):
+        assert not solved_in_rounds(inputs)
+        rule = functools.partial(METHODS["batched"], clip=10.0)
+        *tokens, state = inputs
+        found = jax.jit(rule)(DeltaInputs(*tokens), state)
+        gradient = jax.grad(functools.partial(loss, METHODS["batched"], weights))
+        dinputs = jax.tree.leaves(jax.jit(gradient)(inputs))
+    assert_close(found[:2], truth(*inputs), OUTPUT_TOLERANCE)
+    assert (np.asarray(found.clipped_BH) == 100).all()
+    assert_close(dinputs, float64_gradients(weights, inputs), GRADIENT_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_the_batched_form_has_few_operations():
+    """Measured on CPUs: 307 and 582, of the chunked form 3,914 and 9,359."""
+    B, N, H, K = 8, 2048, 4, 64
+    shapes = *[(B, N, H, K)] * 3, (B, N, H), (B, H, K, K)
+    *tokens, state = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def count(fn, *args):
+        """The instructions that a run executes, with loops unrolled."""
+        program = hlo.Program(jax.jit(fn).lower(*args).compile().as_text())
+        runs = program.runs(lambda i: float(i.opcode not in hlo_cost._FREE), fused=False)
+        return sum(times for _, times in runs)
+
+    def forward_and_both(method):
+        def both(tokens, state, cotangents):
+            result, pullback = jax.vjp(METHODS[method], tokens, state)
+            return result, pullback(cotangents)
+
+        args = DeltaInputs(*tokens), state  # without a clip, hence without the recurrence
+        cotangents = jax.eval_shape(METHODS[method], *args)
+        return count(METHODS[method], *args), count(both, *args, cotangents)
+
+    found = forward_and_both("batched")
+    for few, limit, many in zip(found, (350, 650), forward_and_both("chunked"), strict=True):
+        assert few < limit < many / 10
+
+
+def test_the_method_is_chosen_by_platform():
+    assert [choose(platform) for platform in ("cpu", "gpu", "tpu")] == [
+        "chunked", "batched", "batched",
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -325,7 +388,7 @@ def test_unit_lower_inverse(size):
     rng = np.random.default_rng(size)
     repeated = np.tril(np.full((size, size), 0.3), -1)
     lower = np.stack([repeated, 3 * repeated, np.tril(rng.normal(size=(size, size)), -1) / 4])
-    actual = jax.jit(_unit_lower_inverse)(np.float32(lower))
+    actual = jax.jit(unit_lower_inverse)(np.float32(lower))
     assert_close((actual,), (np.linalg.inv(np.eye(size)[None] + lower),), 1e-6)
 
 
