@@ -114,10 +114,7 @@ def spectral_filter(
         raise ValueError(f"a spectral filter cannot use method 'butterfly': {reason}")
     plan = _plan(N, fft_length, B, x_BND.dtype, interpret)
     x_BND = jnp.pad(x_BND, ((0, 0), (0, -N % plan.points), (0, 0)))
-    M = fft_length // 2
-    imag_MD = jnp.concatenate([w_FD[M:].real, w_FD[1:M].imag])
-    w_ZMD = jnp.stack([w_FD[:M].real, imag_MD])
-    return _filter(x_BND, w_ZMD, plan)[:, :N]
+    return _filter(x_BND, w_FD.real, w_FD.imag, plan)[:, :N]
 
 
 def _plan(length: int, fft_length: int, batch: int, dtype: DTypeLike, interpret: bool) -> _Plan:
@@ -126,40 +123,56 @@ def _plan(length: int, fft_length: int, batch: int, dtype: DTypeLike, interpret:
     return _Plan(fft_length, points, -(-length // points), 1, terms, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _filter(x_BND: jax.Array, w_ZMD: jax.Array, plan: _Plan) -> jax.Array:
-    (y_BND,) = _call(_forward, "butterfly_forward", plan, [x_BND], w_ZMD, [x_BND])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _filter(x_BND: jax.Array, re_FD: jax.Array, im_FD: jax.Array, plan: _Plan) -> jax.Array:
+    inputs = [_grouped(re_FD, im_FD, plan), x_BND]
+    (y_BND,) = _call(_forward, "butterfly_forward", plan, inputs, [x_BND])
     return y_BND
 
 
 def _filter_forward(
-    x_BND: jax.Array, w_ZMD: jax.Array, plan: _Plan
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _filter(x_BND, w_ZMD, plan), (x_BND, w_ZMD)
+    x_BND: jax.Array, re_FD: jax.Array, im_FD: jax.Array, plan: _Plan
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _filter(x_BND, re_FD, im_FD, plan), (x_BND, re_FD, im_FD)
 
 
 def _filter_backward(
-    plan: _Plan, residuals: tuple[jax.Array, jax.Array], dy_BND: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x_BND, w_ZMD = residuals
-    inputs, outputs = [x_BND, dy_BND], [x_BND, w_ZMD]
-    dx_BND, dw_ZMD = _call(_backward, "butterfly_backward", plan, inputs, w_ZMD, outputs)
-    return dx_BND, dw_ZMD
+    plan: _Plan, residuals: tuple[jax.Array, ...], dy_BND: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x_BND, *parts = residuals
+    inputs = [_grouped(*parts, plan), x_BND, dy_BND]
+    outputs = [x_BND, inputs[0]]
+    dx_BND, dw_QZHD = _call(_backward, "butterfly_backward", plan, inputs, outputs)
+    return dx_BND, *_ungrouped(dw_QZHD)
 
 
 _filter.defvjp(_filter_forward, _filter_backward)
 
 
+def _grouped(re_FD: jax.Array, im_FD: jax.Array, plan: _Plan) -> jax.Array:
+    """[Q, Z, H, D]: bins with the same k modulo Q together. The imaginary part of bin 0 has no
+    effect, and bin n/2, which is real, is stored there."""
+    M = plan.num_points // 2
+    im_MD = jnp.where(jnp.arange(M)[:, None] == 0, re_FD[M:], im_FD[:M])
+    w_ZMD = jnp.stack([re_FD[:M], im_MD])
+    return jnp.transpose(w_ZMD.reshape(2, -1, plan.period, w_ZMD.shape[2]), (2, 0, 1, 3))
+
+
+def _ungrouped(w_QZHD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    re_MD, im_MD = jnp.transpose(w_QZHD, (1, 2, 0, 3)).reshape(2, -1, w_QZHD.shape[3])
+    own_MD = jnp.where(jnp.arange(len(im_MD))[:, None] == 0, 0.0, im_MD)
+    return jnp.concatenate([re_MD, im_MD[:1]]), jnp.pad(own_MD, ((0, 1), (0, 0)))
+
+
 def _forward(
-    to_PCJJ: Any, from_PCJJ: Any, w_ZMX: Any, x_SNX: Any, y_SNX: Any, z_PCJY: Any, v_CJY: Any,
+    to_PCJJ: Any, from_PCJJ: Any, w_QZHX: Any, x_SNX: Any, y_SNX: Any, z_PCJY: Any, v_CJY: Any,
     *, plan: _Plan,
 ) -> None:  # fmt: skip
     _to_residues([(x_SNX, z_PCJY)], plan)
 
     def residue(c: jax.Array) -> None:
-        rows = _rows_of_bins(c, plan)
         x_ZTY = _transform(to_PCJJ, z_PCJY, c)
-        y_ZTY = _times(_bins(w_ZMX, rows, plan), x_ZTY, c)
+        y_ZTY = _times(_filter_bins(w_QZHX, c, plan), x_ZTY, c)
         v_CJY[c] = _product(from_PCJJ, c, _terms(jnp.concatenate(y_ZTY), plan.terms))
 
     _each_residue(residue, plan)
@@ -167,20 +180,20 @@ def _forward(
 
 
 def _backward(
-    to_PCJJ: Any, from_PCJJ: Any, w_ZMX: Any, x_SNX: Any, dy_SNX: Any, dx_SNX: Any, dw_ZMX: Any,
+    to_PCJJ: Any, from_PCJJ: Any, w_QZHX: Any, x_SNX: Any, dy_SNX: Any, dx_SNX: Any, dw_QZHX: Any,
     z_PCJY: Any, dz_PCJY: Any, v_CJY: Any, *, plan: _Plan,
 ) -> None:  # fmt: skip
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        dw_ZMX[...] = jnp.zeros(dw_ZMX.shape, jnp.float32)
+        dw_QZHX[...] = jnp.zeros(dw_QZHX.shape, jnp.float32)
 
     _to_residues([(x_SNX, z_PCJY), (dy_SNX, dz_PCJY)], plan)
 
     def residue(c: jax.Array) -> None:
-        rows = _rows_of_bins(c, plan)
         x_ZTY, dy_ZTY = (_transform(to_PCJJ, z, c) for z in (z_PCJY, dz_PCJY))
-        _add_to_bins(dw_ZMX, rows, _times(x_ZTY, dy_ZTY, c, conjugate=True), plan)
-        dx_ZTY = _times(_bins(w_ZMX, rows, plan), dy_ZTY, c, conjugate=True)
+        dw_ZTY = _times(x_ZTY, dy_ZTY, c, conjugate=True)
+        _add_to_filter(dw_QZHX, c, dw_ZTY, plan)
+        dx_ZTY = _times(_filter_bins(w_QZHX, c, plan), dy_ZTY, c, conjugate=True)
         v_CJY[c] = _product(from_PCJJ, c, _terms(jnp.concatenate(dx_ZTY), plan.terms))
 
     _each_residue(residue, plan)
@@ -339,26 +352,25 @@ def _times(
     ]
 
 
-def _rows_of_bins(c: jax.Array, plan: _Plan) -> list[Any]:
-    """Where the bins of a residue are: k = c, c + Q, ... and k = Q - c, 2 Q - c, ..., the bins of
-    the conjugate. Residue 0 has Q/2, 3 Q/2, ... in place of these."""
-    mirrored = jnp.where(c == 0, plan.period // 2, plan.period - c)
-    return [pl.ds(start, plan.points // 2, stride=plan.period) for start in (c, mirrored)]
+def _mirrored(c: jax.Array, plan: _Plan) -> jax.Array:
+    """The second half of a residue's bins: those of the conjugate; for residue 0 those of z_{Q/2}."""
+    return jnp.where(c == 0, plan.residues, plan.period - c)
 
 
-def _bins(w_ZMX: Any, rows: Sequence[Any], plan: _Plan) -> list[jax.Array]:
+def _filter_bins(w_QZHX: Any, c: jax.Array, plan: _Plan) -> list[jax.Array]:
     """[T, Y] of each part, the same for all sequences."""
-    parts = [jnp.concatenate([w_ZMX.at[z][at] for at in rows]) for z in range(2)]
-    return [jnp.concatenate([part] * plan.sequences, axis=1) for part in parts]
+    groups = c, _mirrored(c, plan)
+    parts = [jnp.concatenate([w_QZHX[q, z] for q in groups]) for z in range(2)]
+    return [jnp.concatenate([part_TX] * plan.sequences, axis=1) for part_TX in parts]
 
 
-def _add_to_bins(
-    dw_ZMX: Any, rows: Sequence[Any], dw_ZTY: Sequence[jax.Array], plan: _Plan
+def _add_to_filter(
+    dw_QZHX: Any, c: jax.Array, dw_ZTY: Sequence[jax.Array], plan: _Plan
 ) -> None:
     for z, dw_TY in enumerate(dw_ZTY):
         dw_TX = functools.reduce(jnp.add, jnp.split(dw_TY, plan.sequences, axis=1))
-        for at, dw in zip(rows, jnp.split(dw_TX, 2), strict=True):
-            dw_ZMX.at[z][at] += dw
+        for q, dw_HX in zip((c, _mirrored(c, plan)), jnp.split(dw_TX, 2), strict=True):
+            dw_QZHX[q, z] += dw_HX
 
 
 def _each(count: int, body: Callable[[jax.Array], None]) -> None:
@@ -416,24 +428,23 @@ def _call(
     kernel: Callable[..., None],
     name: str,
     plan: _Plan,
-    activations: Sequence[jax.Array],
-    w_ZMD: jax.Array,
-    outputs: Sequence[Any],
+    inputs: Sequence[jax.Array],
+    outputs: Sequence[jax.Array],
 ) -> Sequence[jax.Array]:
     """Runs a kernel over groups of channels and, innermost, groups of sequences."""
+    w_QZHD, *activations = inputs
     B, N, D = activations[0].shape
-    J, C = 2 * plan.points, plan.residues
     matrices = [
         vary_like(jnp.asarray(m_PCJJ), activations[0])
         for m_PCJJ in _matrices(plan.num_points, plan.points, plan.terms)
     ]
-    once = pl.Buffered(1)
+    _, C, J, _ = matrices[0].shape
+    once, lanes = pl.Buffered(1), plan.sequences * _LANES
     matrix = pl.BlockSpec(matrices[0].shape, lambda d, b: (0, 0, 0, 0), pipeline_mode=once)
     bins = pl.BlockSpec(
-        (2, plan.num_points // 2, _LANES), lambda d, b: (0, 0, d), pipeline_mode=once
+        (*w_QZHD.shape[:3], _LANES), lambda d, b: (0, 0, 0, d), pipeline_mode=once
     )
     activation = pl.BlockSpec((plan.sequences, N, _LANES), lambda d, b: (b, 0, d))
-    lanes = plan.sequences * _LANES
     z_PCJY = pltpu.VMEM((plan.terms, C, J, lanes), jnp.bfloat16)
     varying = jax.typeof(activations[0]).manual_axis_type
     limit = None if plan.interpret else int(0.95 * pltpu.get_tpu_info().vmem_capacity_bytes)
@@ -459,7 +470,7 @@ def _call(
             ),
         )
 
-    return with_cost(build, [*matrices, w_ZMD, *activations])
+    return with_cost(build, [*matrices, *inputs])
 
 
 def _vmem(plan: _Plan, dtype: DTypeLike) -> int:
