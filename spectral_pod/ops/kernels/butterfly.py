@@ -47,12 +47,14 @@ from spectral_pod.parallel.sharding import platform, vary_like
 _LANES = 128
 _SUBLANES = 8  # I
 _TILE = 16  # rows of a register of bfloat16
-_POINTS = 64  # T, at most
-_TOGETHER = 4  # residues
-_VMEM_SHARE = 0.8  # of on-chip memory, for what is counted here; the rest is the compiler's
+_MAX_BLOCKS = 32  # more have no room in the registers: then T is larger, but at most 128
+_MAX_SEQUENCES = 4  # of a grid cell, and positions of all of them
+_MAX_POSITIONS = 1024
+_POINTS_OF_A_TRIP = 512  # T for each residue: their products overlap
+_VMEM_SHARE = 0.85  # of on-chip memory, for what is counted here; the rest is the compiler's
 
 Part = jax.Array | None  # None is zero
-Complex = tuple[jax.Array, Part]
+Complex = tuple[Part, Part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class _Plan:
     blocks: int  # of a sequence
     sequences: int  # of a grid cell
     terms: int  # of activations and matrices
-    interpret: bool
+    interpret: bool = False
 
     @property
     def period(self) -> int:
@@ -80,16 +82,25 @@ def unserved(length: int, fft_length: int, dtype: DTypeLike) -> str | None:
     """Why the kernels cannot compute these sizes on the current mesh; None if they can."""
     if platform() != "tpu":
         return f"it is a kernel for TPUs, and this is a {platform()}"
-    if fft_length < 2 * _TILE or fft_length & (fft_length - 1):
-        return f"its FFT lengths are powers of two from {2 * _TILE}, and {fft_length} is none"
-    needed = _vmem(_plan(length, fft_length, 1, dtype, interpret=False), dtype)
+    if reason := _unfit(fft_length, dtype):
+        return reason
+    needed = _vmem(_plan(length, fft_length, 1, dtype), dtype)
     capacity = pltpu.get_tpu_info().vmem_capacity_bytes
     if needed <= _VMEM_SHARE * capacity:
         return None
     return (
-        f"{length} positions and FFTs of {fft_length} points need {needed / 2**20:.0f} MiB of "
+        f"{length} positions and FFTs of {fft_length} points need {needed / 2**20:.1f} MiB of "
         f"on-chip memory, and {_VMEM_SHARE:.0%} of {capacity / 2**20:.0f} MiB can be used"
     )
+
+
+def _unfit(fft_length: int, dtype: DTypeLike) -> str | None:
+    """Why no device can compute this; None if some can."""
+    if fft_length < 2 * _TILE or fft_length & (fft_length - 1):
+        return f"its FFT lengths are powers of two from {2 * _TILE}, and {fft_length} is none"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it computes in bfloat16 and float32, not in {jnp.dtype(dtype)}"
+    return None
 
 
 def spectral_filter(
@@ -110,17 +121,23 @@ def spectral_filter(
       ValueError: `unserved` gives a reason.
     """
     B, N, _ = x_BND.shape
-    if not interpret and (reason := unserved(N, fft_length, x_BND.dtype)):
+    dtype = x_BND.dtype
+    if reason := _unfit(fft_length, dtype) if interpret else unserved(N, fft_length, dtype):
         raise ValueError(f"a spectral filter cannot use method 'butterfly': {reason}")
-    plan = _plan(N, fft_length, B, x_BND.dtype, interpret)
+    plan = dataclasses.replace(_plan(N, fft_length, B, dtype), interpret=interpret)
     x_BND = jnp.pad(x_BND, ((0, 0), (0, -N % plan.points), (0, 0)))
     return _filter(x_BND, w_FD.real, w_FD.imag, plan)[:, :N]
 
 
-def _plan(length: int, fft_length: int, batch: int, dtype: DTypeLike, interpret: bool) -> _Plan:
-    points = min(_POINTS, fft_length // 2)
+def _plan(length: int, fft_length: int, batch: int, dtype: DTypeLike) -> _Plan:
+    points = min(64 if length <= 64 * _MAX_BLOCKS else 128, fft_length // 2)
     terms = 1 if dtype == jnp.bfloat16 else 2
-    return _Plan(fft_length, points, -(-length // points), 1, terms, interpret)
+    plan = _Plan(fft_length, points, -(-length // points), 1, terms)
+    while plan.sequences < _MAX_SEQUENCES and 2 * plan.sequences * length <= _MAX_POSITIONS:
+        if batch % (2 * plan.sequences):
+            break
+        plan = dataclasses.replace(plan, sequences=2 * plan.sequences)
+    return plan
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -253,13 +270,15 @@ def _residues(x_A: list[jax.Array], period: int) -> list[Complex]:
     return z
 
 
-def _blocks(z: list[Complex], blocks: int) -> list[Part]:
+def _blocks(z: list[Complex], blocks: int) -> list[jax.Array]:
     """The transpose of `_residues`, for the first x: sum_d Re(e^{2 pi i a d / Q} z_d)."""
     period = 2 * (len(z) - 1)
     if blocks == 0:
         return []
     if period == 0:
-        return [z[0][0]]
+        ((re, _),) = z
+        assert re is not None
+        return [re]
     even, odd = [], []
     for d in range(period // 4 + 1):
         if 4 * d == period:  # E and O are real here
@@ -270,7 +289,7 @@ def _blocks(z: list[Complex], blocks: int) -> list[Part]:
             e, t = (e_re, e_im), (t_re, t_im)
         even.append(e)
         odd.append(_rotated(t, d, period))
-    y: list[Part] = [None] * blocks
+    y: list[Any] = [None] * blocks
     y[::2], y[1::2] = _blocks(even, (blocks + 1) // 2), _blocks(odd, blocks // 2)
     return y
 
@@ -299,7 +318,7 @@ def _sum_and_difference(x: Part, y: Part) -> tuple[Part, Part]:
 def _packed(z: list[Complex]) -> list[list[jax.Array]]:
     """The parts of each residue; z_0 and z_{Q/2} are the parts of residue 0."""
     z = [(z[0][0], z[-1][0]), *z[1:-1]]
-    zero = jnp.zeros_like(z[0][0])
+    zero = jnp.zeros((_SUBLANES, _LANES), jnp.float32)
     return [[zero if part is None else part for part in parts] for parts in z]
 
 
@@ -353,7 +372,7 @@ def _times(
 
 
 def _mirrored(c: jax.Array, plan: _Plan) -> jax.Array:
-    """The second half of a residue's bins: those of the conjugate; for residue 0 those of z_{Q/2}."""
+    """Residue of the second half of the bins: of the conjugate, or, for residue 0, of z_{Q/2}."""
     return jnp.where(c == 0, plan.residues, plan.period - c)
 
 
@@ -364,9 +383,7 @@ def _filter_bins(w_QZHX: Any, c: jax.Array, plan: _Plan) -> list[jax.Array]:
     return [jnp.concatenate([part_TX] * plan.sequences, axis=1) for part_TX in parts]
 
 
-def _add_to_filter(
-    dw_QZHX: Any, c: jax.Array, dw_ZTY: Sequence[jax.Array], plan: _Plan
-) -> None:
+def _add_to_filter(dw_QZHX: Any, c: jax.Array, dw_ZTY: Sequence[jax.Array], plan: _Plan) -> None:
     for z, dw_TY in enumerate(dw_ZTY):
         dw_TX = functools.reduce(jnp.add, jnp.split(dw_TY, plan.sequences, axis=1))
         for q, dw_HX in zip((c, _mirrored(c, plan)), jnp.split(dw_TX, 2), strict=True):
@@ -379,7 +396,7 @@ def _each(count: int, body: Callable[[jax.Array], None]) -> None:
 
 def _each_residue(residue: Callable[[jax.Array], None], plan: _Plan) -> None:
     """Several in a trip, so that the matrix unit need not wait for any."""
-    together = min(plan.residues, _TOGETHER)
+    together = min(plan.residues, _POINTS_OF_A_TRIP // plan.points)
 
     def some(i: jax.Array) -> None:
         for k in range(together):
@@ -441,9 +458,7 @@ def _call(
     _, C, J, _ = matrices[0].shape
     once, lanes = pl.Buffered(1), plan.sequences * _LANES
     matrix = pl.BlockSpec(matrices[0].shape, lambda d, b: (0, 0, 0, 0), pipeline_mode=once)
-    bins = pl.BlockSpec(
-        (*w_QZHD.shape[:3], _LANES), lambda d, b: (0, 0, 0, d), pipeline_mode=once
-    )
+    bins = pl.BlockSpec((*w_QZHD.shape[:3], _LANES), lambda d, b: (0, 0, 0, d), pipeline_mode=once)
     activation = pl.BlockSpec((plan.sequences, N, _LANES), lambda d, b: (b, 0, d))
     z_PCJY = pltpu.VMEM((plan.terms, C, J, lanes), jnp.bfloat16)
     varying = jax.typeof(activations[0]).manual_axis_type
