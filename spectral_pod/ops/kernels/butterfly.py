@@ -98,7 +98,7 @@ def _unfit(fft_length: int, dtype: DTypeLike) -> str | None:
     """Why no device can compute this; None if some can."""
     if fft_length < 2 * _TILE or fft_length & (fft_length - 1):
         return f"its FFT lengths are powers of two from {2 * _TILE}, and {fft_length} is none"
-    if dtype not in (jnp.bfloat16, jnp.float32):
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"it computes in bfloat16 and float32, not in {jnp.dtype(dtype)}"
     return None
 
@@ -131,7 +131,7 @@ def spectral_filter(
 
 def _plan(length: int, fft_length: int, batch: int, dtype: DTypeLike) -> _Plan:
     points = min(64 if length <= 64 * _MAX_BLOCKS else 128, fft_length // 2)
-    terms = 1 if dtype == jnp.bfloat16 else 2
+    terms = 1 if jnp.dtype(dtype) == jnp.bfloat16 else 2
     plan = _Plan(fft_length, points, -(-length // points), 1, terms)
     while plan.sequences < _MAX_SEQUENCES and 2 * plan.sequences * length <= _MAX_POSITIONS:
         if batch % (2 * plan.sequences):
