@@ -47,9 +47,9 @@ from spectral_pod.parallel.sharding import platform, vary_like
 _LANES = 128
 _SUBLANES = 8  # I
 _TILE = 16  # rows of a register of bfloat16
-_MAX_BLOCKS = 32  # more have no room in the registers: then T is larger, but at most 128
-_MAX_SEQUENCES = 4  # of a grid cell, and positions of all of them
-_MAX_POSITIONS = 1024
+_MAX_PERIOD = 64  # Q: more have no room in the registers; then T is larger, but at most 128
+_MAX_SEQUENCES = 4  # of a grid cell, and points of all of them
+_MAX_POINTS = 2048
 _POINTS_OF_A_TRIP = 512  # T for each residue: their products overlap
 _VMEM_SHARE = 0.85  # of on-chip memory, for what is counted here; the rest is the compiler's
 
@@ -130,14 +130,11 @@ def spectral_filter(
 
 
 def _plan(length: int, fft_length: int, batch: int, dtype: DTypeLike) -> _Plan:
-    points = min(64 if length <= 64 * _MAX_BLOCKS else 128, fft_length // 2)
+    points = min(64 if fft_length <= 64 * _MAX_PERIOD else 128, fft_length // 2)
     terms = 1 if jnp.dtype(dtype) == jnp.bfloat16 else 2
     plan = _Plan(fft_length, points, -(-length // points), 1, terms)
-    while plan.sequences < _MAX_SEQUENCES and 2 * plan.sequences * length <= _MAX_POSITIONS:
-        if batch % (2 * plan.sequences):
-            break
-        plan = dataclasses.replace(plan, sequences=2 * plan.sequences)
-    return plan
+    most = min(_MAX_SEQUENCES, max(1, _MAX_POINTS // fft_length))
+    return dataclasses.replace(plan, sequences=math.gcd(batch, most))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
