@@ -56,8 +56,9 @@ class SelectiveLayer(Mixer):
     def methods(cls, config: Architecture) -> dict[str, str]:
         if config.causal:
             return LongConvolution.methods(config)
-        n, method = config.max_positions, config.option("spectral.method")
-        return {"spectral_filter": fft.resolve(method, n, 2 * n)}
+        n, width = config.max_positions, config.hidden_dim * (config.option("selective.rank") + 1)
+        method = config.option("spectral.method")
+        return {"spectral_filter": fft.resolve(method, n, 2 * n, config.dtype, width)}
 
     def setup(self) -> None:
         features = self.width if self.form == "broadcast" else self.rank

@@ -34,7 +34,7 @@ class SpectralLayer(Mixer):
 
     padding: Literal["linear", "circular"] = "linear"
     parametrization: Literal["frequency", "time"] = "frequency"
-    method: Literal["auto", "right_angle", "real", "matmul", "plain"] = "auto"
+    method: Literal["auto", "right_angle", "real", "matmul", "butterfly", "plain"] = "auto"
     energy_gate: Literal["rms", "norm", "none"] = "rms"
     kernel_dropout: Fraction = 0.0
     kernel_threshold: NonNegativeFloat = 0.0
@@ -47,8 +47,8 @@ class SpectralLayer(Mixer):
     def methods(cls, config: Architecture) -> dict[str, str]:
         circular = config.option("spectral.padding") == "circular"
         fft_length = config.max_positions * (1 if circular else 2)
-        method = config.option("spectral.method")
-        return {"spectral_filter": fft.resolve(method, config.max_positions, fft_length)}
+        sizes = config.max_positions, fft_length, config.dtype, config.hidden_dim
+        return {"spectral_filter": fft.resolve(config.option("spectral.method"), *sizes)}
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:

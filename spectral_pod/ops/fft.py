@@ -9,41 +9,65 @@ All methods compute the same function:
 - "right_angle": complex FFTs without zero padding, in blocks that fit a CPU's cache;
 - "real": real FFTs of the padded sequences;
 - "matmul": matrix products on an accelerator's matrix unit;
+- "butterfly": a kernel for TPUs, which keeps a sequence on the chip from its first butterfly to its
+  last; for FFT lengths that are powers of two. Its error is that of rounding bfloat16, or 2e-5;
 - "plain": the formula itself, partitioned by XLA, which gathers the batch on every mesh; a baseline
   for measurements.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from scipy.fft import next_fast_len
 
 from spectral_pod.ops import matmul_dft, right_angle, sequence_fft
+from spectral_pod.ops.kernels import butterfly
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 from spectral_pod.shapes import Positions, Spectrum
 
-METHODS = ("right_angle", "real", "matmul", "plain")
+METHODS = ("right_angle", "real", "matmul", "plain")  # on any platform, unlike "butterfly"
+
+# Where the kernel is known to take fewer cycles than "matmul" (docs/results.md); a device's
+# channels fill 128 lanes, or these are idle.
+_MIN_KERNEL = 512  # positions
+_MIN_CHANNELS = 64
 
 
-def choose(platform: str, length: int, fft_length: int) -> str:
-    """The fastest method for whole sequences: by measurement on CPUs, by compiled cost on TPUs."""
-    if platform == "tpu" and matmul_dft.factors(fft_length):
-        return "matmul"
+def choose(platform: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> str:
+    """The fastest method for whole sequences: by measurement on CPUs, by compiled cost on TPUs.
+
+    "butterfly" is for FFT lengths that are powers of two, for sequences that fit on the chip, and
+    for at least 64 `channels` of a device.
+    """
+    if platform == "tpu":
+        enough = length >= _MIN_KERNEL and channels >= _MIN_CHANNELS
+        if enough and not butterfly.unserved(length, fft_length, dtype):
+            return "butterfly"
+        return "matmul" if matmul_dft.factors(fft_length) else "real"
     if platform == "cpu" and 2 * length <= fft_length and fft_length % 2 == 0:
         return "right_angle"
     return "real"
 
 
-def resolve(method: str, length: int, fft_length: int) -> str:
-    """The method itself, or for "auto" that of `choose` on the mesh that is set."""
-    return choose(platform(), length, fft_length) if method == "auto" else method
+def resolve(method: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> str:
+    """The method itself, or for "auto" that of `choose` on the mesh that is set.
+
+    Args:
+      channels: of all devices.
+    """
+    if method != "auto":
+        return method
+    channels //= num_shards("channel") * num_shards("position")
+    return choose(platform(), length, fft_length, dtype, channels)
 
 
 def spectral_filter(
     x_BND: Positions, w_FD: Spectrum, fft_length: int, method: str = "auto"
 ) -> Positions:
-    """`irfft(rfft(x, n) * W, n)[:N]` with n = `fft_length`, per channel, in float32.
+    """`irfft(rfft(x, n) * W, n)[:N]` with n = `fft_length`, per channel.
 
     With n >= 2N the sequence does not wrap around (a linear convolution with a kernel of lags
     -n/2 < t < n/2); with n = N the convolution is circular.
@@ -52,14 +76,15 @@ def spectral_filter(
       x_BND: real, any float dtype; masked positions must already be zero. N <= n.
       w_FD: complex64 transfer function, F = n // 2 + 1.
       fft_length: n.
-      method: one of `METHODS`, or "auto" to let `choose` decide.
+      method: one of `METHODS`, "butterfly", or "auto" to let `choose` decide. For tests,
+        "butterfly_interpreted" runs the kernel without a TPU, slowly.
 
     Returns:
       [B, N, D] in the dtype of `x_BND`.
 
     Raises:
       ValueError: the sequence is longer than n, F does not fit n, or the method does not support
-        these sizes.
+        these sizes or this device.
     """
     length = x_BND.shape[1]
     if length > fft_length or w_FD.shape[0] != fft_length // 2 + 1:
@@ -67,21 +92,22 @@ def spectral_filter(
             f"a filter of {w_FD.shape[0]} bins and an FFT of {fft_length} points cannot serve "
             f"{length} positions"
         )
-    method = resolve(method, length, fft_length)
+    method = resolve(method, length, fft_length, x_BND.dtype, x_BND.shape[2])
     if method == "plain":
         y_BFD = jnp.fft.rfft(x_BND.astype(jnp.float32), fft_length, axis=1) * w_FD[None]
         return jnp.fft.irfft(y_BFD, fft_length, axis=1)[:, :length].astype(x_BND.dtype)
     filter_whole = _METHODS[method](length, fft_length)
     shards = num_shards("position")
     channels = x_BND.shape[2] // num_shards("channel")
+    channels_last = method in _KERNELS
 
     def on_device(x_BND: jax.Array, w_FD: jax.Array) -> jax.Array:
-        x_BDN, w_FD = jnp.swapaxes(x_BND, 1, 2), vary_like(w_FD, x_BND)
+        x, w_FD = x_BND if channels_last else jnp.swapaxes(x_BND, 1, 2), vary_like(w_FD, x_BND)
         if shards == 1:
-            y_BDN = filter_whole(x_BDN, w_FD)
+            y = filter_whole(x, w_FD)
         else:
-            y_BDN = sequence_fft.exchange(lambda x_BDN: filter_whole(x_BDN, w_FD), x_BDN)
-        return jnp.swapaxes(y_BDN, 1, 2)
+            y = sequence_fft.exchange(lambda x: filter_whole(x, w_FD), x, channels_last)
+        return y if channels_last else jnp.swapaxes(y, 1, 2)
 
     if channels % shards:
         return jnp.swapaxes(sequence_fft.four_step(jnp.swapaxes(x_BND, 1, 2), w_FD), 1, 2)
@@ -122,4 +148,15 @@ def _matmul(length: int, fft_length: int) -> Callable[[jax.Array, jax.Array], ja
     )
 
 
-_METHODS = {"right_angle": _right_angle, "real": _real, "matmul": _matmul}
+def _butterfly(
+    length: int, fft_length: int, interpret: bool = False
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    del length
+    return functools.partial(butterfly.spectral_filter, fft_length=fft_length, interpret=interpret)
+
+
+_KERNELS = {
+    "butterfly": _butterfly,
+    "butterfly_interpreted": functools.partial(_butterfly, interpret=True),
+}  # of [B, N, D]; the others are of [B, D, N]
+_METHODS = {"right_angle": _right_angle, "real": _real, "matmul": _matmul} | _KERNELS

@@ -22,10 +22,20 @@ import numpy as np
 from spectral_pod.parallel.sharding import SEQUENCE, num_shards, shard_op, vary_like
 
 
-def exchange(fn: Callable[[jax.Array], jax.Array], x_BDN: jax.Array) -> jax.Array:
-    """Applies `fn` to whole sequences of a device's share of the channels, which must divide."""
-    whole = jax.lax.all_to_all(x_BDN, SEQUENCE, split_axis=1, concat_axis=2, tiled=True)
-    return jax.lax.all_to_all(fn(whole), SEQUENCE, split_axis=2, concat_axis=1, tiled=True)
+def exchange(
+    fn: Callable[[jax.Array], jax.Array], x: jax.Array, channels_last: bool = False
+) -> jax.Array:
+    """Applies `fn` to whole sequences of a device's share of the channels, which must divide.
+
+    Args:
+      x: [B, D, N], or [B, N, D] if `channels_last`.
+    """
+    channel, position = (2, 1) if channels_last else (1, 2)
+
+    def moved(x: jax.Array, split_axis: int, concat_axis: int) -> jax.Array:
+        return jax.lax.all_to_all(x, SEQUENCE, split_axis, concat_axis, tiled=True)
+
+    return moved(fn(moved(x, channel, position)), position, channel)
 
 
 def four_step(x_BDN: jax.Array, w_FD: jax.Array) -> jax.Array:

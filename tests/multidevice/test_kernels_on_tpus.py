@@ -67,18 +67,22 @@ def compile_all(topology, cases):
     return [measured(*case) for case in cases]
 
 
+def in_a_process(function, *arguments):
+    command = [sys.executable, __file__, json.dumps([function, *arguments])]
+    done = processes.run(
+        command, cwd=trainer.ROOT, env=trainer.environment(), capture_output=True, text=True,
+        timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     ("topology", "cases"),
     [*QUICK.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())],
 )
 def test_a_sharded_pass_has_two_kernels_and_moves_only_what_it_must(topology, cases):
-    command = [sys.executable, __file__, json.dumps([topology, cases])]
-    done = processes.run(
-        command, cwd=trainer.ROOT, env=trainer.environment(), capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
-    for case, found in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for case, found in zip(cases, in_a_process("compile_all", topology, cases), strict=True):
         assert found["kernels"] == 2, case
         # Of short sequences another method is faster; long ones do not fit on the chip.
         fits = "toeplitz" if case[0] >= 512 else "matmul"
@@ -87,5 +91,116 @@ def test_a_sharded_pass_has_two_kernels_and_moves_only_what_it_must(topology, ca
         assert found["collectives"] == ["all-reduce", *exchanged], case
 
 
+def compile_filter(topology):
+    """The kernels of a small spectral filter of odd sizes, sequences split over two devices."""
+    from spectral_pod.analysis import hardware
+
+    parsed = hardware.parse(topology, 1)
+    hardware.prepare(parsed)
+    import jax
+
+    from spectral_pod.analysis import hlo
+    from spectral_pod.ops.fft import spectral_filter
+    from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
+    from spectral_pod.parallel.sharding import spec
+
+    sizes = {"data": 2, "sequence": 2}
+    mesh = make_mesh({axis: sizes.get(axis, 1) for axis in AXES}, hardware.devices(parsed))
+
+    def both(x_BND, re_FD, im_FD, dy_BND):
+        def run(x_BND, re_FD, im_FD):
+            return spectral_filter(x_BND, jax.lax.complex(re_FD, im_FD), 256, "butterfly")
+
+        y_BND, pullback = jax.vjp(run, x_BND, re_FD, im_FD)
+        return y_BND, *pullback(dy_BND)
+
+    def array(shape, dtype, *axes):
+        sharding = jax.sharding.NamedSharding(mesh, spec(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    with on_mesh(mesh):
+        x = array((6, 100, 300), "bfloat16", "batch", "position", "channel")
+        w = array((129, 300), "float32", None, None)
+        lowered = jax.jit(both).trace(x, w, w, x).lower(lowering_platforms=("tpu",))
+        program = hlo.Program(lowered.compile().as_text())
+    calls = [i.name for i, _ in program.runs(lambda i: 1.0) if i.opcode == "custom-call"]
+    kernels = sorted(name.partition(".")[0] for name in calls if name.startswith("butterfly"))
+    return [kernels, sorted({c.kind for c in hlo.collectives(program)})]
+
+
+def test_a_filter_of_odd_sizes_compiles():
+    kernels, collectives = in_a_process("compile_filter", "v5e:2x2")
+    assert kernels == ["butterfly_backward", "butterfly_forward"]
+    assert collectives == ["all-reduce", "all-to-all"]
+
+
+# Positions, dtype, devices that share a sequence. The largest of each generation, and one whose
+# sequences are split.
+STEPS = {
+    "v4:2x2x1": [(2048, "bfloat16", 1), (1024, "float32", 1)],
+    "v5e:2x2": [(8192, "bfloat16", 1), (2048, "float32", 2)],
+    "v5p:2x2x1": [(4096, "bfloat16", 2), (2048, "float32", 1)],
+    "v6e:2x2": [(8192, "float32", 1), (2048, "bfloat16", 2)],
+}
+TOO_LARGE = {"v4": (4096, "bfloat16"), "v5e": (16_384, "bfloat16"), "v5p": (8192, "bfloat16"),
+             "v6e": (16_384, "bfloat16")}  # fmt: skip
+
+
+def compile_steps(topology, cases):
+    """For each case what surrounds the kernels of spectral filters in a real training step: two
+    layers in a scan, rematerialized."""
+    from spectral_pod.analysis import hardware
+
+    parsed = hardware.parse(topology, 1)
+    hardware.prepare(parsed)
+    from collections import Counter
+
+    from spectral_pod.analysis import hlo
+    from spectral_pod.config import default
+    from spectral_pod.ops import fft
+    from spectral_pod.parallel.mesh import on_mesh
+    from tools import compiled_step
+
+    def measured(length, dtype, sequence):
+        config = default()
+        config.update_from_flattened_dict({
+            "data.task": "listops", "data.seq_len": 4 * length, "train.global_batch_size": 16,
+            "train.eval_batch_size": 16, "mesh.sequence": sequence, "model.num_layers": 2,
+            "model.pattern": ("spectral",), "model.remat": "full", "model.dtype": dtype,
+        })  # fmt: skip
+        setup = compiled_step.set_up(config, parsed)
+        with on_mesh(setup.mesh):
+            chosen = [fft.resolve("auto", n, fft_length, dtype, 256) for n, fft_length, dtype in (
+                (length, 2 * length, dtype), (600, 1200, dtype), (length, length, dtype),
+                *((n, 2 * n, kind) for n, kind in [TOO_LARGE[parsed.chip.family]]),
+            )]  # fmt: skip
+        program = hlo.Program(setup.lowered["train"].compile().as_text())
+        runs, around = Counter(), set()
+        for call, count in program.runs(lambda i: 1.0):
+            name = call.name.partition(".")[0]
+            if call.opcode == "custom-call" and name.startswith("butterfly"):
+                runs[name] += count
+                activations = program.operands(call)[3:]
+                around |= {operand.opcode for operand in activations}
+        exchanged = [c for c in hlo.collectives(program) if c.kind == "all-to-all"]
+        return {
+            "chosen": chosen, "runs": runs, "around": sorted(around), "exchanged": len(exchanged),
+        }  # fmt: skip
+
+    return [measured(*case) for case in cases]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "cases"), STEPS.items())
+def test_a_spectral_step_runs_its_kernels_on_activations_as_they_are(topology, cases):
+    for case, found in zip(cases, in_a_process("compile_steps", topology, cases), strict=True):
+        # Those of two layers, and the forward ones again in the backward pass.
+        assert found["runs"] == {"butterfly_forward": 4, "butterfly_backward": 2}, case
+        assert found["chosen"] == ["butterfly", "matmul", "butterfly", "matmul"], case
+        assert not {"copy", "transpose"} & set(found["around"]), case
+        assert bool(found["exchanged"]) == (case[-1] > 1), case
+
+
 if __name__ == "__main__":
-    print(json.dumps(compile_all(*json.loads(sys.argv[1]))))
+    function, *arguments = json.loads(sys.argv[1])
+    print(json.dumps(globals()[function](*arguments)))
