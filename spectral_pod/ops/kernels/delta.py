@@ -26,7 +26,7 @@ Letters here: X lanes; R rows of any number. The others are in `shapes.py`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -163,6 +163,27 @@ _delta.defvjp(_delta_forward, _delta_backward)
 # ---- the kernels
 
 
+_Steps = Generator[None, None, Any]
+
+
+def _interleave(programs: Iterable[_Steps]) -> list[Any]:
+    """Runs programs in turns, each up to its next `yield`, and returns their results.
+
+    The compiler keeps much of the order in which operations are written. Alternating between
+    independent tiles lets the products of one fill the latencies of the other.
+    """
+    running = dict(enumerate(programs))
+    results: dict[int, Any] = {}
+    while running:
+        for i, program in list(running.items()):
+            try:
+                next(program)
+            except StopIteration as done:
+                results[i] = done.value
+                del running[i]
+    return [results[i] for i in sorted(results)]
+
+
 class _Decays(NamedTuple):
     """Products of gates: numbers 1 without gates."""
 
@@ -187,43 +208,44 @@ def _forward(
     states_ref[...] = state_ref[...]
     clip, fits = plan.clip, []
 
-    def prepared(at: Any) -> tuple[Any, ...]:
+    def prepared(at: Any) -> _Steps:
         q, k, state = q_ref[at], k_ref[at], states_ref[at]
         decays = _decays(_scalars(scalars_ref, at), plan)
-        products = _product(jnp.concatenate([k, q]), k, transposed=True)
+        products = yield from _product(jnp.concatenate([k, q]), k, transposed=True)
         kk, qk = products[: plan.tokens], products[plan.tokens :]
-        predicted = _product(jnp.concatenate([k, q]), state)
+        lower = _lower(kk * decays.between, strict=True)
+        predicted = yield from _product(jnp.concatenate([k, q]), state)
         residual = v_ref[at] - decays.since * predicted[: plan.tokens]
         read = decays.since * predicted[plan.tokens :]
-        lower = _lower(kk * decays.between, strict=True)
         return k, state, decays, kk, lower, residual, _lower(qk * decays.between), read
 
-    def finish(at: Any, e: jax.Array, rate: jax.Array, parts: tuple[Any, ...]) -> None:
+    def finish(at: Any, e: jax.Array, rate: jax.Array, parts: tuple[Any, ...]) -> _Steps:
         """`rate` is a row."""
         k, state, decays, _, _, _, attention, read = parts
         writes = _transposed(k) * (decays.until_row * rate)
-        sums = _product(jnp.concatenate([attention * rate, writes]), e)
+        sums = yield from _product(jnp.concatenate([attention * rate, writes]), e)
         o_ref[at] = read + sums[: plan.tokens]
         e_ref[at] = e
         state_ref[at] = decays.whole * state + sums[plan.tokens :]
 
-    for at in _tiles(plan):
-        parts = prepared(at)
-        _, _, _, kk, lower, residual, _, _ = parts
+    def unclipped(at: Any) -> _Steps:
+        parts = yield from prepared(at)
         beta = _scalars(scalars_ref, at)[_BETA]
-        inverse = _inverse(lower * beta)
+        inverse = yield from _inverse(parts[4] * beta)
         inverse_ref[at] = inverse
-        e = _product(inverse, residual)
-        finish(at, e, beta, parts)
+        e = yield from _product(inverse, parts[5])
+        yield from finish(at, e, beta, parts)
         if clip is not None:
-            fits.append(_fits(e, kk, clip))
+            fits.append(_fits(e, parts[3], clip))
+
+    _interleave(map(unclipped, _tiles(plan)))
     if clip is None:
         return
 
     @pl.when(~jnp.all(functools.reduce(jnp.logical_and, fits)))
     def _() -> None:
         for i, at in enumerate(_tiles(plan)):
-            k, *_, lower, residual, _, _ = prepared(at)
+            k, *_, lower, residual, _, _ = _interleave([prepared(at)])[0]
             error_ref[i], lower_ref[i], size_ref[i] = (
                 residual,
                 lower,
@@ -243,7 +265,8 @@ def _forward(
             e = error_ref[i]
             factor, clipped = _clipped(e, size_ref[i], plan)
             clipped_ref[at] += jnp.sum(clipped.astype(jnp.float32), 0, keepdims=True)
-            finish(at, e, _row(rate_ref[i] * factor), prepared(at))
+            (parts,) = _interleave([prepared(at)])
+            _interleave([finish(at, e, _row(rate_ref[i] * factor), parts)])
 
 
 def _backward(
@@ -259,42 +282,44 @@ def _backward(
     clip, fits, T = plan.clip, [], plan.tokens
     before_ref[...] = dstate_ref[...]
 
-    def prepared(at: Any) -> tuple[Any, ...]:
+    def prepared(at: Any) -> _Steps:
         """What does not depend on the rates."""
         q, k = q_ref[at], k_ref[at]
         decays = _decays(_scalars(scalars_ref, at), plan)
-        products = _product(jnp.concatenate([k, q]), k, transposed=True)
+        products = yield from _product(jnp.concatenate([k, q]), k, transposed=True)
         lower = _lower(products[:T] * decays.between, strict=True)
         attention = _lower(products[T:] * decays.between)
+        du = yield from _product(k, before_ref[at])
         reads = _transposed(q) * decays.since_row
-        sums = _product(jnp.concatenate([_transposed(attention), reads]), do_ref[at])
-        du = sums[:T] + decays.until * _product(k, before_ref[at])
-        return decays, products[:T], lower, attention, du, sums[T:]
+        left = jnp.concatenate([_transposed(attention), reads])
+        yield
+        sums = yield from _product(left, do_ref[at])
+        return decays, products[:T], lower, attention, sums[:T] + decays.until * du, sums[T:]
 
-    def finish(
-        at: Any, dr: jax.Array, rate: jax.Array, parts: tuple[Any, ...]
-    ) -> tuple[jax.Array, jax.Array]:
+    def finish(at: Any, dr: jax.Array, rate: jax.Array, parts: tuple[Any, ...]) -> _Steps:
         """Writes all cotangents but those of beta, and returns e and y; `rate` is a row."""
         decays, _, lower, attention, du, dread = parts
         q, k, e, state = q_ref[at], k_ref[at], e_ref[at], states_ref[at]
         do, dstate = do_ref[at], before_ref[at]
-        keys = _transposed(k) * decays.since_row
-        sums = _product(jnp.concatenate([_transposed(lower), keys]), dr)
-        dstate_ref[at] = decays.whole * dstate + dread - sums[T:]
-
         both = jnp.concatenate([do, dr])
-        products = _product(both, e, transposed=True)
+        left = jnp.concatenate([_transposed(lower), _transposed(k) * decays.since_row])
+        products = yield from _product(both, e, transposed=True)
         dattention = _lower(products[:T] * rate)
         dlower = -_lower(products[T:] * rate, strict=True)
-        through_state = _product(both, state, transposed=True)
-        dq_read, dk_read = decays.since * through_state[:T], -decays.since * through_state[T:]
-        dk_write = _column(rate * decays.until_row, plan.tokens) * _product(
-            e, dstate, transposed=True
-        )
         dqk, dkk = dattention * decays.between, dlower * decays.between
-        sums_k = _product(jnp.concatenate([dqk, dkk + _transposed(dkk)]), k)
-        dq_ref[at] = dq_read + sums_k[:T]
-        dk_ref[at] = dk_read + dk_write + sums_k[T:] + _product(_transposed(dqk), q)
+        sums = yield from _product(left, dr)
+        dstate_ref[at] = decays.whole * dstate + dread - sums[T:]
+        y = du - sums[:T]
+        left = jnp.concatenate([dqk, dkk + _transposed(dkk)])
+        through_state = yield from _product(both, state, transposed=True)
+        dq_read, dk_read = decays.since * through_state[:T], -decays.since * through_state[T:]
+        left_q = _transposed(dqk)
+        dk_write = yield from _product(e, dstate, transposed=True)
+        dk_write *= _column(rate * decays.until_row, plan.tokens)
+        sums = yield from _product(left, k)
+        dq_ref[at] = dq_read + sums[:T]
+        dk = dk_read + dk_write + sums[T:]
+        dk_ref[at] = dk + (yield from _product(left_q, q))
         dv_ref[at] = dr
         if plan.gated:
             dbetween = dattention * attention + dlower * lower
@@ -304,23 +329,26 @@ def _backward(
             dlog += jnp.where(_column_of_lane((1, _X), T) == T - 1, _head_sums(last, T), 0.0)
             _put(dscalars_ref, at, _REMAINDER, dlog)
             _put(dscalars_ref, at, _LOG, jnp.zeros_like(dlog))
-        return e, du - sums[:T]
+        return e, y
 
-    for at in _tiles(plan):
-        parts = prepared(at)
+    def unclipped(at: Any) -> _Steps:
         beta = _scalars(scalars_ref, at)[_BETA]
-        dr = _product(_transposed(inverse_ref[at]) * beta, parts[4])
-        e, y = finish(at, dr, beta, parts)
+        parts = yield from prepared(at)
+        left = _transposed(inverse_ref[at]) * beta
+        dr = yield from _product(left, parts[4])
+        e, y = yield from finish(at, dr, beta, parts)
         _put(dscalars_ref, at, _BETA, _row_sums(e * y, terms=2))
         if clip is not None:
             fits.append(_fits(e, parts[1], clip))
+
+    _interleave(map(unclipped, _tiles(plan)))
     if clip is None:
         return
 
     @pl.when(~jnp.all(functools.reduce(jnp.logical_and, fits)))
     def _() -> None:
         for i, at in enumerate(_tiles(plan)):
-            _, _, lower, _, du, _ = prepared(at)
+            ((_, _, lower, _, du, _),) = _interleave([prepared(at)])
             k, e = k_ref[at], e_ref[at]
             factor, clipped = _clipped(e, _head_sums(k * k, plan.tokens), plan)
             y_ref[i], upper_ref[i] = du, _transposed(lower)
@@ -340,7 +368,8 @@ def _backward(
         for i, at in enumerate(_tiles(plan)):
             rate, k = rate_ref[i], k_ref[at]
             dr = _unwritten(y_ref[i], rate, hat_ref[i], plan.tokens)
-            e, y = finish(at, dr, _row(rate), prepared(at))
+            (parts,) = _interleave([prepared(at)])
+            ((e, y),) = _interleave([finish(at, dr, _row(rate), parts)])
             size2 = _head_sums(k * k, plan.tokens)
             factor, clipped = _clipped(e, size2, plan)
             _put(dscalars_ref, at, _BETA, _row_sums(factor * e * y, terms=2))
@@ -420,20 +449,25 @@ def _terms(x: jax.Array, count: int) -> list[jax.Array]:
     return terms
 
 
-def _product(
-    x_RX: jax.Array, y_TX: jax.Array, terms: int = 2, transposed: bool = False
-) -> jax.Array:
+def _product(x_RX: jax.Array, y_TX: jax.Array, terms: int = 2, transposed: bool = False) -> _Steps:
     """X Y or X Y^T of each head, without products below the precision of either.
 
     The terms of X are stacked, as they share a right operand.
     """
     R = x_RX.shape[0]
-    x_P, sums = _terms(x_RX, terms), [jnp.zeros((R, _X), jnp.float32) for _ in range(terms)]
-    for p, y in enumerate(_terms(y_TX, terms)):
-        stacked = _dot(jnp.concatenate(x_P[: terms - p]), _block_diagonal(y), transposed)
-        for i in range(terms - p):
-            sums[p + i] += stacked[i * R : (i + 1) * R]
-    return functools.reduce(jnp.add, reversed(sums))
+    x_P, y_P = _terms(x_RX, terms), _terms(y_TX, terms)
+    products = [
+        _dot(jnp.concatenate(x_P[: terms - p]), _block_diagonal(y), transposed)
+        for p, y in enumerate(y_P)
+    ]
+    yield
+    smallest_first = [
+        products[p][i * R : (i + 1) * R]
+        for order in reversed(range(terms))
+        for p in range(order + 1)
+        for i in [order - p]
+    ]
+    return functools.reduce(jnp.add, smallest_first)
 
 
 def _dot(x: jax.Array, y: jax.Array, transposed: bool = False) -> jax.Array:
@@ -457,48 +491,39 @@ def _transposed(x_TX: jax.Array) -> jax.Array:
     return x_XX if T == _X else x_XX[:T] + x_XX[T:]
 
 
-def _inverse(lower_TX: jax.Array) -> jax.Array:
+def _inverse(lower_TX: jax.Array) -> _Steps:
     """(I + lower)^-1 of strictly lower triangular matrices.
 
     The diagonal blocks of 8 are inverted by forward substitution, all at once: they fit into one
     register. Then [[P, 0], [C, Q]]^-1 = [[P^-1, 0], [-Q^-1 C P^-1, Q^-1]], from blocks of 8 to T.
     """
     T = lower_TX.shape[0]
-    column = _column_of_lane((T, _X), T)
-    row = _row_index((T, _X))
-    inverse = _substituted(jnp.where(row // _BLOCK == column // _BLOCK, lower_TX, 0.0))
+    column, row = _column_of_lane((T, _X), T), _row_index((T, _X))
+    blocks = jnp.where(row // _BLOCK == column // _BLOCK, lower_TX, 0.0)
+    inverse = yield from _substituted(blocks)
     size = _BLOCK
     while size < T:
-        odd = [slice(start, start + size) for start in range(size, T, 2 * size)]
-
-        def rows(x_TX: jax.Array, odd: list[slice] = odd) -> jax.Array:
-            return jnp.concatenate([x_TX[at] for at in odd])
-
-        corners = rows(jnp.where(column // size == row // size - 1, lower_TX, 0.0))
-        products = _product(corners, inverse, terms=3)
-        placed = jnp.concatenate(
-            [
-                part
-                for i in range(len(odd))
-                for part in (jnp.zeros((size, _X)), products[i * size : (i + 1) * size])
-            ]
-        )
-        change = _product(rows(inverse), placed, terms=3)
-        inverse = jnp.concatenate(
-            [
-                part
-                for i, at in enumerate(odd)
-                for part in (
-                    inverse[at.start - size : at.start],
-                    inverse[at] - change[i * size : (i + 1) * size],
-                )
-            ]
-        )
+        corners = _odd(jnp.where(column // size == row // size - 1, lower_TX, 0.0), size)
+        products = yield from _product(corners, inverse, terms=3)
+        changes = yield from _product(_odd(inverse, size), _placed(products, size), terms=3)
+        inverse -= _placed(changes, size)
         size *= 2
     return inverse
 
 
-def _substituted(blocks_TX: jax.Array) -> jax.Array:
+def _odd(x_TX: jax.Array, size: int) -> jax.Array:
+    """Every other block of rows, from the second one on."""
+    T = x_TX.shape[0]
+    return jnp.concatenate([x_TX[i : i + size] for i in range(size, T, 2 * size)])
+
+
+def _placed(x_RX: jax.Array, size: int) -> jax.Array:
+    """Zeros besides `_odd`."""
+    blocks = [x_RX[i : i + size] for i in range(0, x_RX.shape[0], size)]
+    return jnp.concatenate([part for x in blocks for part in (jnp.zeros_like(x), x)])
+
+
+def _substituted(blocks_TX: jax.Array) -> _Steps:
     """(I + L)^-1 for diagonal blocks of 8: row t of all of them is one row of a register."""
     T = blocks_TX.shape[0]
     at = [slice(start, start + _BLOCK) for start in range(0, T, _BLOCK)]
@@ -510,6 +535,7 @@ def _substituted(blocks_TX: jax.Array) -> jax.Array:
         for shift in (1, 2, 4):
             spread += pltpu.roll(spread, shift, 1)
         inverse -= spread * inverse[s : s + 1]
+        yield
     block = _column_of_lane((_BLOCK, _X), T) // _BLOCK
     return jnp.concatenate([jnp.where(block == i, inverse, 0.0) for i in range(len(at))])
 
