@@ -40,7 +40,7 @@ from spectral_pod.parallel.sharding import platform
 
 _X = 128  # lanes of a vector register
 _BLOCK = 8  # its sublanes; tokens of the smallest triangular matrices that are inverted
-_TILES = 4  # of a grid cell: their products fill each other's latencies
+_TILES = 8  # of a grid cell: their products fill each other's latencies
 
 # Log gates are sums of multiples of this and a remainder, so that sums of the former are exact.
 _GATE_STEP = 2.0**-10
