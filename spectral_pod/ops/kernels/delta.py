@@ -3,27 +3,27 @@
 The form is that of `delta_chunks.py`, and README.md has its derivation; here in one pass over the
 chunks of a sequence, from the first to the last, and back. HBM sees the inputs, the outputs, and
 what the backward pass reads again: the errors E, the matrices P, and the state before each chunk.
-Reading P takes a quarter of the time of inverting again.
+P is read because the matrix unit is the busier one, and would be needed to invert again.
 
-A chunk has T tokens and a head T keys and T values, so that all matrices of a head are [T, T], and
-`head_tiles.py` has the operations on them. The state is kept as its transpose, [K, V].
+A chunk has T tokens and a head T keys and T values, so that all matrices of a head are [T, T].
+`delta_passes.py` computes with them, and `head_tiles.py` has the operations. The state is kept as
+its transpose, [K, V].
 
-A product of float32 factors is three or six products of bfloat16. Where a key repeats, the errors of
-a chunk's tokens do not decay but add up: in E, in what they write and read, and in the cotangents
-that correspond to them. Those products are six, and with them all results are within 2e-5 of the
-largest, also for a single key in all tokens; with three, some would be 8e-5 off.
+A product of float32 factors is three or six products of bfloat16. Where a key repeats, errors of
+the tokens of a chunk do not decay but add up: in P and E, in what the tokens write and read, and in
+the cotangents of E. Those products are six. All results are then within 2e-5 of the largest, even
+for one key in all tokens; with three products throughout, some were 8e-5 off.
 
 A chunk is first computed as if no write was clipped. If an upper bound on |e||k| then exceeds the
-clip, it is computed again, token by token: this recursion is exact whatever the keys are, and costs
-its time only where writes are clipped.
-
-Letters here: X = 128 lanes, of a tile. The others are in `shapes.py`.
+clip, it is computed again, token by token: this recursion is exact whatever the keys are, and takes
+its time only where writes are clipped. A fixpoint of the chunked form takes fewer steps, but it
+needs the recursion as well, for keys with which it does not converge.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,39 +31,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, pad_tokens
-from spectral_pod.ops.kernels import head_tiles
+from spectral_pod.ops.kernels import delta_passes
 from spectral_pod.ops.kernels.cost import with_cost
-from spectral_pod.ops.kernels.head_tiles import Steps
+from spectral_pod.ops.kernels.delta_passes import Plan
+from spectral_pod.ops.kernels.head_tiles import LANES
 from spectral_pod.parallel.sharding import platform
 
-_X = head_tiles.LANES
 _TILES = 8  # of a grid cell: their products fill each other's latencies
 
 # Log gates are sums of multiples of this and a remainder, so that sums of the former are exact.
 _GATE_STEP = 2.0**-10
 _LOWEST_LOG_GATE = -128.0  # its exponential is zero
 
-_BETA, _LOG, _REMAINDER = range(3)  # rows of what tokens have one number of
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Static sizes of a call."""
-
-    tokens: int  # of a chunk, T
-    tiles: int  # of one sequence in a grid cell, X lanes each
-    sequences: int  # of a grid cell
-    clip: float | None
-    gated: bool
-    interpret: bool
-
 
 def unserved(key_width: int, value_width: int) -> str | None:
     """Why the kernels cannot compute these sizes on the current mesh; None if they can."""
     if platform() != "tpu":
         return f"it is a kernel for TPUs, and this is a {platform()}"
-    if max(key_width, value_width) > _X:
-        return f"keys and values have at most {_X} entries, and not {key_width} and {value_width}"
+    if max(key_width, value_width) > LANES:
+        return (
+            f"keys and values have at most {LANES} entries, and not {key_width} and {value_width}"
+        )
     return None
 
 
@@ -85,11 +73,11 @@ def delta_rule(
     V = inputs.v.shape[-1]
     if not interpret and (reason := unserved(K, V)):
         raise ValueError(f"the delta rule cannot use method 'fused': {reason}")
-    T = _X // 2 if max(K, V) <= _X // 2 else _X
-    heads = H + -H % (_X // T)
-    tiles = heads * T // _X
+    T = LANES // 2 if max(K, V) <= LANES // 2 else LANES
+    heads = H + -H % (LANES // T)
+    tiles = heads * T // LANES
     in_cell = _largest_divisor(tiles, _TILES)
-    plan = _Plan(
+    plan = Plan(
         T, in_cell, _largest_divisor(B, _TILES // in_cell), clip, inputs.log_gate is not None,
         interpret,
     )  # fmt: skip
@@ -131,359 +119,41 @@ _Triple = tuple[jax.Array, jax.Array, jax.Array]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _delta(
-    q: jax.Array, k: jax.Array, v: jax.Array, scalars: jax.Array, state: jax.Array, plan: _Plan
+    q: jax.Array, k: jax.Array, v: jax.Array, scalars: jax.Array, state: jax.Array, plan: Plan
 ) -> _Triple:
     return _delta_forward(q, k, v, scalars, state, plan)[0]
 
 
 def _delta_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, scalars: jax.Array, state: jax.Array, plan: _Plan
+    q: jax.Array, k: jax.Array, v: jax.Array, scalars: jax.Array, state: jax.Array, plan: Plan
 ) -> tuple[_Triple, Any]:
     B, _, width = q.shape
     count = jax.ShapeDtypeStruct((B, 1, width), jnp.float32)
     o, e, inverse, states, state, clipped = _call(
-        _forward, "delta_forward", plan, [q, k, v, scalars, state], [q, q, q, q], [state, count]
+        delta_passes.forward,
+        "delta_forward",
+        plan,
+        [q, k, v, scalars, state],
+        [q, q, q, q],
+        [state, count],
     )
     return (o, state, clipped), (q, k, scalars, e, inverse, states)
 
 
-def _delta_backward(plan: _Plan, residuals: Any, cotangents: _Triple) -> tuple[jax.Array, ...]:
+def _delta_backward(plan: Plan, residuals: Any, cotangents: _Triple) -> tuple[jax.Array, ...]:
     do, dstate, _ = cotangents
     q, _, scalars, *_ = residuals
     inputs, outputs = [*residuals, do, dstate], [q, q, q, scalars]
-    return tuple(_call(_backward, "delta_backward", plan, inputs, outputs, [dstate]))
+    return tuple(_call(delta_passes.backward, "delta_backward", plan, inputs, outputs, [dstate]))
 
 
 _delta.defvjp(_delta_forward, _delta_backward)
 
 
-# ---- the kernels
-
-
-class _Decays(NamedTuple):
-    """Products of gates, or numbers 1 without gates."""
-
-    between: Any  # [T, X], G(s, t) in row t and column s
-    since: Any  # [T, X], a in all columns of a head
-    until: Any  # [T, X], z
-    since_row: Any  # [1, X], a at the columns of the tokens
-    until_row: Any  # [1, X], z
-    whole: Any  # [1, X], gamma in all columns of a head
-
-
-class _Forward(NamedTuple):
-    """Memory of the forward kernel: blocks of its arguments and results, and its own."""
-
-    q: Any
-    k: Any
-    v: Any
-    scalars: Any
-    first: Any  # state
-    o: Any
-    e: Any
-    inverse: Any
-    states: Any  # before each chunk
-    state: Any
-    clipped: Any
-    errors: Any  # per tile, of a chunk with clipped writes
-    lower: Any
-    rates: Any
-    sizes: Any
-
-
-class _Solvable(NamedTuple):
-    """What the errors of a chunk follow from, and then its reads."""
-
-    decays: _Decays
-    keys: jax.Array  # K K^T
-    lower: jax.Array  # L
-    residual: jax.Array  # R
-    attention: jax.Array  # A
-    read: jax.Array  # a Q S^T
-
-
-def _forward(*refs: Any, plan: _Plan) -> None:
-    ref, clip, fits = _Forward(*refs), plan.clip, []
-
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        ref.state[...] = ref.first[...]
-        ref.clipped[...] = jnp.zeros(ref.clipped.shape, jnp.float32)
-
-    ref.states[...] = ref.state[...]
-
-    def compute(at: Any) -> Steps:
-        chunk = yield from _solvable(ref, at, plan)
-        beta = _scalars(ref.scalars, at)[_BETA]
-        inverse = yield from head_tiles.inverse(chunk.lower * beta)
-        e = yield from head_tiles.product(inverse, chunk.residual, terms=3)
-        ref.inverse[at] = inverse
-        yield from _write(ref, at, chunk, e, beta)
-        if clip is not None:
-            fits.append(_fits(e, chunk.keys, clip))
-
-    head_tiles.interleave(map(compute, _tiles(plan)))
-    if clip is not None:
-        pl.when(~jnp.all(functools.reduce(jnp.logical_and, fits)))(
-            lambda: _forward_clipped(ref, plan)
-        )
-
-
-def _forward_clipped(ref: _Forward, plan: _Plan) -> None:
-    """Computes the chunk again, with clips: each token's write is taken off the later errors."""
-    for i, at in enumerate(_tiles(plan)):
-        (chunk,) = head_tiles.interleave([_solvable(ref, at, plan)])
-        ref.errors[i], ref.lower[i] = chunk.residual, chunk.lower
-        ref.rates[i] = head_tiles.column(_scalars(ref.scalars, at)[_BETA], plan.tokens)
-        ref.sizes[i] = _squared(ref.k[at], plan)
-
-    def token(t: jax.Array, _: None) -> None:
-        row = pl.ds(t, 1)
-        for i in range(len(_tiles(plan))):
-            e = ref.errors[i, row]
-            factor, _ = _clipped(_squared(e, plan) * ref.sizes[i, row], plan)
-            update = ref.rates[i, row] * factor * e
-            ref.errors[i] -= head_tiles.column_at(ref.lower[i], t) * update
-
-    jax.lax.fori_loop(0, plan.tokens, token, None)
-    for i, at in enumerate(_tiles(plan)):
-        e = ref.errors[i]
-        factor, clipped = _clipped(_squared(e, plan) * ref.sizes[i], plan)
-        ref.clipped[at] += jnp.sum(clipped.astype(jnp.float32), 0, keepdims=True)
-        (chunk,) = head_tiles.interleave([_solvable(ref, at, plan)])
-        rate = head_tiles.diagonal(ref.rates[i] * factor)
-        head_tiles.interleave([_write(ref, at, chunk, e, rate)])
-
-
-def _solvable(ref: _Forward, at: Any, plan: _Plan) -> Steps:
-    T, q, k = plan.tokens, ref.q[at], ref.k[at]
-    decays = _decays(_scalars(ref.scalars, at), plan)
-    products = yield from head_tiles.product(jnp.concatenate([k, q]), k, transposed=True)
-    lower = head_tiles.lower_triangle(products[:T] * decays.between, strict=True)
-    attention = head_tiles.lower_triangle(products[T:] * decays.between)
-    states = yield from head_tiles.product(jnp.concatenate([k, q]), ref.states[at])
-    residual = ref.v[at] - decays.since * states[:T]
-    return _Solvable(decays, products[:T], lower, residual, attention, decays.since * states[T:])
-
-
-def _write(ref: _Forward, at: Any, chunk: _Solvable, e: jax.Array, rate: jax.Array) -> Steps:
-    """The chunk's results; `rate` is the row of beta c."""
-    T, decays = e.shape[0], chunk.decays
-    writes = head_tiles.transposed(ref.k[at]) * (decays.until_row * rate)
-    left = jnp.concatenate([chunk.attention * rate, writes])
-    sums = yield from head_tiles.product(left, e, terms=3)
-    ref.o[at] = chunk.read + sums[:T]
-    ref.e[at] = e
-    ref.state[at] = decays.whole * ref.states[at] + sums[T:]
-
-
-class _Backward(NamedTuple):
-    """Memory of the backward kernel."""
-
-    q: Any
-    k: Any
-    scalars: Any
-    e: Any
-    inverse: Any
-    states: Any
-    do: Any
-    last: Any  # cotangent of the last state
-    dq: Any
-    dk: Any
-    dv: Any
-    dscalars: Any
-    dstate: Any  # of the state before the chunk, and here after it
-    after: Any
-    y: Any  # per tile, of a chunk with clipped writes
-    upper: Any
-    rates: Any
-    hats: Any
-
-
-class _Readable(NamedTuple):
-    """What the cotangents of a chunk's residuals follow from."""
-
-    decays: _Decays
-    keys: jax.Array  # K K^T
-    lower: jax.Array  # L
-    attention: jax.Array  # A
-    du: jax.Array
-    dstate: jax.Array  # (a dO)^T Q, transposed
-
-
-def _backward(*refs: Any, plan: _Plan) -> None:
-    ref, clip, fits = _Backward(*refs), plan.clip, []
-
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        ref.dstate[...] = ref.last[...]
-
-    ref.after[...] = ref.dstate[...]
-
-    def compute(at: Any) -> Steps:
-        beta = _scalars(ref.scalars, at)[_BETA]
-        chunk = yield from _readable(ref, at, plan)
-        left = head_tiles.transposed(ref.inverse[at]) * beta
-        dr = yield from head_tiles.product(left, chunk.du, terms=3)
-        y = yield from _pull_back(ref, at, chunk, dr, beta, plan)
-        e = ref.e[at]
-        _put(ref.dscalars, at, _BETA, head_tiles.row_sums(e * y, terms=2))
-        if clip is not None:
-            fits.append(_fits(e, chunk.keys, clip))
-
-    head_tiles.interleave(map(compute, _tiles(plan)))
-    if clip is not None:
-        pl.when(~jnp.all(functools.reduce(jnp.logical_and, fits)))(
-            lambda: _backward_clipped(ref, plan)
-        )
-
-
-def _backward_clipped(ref: _Backward, plan: _Plan) -> None:
-    """Computes the chunk again, with clips. A clipped write does not depend on the length of e."""
-    for i, at in enumerate(_tiles(plan)):
-        (chunk,) = head_tiles.interleave([_readable(ref, at, plan)])
-        e, size2 = ref.e[at], _squared(ref.e[at], plan)
-        factor, clipped = _clipped(size2 * _squared(ref.k[at], plan), plan)
-        ref.y[i], ref.upper[i] = chunk.du, head_tiles.transposed(chunk.lower)
-        ref.rates[i] = head_tiles.column(_scalars(ref.scalars, at)[_BETA], plan.tokens) * factor
-        ref.hats[i] = jnp.where(clipped, e * jax.lax.rsqrt(jnp.where(clipped, size2, 1.0)), 0.0)
-
-    def unwritten(y: jax.Array, rate: jax.Array, hat: jax.Array) -> jax.Array:
-        return rate * (y - hat * head_tiles.head_sums(hat * y, plan.tokens))
-
-    def token(n: jax.Array, _: None) -> None:
-        t = plan.tokens - 1 - n
-        row = pl.ds(t, 1)
-        for i in range(len(_tiles(plan))):
-            dr = unwritten(ref.y[i, row], ref.rates[i, row], ref.hats[i, row])
-            ref.y[i] -= head_tiles.column_at(ref.upper[i], t) * dr
-
-    jax.lax.fori_loop(0, plan.tokens, token, None)
-    for i, at in enumerate(_tiles(plan)):
-        rate, e, k = ref.rates[i], ref.e[at], ref.k[at]
-        dr = unwritten(ref.y[i], rate, ref.hats[i])
-        (chunk,) = head_tiles.interleave([_readable(ref, at, plan)])
-        pull_back = _pull_back(ref, at, chunk, dr, head_tiles.diagonal(rate), plan)
-        (y,) = head_tiles.interleave([pull_back])
-        size2 = _squared(k, plan)
-        factor, clipped = _clipped(_squared(e, plan) * size2, plan)
-        _put(ref.dscalars, at, _BETA, head_tiles.row_sums(factor * e * y, terms=2))
-        # The factor of a clipped write depends on the length of k.
-        scale = head_tiles.head_sums(rate * e * y, plan.tokens) / jnp.where(clipped, size2, 1.0)
-        ref.dk[at] -= jnp.where(clipped, scale, 0.0) * k
-
-
-def _readable(ref: _Backward, at: Any, plan: _Plan) -> Steps:
-    T, q, k = plan.tokens, ref.q[at], ref.k[at]
-    decays = _decays(_scalars(ref.scalars, at), plan)
-    products = yield from head_tiles.product(jnp.concatenate([k, q]), k, transposed=True)
-    lower = head_tiles.lower_triangle(products[:T] * decays.between, strict=True)
-    attention = head_tiles.lower_triangle(products[T:] * decays.between)
-    du = yield from head_tiles.product(k, ref.after[at], terms=3)
-    read, reads = head_tiles.transposed(attention), head_tiles.transposed(q) * decays.since_row
-    yield
-    du = decays.until * du + (yield from head_tiles.product(read, ref.do[at], terms=3))
-    dstate = yield from head_tiles.product(reads, ref.do[at])
-    return _Readable(decays, products[:T], lower, attention, du, dstate)
-
-
-def _pull_back(
-    ref: _Backward, at: Any, chunk: _Readable, dr: jax.Array, rate: jax.Array, plan: _Plan
-) -> Steps:
-    """Writes all cotangents but that of beta; returns y, that of U in E; `rate` is a row."""
-    T, decays, q, k = plan.tokens, chunk.decays, ref.q[at], ref.k[at]
-    e, state, dstate = ref.e[at], ref.states[at], ref.after[at]
-    both = jnp.concatenate([ref.do[at], dr])
-    upper, keys = head_tiles.transposed(chunk.lower), head_tiles.transposed(k) * decays.since_row
-    products = yield from head_tiles.product(both, e, transposed=True)
-    dattention = head_tiles.lower_triangle(products[:T] * rate)
-    dlower = -head_tiles.lower_triangle(products[T:] * rate, strict=True)
-    dqk, dkk = dattention * decays.between, dlower * decays.between
-    sums = yield from head_tiles.product(jnp.concatenate([upper, keys]), dr)
-    ref.dstate[at] = decays.whole * dstate + chunk.dstate - sums[T:]
-    y = chunk.du - sums[:T]
-    dkk, dkq = dkk + head_tiles.transposed(dkk), head_tiles.transposed(dqk)
-    read = yield from head_tiles.product(both, state, transposed=True)
-    dq_read, dk_read = decays.since * read[:T], -decays.since * read[T:]
-    dk_write = yield from head_tiles.product(e, dstate, transposed=True)
-    dk_write *= head_tiles.column(rate * decays.until_row, T)
-    ref.dq[at] = dq_read + (yield from head_tiles.product(dqk, k, terms=3))
-    dk = dk_read + dk_write + (yield from head_tiles.product(dkk, k))
-    ref.dk[at] = dk + (yield from head_tiles.product(dkq, q))
-    ref.dv[at] = dr
-    if plan.gated:
-        # Of the logs of G, a, z and gamma; a token's is in the first two and, negated, in the others.
-        dbetween = dattention * chunk.attention + dlower * chunk.lower
-        by_token = dbetween + dq_read * q + dk_read * k - dk_write * k
-        last = jnp.sum(dk_write * k + decays.whole * dstate * state, 0, keepdims=True)
-        dlog = head_tiles.row_sums(by_token, terms=3) - jnp.sum(dbetween, 0, keepdims=True)
-        is_last = head_tiles.column_index((1, _X), T) == T - 1
-        dlog += jnp.where(is_last, head_tiles.head_sums(last, T), 0.0)
-        _put(ref.dscalars, at, _LOG, jnp.zeros_like(dlog))
-        _put(ref.dscalars, at, _REMAINDER, dlog)
-    return y
-
-
-def _tiles(plan: _Plan) -> list[Any]:
-    """Where the tiles of a grid cell are."""
-    return [
-        (b, slice(None), slice(j * _X, (j + 1) * _X))
-        for b in range(plan.sequences)
-        for j in range(plan.tiles)
-    ]
-
-
-def _scalars(ref: Any, at: Any) -> list[jax.Array]:
-    b, _, lanes = at
-    return [ref[b, 0, i : i + 1, lanes] for i in range(ref.shape[2])]
-
-
-def _put(ref: Any, at: Any, i: int, row: jax.Array) -> None:
-    b, _, lanes = at
-    ref[b, 0, i : i + 1, lanes] = row
-
-
-def _decays(scalars: list[jax.Array], plan: _Plan) -> _Decays:
-    if not plan.gated:
-        return _Decays(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    T = plan.tokens
-    rows = scalars[_LOG], scalars[_REMAINDER]
-    columns = [head_tiles.column(row, plan.tokens) for row in rows]
-    last = [column[T - 1 :] for column in columns]
-
-    def power(later: Sequence[Any], earlier: Sequence[Any]) -> jax.Array:
-        return jnp.exp((later[0] - earlier[0]) + (later[1] - earlier[1]))
-
-    between = jnp.exp(jnp.minimum((columns[0] - rows[0]) + (columns[1] - rows[1]), 0.0))
-    return _Decays(
-        between, power(columns, (0.0, 0.0)), power(last, columns),
-        power(rows, (0.0, 0.0)), power(last, rows), power(last, (0.0, 0.0)),
-    )  # fmt: skip
-
-
-def _fits(e: jax.Array, keys: jax.Array, clip: float) -> jax.Array:
-    """Whether each token's write is certainly below the clip: |e|^2 is summed in bfloat16. False
-    where it has overflowed."""
-    size2 = head_tiles.row_sums(e * e, terms=1) * head_tiles.diagonal(keys)
-    return size2 <= (1 - 2.0**-6) * clip**2
-
-
-def _squared(x: jax.Array, plan: _Plan) -> jax.Array:
-    """The squared length of each row of each head, in all its columns."""
-    return head_tiles.head_sums(x * x, plan.tokens)
-
-
-def _clipped(size2: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
-    """The factors c of writes with these |e|^2 |k|^2, and whether they are below 1."""
-    assert plan.clip is not None
-    limit = plan.clip**2
-    return plan.clip * jax.lax.rsqrt(jnp.maximum(size2, limit)), size2 > limit
-
-
 def _call(
     kernel: Callable[..., None],
     name: str,
-    plan: _Plan,
+    plan: Plan,
     inputs: Sequence[jax.Array],
     outputs: Sequence[Any],
     totals: Sequence[Any],
@@ -493,18 +163,18 @@ def _call(
     The last input and `totals`, which are outputs as well, belong to a whole sequence.
     """
     B, N, width = inputs[0].shape
-    T, lanes = plan.tokens, plan.tiles * _X
+    T, lanes = plan.tokens, plan.tiles * LANES
     chunks = N // T
-    tile = pltpu.VMEM((plan.sequences * plan.tiles, T, _X), jnp.float32)
+    tile = pltpu.VMEM((plan.sequences * plan.tiles, T, LANES), jnp.float32)
     scratch = [tile] * 4
-    if kernel is _backward:
+    if kernel is delta_passes.backward:
         scratch = [pltpu.VMEM((plan.sequences, T, lanes), jnp.float32), *scratch]
     varying = jax.typeof(inputs[0]).manual_axis_type
 
     def build(cost: pl.CostEstimate | None) -> Callable[..., Any]:
         # The cost is that of a pass in which no write is clipped, and the same in either direction.
         counted = cost is None
-        reverse = kernel is _backward and not counted
+        reverse = kernel is delta_passes.backward and not counted
         run = dataclasses.replace(plan, clip=None) if counted else plan
 
         def of_chunk(x: Any) -> pl.BlockSpec:
