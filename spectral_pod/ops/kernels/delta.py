@@ -37,7 +37,7 @@ from spectral_pod.ops.kernels.delta_passes import Plan
 from spectral_pod.ops.kernels.head_tiles import LANES
 from spectral_pod.parallel.sharding import platform
 
-_TILES = 8  # of a grid cell: their products fill each other's latencies
+_ROWS = 512  # of the tiles of a grid cell, whose products fill each other's latencies
 
 # Log gates are sums of multiples of this and a remainder, so that sums of the former are exact.
 _GATE_STEP = 2.0**-10
@@ -76,9 +76,9 @@ def delta_rule(
     T = LANES // 2 if max(K, V) <= LANES // 2 else LANES
     heads = H + -H % (LANES // T)
     tiles = heads * T // LANES
-    in_cell = _largest_divisor(tiles, _TILES)
+    in_cell = _largest_divisor(tiles, _ROWS // T)
     plan = Plan(
-        T, in_cell, _largest_divisor(B, _TILES // in_cell), clip, inputs.log_gate is not None,
+        T, in_cell, _largest_divisor(B, _ROWS // T // in_cell), clip, inputs.log_gate is not None,
         interpret,
     )  # fmt: skip
     inputs = jax.tree.map(lambda x: pad_tokens(x, N + -N % T), inputs)
