@@ -320,19 +320,23 @@ def _put(ref: Any, at: Any, i: int, row: jax.Array) -> None:
 def _decays(scalars: list[jax.Array], plan: Plan) -> _Decays:
     if not plan.gated:
         return _Decays(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    T = plan.tokens
     rows = scalars[LOG], scalars[REMAINDER]
     columns = [head_tiles.column(row, plan.tokens) for row in rows]
-    last = [column[T - 1 :] for column in columns]
+    last = [column[plan.tokens - 1 :] for column in columns]
+    start = 0.0, 0.0
 
-    def power(later: Sequence[Any], earlier: Sequence[Any]) -> jax.Array:
-        return jnp.exp((later[0] - earlier[0]) + (later[1] - earlier[1]))
+    def quotient(later: Sequence[Any], earlier: Sequence[Any]) -> jax.Array:
+        log = (later[0] - earlier[0]) + (later[1] - earlier[1])
+        return jnp.exp(jnp.minimum(log, 0.0))  # columns s > t of G are not used, but not infinite
 
-    between = jnp.exp(jnp.minimum((columns[0] - rows[0]) + (columns[1] - rows[1]), 0.0))
     return _Decays(
-        between, power(columns, (0.0, 0.0)), power(last, columns),
-        power(rows, (0.0, 0.0)), power(last, rows), power(last, (0.0, 0.0)),
-    )  # fmt: skip
+        between=quotient(columns, rows),
+        since=quotient(columns, start),
+        until=quotient(last, columns),
+        since_row=quotient(rows, start),
+        until_row=quotient(last, rows),
+        whole=quotient(last, start),
+    )
 
 
 def _fits(e: jax.Array, keys: jax.Array, clip: float) -> jax.Array:
