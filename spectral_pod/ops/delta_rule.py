@@ -7,8 +7,9 @@ its key, writes the error, and reads with its query:
 
 Without gates g is 1; with them this is the gated delta rule (Yang et al. 2024, "Gated Delta
 Networks: Improving Mamba2 with Delta Rule"). `delta_recurrence.py` computes this definition by a
-scan, `delta_chunks.py` and `delta_batched.py` the same function by matrix products, and
-`delta_sequence.py` the latter for sequences split over devices. README.md has the derivation.
+scan, `delta_chunks.py` and `delta_batched.py` the same function by matrix products,
+`delta_sequence.py` the latter for sequences split over devices, and `kernels/delta.py` is a kernel
+for TPUs. README.md has the derivation.
 """
 
 import functools
@@ -20,14 +21,19 @@ import jax.numpy as jnp
 from spectral_pod.ops import delta_batched, delta_chunks
 from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, delta_rule_recurrent
 from spectral_pod.ops.delta_sequence import delta_rule_split
+from spectral_pod.ops.kernels import delta as kernel
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op
 
 _Method = Callable[[DeltaInputs, jax.Array, float | None], DeltaResult]
 
-METHODS: dict[str, _Method] = {
+METHODS: dict[str, _Method] = {  # on any platform
     "chunked": delta_chunks.delta_rule_chunked,
     "batched": delta_batched.delta_rule_batched,
     "recurrent": delta_rule_recurrent,
+}
+KERNELS: dict[str, _Method] = {
+    "fused": kernel.delta_rule,
+    "fused_interpreted": functools.partial(kernel.delta_rule, interpret=True),
 }
 # The methods that keep split positions split; the others gather them.
 SPLIT: dict[str, _Method] = {
@@ -36,15 +42,22 @@ SPLIT: dict[str, _Method] = {
 }
 
 
-def choose(platform: str) -> str:
-    """The method for whole sequences: on CPUs the one with small segments, which fit the caches,
-    elsewhere the one with the fewest operations."""
-    return "chunked" if platform == "cpu" else "batched"
+def choose(platform: str, key_width: int, value_width: int) -> str:
+    """The fastest method for whole sequences.
+
+    On CPUs it is the one with small segments, which fit the caches; on TPUs the kernel, if it
+    serves these sizes and a device has all positions; elsewhere the one with the fewest operations.
+    """
+    if platform == "cpu":
+        return "chunked"
+    whole = num_shards("position") == 1
+    served = platform == "tpu" and kernel.unserved(key_width, value_width) is None
+    return "fused" if whole and served else "batched"
 
 
-def resolve(method: str) -> str:
+def resolve(method: str, key_width: int, value_width: int) -> str:
     """The method itself, or for "auto" that of `choose` on the mesh that is set."""
-    return choose(platform()) if method == "auto" else method
+    return choose(platform(), key_width, value_width) if method == "auto" else method
 
 
 def delta_rule(
@@ -63,7 +76,7 @@ def delta_rule(
 
     Runs on each device's own sequences and heads, so that each device decides for itself whether a
     write was clipped. Do not `vmap` over it: both sides of that branch would then run. Where the
-    mesh splits positions, they stay split, evenly, except that "recurrent" gathers them.
+    mesh splits positions, they stay split, evenly, except that "fused" and "recurrent" gather them.
 
     Args:
       q_BNHK: queries.
@@ -74,8 +87,9 @@ def delta_rule(
       state_BHVK: the state before the first token; zero if None.
       mask_BN: valid tokens; the others leave the state unchanged and their output is 0. All are
         valid if None.
-      method: for training and prefill "chunked", "batched" or "auto", which lets `choose` decide;
-        "recurrent" for a few tokens at a time.
+      method: for training and prefill "chunked", "batched", "fused" for TPUs, or "auto", which lets
+        `choose` decide; "recurrent" for a few tokens at a time. "fused_interpreted" runs the kernel
+        without a TPU, slowly.
       clip: the largest |e||k| written in full, up to 1e19; None for no limit. It keeps the state
         finite for keys of any length. Unit keys need none: with beta <= 1 a write then shortens
         the error of its key and changes nothing else.
@@ -83,6 +97,9 @@ def delta_rule(
     Returns:
       The outputs o_BNHV in the dtype of v, the float32 state_BHVK after the last token, and the
       number of clipped tokens.
+
+    Raises:
+      ValueError: the method is a kernel that the device or the sizes rule out.
     """
     B, _, H, K = k_BNHK.shape
     inputs = DeltaInputs(q_BNHK, k_BNHK, v_BNHV, beta_BNH, log_gate_BNH)
@@ -93,9 +110,9 @@ def delta_rule(
     if state_BHVK is None:
         state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K), jnp.float32)
 
-    method = resolve(method)
+    method = resolve(method, K, v_BNHV.shape[-1])
     split = method in SPLIT and num_shards("position") > 1
-    compute = (SPLIT if split else METHODS)[method]
+    compute = (SPLIT if split else METHODS | KERNELS)[method]
 
     def local(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         *inputs, state_BHVK = arrays

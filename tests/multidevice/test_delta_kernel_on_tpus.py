@@ -34,10 +34,9 @@ def compile_all(topology, cases):
     import jax.numpy as jnp
 
     from spectral_pod.analysis import hlo
-    from spectral_pod.ops.delta_recurrence import DeltaInputs
-    from spectral_pod.ops.kernels import delta
+    from spectral_pod.ops.delta_rule import delta_rule
     from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
-    from spectral_pod.parallel.sharding import shard_op, spec
+    from spectral_pod.parallel.sharding import spec
 
     tokens, state_axes = ("batch", None, "head", None), ("batch", "head", None, None)
 
@@ -45,15 +44,12 @@ def compile_all(topology, cases):
         sizes = {"data": 4 // tensor, "tensor": tensor}
         mesh = make_mesh({axis: sizes.get(axis, 1) for axis in AXES}, hardware.devices(parsed))
 
-        def local(*arrays):
-            return tuple(delta.delta_rule(DeltaInputs(*arrays[:-1]), arrays[-1], clip))
-
         def loss(arrays):
             def layer(q_BNHK, _):
-                axes = [*(tokens[: x.ndim] for x in arrays[:-1]), state_axes]
-                out_axes = [tokens, state_axes, state_axes[:2]]
-                o, state, clipped = shard_op(local, axes, out_axes)(q_BNHK, *arrays[1:])
-                return o, (state, clipped)
+                k, v, beta, *log_gate, state = arrays[1:]
+                options = {"log_gate_BNH": log_gate[0]} if gated else {}
+                found = delta_rule(q_BNHK, k, v, beta, state_BHVK=state, clip=clip, **options)
+                return found.o_BNHV, found[1:]
 
             o, (states, clipped) = jax.lax.scan(jax.checkpoint(layer), arrays[0], length=2)
             return jnp.sum(o) + jnp.sum(states), clipped

@@ -10,6 +10,7 @@ import pytest
 
 from spectral_pod.ops import reference
 from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent
+from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.ops.kernels import delta
 from spectral_pod.ops.kernels.cost import kernels
 from tests.ops.test_delta_rule import error
@@ -146,3 +147,15 @@ def test_what_it_does_not_serve_is_said():
     with pytest.raises(ValueError, match="it is a kernel for TPUs, and this is a cpu"):
         delta.delta_rule(inputs, state, None)
     assert delta.unserved(8, 8)
+
+
+def test_it_is_a_method_of_the_operation():
+    """With a mask, of which the operation makes zeros; and without a TPU it says what it needs."""
+    inputs, _, _, _ = drawn(2, 70, 1, 8, 6)
+    mask_BN = np.arange(70) >= np.array([[0], [20]])
+    run = functools.partial(delta_rule, *map(jnp.asarray, inputs[:4]), mask_BN=jnp.asarray(mask_BN))
+    ours, exact = jax.jit(lambda: (run(method="fused_interpreted"), run(method="recurrent")))()
+    for x, y in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(x, y, atol=TOLERANCE * max(1, np.abs(y).max()))
+    with pytest.raises(ValueError, match="method 'fused': it is a kernel for TPUs"):
+        run(method="fused")

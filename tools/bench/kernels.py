@@ -46,9 +46,14 @@ _CASES = [
     *(Case("causal", "kernel", "toeplitz", n) for n in (2048, 4096)),
     *(Case("causal", "matmul", "matmul", n) for n in (2048, 4096)),
     *(Case("causal", "xla_fft", "real", n) for n in (2048, 4096)),
+    *(Case("spectral", "kernel", "butterfly", n) for n in (512, 2048, 8192)),
     *(Case("spectral", "matmul", "matmul", n) for n in (512, 2048, 8192)),
     *(Case("spectral", "xla_fft", "real", n) for n in (512, 2048, 8192)),
+    Case("delta", "kernel", "fused", 2048),
+    Case("delta", "batched", "batched", 2048),
     Case("delta", "chunked", "chunked", 2048),
+    Case("delta_clip", "kernel", "fused", 2048),
+    Case("delta_clip", "batched", "batched", 2048),
     Case("delta_clip", "chunked", "chunked", 2048),
 ]
 _QUICK = 3
