@@ -32,7 +32,7 @@ METHODS = ("right_angle", "real", "matmul", "plain")  # on any platform, unlike 
 
 # Where the kernel is known to take fewer cycles than "matmul" (docs/results.md); a device's
 # channels fill 128 lanes, or these are idle.
-_MIN_KERNEL = 512  # positions
+_MIN_KERNEL = 128  # positions
 _MIN_CHANNELS = 64
 
 
@@ -155,8 +155,14 @@ def _butterfly(
     return functools.partial(butterfly.spectral_filter, fft_length=fft_length, interpret=interpret)
 
 
-_KERNELS = {
+_Method = Callable[[int, int], Callable[[jax.Array, jax.Array], jax.Array]]  # of N and n
+_KERNELS: dict[str, _Method] = {
     "butterfly": _butterfly,
     "butterfly_interpreted": functools.partial(_butterfly, interpret=True),
-}  # of [B, N, D]; the others are of [B, D, N]
-_METHODS = {"right_angle": _right_angle, "real": _real, "matmul": _matmul} | _KERNELS
+}  # which filter [B, N, D]; the others filter [B, D, N]
+_METHODS: dict[str, _Method] = {
+    "right_angle": _right_angle,
+    "real": _real,
+    "matmul": _matmul,
+    **_KERNELS,
+}

@@ -15,11 +15,11 @@ the order of their residues; those of W are read and written Q rows apart. HBM s
 matrices, and nothing else; channels lie on lanes as they do in HBM.
 
 The matrix unit multiplies bfloat16 with float32 sums. For inputs in bfloat16 the blocks z, the
-matrices and the filtered bins are rounded to it, which together is 4e-3 of a typical value, as much
-as rounding x and y. Inputs in float32 are sums of two such terms, as are the matrices, in three
-products, and the error is at most 2e-5 of the largest result. The gradient of W has the same
-errors. A value leaks to all positions by as much as it is rounded; so this is no way to compute a
-causal filter, but the spectral filter is two-sided.
+matrices, the filtered bins and the result are rounded, which together is 4e-3 (root mean square);
+the result alone would be 1.7e-3. Inputs in float32 are sums of two such terms, as are the matrices,
+in three products, and the error is at most 2e-5 of the largest result. The gradient of W has the
+same errors. A rounded value reaches all positions, earlier ones too, so this is no way to compute a
+causal filter; the spectral filter is two-sided.
 
 Letters here: S sequences of a grid cell, X channels of a grid cell, Y all its lanes (S X), C = Q/2
 residues, where residue 0 holds z_0 and z_{Q/2}; J = 2T real numbers of a residue; Z real and
@@ -153,8 +153,8 @@ def _filter_forward(
 def _filter_backward(
     plan: _Plan, residuals: tuple[jax.Array, ...], dy_BND: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x_BND, *parts = residuals
-    inputs = [_grouped(*parts, plan), x_BND, dy_BND]
+    x_BND, re_FD, im_FD = residuals
+    inputs = [_grouped(re_FD, im_FD, plan), x_BND, dy_BND]
     outputs = [x_BND, inputs[0]]
     dx_BND, dw_QZHD = _call(_backward, "butterfly_backward", plan, inputs, outputs)
     return dx_BND, *_ungrouped(dw_QZHD)
@@ -276,15 +276,19 @@ def _blocks(z: list[Complex], blocks: int) -> list[jax.Array]:
         ((re, _),) = z
         assert re is not None
         return [re]
-    even, odd = [], []
+    even: list[Complex] = []
+    odd: list[Complex] = []
     for d in range(period // 4 + 1):
-        if 4 * d == period:  # E and O are real here
-            e, t = (z[d][0], None), (None, z[d][1])
-        else:
-            mirrored = z[period // 2 - d]
-            (e_re, t_re), (t_im, e_im) = map(_sum_and_difference, z[d], mirrored)
-            e, t = (e_re, e_im), (t_re, t_im)
-        even.append(e)
+        re, im = z[d]
+        t: Complex = None, im
+        if 4 * d < period:
+            mirrored_re, mirrored_im = z[period // 2 - d]
+            re, t_re = _sum_and_difference(re, mirrored_re)
+            t_im, im = _sum_and_difference(im, mirrored_im)
+            t = t_re, t_im
+        else:  # E and O are real here
+            im = None
+        even.append((re, im))
         odd.append(_rotated(t, d, period))
     y: list[Any] = [None] * blocks
     y[::2], y[1::2] = _blocks(even, (blocks + 1) // 2), _blocks(odd, blocks // 2)
