@@ -99,7 +99,7 @@ def delta_rule(
             since = jnp.cumsum(part_BNH.reshape(B, -1, T, H), 2)
             scalars.append(rows(since.reshape(part_BNH.shape)))
     q, k, v = (lanes(x) for x in inputs[:3])
-    state = lanes(jnp.moveaxis(state_BHVK, 3, 1))
+    state = lanes(pad_tokens(jnp.moveaxis(state_BHVK, 3, 1), T))
     o, state, clipped = _delta(q, k, v, jnp.stack(scalars, 2), state, plan)
 
     def narrow(x: jax.Array) -> jax.Array:

@@ -199,11 +199,10 @@ def backward(*refs: Any, plan: Plan) -> None:
         chunk = yield from _readable(ref, at, plan)
         left = head_tiles.transposed(ref.inverse[at]) * beta
         dr = yield from head_tiles.product(left, chunk.du, terms=3)
-        y = yield from _pull_back(ref, at, chunk, dr, beta, plan)
-        e = ref.e[at]
-        _put(ref.dscalars, at, BETA, head_tiles.row_sums(e * y, terms=2))
+        dbeta = yield from _pull_back(ref, at, chunk, dr, beta, plan)
+        _put(ref.dscalars, at, BETA, dbeta)
         if clip is not None:
-            fits.append(_fits(e, chunk.keys, clip))
+            fits.append(_fits(ref.e[at], chunk.keys, clip))
 
     head_tiles.interleave(map(compute, _tiles(plan)))
     if clip is not None:
@@ -238,12 +237,12 @@ def _backward_clipped(ref: _Backward, plan: Plan) -> None:
         dr = unwritten(ref.y[i], rate, ref.hats[i])
         (chunk,) = head_tiles.interleave([_readable(ref, at, plan)])
         pull_back = _pull_back(ref, at, chunk, dr, head_tiles.diagonal(rate), plan)
-        (y,) = head_tiles.interleave([pull_back])
+        (dgamma,) = head_tiles.interleave([pull_back])
         size2 = _squared(k, plan)
         factor, clipped = _clipped(_squared(e, plan) * size2, plan)
-        _put(ref.dscalars, at, BETA, head_tiles.row_sums(factor * e * y, terms=2))
-        # The factor of a clipped write depends on the length of k.
-        scale = head_tiles.head_sums(rate * e * y, plan.tokens) / jnp.where(clipped, size2, 1.0)
+        _put(ref.dscalars, at, BETA, head_tiles.diagonal(factor) * dgamma)
+        # The length of a clipped write is inverse to that of k.
+        scale = rate * head_tiles.column(dgamma, plan.tokens) / jnp.where(clipped, size2, 1.0)
         ref.dk[at] -= jnp.where(clipped, scale, 0.0) * k
 
 
@@ -264,18 +263,21 @@ def _readable(ref: _Backward, at: Any, plan: Plan) -> Steps:
 def _pull_back(
     ref: _Backward, at: Any, chunk: _Readable, dr: jax.Array, rate: jax.Array, plan: Plan
 ) -> Steps:
-    """Writes all cotangents but that of beta; returns y, that of U in E; `rate` is a row."""
+    """Writes all cotangents but that of beta, and returns that of `rate`, which is a row."""
     T, decays, q, k = plan.tokens, chunk.decays, ref.q[at], ref.k[at]
     e, state, dstate = ref.e[at], ref.states[at], ref.after[at]
     both = jnp.concatenate([ref.do[at], dr])
-    upper, keys = head_tiles.transposed(chunk.lower), head_tiles.transposed(k) * decays.since_row
-    products = yield from head_tiles.product(both, e, transposed=True)
-    dattention = head_tiles.lower_triangle(products[:T] * rate)
-    dlower = -head_tiles.lower_triangle(products[T:] * rate, strict=True)
+    keys = head_tiles.transposed(k) * decays.since_row
+    do_e = yield from head_tiles.product(ref.do[at], e, terms=3, transposed=True)
+    dr_e = yield from head_tiles.product(dr, e, transposed=True)
+    dattention = head_tiles.lower_triangle(do_e * rate)
+    dlower = -head_tiles.lower_triangle(dr_e * rate, strict=True)
     dqk, dkk = dattention * decays.between, dlower * decays.between
-    sums = yield from head_tiles.product(jnp.concatenate([upper, keys]), dr)
-    ref.dstate[at] = decays.whole * dstate + chunk.dstate - sums[T:]
-    y = chunk.du - sums[:T]
+    dstate_predicted = yield from head_tiles.product(keys, dr)
+    ref.dstate[at] = decays.whole * dstate + chunk.dstate - dstate_predicted
+    # e_t . (du - L^T dr)_t
+    drate = head_tiles.row_sums(e * chunk.du, terms=2)
+    drate -= jnp.sum(chunk.lower * dr_e, 0, keepdims=True)
     dkk, dkq = dkk + head_tiles.transposed(dkk), head_tiles.transposed(dqk)
     read = yield from head_tiles.product(both, state, transposed=True)
     dq_read, dk_read = decays.since * read[:T], -decays.since * read[T:]
@@ -295,7 +297,7 @@ def _pull_back(
         dlog += jnp.where(is_last, head_tiles.head_sums(last, T), 0.0)
         _put(ref.dscalars, at, LOG, jnp.zeros_like(dlog))
         _put(ref.dscalars, at, REMAINDER, dlog)
-    return y
+    return drate
 
 
 def _tiles(plan: Plan) -> list[Any]:

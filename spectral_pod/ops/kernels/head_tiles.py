@@ -111,44 +111,24 @@ def inverse(lower_TX: jax.Array) -> Steps:
     found = yield from _substituted(blocks)
     size = _BLOCK
     while size < T:
-        corners = _blocks(jnp.where(column // size == row // size - 1, lower_TX, 0.0), size, 1)
-        products = yield from _half_product(corners, _blocks(found, size, 0), size, 0)
-        changes = yield from _half_product(_blocks(found, size, 1), products, size, 1)
-        found -= _alternate(jnp.zeros_like(changes), changes, size)
+        corners = _odd(jnp.where(column // size == row // size - 1, lower_TX, 0.0), size)
+        products = yield from product(corners, found, terms=3)
+        changes = yield from product(_odd(found, size), _placed(products, size), terms=3)
+        found -= _placed(changes, size)
         size *= 2
     return found
 
 
-def _blocks(x_TX: jax.Array, size: int, first: int) -> jax.Array:
-    """Every other block of rows."""
-    starts = range(first * size, x_TX.shape[0], 2 * size)
+def _odd(x_TX: jax.Array, size: int) -> jax.Array:
+    """Every other block of rows, from the second one on."""
+    starts = range(size, x_TX.shape[0], 2 * size)
     return jnp.concatenate([x_TX[i : i + size] for i in starts])
 
 
-def _alternate(x_RX: jax.Array, y_RX: jax.Array, size: int) -> jax.Array:
-    """Blocks of rows of X and Y in turns."""
-    pairs = ((x_RX[i : i + size], y_RX[i : i + size]) for i in range(0, x_RX.shape[0], size))
-    return jnp.concatenate([block for pair in pairs for block in pair])
-
-
-def _half_product(x_RX: jax.Array, y_RX: jax.Array, size: int, first: int) -> Steps:
-    """X Y in six products that cost three, for X with zeros in every other block of columns.
-
-    Block `first` is the first that is not zero, and Y has the rows of those blocks only. Where X is
-    zero, another of its terms takes the place, and another term of Y that of the rows.
-    """
-    x, y = ([term.astype(jnp.float32) for term in _terms(z, 3)] for z in (x_RX, y_RX))
-    shift = (-size if first else size) % LANES
-
-    def products(i: int, j: int, k: int, m: int) -> jax.Array:
-        """x[i] y[j] + x[k] y[m]."""
-        left = x[i] + pltpu.roll(x[k], shift, 1)
-        right = _alternate(*((y[m], y[j]) if first else (y[j], y[m])), size)
-        return _dot(left.astype(jnp.bfloat16), _block_diagonal(right.astype(jnp.bfloat16)))
-
-    sums = [products(1, 1, 0, 2), products(2, 0, 0, 1), products(0, 0, 1, 0)]
-    yield
-    return functools.reduce(jnp.add, sums)
+def _placed(x_RX: jax.Array, size: int) -> jax.Array:
+    """The rows that `_odd` took, in their places, and zeros in the others."""
+    blocks = [x_RX[i : i + size] for i in range(0, x_RX.shape[0], size)]
+    return jnp.concatenate([part for x in blocks for part in (jnp.zeros_like(x), x)])
 
 
 def _substituted(blocks_TX: jax.Array) -> Steps:
