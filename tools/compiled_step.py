@@ -184,8 +184,7 @@ def _compile(setup: Setup, name: str, say: Callable[[str], None]) -> Compiled:
 def schedules(setup: Setup, say: Callable[[str], None]) -> dict[Signature, Schedule]:
     """The compiled schedules of the training step's kernels, each compiled alone.
 
-    Kernels of one name on equal arrays are taken to be the same. One whose schedule cannot be read
-    is left out, and reported.
+    One whose schedule cannot be read is left out, and reported.
     """
     kernels = {one.signature: one for one in kernel_schedule.kernels(setup.traced.jaxpr.jaxpr)}
     found: dict[Signature, Schedule] = {}

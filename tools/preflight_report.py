@@ -265,9 +265,9 @@ def _estimated(data: dict[str, Any], chip: Chip) -> list[str]:
     mfu = data["flops"]["analytic"] / (chip.peak_flops * found["step_s"])
     lines = [
         f"a step takes about {_time(found['step_s'])} by the compiler's own estimates, never "
-        f"compared with hardware: MFU {mfu:.1%}; compiled {_time(found['compiled_s'])}, kernels "
-        f"{_time(found['kernels_s'])}, network {_time(found['network_s'])}; HBM alone "
-        f"{_time(found['memory_s'])}",
+        f"compared with hardware: MFU {mfu:.1%}",
+        f"  compiled {_time(found['compiled_s'])}, kernels {_time(found['kernels_s'])}, network "
+        f"{_time(found['network_s'])}; HBM alone {_time(found['memory_s'])}",
     ]
     if found["fallbacks_s"] > 0:
         lines.append(f"  if every fall-back ran, {_time(found['fallbacks_s'])} more")

@@ -47,13 +47,26 @@ class Schedule:
 
 
 def kernels(jaxpr: Any) -> list[Kernel]:
-    """The kernels that a traced program calls on TPUs, in order, each as often as it is called."""
+    """The kernels that a traced program calls on TPUs, in order, each as often as it is called.
+
+    Kernels of one name on equal arrays are taken to be the same.
+    """
     from spectral_pod.ops.kernels import cost
 
-    return [_kernel(eqn) for eqn in cost.kernels(jaxpr) if not eqn.params["interpret"]]
+    found: dict[Signature, Kernel] = {}
+    every = []
+    for equation in cost.kernels(jaxpr):
+        if equation.params["interpret"]:
+            continue
+        name, invars, outvars = equation.params["name"], equation.invars, equation.outvars
+        signature = name, _arrays(invars), _arrays(outvars)
+        if signature not in found:
+            found[signature] = _kernel(equation, signature)
+        every.append(found[signature])
+    return every
 
 
-def _kernel(equation: Any) -> Kernel:
+def _kernel(equation: Any, signature: Signature) -> Kernel:
     import jax
 
     body = _usual(equation.params["jaxpr"])
@@ -65,7 +78,7 @@ def _kernel(equation: Any) -> Kernel:
     operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
     exported = jax.export.export(jax.jit(alone), platforms=["tpu"])(*operands)
     return Kernel(
-        signature=(params["name"], _arrays(equation.invars), _arrays(equation.outvars)),
+        signature=signature,
         trips=tuple(_trips(body)),
         falls_back=_length(body) < _length(equation.params["jaxpr"]),
         program=bytes(exported.serialize()),

@@ -147,6 +147,20 @@ def test_fall_backs_on_data_are_left_out_and_conditions_on_the_cell_are_not():
     assert kernel(repeated(4, 3), 8).trips == (4, 3)
 
 
+def test_equal_kernels_are_one_and_interpreted_ones_are_none():
+    def call(x, **options):
+        block = pl.BlockSpec((8, 128), lambda i: (i, 0))
+        return pl.pallas_call(
+            add, name="tested", grid=(2,), in_specs=[block], out_specs=block,
+            out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), **options,
+        )(x)  # fmt: skip
+
+    x = jax.ShapeDtypeStruct((16, 128), jnp.float32)
+    traced = jax.jit(lambda x: call(call(call(x)), interpret=True)).trace(x)
+    first, second = kernel_schedule.kernels(traced.jaxpr.jaxpr)
+    assert first is second
+
+
 @libtpu
 @pytest.mark.slow
 def test_loops_in_loops_conditions_and_cores():
