@@ -18,6 +18,7 @@ import inspect
 import json
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -38,6 +39,7 @@ from spectral_pod.layers.architecture import ModelConfig
 from spectral_pod.layers.spectral import SpectralLayer
 from spectral_pod.models.model import abstract_params
 from spectral_pod.ops import fft, long_conv
+from spectral_pod.ops.kernels import NotServed
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.validation import validate, validate_mesh
@@ -174,7 +176,7 @@ def measure(calls: Sequence[Call], repeats: int) -> list[dict[str, Any]]:
         for method in call.operation.methods:
             try:
                 lowered[method] = _lowered(call, method, inputs)
-            except ValueError as error:
+            except (ValueError, NotServed) as error:
                 rows.append(_row(call, method, ms=None, why=str(error)))
         build = functools.partial(_comparison, call, lowered)
         groups[f"{i}. {call}"] = call, timing.Group(f"{i}. {call}", 1, build)
@@ -196,7 +198,8 @@ def _lowered(call: Call, method: str, inputs: dict[str, jax.Array]) -> Callable[
     """Lowers the forward and backward pass of a method; a call compiles it and returns its run.
 
     Raises:
-      ValueError: the method does not support these sizes, or this device.
+      ValueError: the method does not support these sizes.
+      NotServed: it is a kernel that does not support these sizes, or this device.
     """
     function = getattr(call.operation.module, call.operation.name)
     options = {name: x for name, x in call.arguments if name not in inputs}
@@ -210,7 +213,9 @@ def _lowered(call: Call, method: str, inputs: dict[str, jax.Array]) -> Callable[
 
     weights = _numbers("weights", jax.eval_shape(run, *varied.values()))
     arguments = weights, *varied.values()
-    lowered = jax.jit(timing.forward_backward(run)).lower(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotServed)
+        lowered = jax.jit(timing.forward_backward(run)).lower(*arguments)
     return lambda: functools.partial(timing.timed, lowered.compile(), *arguments)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.ops import delta_batched, delta_chunks
+from spectral_pod.ops import delta_batched, delta_chunks, kernels
 from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, delta_rule_recurrent
 from spectral_pod.ops.delta_sequence import delta_rule_split
 from spectral_pod.ops.kernels import delta as kernel
@@ -56,8 +56,15 @@ def choose(platform: str, key_width: int, value_width: int) -> str:
 
 
 def resolve(method: str, key_width: int, value_width: int) -> str:
-    """The method itself, or for "auto" that of `choose` on the mesh that is set."""
-    return choose(platform(), key_width, value_width) if method == "auto" else method
+    """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
+    warning, for a kernel that the device or the sizes rule out."""
+    if method not in ("auto", "fused"):
+        return method
+    reason = kernel.unserved(key_width, value_width)
+    if method == "fused" and not reason:
+        return method
+    chosen = choose(platform(), key_width, value_width)
+    return kernels.instead_of(method, reason, chosen) if method == "fused" else chosen
 
 
 def delta_rule(
@@ -97,9 +104,6 @@ def delta_rule(
     Returns:
       The outputs o_BNHV in the dtype of v, the float32 state_BHVK after the last token, and the
       number of clipped tokens.
-
-    Raises:
-      ValueError: the method is a kernel that the device or the sizes rule out.
     """
     B, _, H, K = k_BNHK.shape
     inputs = DeltaInputs(q_BNHK, k_BNHK, v_BNHV, beta_BNH, log_gate_BNH)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from scipy.fft import next_fast_len
 
-from spectral_pod.ops import matmul_dft, right_angle, sequence_fft
+from spectral_pod.ops import kernels, matmul_dft, right_angle, sequence_fft
 from spectral_pod.ops.kernels import butterfly
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 from spectral_pod.shapes import Positions, Spectrum
@@ -53,15 +53,20 @@ def choose(platform: str, length: int, fft_length: int, dtype: DTypeLike, channe
 
 
 def resolve(method: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> str:
-    """The method itself, or for "auto" that of `choose` on the mesh that is set.
+    """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
+    warning, for a kernel that the device or the sizes rule out.
 
     Args:
       channels: of all devices.
     """
-    if method != "auto":
+    if method not in ("auto", "butterfly"):
+        return method
+    reason = butterfly.unserved(length, fft_length, dtype)
+    if method == "butterfly" and not reason:
         return method
     channels //= num_shards("channel") * num_shards("position")
-    return choose(platform(), length, fft_length, dtype, channels)
+    chosen = choose(platform(), length, fft_length, dtype, channels)
+    return kernels.instead_of(method, reason, chosen) if method == "butterfly" else chosen
 
 
 def spectral_filter(
@@ -84,7 +89,7 @@ def spectral_filter(
 
     Raises:
       ValueError: the sequence is longer than n, F does not fit n, or the method does not support
-        these sizes or this device.
+        these sizes.
     """
     length = x_BND.shape[1]
     if length > fft_length or w_FD.shape[0] != fft_length // 2 + 1:

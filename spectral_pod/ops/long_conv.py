@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from scipy.fft import next_fast_len
 
-from spectral_pod.ops import matmul_dft, right_angle, sequence_fft
+from spectral_pod.ops import kernels, matmul_dft, right_angle, sequence_fft
 from spectral_pod.ops.kernels import toeplitz
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 
@@ -43,8 +43,15 @@ def choose_product(platform: str) -> str:
 
 
 def resolve(method: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
-    """The method itself, or for "auto" that of `choose` on the mesh that is set."""
-    return choose(platform(), length, num_taps, dtype) if method == "auto" else method
+    """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
+    warning, for a kernel that the device or the sizes rule out."""
+    if method not in ("auto", "toeplitz"):
+        return method
+    reason = toeplitz.unserved(length, num_taps, dtype)
+    if method == "toeplitz" and not reason:
+        return method
+    chosen = choose(platform(), length, num_taps, dtype)
+    return kernels.instead_of(method, reason, chosen) if method == "toeplitz" else chosen
 
 
 def resolve_product(method: str) -> str:
@@ -68,9 +75,8 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.
       [B, D, N] in the dtype of u.
 
     Raises:
-      ValueError: the method is a kernel that the device or the sizes rule out, or positions are
-        split over devices and the sizes fit neither way of splitting the work (see
-        `sequence_fft.py`).
+      ValueError: positions are split over devices and the sizes fit neither way of splitting the
+        work (see `sequence_fft.py`).
     """
     length, h_DT = u_BDN.shape[2], h_DT[:, : u_BDN.shape[2]]
     num_points = block_length(length, h_DT.shape[1])

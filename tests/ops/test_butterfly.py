@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spectral_pod.ops.fft import spectral_filter
-from spectral_pod.ops.kernels import butterfly
+from spectral_pod.ops.kernels import NotServed, butterfly
 from spectral_pod.ops.kernels.cost import kernels
 
 # Length, points of the FFT, channels, sequences: one block and several, blocks that are half
@@ -86,7 +86,7 @@ def test_the_cost_is_that_of_its_products_and_of_reading_and_writing_once():
 
 def test_what_it_does_not_serve_is_said():
     x_BND, w_FD = jnp.zeros((1, 8, 1)), jnp.zeros((17, 1), jnp.complex64)
-    with pytest.raises(ValueError, match="it is a kernel for TPUs, and this is a cpu"):
+    with pytest.warns(NotServed, match="'right_angle' is used in place of 'butterfly': it is a"):
         spectral_filter(x_BND, w_FD, 32, "butterfly")
     with pytest.raises(ValueError, match="powers of two from 32, and 24 is none"):
         spectral_filter(x_BND, w_FD[:13], 24, "butterfly_interpreted")

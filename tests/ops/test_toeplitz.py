@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spectral_pod.ops.kernels import toeplitz
+from spectral_pod.ops.kernels import NotServed, toeplitz
 from spectral_pod.ops.kernels.cost import kernels
 from spectral_pod.ops.long_conv import causal_conv
 
@@ -102,5 +102,7 @@ def test_the_cost_is_that_of_its_products_and_of_reading_and_writing_once():
 def test_what_it_does_not_serve_is_said():
     u_BDN, h_DT = jnp.zeros((1, 1, 8)), jnp.zeros((1, 8))
     with pytest.raises(ValueError, match="it is a kernel for TPUs, and this is a cpu"):
+        toeplitz.causal_conv(u_BDN, h_DT)
+    with pytest.warns(NotServed, match="'right_angle' is used in place of 'toeplitz': it is a ker"):
         causal_conv(u_BDN, h_DT, "toeplitz")
     assert toeplitz.unserved(8, 8, jnp.float32)
