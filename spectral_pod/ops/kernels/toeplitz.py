@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
@@ -114,8 +115,13 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, *, interpret: bool = False) -
     if plan.positions_first:
         y_BDN = jnp.swapaxes(_convolve(jnp.swapaxes(u_BDN, 1, 2), h_DX, plan), 1, 2)
     else:
-        y_BDN = _convolve(u_BDN, h_DX, plan)
+        y_BDN = _channels_last(_convolve(_channels_last(u_BDN, plan), h_DX, plan), plan)
     return y_BDN[:B, :D, :N]
+
+
+def _channels_last(x_BDN: jax.Array, plan: _Plan) -> jax.Array:
+    """Keeps XLA from computing what is around the kernel with a position in each lane."""
+    return x_BDN if plan.interpret else with_layout_constraint(x_BDN, Layout((0, 2, 1)))
 
 
 def _plan(
