@@ -2,11 +2,11 @@
 
 Let q, k, v hold the tokens of a chunk as rows and beta be a column. Let g_t be the gate of token t,
 and G(s, t) the product of the gates of the tokens after s up to t, with s = 0 before the chunk. Let
-S be the state before the chunk, e_t the prediction error of token t, and r_t the rate of its write:
-beta_t times the factor by which its clip shortens it. Given the rates, the errors are
+S be the state before the chunk, e_t the prediction error of token t, and rho_t the rate of its
+write: beta_t times the factor by which its clip shortens it. Given the rates, the errors are
 
-    e_t = v_t - G(0, t) S k_t - sum_{s < t} G(s, t) (k_t . k_s) r_s e_s,    that is
-    e = (I + L diag(r))^-1 (v - a k S^T),    L = tril(G * k k^T, -1),    u = r e,
+    e_t = v_t - G(0, t) S k_t - sum_{s < t} G(s, t) (k_t . k_s) rho_s e_s,    that is
+    e = (I + L diag(rho))^-1 (v - a k S^T),    L = tril(G * k k^T, -1),    u = rho e,
     o = a q S^T + A u,    A = tril(G * q k^T),    S <- G(0, T) S + (z u)^T k,
 
 with the columns a = G(0, t) and z = G(t, T): the chunked form of Yang et al. 2024, "Parallelizing
@@ -40,7 +40,7 @@ class Solved(NamedTuple):
 
     decays: Decays
     lower: jax.Array  # L
-    inverse: jax.Array  # (I + L diag(r))^-1
+    inverse: jax.Array  # (I + L diag(rho))^-1
     states: jax.Array  # [B, G, H, V, K], before each chunk
     e: jax.Array
 

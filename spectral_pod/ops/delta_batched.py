@@ -4,11 +4,11 @@ For accelerators, where many small operations cost more to start than to compute
 The algebra is that of `delta_algebra.py`. With P the inverse, which depends on no state,
 
     [e0, W] = P [v, a k],    e = e0 - W S^T,
-    S <- S M + b,    M = G(0, T) I - (z r W)^T k,    b = (z r e0)^T k,
+    S <- S M + b,    M = G(0, T) I - (z rho W)^T k,    b = (z rho e0)^T k,
 
 so only S <- S M + b is in the order of chunks, one small product each.
 
-The rates of writes that a clip shortens, r_t = beta_t c_t with c_t = min(1, clip / |e_t||k_t|),
+The rates of writes that a clip shortens, rho_t = beta_t c_t with c_t = min(1, clip / |e_t||k_t|),
 depend on the errors, and these on the rates of earlier tokens only. So solving with some rates, and
 taking new ones from the errors, ends in the exact solution: every round settles one more token at
 least. In practice few rounds suffice for thousands of tokens, and one if no write is clipped. Where
@@ -251,7 +251,8 @@ def _chunks_backward(
 
     With S' the state after a chunk, and without clipped writes, from the last chunk to the first:
 
-        dS = dS' M^T + (a do)^T q - (A^T do)^T r W,    du = A^T do + z k dS'^T,    dr = P^T (r du).
+        dS = dS' M^T + (a do)^T q - (A^T do)^T rho W,
+        du = A^T do + z k dS'^T,    dr = P^T (rho du).
 
     A clipped write is as long as the clip allows, so the component y . e/|e| of its cotangent
     y = du - L^T dr changes nothing. `_clipped_states` finds these components phi; they are removed
@@ -300,20 +301,20 @@ def _clipped_states(
 ) -> tuple[_Pair, jax.Array]:
     """The states' cotangents as `_states` returns them, and phi e/|e|, with clipped writes.
 
-    Let R = L^T P^T r. Then y = (I - R) du + R phi e/|e|, and so, with X = R * (e/|e|) (e/|e|)^T,
+    Let F = L^T P^T rho. Then y = (I - F) du + F phi e/|e|, and so, with X = F * (e/|e|) (e/|e|)^T,
 
-        phi = (I - X)^-1 (e/|e| . (I - R) du).
+        phi = (I - X)^-1 (e/|e| . (I - F) du).
 
     Args:
       solved, rate, offsets, dstate_BHVK: as in `_chunks_backward`.
       unit_e: e/|e| of clipped writes, zero for others.
       du: x and y, of which x + y dS'^T is du.
-      M_and_W: [G, B, H, K + T, K], M^T above r W.
+      M_and_W: [G, B, H, K + T, K], M^T above rho W.
     """
-    R = dot(solved.lower.mT, solved.inverse.mT * rate.mT)
-    X = R * dot(unit_e, unit_e.mT)
+    F = dot(solved.lower.mT, solved.inverse.mT * rate.mT)
+    X = F * dot(unit_e, unit_e.mT)
     inverse = unit_lower_inverse(-X.mT).mT
-    x, y = (z - dot(R, z) for z in du)
+    x, y = (z - dot(F, z) for z in du)
 
     def step(dstate: jax.Array, chunk: Any) -> tuple[jax.Array, _Pair]:
         M_and_W, offset, phi, y, unit_e, inverse = chunk

@@ -292,7 +292,7 @@ def test_the_recurrence_computes_what_the_rounds_do_not():
 
 @pytest.mark.slow
 def test_the_batched_form_has_few_operations():
-    """Measured on CPUs: 307 and 582, of the chunked form 3,914 and 9,359."""
+    """Forward, on CPUs, 277 instructions, of the chunked form 3,146."""
     B, N, H, K = 8, 2048, 4, 64
     shapes = *[(B, N, H, K)] * 3, (B, N, H), (B, H, K, K)
     *tokens, state = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
@@ -313,8 +313,8 @@ def test_the_batched_form_has_few_operations():
         return count(METHODS[method], *args), count(both, *args, cotangents)
 
     found = forward_and_both("batched")
-    for few, limit, many in zip(found, (350, 650), forward_and_both("chunked"), strict=True):
-        assert few < limit < many / 10
+    for few, limit, many in zip(found, (320, 620), forward_and_both("chunked"), strict=True):
+        assert few < limit < many / 9, (few, many)
 
 
 def test_the_method_is_chosen_by_platform():
