@@ -102,7 +102,9 @@ def test_zero_tokens_change_nothing():
     """As a mask makes them. A token that clips decides nothing about others of its chunk."""
     inputs, state, _, clip = drawn(2, 100, 2, 64, 64, "mixed", "some")
     mask = np.arange(100)[None] < np.array([[37], [100]])
-    masked = jax.tree.map(lambda x: jnp.where(np.expand_dims(mask, range(2, x.ndim)), x, 0), inputs)
+    masked = jax.tree.map(
+        lambda x: jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 0), inputs
+    )
     o, last, _ = jax.jit(functools.partial(delta.delta_rule, clip=clip, interpret=True))(
         masked, state
     )
