@@ -66,7 +66,9 @@ def compile_all(topology, cases):
             traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(arrays)
             lowered = traced.lower(lowering_platforms=("tpu",))
             program = hlo.Program(lowered.compile().as_text())
-        calls = [i for i, _ in program.runs(lambda i: 1.0) if i.opcode == "custom-call"]
+        target = r'custom_call_target="(\w+)"'
+        instructions = [i for i, _ in program.runs(lambda i: 1.0) if i.opcode == "custom-call"]
+        calls = [i for i in instructions if i.attribute(target) == "tpu_custom_call"]
         return {
             "kernels": [
                 sum(f"delta_{name}" in program.source(call) for call in calls)

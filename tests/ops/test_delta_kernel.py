@@ -20,8 +20,8 @@ from tests.ops.test_delta_rule import error
 QUICK = [(1, 70, 1, 8, 6, "mixed", "some")]
 SLOW = [
     (2, 64, 2, 64, 64, "none", "never"), (1, 1, 3, 64, 8, "strong", "never"),
-    (3, 65, 3, 8, 64, "none", "some"), (2, 127, 2, 100, 128, "mixed", "some"),
-    (1, 260, 2, 128, 65, "none", "never"), (2, 150, 6, 64, 64, "strong", "all"),
+    (2, 65, 3, 8, 64, "none", "some"), (2, 127, 2, 100, 128, "mixed", "some"),
+    (1, 260, 2, 128, 65, "none", "never"), (1, 150, 6, 64, 64, "strong", "all"),
     (9, 40, 2, 16, 16, "mixed", "all"), (1, 200, 18, 32, 32, "none", "long keys"),
 ]  # fmt: skip
 TOLERANCE = 2e-5  # of the largest value
@@ -103,7 +103,9 @@ def test_zero_tokens_change_nothing():
     """As a mask makes them. A token that clips decides nothing about others of its chunk."""
     inputs, state, _, clip = drawn(2, 100, 2, 64, 64, "mixed", "some")
     mask = np.arange(100)[None] < np.array([[37], [100]])
-    masked = jax.tree.map(lambda x: jnp.where(np.expand_dims(mask, range(2, x.ndim)), x, 0), inputs)
+    masked = jax.tree.map(
+        lambda x: jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 0), inputs
+    )
     o, last, _ = jax.jit(functools.partial(delta.delta_rule, clip=clip, interpret=True))(
         masked, state
     )

@@ -111,7 +111,7 @@ def _forward_clipped(ref: _Forward, plan: Plan) -> None:
         ref.rates[i] = head_tiles.column(_scalars(ref.scalars, at)[BETA], plan.tokens)
         ref.sizes[i] = _squared(ref.k[at], plan)
 
-    def token(t: jax.Array, _: None) -> None:
+    def token(t: jax.Array, carry: None) -> None:
         row = pl.ds(t, 1)
         for i in range(len(_tiles(plan))):
             e = ref.errors[i, row]
@@ -212,7 +212,8 @@ def backward(*refs: Any, plan: Plan) -> None:
 
 
 def _backward_clipped(ref: _Backward, plan: Plan) -> None:
-    """Computes the chunk again, with clips. A clipped write does not depend on the length of e."""
+    """Computes the chunk again, with clips: README.md has the recursion. A clipped write does not
+    depend on the length of e."""
     for i, at in enumerate(_tiles(plan)):
         (chunk,) = head_tiles.interleave([_readable(ref, at, plan)])
         e, size2 = ref.e[at], _squared(ref.e[at], plan)
@@ -224,7 +225,7 @@ def _backward_clipped(ref: _Backward, plan: Plan) -> None:
     def unwritten(y: jax.Array, rate: jax.Array, hat: jax.Array) -> jax.Array:
         return rate * (y - hat * head_tiles.head_sums(hat * y, plan.tokens))
 
-    def token(n: jax.Array, _: None) -> None:
+    def token(n: jax.Array, carry: None) -> None:
         t = plan.tokens - 1 - n
         row = pl.ds(t, 1)
         for i in range(len(_tiles(plan))):

@@ -177,8 +177,8 @@ def head_sums(x_RX: jax.Array, T: int) -> jax.Array:
     if T == LANES:
         return jnp.broadcast_to(jnp.sum(x_RX, 1, keepdims=True), x_RX.shape)
     first = _lane_index(x_RX.shape) < T
-    halves = jnp.where(first, x_RX, 0.0), jnp.where(first, 0.0, x_RX)
-    return jnp.where(first, *(jnp.sum(half, 1, keepdims=True) for half in halves))
+    sum_R1 = jnp.sum(jnp.where(first, x_RX, 0.0), 1, keepdims=True)
+    return jnp.where(first, sum_R1, jnp.sum(jnp.where(first, 0.0, x_RX), 1, keepdims=True))
 
 
 def column(row_1X: jax.Array, T: int) -> jax.Array:
