@@ -11,8 +11,8 @@ conjugate of z_d, so that d = 0, ..., Q/2 are enough and z_0 and z_{Q/2} are rea
 padding cost nothing. Let R be this transform with row k multiplied by sqrt(2 / n), for k = 0 and
 n/2 by sqrt(1 / n). Then the filter is y = R^T (W R x), the gradient of x is R^T (conj(W) R dy), and
 that of W is conj(R x) (R dy), summed over the batch: both matrices serve all of them. Bins stay in
-the order of their residues; those of W are read and written Q rows apart. HBM sees x, W, y and the
-matrices, and nothing else; channels lie on lanes as they do in HBM.
+the order of their residues, in which XLA puts W before the call and its gradient back after it. HBM
+sees x, W, y and the matrices, and nothing else; channels lie on lanes as they do in HBM.
 
 The matrix unit multiplies bfloat16 with float32 sums. For inputs in bfloat16 the blocks z, the
 matrices, the filtered bins and the result are rounded, which together is 4e-3 (root mean square);
@@ -21,10 +21,11 @@ in three products, and the error is at most 2e-5 of the largest result. The grad
 same errors. A rounded value reaches all positions, earlier ones too, so this is no way to compute a
 causal filter; the spectral filter is two-sided.
 
-Letters here: S sequences of a grid cell, X channels of a grid cell, Y all its lanes (S X), C = Q/2
-residues, where residue 0 holds z_0 and z_{Q/2}; J = 2T real numbers of a residue; Z real and
-imaginary parts; M = n/2 bins, where the imaginary part of bin 0 is the real bin n/2; P terms of a
-sum; I rows of a register. The others are in `shapes.py`.
+Letters here: A blocks of a sequence; S sequences of a grid cell, X channels of a grid cell, Y all
+its lanes (S X); C = Q/2 residues, where residue 0 holds z_0 and z_{Q/2}; J = 2T real numbers of a
+residue; Z real and imaginary parts; M = n/2 bins, where the imaginary part of bin 0 is the real bin
+n/2, and H = M / Q of them with the same k modulo Q; P terms of a sum; I rows of a register. The
+others are in `shapes.py`.
 """
 
 import dataclasses
@@ -120,8 +121,7 @@ def spectral_filter(
     Raises:
       ValueError: `unserved` gives a reason.
     """
-    B, N, _ = x_BND.shape
-    dtype = x_BND.dtype
+    (B, N, _), dtype = x_BND.shape, x_BND.dtype
     if reason := _unfit(fft_length, dtype) if interpret else unserved(N, fft_length, dtype):
         raise ValueError(f"a spectral filter cannot use method 'butterfly': {reason}")
     plan = dataclasses.replace(_plan(N, fft_length, B, dtype), interpret=interpret)
