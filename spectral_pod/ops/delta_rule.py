@@ -60,11 +60,11 @@ def resolve(method: str, key_width: int, value_width: int) -> str:
     warning, for a kernel that the device or the sizes rule out."""
     if method not in ("auto", "fused"):
         return method
-    reason = kernel.unserved(key_width, value_width)
-    if method == "fused" and not reason:
-        return method
     chosen = choose(platform(), key_width, value_width)
-    return kernels.instead_of(method, reason, chosen) if method == "fused" else chosen
+    if method == "auto":
+        return chosen
+    reason = kernel.unserved(key_width, value_width)
+    return kernels.instead_of(method, reason, chosen) if reason else method
 
 
 def delta_rule(

@@ -61,12 +61,12 @@ def resolve(method: str, length: int, fft_length: int, dtype: DTypeLike, channel
     """
     if method not in ("auto", "butterfly"):
         return method
-    reason = butterfly.unserved(length, fft_length, dtype)
-    if method == "butterfly" and not reason:
-        return method
     channels //= num_shards("channel") * num_shards("position")
     chosen = choose(platform(), length, fft_length, dtype, channels)
-    return kernels.instead_of(method, reason, chosen) if method == "butterfly" else chosen
+    if method == "auto":
+        return chosen
+    reason = butterfly.unserved(length, fft_length, dtype)
+    return kernels.instead_of(method, reason, chosen) if reason else method
 
 
 def spectral_filter(

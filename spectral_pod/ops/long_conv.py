@@ -47,11 +47,11 @@ def resolve(method: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
     warning, for a kernel that the device or the sizes rule out."""
     if method not in ("auto", "toeplitz"):
         return method
-    reason = toeplitz.unserved(length, num_taps, dtype)
-    if method == "toeplitz" and not reason:
-        return method
     chosen = choose(platform(), length, num_taps, dtype)
-    return kernels.instead_of(method, reason, chosen) if method == "toeplitz" else chosen
+    if method == "auto":
+        return chosen
+    reason = toeplitz.unserved(length, num_taps, dtype)
+    return kernels.instead_of(method, reason, chosen) if reason else method
 
 
 def resolve_product(method: str) -> str:
