@@ -37,7 +37,7 @@ def drawn(B, N, H, K, V, gates="none", clips="never"):
         beta *= 0.1
     else:
         k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    clip = {"never": None, "all": 1e-3}.get(clips, 0.36 * V**0.5)
+    clip = {"never": None, "all": 1e-3}.get(clips, 0.32 * V**0.5)
     log_gate = {"none": None, "mixed": -5 * uniform**8, "strong": -4 - 200 * uniform**8}[gates]
     state, weights = rng.normal(size=(2, B, H, V, K))
     arrays = DeltaInputs(q, k, v, beta, log_gate), 0.1 * state, (rng.normal(size=v.shape), weights)
@@ -84,7 +84,8 @@ def test_equals_the_float64_loop_and_its_gradients(case):
     assert max(errors(gradients, expected[2:])) <= TOLERANCE
     np.testing.assert_array_equal(clipped, clipped_exactly)
     share = float(clipped.mean()) / case[1]
-    assert {"never": share == 0, "all": share == 1}.get(case[-1], 0 < share < 0.9), share
+    expected = {"never": share == 0, "some": 0 < share < 0.9, "all": share == 1}
+    assert expected.get(case[-1], share > 0), share
 
 
 @pytest.mark.slow
