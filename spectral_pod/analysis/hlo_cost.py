@@ -26,9 +26,9 @@ def flops(program: Program, *, rare: bool = True) -> float:
 
     A product counts 2mnk, a convolution 2 per tap that falls on data, a complex FFT 5 n log2 n, a
     real FFT half of that, and a custom call its own cost estimate. Elementwise work is excluded.
-    `rare` is that of `Program.runs`, here and below.
+    If not `rare`, conditionals take the branch of the fewest cycles, here and below.
     """
-    runs = program.runs(lambda i: _flops(program, i), rare=rare)
+    runs = program.runs(lambda i: _flops(program, i) if rare else _usual(i), rare=rare)
     return math.fsum(count * _flops(program, i) for i, count in runs)
 
 
@@ -42,6 +42,12 @@ def matrix_work(program: Program) -> float:
     return math.fsum(count * _passes(i) * _flops(program, i) for i, count in runs)
 
 
+def _usual(i: Instruction) -> float:
+    """Positive, and least for the branch of the fewest cycles: one of fewer FLOPs or bytes
+    may be the fall-back."""
+    return 1e-3 + instruction_cycles(i)
+
+
 def _passes(i: Instruction) -> int:
     precision = i.attribute(r"operand_precision=\{(\w+)") or "default"
     return {"default": 1, "high": 3, "highest": 6}.get(precision, 1)
@@ -53,7 +59,7 @@ def traffic(program: Program, *, rare: bool = True) -> float:
     A fusion reads its operands and writes its results once. For an operand that it only slices, the
     slice counts; for one that it updates in place, the update.
     """
-    runs = program.runs(lambda i: moved(program, i), fused=False, rare=rare)
+    runs = program.runs(lambda i: moved(program, i) if rare else _usual(i), fused=False, rare=rare)
     return math.fsum(count * moved(program, i) for i, count in runs)
 
 
