@@ -129,7 +129,7 @@ def _plan(
 ) -> _Plan:
     blocks = -(-length // _T)
     lags = min(blocks, (num_taps + _T - 2) // _T + 1)
-    terms = 1 if dtype == jnp.bfloat16 else 2
+    terms = 1 if jnp.dtype(dtype) == jnp.bfloat16 else 2
     plan = _Plan(blocks, lags, _SUBLANES, _SUBLANES, terms, interpret)
     capacity = math.inf
     if not interpret:
