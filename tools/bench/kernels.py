@@ -159,12 +159,18 @@ Built = tuple[Callable[..., Any], list[Operand], Operand]  # a function, its ope
 
 
 def _causal(case: Case) -> Built:
-    """u_BDN in bfloat16 with filters as long as the sequence."""
+    """In bfloat16 with filters as long as the sequence; [B, N, D], as layers have it."""
+    import jax.numpy as jnp
+
     from spectral_pod.ops.long_conv import causal_conv
 
-    u = Operand((_BATCH, _WIDTH, case.length), "bfloat16")
+    def convolved(u_BND: Any, h_DT: Any) -> Any:
+        u_BDN = jnp.swapaxes(u_BND, 1, 2)
+        return jnp.swapaxes(causal_conv(u_BDN, h_DT, case.method), 1, 2)
+
+    u = Operand((_BATCH, case.length, _WIDTH), "bfloat16")
     h = Operand((_WIDTH, case.length), "float32", split=False)
-    return lambda u_BDN, h_DT: causal_conv(u_BDN, h_DT, case.method), [u, h], u
+    return convolved, [u, h], u
 
 
 def _spectral(case: Case) -> Built:
