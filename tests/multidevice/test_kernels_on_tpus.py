@@ -57,10 +57,10 @@ def compile_all(topology, cases):
             shapes = (length, num_taps), (2**17, 2**17)
             chosen = [resolve("auto", *shape, dtype) for shape in shapes]
             program = hlo.Program(lowered.compile().as_text())
-        calls = [i for i, _ in program.runs(lambda i: 1.0) if i.opcode == "custom-call"]
+        calls = [i.name for i, _ in program.runs(lambda i: 1.0) if i.opcode == "custom-call"]
         return {
             "chosen": chosen,
-            "kernels": sum("toeplitz" in program.source(call) for call in calls),
+            "kernels": sum(name.startswith("toeplitz_") for name in calls),
             "collectives": sorted({c.kind for c in hlo.collectives(program)}),
         }
 
