@@ -42,6 +42,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from spectral_pod.ops.kernels import body
 from spectral_pod.ops.kernels.cost import with_cost
 from spectral_pod.parallel.sharding import platform, vary_like
 
@@ -187,7 +188,7 @@ def _forward(
     def residue(c: jax.Array) -> None:
         x_ZTY = _transform(to_PCJJ, z_PCJY, c)
         y_ZTY = _times(_filter_bins(w_QZHX, c, plan), x_ZTY, c)
-        v_CJY[c] = _product(from_PCJJ, c, _terms(jnp.concatenate(y_ZTY), plan.terms))
+        v_CJY[c] = _product(from_PCJJ, c, body.terms(jnp.concatenate(y_ZTY), plan.terms))
 
     _each_residue(residue, plan)
     _from_residues(v_CJY, y_SNX, plan)
@@ -208,7 +209,7 @@ def _backward(
         dw_ZTY = _times(x_ZTY, dy_ZTY, c, conjugate=True)
         _add_to_filter(dw_QZHX, c, dw_ZTY, plan)
         dx_ZTY = _times(_filter_bins(w_QZHX, c, plan), dy_ZTY, c, conjugate=True)
-        v_CJY[c] = _product(from_PCJJ, c, _terms(jnp.concatenate(dx_ZTY), plan.terms))
+        v_CJY[c] = _product(from_PCJJ, c, body.terms(jnp.concatenate(dx_ZTY), plan.terms))
 
     _each_residue(residue, plan)
     _from_residues(v_CJY, dx_SNX, plan)
@@ -226,10 +227,10 @@ def _to_residues(pairs: Sequence[tuple[Any, Any]], plan: _Plan) -> None:
             for half in range(2):
                 z_C = _packed(_residues([x_2I[half] for x_2I in x_A2I], plan.period))
                 for c, z in enumerate(z_C):
-                    for p, term in enumerate(_terms(jnp.concatenate(z), plan.terms)):
+                    for p, term in enumerate(body.terms(jnp.concatenate(z), plan.terms)):
                         z_PCJY[p, c, _tile(2 * i + half), _lanes(s)] = term
 
-    _each(plan.points // _TILE, tile)
+    body.each(plan.points // _TILE, tile)
 
 
 def _from_residues(v_CJY: Any, y_SNX: Any, plan: _Plan) -> None:
@@ -244,7 +245,7 @@ def _from_residues(v_CJY: Any, y_SNX: Any, plan: _Plan) -> None:
             for a, y_2I in enumerate(zip(*halves, strict=True)):
                 y_SNX[s, _tile(i, a * plan.points)] = jnp.concatenate(y_2I).astype(y_SNX.dtype)
 
-    _each(plan.points // _TILE, tile)
+    body.each(plan.points // _TILE, tile)
 
 
 def _residues(x_A: list[jax.Array], period: int) -> list[Complex]:
@@ -344,15 +345,6 @@ def _product(m_PCJJ: Any, c: jax.Array, x_P: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, products)
 
 
-def _terms(x: jax.Array, count: int) -> list[jax.Array]:
-    """bfloat16 terms whose sum is x, the largest first."""
-    terms = []
-    for _ in range(count):
-        terms.append(x.astype(jnp.bfloat16))
-        x = x - terms[-1].astype(x.dtype)
-    return terms
-
-
 def _times(
     a_ZTY: Sequence[jax.Array], b_ZTY: Sequence[jax.Array], c: jax.Array, conjugate: bool = False
 ) -> list[jax.Array]:
@@ -391,10 +383,6 @@ def _add_to_filter(dw_QZHX: Any, c: jax.Array, dw_ZTY: Sequence[jax.Array], plan
             dw_QZHX[q, z] += dw_HX
 
 
-def _each(count: int, body: Callable[[jax.Array], None]) -> None:
-    jax.lax.fori_loop(0, count, lambda i, _: body(i), None)
-
-
 def _each_residue(residue: Callable[[jax.Array], None], plan: _Plan) -> None:
     """Several in a trip, so that the matrix unit need not wait for any."""
     together = min(plan.residues, _POINTS_OF_A_TRIP // plan.points)
@@ -403,7 +391,7 @@ def _each_residue(residue: Callable[[jax.Array], None], plan: _Plan) -> None:
         for k in range(together):
             residue(i * together + k)
 
-    _each(plan.residues // together, some)
+    body.each(plan.residues // together, some)
 
 
 def _tile(i: jax.Array, start: int = 0) -> Any:

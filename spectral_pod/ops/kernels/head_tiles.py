@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from spectral_pod.ops.kernels import body
+
 LANES = 128  # lanes of a vector register
 _BLOCK = 8  # its sublanes; tokens of the smallest triangular matrices that are inverted
 
@@ -48,22 +50,13 @@ def interleave(programs: Iterable[Steps]) -> list[Any]:
     return [results[i] for i in sorted(results)]
 
 
-def _terms(x: jax.Array, count: int) -> list[jax.Array]:
-    """bfloat16 terms whose sum is x, the largest first."""
-    terms = []
-    for _ in range(count):
-        terms.append(x.astype(jnp.bfloat16))
-        x = x - terms[-1].astype(x.dtype)
-    return terms
-
-
 def product(x_RX: jax.Array, y_TX: jax.Array, terms: int = 2, transposed: bool = False) -> Steps:
     """X Y or X Y^T of each head, without products below the precision of either.
 
     The terms of X are stacked, as they share a right operand.
     """
     R = x_RX.shape[0]
-    x_P, y_P = _terms(x_RX, terms), _terms(y_TX, terms)
+    x_P, y_P = body.terms(x_RX, terms), body.terms(y_TX, terms)
     products = [
         _dot(jnp.concatenate(x_P[: terms - p]), _block_diagonal(y), transposed)
         for p, y in enumerate(y_P)
@@ -168,7 +161,7 @@ def column_index(shape: tuple[int, ...], T: int) -> jax.Array:
 def row_sums(x_TX: jax.Array, terms: int) -> jax.Array:
     """The sum of each row of each head as a row [1, X], by a product with ones."""
     ones = jnp.ones((2 * _BLOCK, LANES), jnp.bfloat16)
-    sums = [_dot(ones, _block_diagonal(x), transposed=True)[:1] for x in _terms(x_TX, terms)]
+    sums = [_dot(ones, _block_diagonal(x), transposed=True)[:1] for x in body.terms(x_TX, terms)]
     return functools.reduce(jnp.add, reversed(sums))
 
 

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from spectral_pod.ops.kernels import body
 from spectral_pod.ops.kernels.cost import with_cost
 from spectral_pod.parallel.sharding import platform
 
@@ -137,7 +138,7 @@ def _forward(
         window_WC[:_MARGIN] = window_WC[plan.rows :]
 
     num_chunks = x_1NC.shape[1] // plan.rows
-    jax.lax.fori_loop(0, num_chunks, lambda g, _: chunk(g), None)
+    body.each(num_chunks, chunk)
 
 
 def _backward(
@@ -166,7 +167,7 @@ def _backward(
         dx_1NC[0, at] = cotangents(x_1NC[0, at].astype(jnp.float32)).astype(dx_1NC.dtype)
         window_WC[plan.rows :] = window_WC[:_MARGIN]
 
-    jax.lax.fori_loop(0, num_chunks, lambda i, _: chunk(i), None)
+    body.each(num_chunks, chunk)
     window_WC[_MARGIN : 2 * _MARGIN] = window_WC[:_MARGIN]
     window_WC[:_MARGIN] = jnp.zeros((_MARGIN, window_WC.shape[1]), jnp.float32)
     dbefore_1SC[0] = cotangents(before_1SC[0])

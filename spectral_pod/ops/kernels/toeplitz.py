@@ -34,6 +34,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from spectral_pod.ops.kernels import body
 from spectral_pod.ops.kernels.cost import with_cost
 from spectral_pod.parallel.sharding import platform
 
@@ -179,14 +180,14 @@ def _forward(
 
     def channel(c: jax.Array) -> None:
         _make_band(words_PCW, c, band_PSX)
-        u_PRT = _terms(rows_GT[_rows(c, plan)], plan.terms)
+        u_PRT = body.terms(rows_GT[_rows(c, plan)], plan.terms)
         sum_RT[...] = jnp.zeros(sum_RT.shape, jnp.float32)
         for j in range(plan.lags):
             shift = j * plan.sequences
             sum_RT[shift:] += _product([x[: plan.rows - shift] for x in u_PRT], _block(band_PSX, j))
         rows_GT[_rows(c, plan)] = sum_RT[...]
 
-    _each(plan.channels, channel)
+    body.each(plan.channels, channel)
     _store(rows_GT, y, plan)
 
 
@@ -206,8 +207,8 @@ def _backward(
     def channel(c: jax.Array) -> None:
         _make_band(words_PCW, c, band_PSX)
         u_RT = jnp.pad(u_GT[_rows(c, plan)], ((0, -plan.rows % _T), (0, 0)))
-        u_PTR = _terms(u_RT.T, plan.terms)
-        for p, dy_RT in enumerate(_terms(dy_GT[_rows(c, plan)], plan.terms)):
+        u_PTR = body.terms(u_RT.T, plan.terms)
+        for p, dy_RT in enumerate(body.terms(dy_GT[_rows(c, plan)], plan.terms)):
             late_PRT[p, : plan.rows] = dy_RT
         sum_RT[...] = jnp.zeros(sum_RT.shape, jnp.float32)
         diagonals_8W[...] = jnp.zeros(diagonals_8W.shape, jnp.float32)
@@ -224,7 +225,7 @@ def _backward(
         dh_CX[pl.ds(c, 1)] += dh_1W[:, _T:]
         dy_GT[_rows(c, plan)] = sum_RT[...]
 
-    _each(plan.channels, channel)
+    body.each(plan.channels, channel)
     _store(dy_GT, du, plan)
 
 
@@ -245,7 +246,7 @@ def _load(x: Any, rows_GT: Any, plan: _Plan) -> None:
             x_BCT = x[:, :, positions].astype(jnp.float32)
             rows_GT[_at(i, count)] = x_BCT.reshape(count, _T)
 
-    _each(plan.blocks, block)
+    body.each(plan.blocks, block)
 
 
 def _store(rows_GT: Any, x: Any, plan: _Plan) -> None:
@@ -261,7 +262,7 @@ def _store(rows_GT: Any, x: Any, plan: _Plan) -> None:
             x_BCT = rows_GT[_at(i, count)].reshape(plan.sequences, plan.channels, _T)
             x[:, :, positions] = x_BCT.astype(x.dtype)
 
-    _each(plan.blocks, block)
+    body.each(plan.blocks, block)
 
 
 def _at(i: jax.Array, size: int) -> Any:
@@ -274,15 +275,11 @@ def _rows(c: jax.Array, plan: _Plan) -> Any:
     return pl.ds(c, plan.rows, stride=plan.channels)
 
 
-def _each(count: int, body: Callable[[jax.Array], None]) -> None:
-    jax.lax.fori_loop(0, count, lambda i, _: body(i), None)
-
-
 def _make_words(h_CX: Any, words_PCW: Any) -> None:
     """The two terms of each row of taps, from lane T on: tap l in the low half of a word, tap l - 1
     in the high half."""
     h_CW = jnp.concatenate([jnp.zeros((len(h_CX), _T), jnp.float32), h_CX[...]], axis=1)
-    for p, term_CW in enumerate(_terms(h_CW, 2)):
+    for p, term_CW in enumerate(body.terms(h_CW, 2)):
         high_CW = pltpu.bitcast(term_CW.astype(jnp.float32), jnp.int32)
         words_PCW[p] = jax.lax.shift_right_logical(high_CW, 16) | pltpu.roll(high_CW, 1, 1)
 
@@ -331,15 +328,6 @@ def _skew(x_8W: jax.Array, lanes: int) -> jax.Array:
         rolled = pltpu.roll(x_8W, (lanes << bit) % x_8W.shape[1], 1)
         x_8W = jnp.where((row >> bit) & 1 == 1, rolled, x_8W)
     return x_8W
-
-
-def _terms(x: jax.Array, count: int) -> list[jax.Array]:
-    """bfloat16 terms whose sum is x, the largest first."""
-    terms = []
-    for _ in range(count):
-        terms.append(x.astype(jnp.bfloat16))
-        x = x - terms[-1].astype(x.dtype)
-    return terms
 
 
 def _product(
