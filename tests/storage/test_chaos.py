@@ -45,9 +45,12 @@ class Chaos:
         self.report = []
 
     def do(self, kind, step):
-        """Injects a fault once the run has reached `step`, and waits until training continues."""
+        """Injects a fault once the run has reached `step`, and waits until training continues.
+
+        The first step is the earliest: before it a process may not be one of the run yet.
+        """
         c = self.cluster
-        c.wait_until(lambda: min(step, STEPS - 2) <= c.step(), 240)
+        c.wait_until(lambda: max(1, min(step, STEPS - 2)) <= c.step(), 240)
         getattr(self, kind)()
 
     def _record(self, kind, lived, limit, started, running):
