@@ -10,7 +10,7 @@ from spectral_pod.parallel.sharding import Axes, num_shards, shard_op, vary_like
 
 
 def choose(length: int, channels: int, num_taps: int, dtype: DTypeLike) -> str:
-    """ "kernel" on TPUs for the sizes that it serves, else "shifts", for all channels of a mesh."""
+    """The kernel on TPUs, for sizes that it serves; N and D are those of all devices."""
     channels //= num_shards("channel")
     length //= num_shards("position")
     return "shifts" if kernel.unserved(length, channels, num_taps, dtype) else "kernel"
