@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,16 +84,17 @@ class Split:
         self.labels: np.ndarray = np.concatenate([np.zeros(0, np.int32), *labels])
         self._starts: list[int] = starts.tolist()  # first byte of each part, and the total
         self._remote = zarr_arrays.results(opened["bytes"], [f"{url}/bytes" for url in urls])
-        self._folders = [f"{url}/bytes" for url in urls]  # of `_arrays`
+        self._folders = [self._original(part) for part in range(len(parts))]  # of `_arrays`
         for held, url, facts in zip(self._remote, self._folders, parts, strict=True):
             zarr_arrays.check_form(held, url, "bytes", facts, self.documents)
         self._check_facts(info)
         self._arrays = list(self._remote)  # with the local copies of parts, where there are any
         self._sha256 = [part["sha256"]["bytes"] for part in parts]
         self._copied: set[int] = set()
+        self._swapping = threading.Lock()  # of a part's array together with its folder
         self._requested: set[int] = set()  # parts whose content is verified, or will be
         if store.copies:
-            for part in range(len(urls)):
+            for part in range(len(parts)):
                 store.copies.request(self._copy(part), functools.partial(self._use_copy, part))
 
     def _check_facts(self, info: Mapping[str, Any]) -> None:
@@ -198,7 +200,7 @@ class Split:
         try:
             zarr_arrays.verify(folder, self._sha256[part], stopped)
         except ValueError as error:
-            if part in self._copied and self._arrays[part] is not self._remote[part]:
+            if folder != self._original(part):
                 self._abandon_copy(part, error)
                 self._verify_content(part)
                 return
@@ -208,8 +210,11 @@ class Split:
             self._requested.discard(part)  # its next read is going to tell
             logging.warning("A part that was read is not verified: %s", fault)
 
+    def _original(self, part: int) -> str:
+        return f"{self._store.path}/{self._names[part]}/bytes"
+
     def _copy(self, part: int) -> local_copies.Part:
-        source = storage.kvstore(f"{self._store.path}/{self._names[part]}/bytes")
+        source = storage.kvstore(self._original(part))
         return local_copies.Part(self._store.digest, self._names[part], source)
 
     def _use_copy(self, part: int, folder: Path) -> None:
@@ -219,14 +224,18 @@ class Split:
             self._drop_copy(part, error)
         else:
             self._copied.add(part)  # before the array is swapped in, as reads of it may fail
-            self._folders[part] = str(folder)
-            self._arrays[part] = copy
+            with self._swapping:
+                self._folders[part] = str(folder)
+                self._arrays[part] = copy
 
     def _abandon_copy(self, part: int, error: ValueError) -> None:
-        if self._arrays[part] is not self._remote[part]:
+        """Reads a part from its original again; nothing changes if another thread was faster."""
+        with self._swapping:
+            if self._arrays[part] is self._remote[part]:
+                return
             self._arrays[part] = self._remote[part]
-            self._folders[part] = f"{self._store.path}/{self._names[part]}/bytes"
-            self._drop_copy(part, error)
+            self._folders[part] = self._original(part)
+        self._drop_copy(part, error)
 
     def _drop_copy(self, part: int, error: ValueError) -> None:
         assert self._store.copies

@@ -136,6 +136,29 @@ def test_a_damaged_copy_is_dropped(tmp_path, open_copies, caplog, damage, opened
     assert all(str(damaged) in line for line in said)
 
 
+def test_a_damaged_copy_is_dropped_by_a_read_during_its_verification(
+    tmp_path, open_copies, monkeypatch
+):
+    path = make_store(tmp_path / "store")
+    expected = digest(ByteStore(path).split("train"))
+    wait_for_copies(copied(path, open_copies()))
+    damage_byte(parts_in(tmp_path / "copies")[2])
+    split = copied(path, open_copies(limit=1))
+    verify = zarr_arrays.verify
+
+    def verify_slowly(url, *args):
+        try:
+            verify(url, *args)
+        except ValueError:
+            assert digest(split) == expected  # drops the copy
+            raise
+
+    monkeypatch.setattr(zarr_arrays, "verify", verify_slowly)
+    split._verify_content(2)
+    split.wait_verified()
+    assert len(parts_in(tmp_path / "copies")) == len(split._names) - 1
+
+
 class Objects:
     """A key-value store with any names, as object storage allows."""
 
