@@ -429,8 +429,9 @@ def grown(
     they cannot grow, and XLA may sum one once or twice.
 
     A reduction over slices has a stage within slices and one between them, and XLA chooses how much
-    of it each chip sends between slices. An unmatched stage between slices is not growth if it
-    moves no more than the stage within slices, which is matched itself.
+    of it each chip sends between slices, and in how many pieces. An unmatched stage between slices
+    is not growth if it moves no more than the stage within slices, which is matched itself, or if
+    all pieces of that operation together do not.
     """
     small, large = sorted(small, key=lambda c: c.bytes), list(large)
     same_operation = {c.source: c for c in small}
@@ -450,19 +451,41 @@ def grown(
             missing = _take(others, size, missing)
         if missing and one not in found:
             found.append(one)
-    found = [one for one in found if not _is_second_stage(one, large)]
+    found = [
+        one
+        for one in found
+        if not (_is_second_stage(one, large) or _is_cut_differently(one, small, large))
+    ]
     return [(one, same_operation.get(one.source)) for one in found]
+
+
+def _is_cut_differently(
+    one: Collective, small: Iterable[Collective], large: Iterable[Collective]
+) -> bool:
+    """Whether it is a piece of a reduction between slices that moves no more than on `small`."""
+
+    def moved(found: Iterable[Collective]) -> int:
+        alike = (c for c in found if c.source == one.source and _reduces_between_slices(c))
+        return sum(c.count * c.bytes for c in alike)
+
+    return bool(one.source) and _reduces_between_slices(one) and moved(large) <= moved(small)
+
+
+def _reduces_between_slices(collective: Collective) -> bool:
+    return collective.link == "DCN" and _operation(collective.kind) == "reduction"
 
 
 def _is_second_stage(one: Collective, found: Iterable[Collective]) -> bool:
     """Whether it continues, between slices, a reduction of at least its bytes within slices."""
-
-    def reduces(collective: Collective, link: str) -> bool:
-        return collective.link == link and _operation(collective.kind) == "reduction"
-
-    firsts = [first for first in found if first.source == one.source and reduces(first, "ICI")]
+    firsts = [
+        first
+        for first in found
+        if first.source == one.source
+        and first.link == "ICI"
+        and _operation(first.kind) == "reduction"
+    ]
     enough = any(first.bytes >= one.bytes and first.count >= one.count for first in firsts)
-    return bool(one.source) and reduces(one, "DCN") and enough
+    return bool(one.source) and _reduces_between_slices(one) and enough
 
 
 def _operation(kind: str) -> str:

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops import layer_norm as op
-from spectral_pod.ops.affine import affine
-from spectral_pod.parallel.sharding import Axes, constrain, num_shards
+from spectral_pod.ops.affine import add_bias, affine
+from spectral_pod.parallel.sharding import Axes, constrain, num_shards, platform
 
 
 class Dense(nn.Module):
     """`x @ kernel + bias` over the last axes of x; products in `dtype`, float32 parameters.
+
+    The first axes of x are the batch and, if there are two, the positions.
 
     Attributes:
       features: sizes of the output's last axes, which replace the contracted axes of x.
@@ -47,13 +49,19 @@ class Dense(nn.Module):
             features, bias = features[1:], bias[index]
             kernel = jax.lax.index_in_dim(kernel, index, num_in, keepdims=False)
         x = x.astype(self.dtype)
-        if num_shards("position") > 1:  # batch and positions, both split, cannot be one axis
+        lead = x.shape[:-num_in]
+        # As a matrix: with x of rank 3, the gradient takes XLA three times as long on CPUs. But
+        # batch and positions, if both are split, cannot be one axis.
+        if num_shards("position") > 1:
             y = jnp.tensordot(x, kernel, num_in)
-            return y + jnp.broadcast_to(bias, y.shape)
-        # As a matrix: with x of rank 3, the gradient takes XLA three times as long on CPUs.
-        rows = x.reshape(-1, math.prod(x.shape[-num_in:]))
-        y = affine(rows, kernel.reshape(rows.shape[-1], -1), bias.reshape(-1))
-        return y.reshape(*x.shape[:-num_in], *features)
+        else:
+            rows = x.reshape(math.prod(lead), -1)
+            matrix = kernel.reshape(rows.shape[1], -1)
+            if platform() == "cpu":
+                return affine(rows, matrix, bias.reshape(-1)).reshape(*lead, *features)
+            y = (rows @ matrix).reshape(*lead, *features)
+        features_axes = map(_gathered, self.axes[len(self.axes) - len(features) :])
+        return add_bias(y, bias, (*("batch", "position")[: len(lead)], *features_axes))
 
 
 def _gathered(axis: str | None) -> str | None:

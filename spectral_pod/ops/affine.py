@@ -1,7 +1,7 @@
 """The affine map of a dense layer, arranged so that XLA uses matrix units for all of it.
 
 The bias gradient is a product with ones: a sum over rows takes six times as long on TPUs, and eight
-times on CPUs.
+times on CPUs. Each device sums its own rows, as XLA may otherwise gather the rows of all.
 
 XLA on CPUs multiplies bfloat16 on a matrix unit (AMX) only if both operands are row-major and the
 result is requested in float32; the transposed operands of the backward pass would silently become
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from spectral_pod.parallel.sharding import platform
+from spectral_pod.parallel.sharding import Axes, platform, shard_op, vary_like
 
 
 def affine(x_RI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> jax.Array:
@@ -21,24 +21,33 @@ def affine(x_RI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> jax.Array:
     single = jax.sharding.get_abstract_mesh().size <= 1  # layout constraints are not partitioned
     if x_RI.dtype == jnp.bfloat16 and platform() == "cpu" and single:
         return _row_major_affine(x_RI, w_IO, b_O)
-    if x_RI.dtype == jnp.bfloat16 and platform() == "tpu":
-        return _affine(x_RI, w_IO, b_O)
     return x_RI @ w_IO + b_O[None]
+
+
+def add_bias(y: jax.Array, bias: jax.Array, axes: Axes) -> jax.Array:
+    """`y + bias`, where the bias has the last axes of y.
+
+    Args:
+      y: the result of a product, split over devices by the logical `axes`.
+      bias: in the same dtype.
+      axes: one for each dimension of y.
+    """
+    if y.dtype != jnp.bfloat16 or platform() != "tpu":
+        return y + jnp.broadcast_to(bias, y.shape)
+
+    def on_device(y: jax.Array, bias: jax.Array) -> jax.Array:
+        y_RO = y.reshape(-1, bias.size)
+        return _add(y_RO, vary_like(bias.reshape(-1), y)).reshape(y.shape)
+
+    return shard_op(on_device, (axes, axes[y.ndim - bias.ndim :]), axes)(y, bias)
 
 
 @jax.custom_vjp
-def _affine(x_RI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> jax.Array:
-    return x_RI @ w_IO + b_O[None]
+def _add(y_RO: jax.Array, b_O: jax.Array) -> jax.Array:
+    return y_RO + b_O[None]
 
 
-def _affine_backward(
-    operands: tuple[jax.Array, jax.Array], dy_RO: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x_RI, w_IO = operands
-    return dy_RO @ w_IO.T, x_RI.T @ dy_RO, _sum(dy_RO)
-
-
-_affine.defvjp(lambda x, w, b: (_affine(x, w, b), (x, w)), _affine_backward)
+_add.defvjp(lambda y_RO, b_O: (_add(y_RO, b_O), None), lambda _, dy_RO: (dy_RO, _sum(dy_RO)))
 
 
 def _sum(dy_RO: jax.Array) -> jax.Array:

@@ -256,6 +256,19 @@ def test_the_stage_between_slices_is_no_growth_where_that_within_them_is_none():
     assert hlo.grown(small, [moved("all-reduce", 3200, source="a"), between(1600)]) != []
 
 
+def test_pieces_of_a_stage_between_slices_count_together():
+    """libtpu on two slices of 16 and of 64 chips cuts one buffer into other pieces."""
+
+    def pieces(*sizes, **options):
+        return [moved("all-reduce", n, **{"source": "a", "link": "DCN"} | options) for n in sizes]
+
+    small, large = pieces(9000, 1000, 500), pieces(4500, 1024, 1024, 1024, 1024)
+    assert hlo.grown(small, large) == []
+    assert hlo.grown(small, [*large, *pieces(4500)]) != []
+    assert hlo.grown(small, pieces(1024, 1024, source="b")) != []
+    assert hlo.grown(pieces(9000, 1, link="ICI"), pieces(4500, 1024, link="ICI")) != []
+
+
 # ---- descriptions
 
 
