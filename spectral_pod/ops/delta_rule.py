@@ -8,8 +8,8 @@ its key, writes the error, and reads with its query:
 Without gates g is 1; with them this is the gated delta rule (Yang et al. 2024, "Gated Delta
 Networks: Improving Mamba2 with Delta Rule"). `delta_recurrence.py` computes this definition by a
 scan, `delta_chunks.py` and `delta_batched.py` the same function by matrix products,
-`delta_sequence.py` the latter for sequences split over devices, and `kernels/delta.py` is a kernel
-for TPUs. README.md has the derivation.
+`delta_sequence.py` the latter for sequences split over devices, and `kernels/delta.py` and
+`kernels/delta_gpu.py` are kernels for TPUs and GPUs. README.md has the derivation.
 """
 
 import functools
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from spectral_pod.ops import delta_batched, delta_chunks, kernels
 from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, delta_rule_recurrent
 from spectral_pod.ops.delta_sequence import delta_rule_split
-from spectral_pod.ops.kernels import delta as kernel
+from spectral_pod.ops.kernels import delta, delta_gpu
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op
 
 _Method = Callable[[DeltaInputs, jax.Array, float | None], DeltaResult]
@@ -31,10 +31,7 @@ METHODS: dict[str, _Method] = {  # on any platform
     "batched": delta_batched.delta_rule_batched,
     "recurrent": delta_rule_recurrent,
 }
-KERNELS: dict[str, _Method] = {
-    "fused": kernel.delta_rule,
-    "fused_interpreted": functools.partial(kernel.delta_rule, interpret=True),
-}
+KERNELS = {"tpu": delta, "gpu": delta_gpu}
 # The methods that keep split positions split; the others gather them.
 SPLIT: dict[str, _Method] = {
     "chunked": functools.partial(delta_rule_split, delta_chunks),
@@ -47,11 +44,12 @@ def choose(platform: str, key_width: int, value_width: int) -> str:
 
     On CPUs it is the one with small segments, which fit the caches; on TPUs the kernel, if it
     serves these sizes and a device has all positions; elsewhere the one with the fewest operations.
+    The kernel for GPUs has not run on one, so it is used on request only.
     """
     if platform == "cpu":
         return "chunked"
     whole = num_shards("position") == 1
-    served = platform == "tpu" and kernel.unserved(key_width, value_width) is None
+    served = platform == "tpu" and delta.unserved(key_width, value_width) is None
     return "fused" if whole and served else "batched"
 
 
@@ -63,7 +61,7 @@ def resolve(method: str, key_width: int, value_width: int) -> str:
     chosen = choose(platform(), key_width, value_width)
     if method == "auto":
         return chosen
-    reason = kernel.unserved(key_width, value_width)
+    reason = kernels.unserved(KERNELS, key_width, value_width)
     return kernels.instead_of(method, reason, chosen) if reason else method
 
 
@@ -94,9 +92,9 @@ def delta_rule(
       state_BHVK: the state before the first token; zero if None.
       mask_BN: valid tokens; the others leave the state unchanged and their output is 0. All are
         valid if None.
-      method: for training and prefill "chunked", "batched", "fused" for TPUs, or "auto", which lets
-        `choose` decide; "recurrent" for a few tokens at a time. "fused_interpreted" runs the kernel
-        without a TPU, slowly.
+      method: for training and prefill "chunked", "batched", the kernel "fused", or "auto", which
+        lets `choose` decide; "recurrent" for a few tokens at a time. For tests, "fused_interpreted"
+        runs the kernel for TPUs without one, slowly.
       clip: the largest |e||k| written in full, up to 1e19; None for no limit. It keeps the state
         finite for keys of any length. Unit keys need none: with beta <= 1 a write then shortens
         the error of its key and changes nothing else.
@@ -116,7 +114,7 @@ def delta_rule(
 
     method = resolve(method, K, v_BNHV.shape[-1])
     split = method in SPLIT and num_shards("position") > 1
-    compute = (SPLIT if split else METHODS | KERNELS)[method]
+    compute = SPLIT[method] if split else _method(method)
 
     def local(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         *inputs, state_BHVK = arrays
@@ -132,3 +130,11 @@ def delta_rule(
     )
     o_BNHV, state_BHVK, clipped_BH = run(*arrays)
     return DeltaResult(o_BNHV.astype(v_BNHV.dtype), state_BHVK, clipped_BH)
+
+
+def _method(name: str) -> _Method:
+    if name == "fused":
+        return KERNELS[platform()].delta_rule
+    if name == "fused_interpreted":
+        return functools.partial(delta.delta_rule, interpret=True)
+    return METHODS[name]

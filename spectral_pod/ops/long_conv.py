@@ -14,10 +14,11 @@ from jax.typing import DTypeLike
 from scipy.fft import next_fast_len
 
 from spectral_pod.ops import kernels, matmul_dft, right_angle, sequence_fft
-from spectral_pod.ops.kernels import toeplitz
+from spectral_pod.ops.kernels import toeplitz, toeplitz_gpu
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 
-METHODS = ("right_angle", "real", "matmul")  # on any platform; a kernel for TPUs is "toeplitz"
+METHODS = ("right_angle", "real", "matmul")  # on any platform; a kernel is "toeplitz"
+KERNELS = {"tpu": toeplitz, "gpu": toeplitz_gpu}
 
 _MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they save
 # Positions from which the kernel is known to take fewer cycles than "matmul" (docs/results.md).
@@ -27,7 +28,8 @@ _MIN_KERNEL = 512
 def choose(platform: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
     """The fastest method: by measurement on CPUs, by compiled cost on TPUs.
 
-    "toeplitz" is a kernel for TPUs, for sequences that fit on the chip.
+    "toeplitz" is a kernel, on TPUs for sequences that fit on the chip. That for GPUs has not run on
+    one, so it is used on request only.
     """
     if platform == "tpu":
         if length >= _MIN_KERNEL and not toeplitz.unserved(length, num_taps, dtype):
@@ -50,7 +52,7 @@ def resolve(method: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
     chosen = choose(platform(), length, num_taps, dtype)
     if method == "auto":
         return chosen
-    reason = toeplitz.unserved(length, num_taps, dtype)
+    reason = kernels.unserved(KERNELS, length, num_taps, dtype)
     return kernels.instead_of(method, reason, chosen) if reason else method
 
 
@@ -180,7 +182,8 @@ def _toeplitz(
     u_BDN: jax.Array, h_DT: jax.Array, num_points: int, interpret: bool = False
 ) -> jax.Array:
     del num_points
-    return toeplitz.causal_conv(u_BDN, h_DT, interpret=interpret)
+    kernel = KERNELS.get(platform(), toeplitz)
+    return kernel.causal_conv(u_BDN, h_DT, interpret=interpret)
 
 
 def _right_angle(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:

@@ -11,7 +11,7 @@ import pytest
 from spectral_pod.ops import reference
 from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent
 from spectral_pod.ops.delta_rule import delta_rule
-from spectral_pod.ops.kernels import NotServed, delta
+from spectral_pod.ops.kernels import NotServed, delta, delta_gpu
 from spectral_pod.ops.kernels.cost import kernels
 from tests.ops.test_delta_rule import error
 
@@ -24,7 +24,9 @@ SLOW = [
     (1, 260, 2, 128, 65, "none", "never"), (1, 150, 6, 64, 64, "strong", "all"),
     (9, 40, 2, 16, 16, "mixed", "all"), (1, 200, 18, 32, 32, "none", "long keys"),
 ]  # fmt: skip
+KERNELS = {"tpu": delta, "gpu": delta_gpu}
 TOLERANCE = 2e-5  # of the largest value
+EXACT = 1e-6  # without matrix products of bfloat16 terms
 
 
 def drawn(B, N, H, K, V, gates="none", clips="never"):
@@ -62,8 +64,8 @@ def in_float64(inputs, state, weights, clip):
         return jax.tree.map(np.asarray, jax.jit(functools.partial(with_gradients, rule))(*arrays))
 
 
-def interpreted(inputs, state, weights, clip):
-    rule = functools.partial(delta.delta_rule, clip=clip, interpret=True)
+def interpreted(inputs, state, weights, clip, kernel="tpu"):
+    rule = functools.partial(KERNELS[kernel].delta_rule, clip=clip, interpret=True)
     return jax.jit(functools.partial(with_gradients, rule))(inputs, state, weights)
 
 
@@ -71,17 +73,18 @@ def errors(found, expected):
     return [float(error(x, exact)) for x, exact in zip(found, expected, strict=True)]
 
 
+@pytest.mark.parametrize(("kernel", "tolerance"), [("tpu", TOLERANCE), ("gpu", EXACT)])
 @pytest.mark.parametrize(
     "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 )
-def test_equals_the_float64_loop_and_its_gradients(case):
+def test_equals_the_float64_loop_and_its_gradients(case, kernel, tolerance):
     inputs, state, weights, clip = drawn(*case)
-    (o, last, *gradients), clipped = interpreted(inputs, state, weights, clip)
+    (o, last, *gradients), clipped = interpreted(inputs, state, weights, clip, kernel)
     expected, clipped_exactly = in_float64(inputs, state, weights, clip)
     q, k, v, beta, log_gate = inputs
     loop = reference.delta_rule(q, k, v, beta, state, clip=clip, log_gate_BNH=log_gate)
-    assert max(errors([o, last], loop)) <= TOLERANCE
-    assert max(errors(gradients, expected[2:])) <= TOLERANCE
+    assert max(errors([o, last], loop)) <= tolerance
+    assert max(errors(gradients, expected[2:])) <= tolerance
     np.testing.assert_array_equal(clipped, clipped_exactly)
     share = float(clipped.mean()) / case[1]
     expected = {"never": share == 0, "some": 0 < share < 0.9, "all": share == 1}
@@ -89,13 +92,14 @@ def test_equals_the_float64_loop_and_its_gradients(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("keys", ["one key", "random keys"])
-def test_errors_do_not_add_up(keys):
+def test_errors_do_not_add_up(keys, kernel):
     """One key in all tokens is the worst case: an error in one token's write is in every read."""
     inputs, state, weights, clip = drawn(1, 2048, 2, 64, 64)
     if keys == "one key":
         inputs = inputs._replace(k=jnp.broadcast_to(inputs.k[:, :1], inputs.k.shape))
-    found, _ = interpreted(inputs, state, weights, clip)
+    found, _ = interpreted(inputs, state, weights, clip, kernel)
     assert max(errors(found, in_float64(inputs, state, weights, clip)[0])) <= TOLERANCE
 
 
@@ -149,6 +153,8 @@ def test_what_it_does_not_serve_is_said():
     inputs, state, _, _ = drawn(1, 1, 1, 8, 8)
     with pytest.raises(ValueError, match="it is a kernel for TPUs, and this is a cpu"):
         delta.delta_rule(inputs, state, None)
+    with pytest.raises(ValueError, match="it is a kernel for GPUs, and this is a cpu"):
+        delta_gpu.delta_rule(inputs, state, None)
     assert delta.unserved(8, 8)
 
 

@@ -1,4 +1,4 @@
-"""The kernel of causal convolution, interpreted, against numpy's direct convolution in float64."""
+"""The kernels of causal convolution, interpreted, against numpy's direct convolution in float64."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spectral_pod.ops.kernels import NotServed, toeplitz
+from spectral_pod.ops.kernels import NotServed, toeplitz, toeplitz_gpu
 from spectral_pod.ops.kernels.cost import kernels
 from spectral_pod.ops.long_conv import causal_conv
 
@@ -24,6 +24,7 @@ SLOW = [
 TOLERANCE = {"float32": (2e-5, 2e-5, 2e-5), "bfloat16": (4e-3, 4e-3, 1e-6)}
 
 run = functools.partial(causal_conv, method="toeplitz_interpreted")
+RUNS = {"tpu": run, "gpu": functools.partial(toeplitz_gpu.causal_conv, interpret=True)}
 
 
 def drawn(length, num_taps, width, batch, dtype):
@@ -46,11 +47,12 @@ def direct(u_BDN, h_DT):
     return sum(terms)
 
 
+@pytest.mark.parametrize("kernel", RUNS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "sizes", [*QUICK, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW)]
 )
-def test_equals_direct_convolution_and_its_gradients(sizes, dtype):
+def test_equals_direct_convolution_and_its_gradients(sizes, dtype, kernel):
     u, h, dy = drawn(*sizes, dtype)
     length, num_taps, *_ = sizes
     want_h = np.zeros_like(h)
@@ -60,7 +62,7 @@ def test_equals_direct_convolution_and_its_gradients(sizes, dtype):
 
     @jax.jit
     def run_all(u, h, dy):
-        y, pullback = jax.vjp(run, u, h)
+        y, pullback = jax.vjp(RUNS[kernel], u, h)
         return y, *pullback(dy)
 
     got = run_all(jnp.asarray(u, dtype), jnp.float32(h), jnp.asarray(dy, dtype))
@@ -69,7 +71,8 @@ def test_equals_direct_convolution_and_its_gradients(sizes, dtype):
         assert np.abs(np.asarray(x, np.float64) - exact).max() <= tolerance * np.abs(exact).max()
 
 
-def test_nothing_comes_from_the_future():
+@pytest.mark.parametrize("kernel", RUNS)
+def test_nothing_comes_from_the_future(kernel):
     """Not even by rounding: the past of a changed future is the same to the bit, and gradients of
     the past by the future are zero."""
     u, h, dy = drawn(300, 300, 1, 2, "float32")
@@ -78,7 +81,7 @@ def test_nothing_comes_from_the_future():
 
     @jax.jit
     def run_all(u, dy):
-        y, pullback = jax.vjp(lambda u: run(u, jnp.float32(h)), u)
+        y, pullback = jax.vjp(lambda u: RUNS[kernel](u, jnp.float32(h)), u)
         return y, *pullback(dy)
 
     y, du = run_all(jnp.float32(u), jnp.float32(only_past))
@@ -103,6 +106,8 @@ def test_what_it_does_not_serve_is_said():
     u_BDN, h_DT = jnp.zeros((1, 1, 8)), jnp.zeros((1, 8))
     with pytest.raises(ValueError, match="it is a kernel for TPUs, and this is a cpu"):
         toeplitz.causal_conv(u_BDN, h_DT)
+    with pytest.raises(ValueError, match="it is a kernel for GPUs, and this is a cpu"):
+        toeplitz_gpu.causal_conv(u_BDN, h_DT)
     with pytest.warns(NotServed, match="'right_angle' is used in place of 'toeplitz': it is a ker"):
         causal_conv(u_BDN, h_DT, "toeplitz")
     assert toeplitz.unserved(8, 8, jnp.float32)

@@ -1,10 +1,22 @@
 """Pallas kernels for accelerators: methods of operations (README.md), for the sizes they serve."""
 
+import types
 import warnings
+from typing import Any
+
+from spectral_pod.parallel.sharding import platform
 
 
 class NotServed(UserWarning):
     """A kernel was asked for that cannot compute these sizes, or on this device."""
+
+
+def unserved(kernels: dict[str, types.ModuleType], *sizes: Any) -> str | None:
+    """Why a kernel, a module for each platform, cannot compute these sizes; None if it can."""
+    kernel = kernels.get(platform())
+    if kernel is None:
+        return f"it is a kernel for TPUs and GPUs, and this is a {platform()}"
+    return kernel.unserved(*sizes)
 
 
 def instead_of(kernel: str, reason: str, method: str) -> str:
