@@ -71,6 +71,26 @@ def test_ops(tmp_path):
             },
             marks=pytest.mark.slow,
         ),  # and four forms of a decoder
+        pytest.param(
+            "gpu",
+            {
+                "causal_error_bfloat16",
+                "causal_error_float32",
+                "delta_error",
+                "delta_error_clipped",
+                "causal_vs_plain_1024",
+                "causal_vs_plain_2048",
+                "causal_vs_plain_4096",
+                "causal_vs_plain_16384",
+                "delta_vs_chunked_2048x4",
+                "delta_vs_chunked_2048x16",
+                "delta_vs_chunked_8192x8",
+                "delta_vs_batched_2048x4",
+                "delta_vs_batched_2048x16",
+                "delta_vs_batched_8192x8",
+            },
+            marks=pytest.mark.slow,
+        ),  # which interprets kernels
         (
             "data",
             {
@@ -93,7 +113,12 @@ def test_the_others(tmp_path, benchmark, ratios):
     data = report(tmp_path, benchmark)
     assert set(data["ratios"]) == ratios
     rates = {unit for row in data["rows"] for unit in row["rates"]}
-    units = {"step": {"bytes"}, "generate": {"bytes"}, "data": {"records", "steps"}}
+    units: dict = {
+        "gpu": set(),
+        "step": {"bytes"},
+        "generate": {"bytes"},
+        "data": {"records", "steps"},
+    }
     assert rates == units.get(benchmark, {"MB"})
 
 
@@ -102,6 +127,10 @@ def test_a_big_store():
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["write", "read"]
     assert done.stdout.count("peak resident memory") == 2
     assert "--big is of the benchmark data" in bench("step", "--big=1", code=2).stderr
+
+
+def test_a_gpu_is_needed_for_its_benchmark():
+    assert "the benchmark gpu needs a GPU, and this is a cpu" in bench("gpu", code=2).stderr
 
 
 @pytest.mark.slow

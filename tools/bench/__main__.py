@@ -1,9 +1,10 @@
-"""Benchmarks: python -m tools.bench ops|step|generate|data|checkpoint|kernels [--json=FILE]
+"""Benchmarks: python -m tools.bench ops|step|generate|data|checkpoint|kernels|gpu [--json=FILE]
 
     python -m tools.bench ops --filter='delta|causal' --repeats=15
     python -m tools.bench ops --peers=DIR/bin/python     compared with PyTorch (tools/peers)
     python -m tools.bench data --big=10                  a store of 10 GB, and its peak memory
     python -m tools.bench kernels --topology=v5e:2x2     compiled schedules, without a TPU
+    python -m tools.bench gpu --peers=python             what a GPU has to show, in minutes
 
 Prints a row for each case and the ratios of interest, with their targets. Ratios compare medians of
 interleaved repetitions of one run: they are reproducible on a shared machine, the milliseconds are
@@ -28,7 +29,7 @@ from spectral_pod.fields import Positive, PositiveFloat
 
 from .. import shell
 
-BENCHMARKS = ("ops", "step", "generate", "data", "checkpoint", "kernels")
+BENCHMARKS = ("ops", "step", "generate", "data", "checkpoint", "kernels", "gpu")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ import optax
 
 from spectral_pod import config as config_lib
 from spectral_pod import models
-from spectral_pod.objectives import Classification
+from spectral_pod.objectives import Classification, Objective
 from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train.optim import make_optimizer
@@ -92,26 +92,40 @@ def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline:
     config.model.unroll = size.layers if remat == "none" else 1
     if jax.default_backend() == "cpu" and not machine.has_amx():
         config.model.dtype = "float32"  # which is faster there
+    return training(name, config, Classification, NUM_CLASSES, baseline)
+
+
+def training(
+    name: str, config: Any, objective: type[Objective], num_classes: int, baseline: str = ""
+) -> Case:
+    """The training step of a configuration, on random bytes and labels."""
+    batch, length = config.train.global_batch_size, config_lib.row_len(config)
     mesh = make_mesh(validate_mesh(config, jax.device_count()))
-    model = models.build(config, seq_len=length, num_classes=NUM_CLASSES)
+    model = models.build(config, num_classes=num_classes)
     optimizer = make_optimizer(config, model, mesh)
     abstract = abstract_state(model, optimizer.tx, mesh)
     state = init_state(model, optimizer.tx, mesh, seed=0)
+    shapes = abstract_batch(batch, length, mesh, by_position=objective.by_position)
     with on_mesh(mesh):
-        jitted: Any = jit_train_step(model, optimizer, Classification, config, mesh, abstract)
-        program = jitted.lower(abstract, abstract_batch(batch, length, mesh)).compile()
-    tokens, labels = _data(batch, length)
-    data = {"tokens": tokens, "labels": labels, "valid": np.ones(batch, bool)}
-    data = jax.device_put(data, batch_sharding(mesh))
+        jitted: Any = jit_train_step(model, optimizer, objective, config, mesh, abstract)
+        program = jitted.lower(abstract, shapes).compile()
+    rng = np.random.default_rng(0)
+    values = {
+        "tokens": rng.integers(0, 256, shapes["tokens"].shape).astype(np.int32),
+        "labels": rng.integers(0, num_classes, shapes["labels"].shape).astype(np.int32),
+        "valid": np.ones(shapes["valid"].shape, bool),
+    }
+    data = jax.device_put(values, batch_sharding(mesh))
 
     def step(state: Any) -> tuple[Any, ...]:
         return program(state, data)
 
     parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+    of = config.model
     return Case(
         name,
-        f"SpectralModel, {parameters:,} parameters, {config.model.dtype}, remat {remat}",
-        f"B={batch} L={length} D={size.width} layers={size.layers}",
+        f"{of.name}, {parameters:,} parameters, {of.dtype}, remat {of.remat}",
+        f"B={batch} L={length} D={of.hidden_dim} layers={of.num_layers}",
         _Chain(step, state),
         baseline,
         temporaries(program),

@@ -241,5 +241,5 @@ def ratio_lines(report: Report, verdicts: bool) -> str:
     for name, value in report.ratios.items():
         target = report.targets.get(name, "") if verdicts else ""
         verdict = f"  {target}: {'met' if met(value, target) else 'MISSED'}" if target else ""
-        lines.append(f"{name.ljust(width)}  {value:8.2f}{verdict}")
+        lines.append(f"{name.ljust(width)}  {value:8.4g}{verdict}")
     return "\n".join(lines)

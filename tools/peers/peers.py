@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _KEPT = 4  # peers that stay set up
 
 
@@ -37,16 +38,38 @@ def fla_delta_chunk32(B: int, N: int, H: int, K: int) -> Callable[[], None]:
     return _forward_backward(lambda: chunkwise(*inputs, chunk_size=32), inputs, weights)
 
 
-def torch_fft_conv(B: int, D: int, N: int) -> Callable[[], None]:
-    """Forward and backward of a causal convolution, as safari's `fftconv` has it, in float32."""
-    u, h = torch.randn(B, D, N, requires_grad=True), torch.randn(D, N, requires_grad=True)
+def fla_delta_chunk(B: int, N: int, H: int, K: int) -> Callable[[], None]:
+    """Forward and backward of flash-linear-attention's Triton kernels, in bfloat16; on a GPU."""
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    q, k, v = torch.randn(3, B, N, H, K)
+    arrays = F.normalize(q, dim=-1), F.normalize(k, dim=-1), 0.3 * v, torch.rand(B, N, H)
+    inputs = [x.bfloat16().requires_grad_() for x in arrays]
+    weights = (torch.randn(B, N, H, K).bfloat16(),)
+    return _forward_backward(lambda: chunk_delta_rule(*inputs)[:1], inputs, weights)
+
+
+def torch_fft_conv(B: int, D: int, N: int, dtype: str = "float32") -> Callable[[], None]:
+    """Forward and backward of a causal convolution as in safari's `fftconv`: FFTs in float32."""
+    u = torch.randn(B, D, N).to(getattr(torch, dtype)).requires_grad_()
+    h = torch.randn(D, N, requires_grad=True)
 
     def convolve() -> tuple[Tensor]:
         h_f = torch.fft.rfft(h, n=2 * N) / (2 * N)
-        u_f = torch.fft.rfft(u, n=2 * N)
-        return (torch.fft.irfft(u_f * h_f, n=2 * N, norm="forward")[..., :N],)
+        u_f = torch.fft.rfft(u.float(), n=2 * N)
+        return (torch.fft.irfft(u_f * h_f, n=2 * N, norm="forward")[..., :N].to(u.dtype),)
 
-    return _forward_backward(convolve, [u, h], (torch.randn(B, D, N),))
+    return _forward_backward(convolve, [u, h], (torch.randn(B, D, N).to(u.dtype),))
+
+
+def torch_attention(B: int, N: int, H: int, K: int, causal: bool) -> Callable[[], None]:
+    """Forward and backward of PyTorch's attention in bfloat16, a flash kernel on a GPU."""
+    inputs = [torch.randn(B, H, N, K).bfloat16().requires_grad_() for _ in range(3)]
+    return _forward_backward(
+        lambda: (F.scaled_dot_product_attention(*inputs, is_causal=causal),),
+        inputs,
+        (torch.randn(B, H, N, K).bfloat16(),),
+    )
 
 
 def torch_transformer_patches(
@@ -61,7 +84,7 @@ def torch_transformer_patches(
     tokens, labels = torch.randint(256, (batch, bytes)), torch.randint(10, (batch,))
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             logits = model(tokens)
         optimizer.zero_grad()
         F.cross_entropy(logits.float(), labels).backward()
@@ -71,7 +94,16 @@ def torch_transformer_patches(
     return step
 
 
-PEERS = {f.__name__: f for f in (fla_delta_chunk32, torch_fft_conv, torch_transformer_patches)}
+PEERS = {
+    f.__name__: f
+    for f in (
+        fla_delta_chunk,
+        fla_delta_chunk32,
+        torch_attention,
+        torch_fft_conv,
+        torch_transformer_patches,
+    )
+}
 
 
 class _Transformer(nn.Module):
@@ -145,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     torch.set_num_threads(parser.parse_args().threads)
+    torch.set_default_device(DEVICE)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "fla-core")}
     print(json.dumps(versions), flush=True)
     for line in sys.stdin:
@@ -152,6 +185,8 @@ def main() -> None:
         run = _set_up(request["peer"], json.dumps(request["sizes"], sort_keys=True))
         wall, cpu = time.perf_counter(), time.process_time()
         run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print(json.dumps({"wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu}), flush=True)
 

@@ -1,0 +1,241 @@
+"""What a GPU has to show: its kernels are right, and how fast they and whole steps are.
+
+Groups: errors of the kernels against float64; causal_N, delta_NxH, spectral_N and attention_N,
+forward and backward, every method in turn with those of --peers; and the training steps of shipped
+configs, as dispatch has them and with the kernels. With --quick it runs on any platform, where
+kernels are interpreted.
+"""
+
+import functools
+import runpy
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectral_pod import command_line
+from spectral_pod.data import tasks
+from spectral_pod.errors import ConfigError
+from spectral_pod.ops import attention, reference
+from spectral_pod.ops.delta_recurrence import DeltaInputs
+from spectral_pod.ops.delta_rule import delta_rule
+from spectral_pod.ops.fft import spectral_filter
+from spectral_pod.ops.kernels import delta_gpu, toeplitz_gpu
+from spectral_pod.ops.long_conv import causal_conv
+
+from .settings import Settings
+from .step import training
+from .timing import Case, Comparison, Group, Ratio, compiled, forward_backward, times_faster
+
+CLOCK = "wall"
+
+# Sequences, channels, positions, and how many times as fast as PyTorch's FFTs the kernel is to be.
+_CAUSAL = [(16, 768, 1024, 3), (16, 768, 2048, 3), (16, 768, 4096, 1.5), (8, 768, 16_384, None)]
+_DELTA = [(8, 2048, 4), (8, 2048, 16), (4, 8192, 8)]  # sequences, tokens, heads
+_SPECTRAL = [(64, 512, 256), (16, 2048, 256), (16, 4096, 768)]  # sequences, positions, channels
+_ATTENTION = [(16, 2048, 12), (4, 8192, 12)]  # sequences, positions, heads
+_STEPS = {  # the config, its preset, the batch
+    "listops": ("lra_listops", (), 256),
+    "shakespeare": ("lm_shakespeare", ("gpu",), 64),
+}
+_KERNELS = {"model.long_conv": "toeplitz", "model.memory.method": "fused"}
+
+
+def groups(settings: Settings) -> list[Group]:
+    if jax.default_backend() != "gpu" and not settings.quick:
+        raise ConfigError(f"the benchmark gpu needs a GPU, and this is a {jax.default_backend()}")
+    part = 32 if settings.quick else 1  # of every size
+    made = [Group("errors", 1, _errors)]
+    for B, D, N, target in _CAUSAL:
+        build = functools.partial(_causal, settings, B, D, N, target, part)
+        made.append(Group(f"causal_{N}", 1, build))
+    for B, N, H in _DELTA:
+        made.append(Group(f"delta_{N}x{H}", 2, functools.partial(_delta, settings, B, N, H, part)))
+    for B, N, D in _SPECTRAL:
+        made.append(Group(f"spectral_{N}", 1, functools.partial(_spectral, B, N, D, part)))
+    for B, N, H in _ATTENTION:
+        build = functools.partial(_attention, settings, B, N, H, part)
+        made.append(Group(f"attention_{N}", 1, build))
+    if not settings.quick:
+        for name in _STEPS:
+            made.append(Group(f"step_{name}", 4, functools.partial(_step, name)))
+    return made
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _errors() -> Comparison:
+    """Largest differences from float64 over largest values; no times."""
+    rng = np.random.default_rng(0)
+    h = rng.normal(size=(3, 500))
+    u, dy = (
+        np.asarray(jnp.bfloat16(x)).astype(np.float64) for x in rng.normal(size=(2, 2, 3, 500))
+    )
+
+    def spectrum(x: np.ndarray) -> np.ndarray:
+        return np.fft.rfft(x, 1024)
+
+    def first(x: np.ndarray) -> np.ndarray:
+        return np.fft.irfft(x, 1024)[..., :500]
+
+    exact = (
+        first(spectrum(u) * spectrum(h)),
+        first(spectrum(dy) * np.conj(spectrum(h))),
+        first((spectrum(dy) * np.conj(spectrum(u))).sum(0)),
+    )
+    found = {}
+    for dtype in (jnp.bfloat16, jnp.float32):
+
+        @jax.jit
+        def convolved(u: jax.Array, h: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+            run = functools.partial(toeplitz_gpu.causal_conv, interpret=not _on_gpu())
+            y, pullback = jax.vjp(run, u, h)
+            return y, *pullback(dy)
+
+        results = convolved(jnp.asarray(u, dtype), jnp.float32(h), jnp.asarray(dy, dtype))
+        found[f"causal_error_{jnp.dtype(dtype).name}"] = _largest(results, exact)
+    q, k, v = rng.normal(size=(3, 2, 100, 2, 64))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    inputs = q, k, 0.3 * v, rng.uniform(size=(2, 100, 2))
+    for name, clip in (("", None), ("_clipped", 2.0)):
+        run = functools.partial(delta_gpu.delta_rule, clip=clip, interpret=not _on_gpu())
+        state = jnp.zeros((2, 2, 64, 64))
+        results = jax.jit(run)(DeltaInputs(*map(jnp.float32, inputs)), state)
+        loop = reference.delta_rule(*inputs, clip=clip)
+        found[f"delta_error{name}"] = _largest(results[:2], loop)
+    targets = {"causal_error_bfloat16": "<= 4e-3", "causal_error_float32": "<= 2e-5"}
+    return Comparison(
+        [],
+        [
+            Ratio(name, functools.partial(_constant, error), targets.get(name, "<= 1e-6"))
+            for name, error in found.items()
+        ],
+    )
+
+
+def _constant(value: float, rows: object) -> float:
+    return value
+
+
+def _largest(results: Any, exact: Any) -> float:
+    pairs = zip(results, exact)
+    return max(float(np.abs(np.float64(x) - y).max() / np.abs(y).max()) for x, y in pairs)
+
+
+def _causal(
+    settings: Settings, B: int, D: int, N: int, target: float | None, part: int
+) -> Comparison:
+    named, D, N = N, max(D // part, 1), N // part
+    rng = np.random.default_rng(0)
+    u_BDN, weights = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(2, B, D, N)))
+    h_DN = jnp.float32(rng.normal(size=(D, N)) / N**0.5)
+
+    def plain(u_BDN: jax.Array, h_DN: jax.Array) -> jax.Array:
+        u_BDF = jnp.fft.rfft(u_BDN.astype(jnp.float32), 2 * N)
+        y_BDN = jnp.fft.irfft(u_BDF * jnp.fft.rfft(h_DN, 2 * N)[None], 2 * N)[..., :N]
+        return y_BDN.astype(u_BDN.dtype)
+
+    methods: dict[str, Callable[..., jax.Array]] = {"plain": plain}
+    for method in ("real", "matmul"):
+        methods[method] = functools.partial(causal_conv, method=method)
+    if target:
+        methods["toeplitz"] = functools.partial(toeplitz_gpu.causal_conv, interpret=not _on_gpu())
+    ours = "toeplitz" if target else "real"
+    shape = f"B={B} D={D} N={N}"
+    cases = [_case(name, shape, fn, weights, u_BDN, h_DN) for name, fn in methods.items()]
+    ratios = [times_faster(f"causal_vs_plain_{named}", ours, "plain")]
+    if settings.peers:
+        peer, sizes = "torch_fft_conv", {"B": B, "D": D, "N": N, "dtype": "bfloat16"}
+        cases.append(settings.peers.case(peer, "PyTorch, as safari's fftconv", sizes))
+        ratios.append(times_faster(f"causal_vs_torch_{named}", ours, peer, f">= {target or 1}"))
+    return Comparison(cases, ratios)
+
+
+def _delta(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
+    name, N, K = f"{N}x{H}", N // part, 64
+    rng = np.random.default_rng(0)
+    q, k, v, weights = rng.normal(size=(4, B, N, H, K))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    inputs = tuple(map(jnp.float32, (q, k, 0.3 * v, rng.uniform(size=(B, N, H)))))
+
+    def kernel(*inputs: jax.Array, clip: float | None = None) -> jax.Array:
+        state = jnp.zeros((B, H, K, K))
+        rule = functools.partial(delta_gpu.delta_rule, interpret=not _on_gpu())
+        return rule(DeltaInputs(*inputs), state, clip).o_BNHV
+
+    def by(method: str) -> Callable[..., jax.Array]:
+        return lambda *inputs: delta_rule(*inputs, method=method).o_BNHV
+
+    methods: dict[str, Callable[..., jax.Array]] = {
+        "fused": kernel,
+        "fused_clip": functools.partial(kernel, clip=10.0),
+        "batched": by("batched"),
+        "chunked": by("chunked"),
+    }
+    shape = f"B={B} N={N} H={H} K={K}"
+    cases = [
+        _case(method, shape, fn, jnp.float32(weights), *inputs) for method, fn in methods.items()
+    ]
+    ratios = [
+        times_faster(f"delta_vs_chunked_{name}", "fused", "chunked", ">= 4"),
+        times_faster(f"delta_vs_batched_{name}", "fused", "batched"),
+    ]
+    if settings.peers and not (settings.quick and not _on_gpu()):
+        peer, sizes = "fla_delta_chunk", {"B": B, "N": N, "H": H, "K": K}
+        cases.append(settings.peers.case(peer, "flash-linear-attention's Triton kernels", sizes))
+        ratios.append(times_faster(f"delta_vs_fla_{name}", "fused", peer, ">= 0.5"))
+    return Comparison(cases, ratios)
+
+
+def _spectral(B: int, N: int, D: int, part: int) -> Comparison:
+    N, D = N // part, max(D // part, 1)
+    rng = np.random.default_rng(0)
+    x_BND, weights = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(2, B, N, D)))
+    w_FD = jnp.asarray(rng.normal(size=(N + 1, D)) + 1j, jnp.complex64)
+    cases = [
+        _case(
+            method, f"B={B} N={N} D={D}",
+            functools.partial(spectral_filter, fft_length=2 * N, method=method),
+            weights, x_BND, w_FD,
+        )
+        for method in ("plain", "real", "matmul")
+    ]  # fmt: skip
+    return Comparison(cases)
+
+
+def _attention(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
+    named, N, K = N, N // part, 64
+    rng = np.random.default_rng(0)
+    *inputs, weights = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(4, B, N, H, K)))
+    mask_BN = jnp.ones((B, N), bool)
+    cases, ratios = [], []
+    for name, causal in (("causal", True), ("full", False)):
+        run = functools.partial(attention.attention, mask_BN=mask_BN, causal=causal)
+        cases.append(_case(name, f"B={B} N={N} H={H} K={K}", run, weights, *inputs))
+    if settings.peers:
+        peer, sizes = "torch_attention", {"B": B, "N": N, "H": H, "K": K, "causal": True}
+        cases.append(settings.peers.case(peer, "PyTorch's flash attention", sizes))
+        ratios.append(times_faster(f"attention_vs_torch_{named}", "causal", peer))
+    return Comparison(cases, ratios)
+
+
+def _step(name: str) -> Comparison:
+    file, preset, batch = _STEPS[name]
+    cases = []
+    for case, fields in (("auto", {}), ("kernels", _KERNELS)):
+        path = command_line.find_config(f"configs/{file}.py")
+        config = runpy.run_path(path)["get_config"](*preset)
+        config.train.global_batch_size = batch
+        config.update_from_flattened_dict(fields)
+        task = tasks.make(config.data.task, config.data.options)
+        cases.append(training(case, config, task.objective, task.num_classes))
+    return Comparison(cases, [times_faster(f"step_kernels_vs_auto_{name}", "kernels", "auto")])
+
+
+def _case(name: str, shape: str, fn: Callable[..., Any], weights: Any, *arguments: Any) -> Case:
+    run, temporary = compiled(forward_backward(fn), weights, *arguments)
+    return Case(name, "forward and backward", shape, run, temporaries=temporary)
