@@ -9,7 +9,8 @@ barriers. A clip needs the error of all rows.
 The backward pass reads one state per `SEGMENT` tokens, computes those of a segment again, into a
 buffer in global memory that the cache holds, and goes back over them.
 
-The kernels are written in Pallas for its Triton back end.
+The kernels are written in Pallas for its Triton back end. Letters here: J parts of
+the rows V of a state. The others are in `shapes.py`.
 """
 
 import dataclasses
@@ -125,7 +126,7 @@ def _delta_backward(
         "dbeta_JBNH": (parts, *inputs.beta.shape),
         "dlog_gate_JBNH": (parts, *inputs.beta.shape),
         "dstate_BHVK": dlast_BHVK.shape,
-        "buffer_BHGVK": (B, H, SEGMENT, V, K),
+        "buffer_BHTVK": (B, H, SEGMENT, V, K),
     }
     if not plan.gated:
         del outputs["dlog_gate_JBNH"]
@@ -175,7 +176,7 @@ def _backward(refs: dict[str, Any], plan: _Plan) -> None:
     segments = plan.tokens // SEGMENT
     read = functools.partial(_read, refs, plan, ("q_BNHK", "k_BNHK", "v_BNHV", "do_BNHV"))
     read_writes = functools.partial(_read, refs, plan, ("k_BNHK", "v_BNHV"))
-    buffer = refs["buffer_BHGVK"]
+    buffer = refs["buffer_BHTVK"]
 
     def segment(i: jax.Array, dstate_VK: jax.Array) -> jax.Array:
         g = segments - 1 - i

@@ -13,7 +13,8 @@ bfloat16 are exact operands, and the taps are sums of two such terms, so the res
 own rounding. Inputs in float32 are sums of two terms as well, in three products; the error is at
 most 2e-5 of the largest result. The gradient of the filter is summed in float32.
 
-The kernels are written in Pallas for its Triton back end.
+The kernels are written in Pallas for its Triton back end. Letters here: G rows of a program, X
+taps, 1 the channel of a program. The others are in `shapes.py`.
 """
 
 import dataclasses
