@@ -12,5 +12,5 @@ types=$!
 "$python" -m pytest "$@"
 wait "$types"
 if [ $# = 0 ]; then
-    echo "Not run: the tests marked slow. \`launch/test.sh -m slow\` runs them, in some two hours."
+    echo "Not run: the tests marked slow. \`launch/test.sh -m slow\` runs them, in an hour or more."
 fi
