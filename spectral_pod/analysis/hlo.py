@@ -465,27 +465,21 @@ def _is_cut_differently(
     """Whether it is a piece of a reduction between slices that moves no more than on `small`."""
 
     def moved(found: Iterable[Collective]) -> int:
-        alike = (c for c in found if c.source == one.source and _reduces_between_slices(c))
+        alike = (c for c in found if c.source == one.source and _reduces(c, "DCN"))
         return sum(c.count * c.bytes for c in alike)
 
-    return bool(one.source) and _reduces_between_slices(one) and moved(large) <= moved(small)
+    return bool(one.source) and _reduces(one, "DCN") and moved(large) <= moved(small)
 
 
-def _reduces_between_slices(collective: Collective) -> bool:
-    return collective.link == "DCN" and _operation(collective.kind) == "reduction"
+def _reduces(collective: Collective, link: str) -> bool:
+    return collective.link == link and _operation(collective.kind) == "reduction"
 
 
 def _is_second_stage(one: Collective, found: Iterable[Collective]) -> bool:
     """Whether it continues, between slices, a reduction of at least its bytes within slices."""
-    firsts = [
-        first
-        for first in found
-        if first.source == one.source
-        and first.link == "ICI"
-        and _operation(first.kind) == "reduction"
-    ]
+    firsts = [first for first in found if first.source == one.source and _reduces(first, "ICI")]
     enough = any(first.bytes >= one.bytes and first.count >= one.count for first in firsts)
-    return bool(one.source) and _reduces_between_slices(one) and enough
+    return bool(one.source) and _reduces(one, "DCN") and enough
 
 
 def _operation(kind: str) -> str:
