@@ -36,6 +36,7 @@ from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_ste
 from spectral_pod.validation import validate, validate_mesh
 
 CACHE = "~/.cache/spectral_pod/preflight"
+_PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}  # of devices, and to lower for
 _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
 
 
@@ -98,7 +99,7 @@ def set_up(config: Config, topology: Topology) -> Setup:
     with on_mesh(mesh):
         traced = {name: step.trace(*arguments) for name, (step, *arguments) in steps.items()}
         lowered = {
-            name: step.lower(lowering_platforms=(devices[0].platform,))
+            name: step.lower(lowering_platforms=(_PLATFORMS[devices[0].platform],))
             for name, step in traced.items()
         }
     return Setup(
