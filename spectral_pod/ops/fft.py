@@ -11,11 +11,14 @@ All methods compute the same function:
 - "matmul": matrix products on an accelerator's matrix unit;
 - "butterfly": a kernel for TPUs, which keeps a sequence on the chip from its first butterfly to its
   last; for FFT lengths that are powers of two. Its error is that of rounding bfloat16, or 2e-5;
+- "toeplitz": a kernel for GPUs, which multiplies by blocks of the filter's Toeplitz matrix; for
+  sequences of up to 8,192 positions. Its error is that of rounding bfloat16 once, or 2e-5;
 - "plain": the formula itself, partitioned by XLA, which gathers the batch on every mesh; a baseline
   for measurements.
 """
 
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -24,29 +27,33 @@ from jax.typing import DTypeLike
 from scipy.fft import next_fast_len
 
 from spectral_pod.ops import kernels, matmul_dft, right_angle, sequence_fft
-from spectral_pod.ops.kernels import butterfly
+from spectral_pod.ops.kernels import butterfly, toeplitz_gpu
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 from spectral_pod.shapes import Positions, Spectrum
 
-METHODS = ("right_angle", "real", "matmul", "plain")  # on any platform, unlike "butterfly"
+METHODS = ("right_angle", "real", "matmul", "plain")  # on any platform
+KERNELS: dict[str, types.ModuleType] = {"butterfly": butterfly, "toeplitz": toeplitz_gpu}
 
-# Where the kernel is known to take fewer cycles than "matmul" (docs/results.md); a device's
+# Where "butterfly" is known to take fewer cycles than "matmul" (docs/results.md); a device's
 # channels fill 128 lanes, or these are idle.
-_MIN_KERNEL = 128  # positions
+_MIN_BUTTERFLY = 128  # positions
 _MIN_CHANNELS = 64
+_MAX_TOEPLITZ = 1024  # positions up to which it is faster than cuFFT (docs/results.md)
 
 
 def choose(platform: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> str:
-    """The fastest method for whole sequences: by measurement on CPUs, by compiled cost on TPUs.
+    """The fastest method for whole sequences: by measurement, on TPUs by compiled cost.
 
     "butterfly" is for FFT lengths that are powers of two, for sequences that fit on the chip, and
     for at least 64 `channels` of a device.
     """
     if platform == "tpu":
-        enough = length >= _MIN_KERNEL and channels >= _MIN_CHANNELS
+        enough = length >= _MIN_BUTTERFLY and channels >= _MIN_CHANNELS
         if enough and not butterfly.unserved(length, fft_length, dtype):
             return "butterfly"
         return "matmul" if matmul_dft.factors(fft_length) else "real"
+    if platform == "gpu" and length <= _MAX_TOEPLITZ:
+        return "real" if toeplitz_gpu.unserved(length, fft_length, dtype) else "toeplitz"
     if platform == "cpu" and 2 * length <= fft_length and fft_length % 2 == 0:
         return "right_angle"
     return "real"
@@ -59,13 +66,13 @@ def resolve(method: str, length: int, fft_length: int, dtype: DTypeLike, channel
     Args:
       channels: of all devices.
     """
-    if method not in ("auto", "butterfly"):
+    if method != "auto" and method not in KERNELS:
         return method
     channels //= num_shards("channel") * num_shards("position")
     chosen = choose(platform(), length, fft_length, dtype, channels)
     if method == "auto":
         return chosen
-    reason = butterfly.unserved(length, fft_length, dtype)
+    reason = KERNELS[method].unserved(length, fft_length, dtype)
     return kernels.instead_of(method, reason, chosen) if reason else method
 
 
@@ -81,8 +88,8 @@ def spectral_filter(
       x_BND: real, any float dtype; masked positions must already be zero. N <= n.
       w_FD: complex64 transfer function, F = n // 2 + 1.
       fft_length: n.
-      method: one of `METHODS`, "butterfly", or "auto" to let `choose` decide. For tests,
-        "butterfly_interpreted" runs the kernel without a TPU, slowly.
+      method: one of `METHODS` or `KERNELS`, or "auto" to let `choose` decide. For tests,
+        "butterfly_interpreted" and "toeplitz_interpreted" run the kernels on any platform, slowly.
 
     Returns:
       [B, N, D] in the dtype of `x_BND`.
@@ -104,7 +111,7 @@ def spectral_filter(
     filter_whole = _METHODS[method](length, fft_length)
     shards = num_shards("position")
     channels = x_BND.shape[2] // num_shards("channel")
-    channels_last = method in _KERNELS
+    channels_last = method in _CHANNELS_LAST
 
     def on_device(x_BND: jax.Array, w_FD: jax.Array) -> jax.Array:
         x, w_FD = x_BND if channels_last else jnp.swapaxes(x_BND, 1, 2), vary_like(w_FD, x_BND)
@@ -160,8 +167,16 @@ def _butterfly(
     return functools.partial(butterfly.spectral_filter, fft_length=fft_length, interpret=interpret)
 
 
+def _toeplitz(
+    length: int, fft_length: int, interpret: bool = False
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    del length
+    run = toeplitz_gpu.spectral_filter
+    return functools.partial(run, fft_length=fft_length, interpret=interpret)
+
+
 _Method = Callable[[int, int], Callable[[jax.Array, jax.Array], jax.Array]]  # of N and n
-_KERNELS: dict[str, _Method] = {
+_CHANNELS_LAST: dict[str, _Method] = {
     "butterfly": _butterfly,
     "butterfly_interpreted": functools.partial(_butterfly, interpret=True),
 }  # which filter [B, N, D]; the others filter [B, D, N]
@@ -169,5 +184,7 @@ _METHODS: dict[str, _Method] = {
     "right_angle": _right_angle,
     "real": _real,
     "matmul": _matmul,
-    **_KERNELS,
+    "toeplitz": _toeplitz,
+    "toeplitz_interpreted": functools.partial(_toeplitz, interpret=True),
+    **_CHANNELS_LAST,
 }

@@ -1,20 +1,24 @@
-"""Causal convolution as products with Toeplitz blocks that are made on chip: a kernel for GPUs.
+"""Long convolutions as products with Toeplitz blocks that are made on chip: kernels for GPUs.
 
-A sequence is cut into blocks of T positions. Block i of the result is y_i = sum_j u_{i-j} M_j with
-matrices M_j[s, t] = h[j T + t - s], which a program gathers from the taps. It has one channel, and
-G rows, which are blocks of all sequences, so that a matrix serves many of them. The gradients have
-the same form: that of the input with later blocks of dy in place of earlier ones of u and with the
-transposes of M_j, that of the filter with lags as positions, dy as the sequence, and blocks of u as
-filters. The sums are in one order, so results are reproducible, and no product reaches from a later
-position to an earlier one. Rows are read from [B, D, N] as they are.
+    y[n] = sum_x h[x] u[n - x - first],  per channel,
+
+where `first` is the lag of the first tap: 0 for a causal filter, negative for one that sees later
+positions. Sequences are cut into blocks of T positions. Block i of the result is the sum of
+H_j u_{i-j} over lags j, with matrices H_j[t, s] = h[j T + t - s - first], which a program gathers
+from the taps. A program has one channel and G blocks of all sequences, which share its matrices.
+The gradient of the input is the convolution of dy with the reversed filter. That of the filter is
+the sum of the diagonals of C_j = sum dy_{i+j} u_i^T, a product over the blocks of all sequences.
+The sums are in one order, so results are reproducible, and products of a causal filter reach from
+no later position to an earlier one. Sequences are read from [B, D, N] as they are.
 
 Precision is that of `toeplitz.py`: the products are of bfloat16 with float32 sums. Inputs in
 bfloat16 are exact operands, and the taps are sums of two such terms, so the result is exact to its
 own rounding. Inputs in float32 are sums of two terms as well, in three products; the error is at
 most 2e-5 of the largest result. The gradient of the filter is summed in float32.
 
-The kernels are written in Pallas for its Triton back end. Letters here: G rows of a program, X
-taps, 1 the channel of a program. The others are in `shapes.py`.
+The kernels are written in Pallas for its Triton back end. Letters here: G blocks of a program, X
+taps, W the blocks that two sequences of blocks have, 1 the channel of a program. The others are in
+`shapes.py`.
 """
 
 import dataclasses
@@ -33,7 +37,8 @@ from spectral_pod.ops.kernels import body
 from spectral_pod.parallel.sharding import platform
 
 _T = 64
-_MIN_ROWS, _MAX_ROWS = 16, 64  # the least that tensor cores multiply, and most without spills
+_MIN_ROWS, _MAX_ROWS = 16, 128  # blocks of a program: what tensor cores need, and registers hold
+_LAGS = 4  # blocks of lags that a program of the filter's gradient has
 
 # The work grows with the square of the length. From here on cuFFT is expected to be faster: by the
 # time of a transform on an H200 (docs/results.md) and half of its peak in products.
@@ -47,6 +52,7 @@ class _Plan:
     batch: int
     length: int
     taps: int
+    first: int  # the lag of the first tap
     terms: int  # of the activations
     interpret: bool
 
@@ -55,9 +61,14 @@ class _Plan:
         return pl.cdiv(self.length, _T)
 
     @property
-    def lags(self) -> int:
-        """Blocks of lags: j = 0, ..., lags - 1."""
-        return min(self.blocks, pl.cdiv(self.taps - 1, _T) + 1)
+    def lags(self) -> tuple[int, int]:
+        """The first block of lags j for which H_j has taps, and the one after the last."""
+        last = self.first + self.taps - 1
+        begin, end = -((_T - 1 - self.first) // _T), (last + _T - 1) // _T + 1
+        return max(begin, 1 - self.blocks), min(end, self.blocks)
+
+    def reversed(self) -> "_Plan":
+        return dataclasses.replace(self, first=1 - self.first - self.taps)
 
 
 def unserved(length: int, num_taps: int, dtype: DTypeLike) -> str | None:
@@ -84,18 +95,49 @@ def causal_conv(u_BDN: jax.Array, h_DX: jax.Array, *, interpret: bool = False) -
     Raises:
       ValueError: `unserved` gives a reason.
     """
-    B, _, N = u_BDN.shape
-    h_DX = h_DX[:, :N]
-    num_taps = h_DX.shape[1]
+    return _checked("a causal convolution", u_BDN, h_DX[:, : u_BDN.shape[2]], 0, interpret)
+
+
+def spectral_filter(
+    x_BDN: jax.Array, w_FD: jax.Array, fft_length: int, *, interpret: bool = False
+) -> jax.Array:
+    """`irfft(rfft(x, n) * W, n)[:N]` with n = `fft_length` >= N per channel, by the filter's taps.
+
+    Args:
+      x_BDN: bfloat16 or float32; any sizes.
+      w_FD: complex64, F = n // 2 + 1.
+      fft_length: n.
+      interpret: runs the kernels as ordinary JAX operations, on any platform.
+
+    Returns:
+      [B, D, N] in the dtype of x.
+
+    Raises:
+      ValueError: `unserved` gives a reason.
+    """
+    N = x_BDN.shape[2]
+    h_DT = jnp.fft.irfft(w_FD.T, fft_length)  # a period, of which lag t and t - n are the same
+    h_DX = jnp.concatenate([h_DT[:, fft_length - N + 1 :], h_DT[:, :N]], axis=1)
+    return _checked("a spectral filter", x_BDN, h_DX, 1 - N, interpret)
+
+
+def _checked(
+    what: str, u_BDN: jax.Array, h_DX: jax.Array, first: int, interpret: bool
+) -> jax.Array:
+    (B, _, N), num_taps = u_BDN.shape, h_DX.shape[1]
     if not interpret and (reason := unserved(N, num_taps, u_BDN.dtype)):
-        raise ValueError(f"a causal convolution cannot use method 'toeplitz': {reason}")
+        raise ValueError(f"{what} cannot use method 'toeplitz': {reason}")
     terms = 1 if u_BDN.dtype == jnp.bfloat16 else 2
-    return _convolve(u_BDN, h_DX, _Plan(B, N, num_taps, terms, interpret))
+    return _convolve(u_BDN, h_DX, _Plan(B, N, num_taps, first, terms, interpret))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(u_BDN: jax.Array, h_DX: jax.Array, plan: _Plan) -> jax.Array:
-    return _call(_filter, "toeplitz_forward", plan, plan.blocks * plan.batch, [u_BDN, h_DX], u_BDN)
+    rows = plan.blocks * plan.batch
+    group = min(max(pl.next_power_of_2(rows), _MIN_ROWS), _MAX_ROWS)
+    kernel = functools.partial(_filter, plan=plan, group=group)
+    grid = u_BDN.shape[1], pl.cdiv(rows, group)
+    return _call(kernel, "toeplitz", plan, grid, [u_BDN, h_DX], [u_BDN])[0]
 
 
 def _convolve_forward(
@@ -108,88 +150,113 @@ def _convolve_backward(
     plan: _Plan, residuals: tuple[jax.Array, jax.Array], dy_BDN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     u_BDN, h_DX = residuals
-    adjoint = functools.partial(_filter, adjoint=True)
-    rows = plan.blocks * plan.batch
-    du_BDN = _call(adjoint, "toeplitz_backward", plan, rows, [dy_BDN, h_DX], u_BDN)
-    dh_DX = _call(_filter_gradient, "toeplitz_filter", plan, plan.lags, [u_BDN, dy_BDN], h_DX)
-    return du_BDN, dh_DX
+    du_BDN = _convolve(dy_BDN, h_DX[:, ::-1], plan.reversed())
+    return du_BDN, _filter_gradient(u_BDN, dy_BDN, plan)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _filter(x_B1N: Any, h_1X: Any, y_B1N: Any, *, plan: _Plan, adjoint: bool = False) -> None:
-    """The convolution, or its adjoint, for rows in the order (block, sequence)."""
-    row_G, first = _rows(plan.blocks * plan.batch)
-    block_G, b_G = lax.div(row_G, plan.batch), lax.rem(row_G, plan.batch)
-    s_T = lax.iota(jnp.int32, _T)
-    lag_TT = s_T[None, :] - s_T[:, None]
-    if adjoint:
-        lag_TT = -lag_TT
+def _filter(u_B1N: Any, h_1X: Any, y_B1N: Any, *, plan: _Plan, group: int) -> None:
+    """The convolution for blocks in the order (block, sequence)."""
+    first_row = pl.program_id(1) * group
+    block_G, b_G = _block_and_sequence(first_row + lax.iota(jnp.int32, group), plan)
+    t_T = lax.iota(jnp.int32, _T)
+    lag_TT = t_T[:, None] - t_T[None, :] - plan.first
 
-    def add(j: jax.Array, y_GT: jax.Array) -> jax.Array:
-        from_G = block_G + j if adjoint else block_G - j
-        x_GT = _read(x_B1N, b_G[:, None], from_G[:, None] * _T + s_T[None], plan.length)
+    def add(j: jax.Array, y_TG: jax.Array) -> jax.Array:
         tap_TT = j * _T + lag_TT
         h_TT = plgpu.load(h_1X.at[0, tap_TT], mask=_within(tap_TT, plan.taps), other=0.0)
-        return y_GT + _product(x_GT, h_TT, plan.terms, 2)
+        n_TG = (block_G - j)[None] * _T + t_T[:, None]
+        u_TG = _read(u_B1N, b_G[None], n_TG, plan)
+        return y_TG + _product(h_TT, u_TG, max(2, plan.terms), plan.terms)
 
-    first_block = lax.div(first, plan.batch)
-    last_block = lax.div(first + len(row_G) - 1, plan.batch)
-    lags = jnp.minimum(plan.blocks - first_block if adjoint else last_block + 1, plan.lags)
-    y_GT = lax.fori_loop(0, lags, add, jnp.zeros((len(row_G), _T), jnp.float32))
-    n_GT = block_G[:, None] * _T + s_T[None]
-    plgpu.store(
-        y_B1N.at[b_G[:, None], 0, n_GT],
-        y_GT.astype(y_B1N.dtype),
-        mask=_within(n_GT, plan.length),
-    )
-
-
-def _filter_gradient(u_B1N: Any, dy_B1N: Any, dh_1X: Any, *, plan: _Plan) -> None:
-    """dh[i T + t] = sum over b, c, s of dy_b[(i + c) T + s] u_b[c T + s - t], for rows i."""
-    block_G, first = _rows(plan.lags)
-    s_T = lax.iota(jnp.int32, _T)
-    lag_TT = s_T[:, None] - s_T[None, :]
-
-    def add(k: jax.Array, dh_GT: jax.Array) -> jax.Array:
-        c, b = lax.div(k, plan.batch), lax.rem(k, plan.batch)
-        dy_GT = _read(dy_B1N, b, (block_G + c)[:, None] * _T + s_T[None], plan.length)
-        u_TT = _read(u_B1N, b, c * _T + lag_TT, plan.length)
-        return dh_GT + _product(dy_GT, u_TT, plan.terms, plan.terms)
-
-    products = (plan.blocks - first) * plan.batch
-    dh_GT = lax.fori_loop(0, products, add, jnp.zeros((len(block_G), _T), jnp.float32))
-    tap_GT = block_G[:, None] * _T + s_T[None]
-    plgpu.store(dh_1X.at[0, tap_GT], dh_GT, mask=_within(tap_GT, plan.taps))
+    begin, end = plan.lags
+    first_block, _ = _block_and_sequence(first_row, plan)
+    last_block, _ = _block_and_sequence(first_row + group - 1, plan)
+    begin = jnp.maximum(first_block - (plan.blocks - 1), begin)
+    end = jnp.minimum(last_block + 1, end)
+    y_TG = lax.fori_loop(begin, end, add, jnp.zeros((_T, group), jnp.float32))
+    n_TG = block_G[None] * _T + t_T[:, None]
+    y_TG = y_TG.astype(y_B1N.dtype)
+    plgpu.store(y_B1N.at[b_G[None], 0, n_TG], y_TG, mask=_within(n_TG, plan.length))
 
 
-def _rows(count: int) -> tuple[jax.Array, jax.Array]:
-    """The rows of a program, of `count` in all or beyond, and the first of them."""
-    size = _group(count)
-    first = pl.program_id(1) * size
-    return first + lax.iota(jnp.int32, size), first
+def _filter_gradient(u_BDN: jax.Array, dy_BDN: jax.Array, plan: _Plan) -> jax.Array:
+    """dh[x] = sum over sequences and n of dy[n] u[n - x - first], float32 [D, X]."""
+    begin, end = plan.lags
+    parts = pl.cdiv(end - begin, _LAGS)
+    D, width = u_BDN.shape[1], (_LAGS + 1) * _T
+    sums = jax.ShapeDtypeStruct((D, parts, width), jnp.float32)
+    products = jax.ShapeDtypeStruct((D, parts, _LAGS * _T, _T), jnp.float32)
+    kernel = functools.partial(_correlate, plan=plan)
+    inputs = [u_BDN, dy_BDN]
+    sums_DGX, _ = _call(kernel, "toeplitz_filter", plan, (D, parts), inputs, [sums, products])
+    # A part has lags from T - 1 before its first block on. The last T reach into the next part.
+    own_DGX, next_DX = sums_DGX[:, :, : _LAGS * _T], sums_DGX[:, :, _LAGS * _T :]
+    own_DX = own_DGX.at[:, 1:, :_T].add(next_DX[:, :-1]).reshape(D, -1)
+    lags_DX = jnp.concatenate([own_DX, next_DX[:, -1]], axis=1)
+    lags_DX = jnp.pad(lags_DX, ((0, 0), (plan.taps, plan.taps)))
+    start = plan.taps + plan.first - (begin * _T - (_T - 1))
+    return lags_DX[:, start : start + plan.taps]
 
 
-def _group(rows: int) -> int:
-    return min(max(pl.next_power_of_2(rows), _MIN_ROWS), _MAX_ROWS)
+def _correlate(
+    u_B1N: Any, dy_B1N: Any, sums_11X: Any, products_11XT: Any, *, plan: _Plan
+) -> None:
+    """Sums over lags j T + t - s of C_j[t, s], for `_LAGS` of j, with their products as a buffer."""
+    j = plan.lags[0] + pl.program_id(1) * _LAGS
+    t_X, s_T = lax.iota(jnp.int32, _LAGS * _T), lax.iota(jnp.int32, _T)
+    row_W = lax.iota(jnp.int32, _T)
+
+    def add(k: jax.Array, c_XT: jax.Array) -> jax.Array:
+        block_W, b_W = _block_and_sequence(k * _T + row_W, plan)
+        n_XW = (block_W + j)[None] * _T + t_X[:, None]
+        dy_XW = _read(dy_B1N, b_W[None], n_XW, plan)
+        u_WT = _read(u_B1N, b_W[:, None], block_W[:, None] * _T + s_T[None], plan)
+        return c_XT + _product(dy_XW, u_WT, plan.terms, plan.terms)
+
+    # The blocks of u that have a block of dy j later.
+    begin = lax.div(jnp.maximum(0, -(j + _LAGS - 1)) * plan.batch, _T)
+    end = pl.cdiv(jnp.minimum(plan.blocks, plan.blocks - j) * plan.batch, _T)
+    c_XT = lax.fori_loop(begin, end, add, jnp.zeros((_LAGS * _T, _T), jnp.float32))
+    products_11XT[0, 0] = c_XT
+    if not plan.interpret:
+        plgpu.debug_barrier()  # a thread reads what others have written
+
+    def diagonals(g: jax.Array, _: None) -> None:
+        lag_T = g * _T + s_T - (_T - 1)
+        row_TT = lag_T[:, None] + s_T[None]
+        c_TT = plgpu.load(
+            products_11XT.at[0, 0, row_TT, s_T[None]],
+            mask=_within(row_TT, _LAGS * _T),
+            other=0.0,
+        )
+        plgpu.store(sums_11X.at[0, 0, g * _T + s_T], jnp.sum(c_TT, 1))
+
+    lax.fori_loop(0, _LAGS + 1, diagonals, None)
 
 
-def _read(x_B1N: Any, b: jax.Array, n: jax.Array, length: int) -> jax.Array:
-    return plgpu.load(x_B1N.at[b, 0, n], mask=_within(n, length), other=0.0)
+def _block_and_sequence(row: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
+    """Rows in the order (block, sequence). Those after the last have blocks after the last."""
+    return lax.div(row, plan.batch), lax.rem(row, plan.batch)
+
+
+def _read(x_B1N: Any, b: jax.Array, n: jax.Array, plan: _Plan) -> jax.Array:
+    return plgpu.load(x_B1N.at[b, 0, n], mask=_within(n, plan.length), other=0.0)
 
 
 def _within(index: jax.Array, size: int) -> jax.Array:
     return (index >= 0) & (index < size)
 
 
-def _product(x_GT: jax.Array, m_TT: jax.Array, x_terms: int, m_terms: int) -> jax.Array:
-    """x m in float32, as products of bfloat16 terms without those below its precision."""
-    smallest = max(x_terms, m_terms)
+def _product(a: jax.Array, b: jax.Array, a_terms: int, b_terms: int) -> jax.Array:
+    """a b in float32, as products of bfloat16 terms without those below its precision."""
+    smallest = max(a_terms, b_terms)
     products = [
-        jnp.dot(x, m, preferred_element_type=jnp.float32)
-        for i, x in enumerate(body.terms(x_GT, x_terms))
-        for j, m in enumerate(body.terms(m_TT, m_terms))
+        jnp.dot(x, y, preferred_element_type=jnp.float32)
+        for i, x in enumerate(body.terms(a, a_terms))
+        for j, y in enumerate(body.terms(b, b_terms))
         if i + j < smallest
     ]
     return functools.reduce(jnp.add, products)
@@ -199,25 +266,33 @@ def _call(
     kernel: Callable[..., None],
     name: str,
     plan: _Plan,
-    rows: int,
+    grid: tuple[int, int],
     inputs: Sequence[jax.Array],
-    output: jax.Array,
-) -> jax.Array:
-    """Runs a kernel on every channel of [B, D, N] or [D, X], and on its groups of rows."""
+    outputs: Sequence[Any],
+) -> Sequence[jax.Array]:
+    """Runs a kernel on every channel D of its arrays and every group G.
 
-    def of_channel(x: jax.Array) -> pl.BlockSpec:
+    A program has all of [B, D, N] and [D, X] that are its channel's, and its own group of
+    [D, G, ...].
+    """
+
+    def spec(x: Any) -> pl.BlockSpec:
+        if x.shape == inputs[0].shape:
+            return pl.BlockSpec((x.shape[0], 1, x.shape[2]), lambda d, g: (0, d, 0))
         if x.ndim == 2:
             return pl.BlockSpec((1, x.shape[1]), lambda d, g: (d, 0))
-        return pl.BlockSpec((x.shape[0], 1, x.shape[2]), lambda d, g: (0, d, 0))
+        return pl.BlockSpec((1, 1, *x.shape[2:]), lambda d, g: (d, g) + (0,) * (x.ndim - 2))
 
     varying = jax.typeof(inputs[0]).manual_axis_type
     return pl.pallas_call(
-        functools.partial(kernel, plan=plan),
+        kernel,
         name=name,
-        grid=(inputs[0].shape[1], pl.cdiv(rows, _group(rows))),
-        in_specs=[*map(of_channel, inputs)],
-        out_specs=of_channel(output),
-        out_shape=jax.ShapeDtypeStruct(output.shape, output.dtype, manual_axis_type=varying),
+        grid=grid,
+        in_specs=[*map(spec, inputs)],
+        out_specs=[*map(spec, outputs)],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in outputs
+        ],
         interpret=plan.interpret,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
     )(*inputs)

@@ -1,4 +1,4 @@
-"""The kernel of the spectral filter, interpreted, against numpy's FFTs in float64."""
+"""The kernels of the spectral filter, interpreted, against numpy's FFTs in float64."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spectral_pod.ops.fft import spectral_filter
+from spectral_pod.ops.fft import KERNELS, spectral_filter
 from spectral_pod.ops.kernels import NotServed, butterfly
 from spectral_pod.ops.kernels.cost import kernels
 
@@ -46,23 +46,24 @@ def exact(x_BND, re_FD, im_FD, dy_BND, num_points):
     return y_BND, dx_BND, dw_FD.real, dw_FD.imag
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def run_all(x_BND, re_FD, im_FD, dy_BND, num_points):
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def run_all(x_BND, re_FD, im_FD, dy_BND, num_points, kernel):
     def run(x_BND, re_FD, im_FD):
         w_FD = jax.lax.complex(re_FD, im_FD)
-        return spectral_filter(x_BND, w_FD, num_points, "butterfly_interpreted")
+        return spectral_filter(x_BND, w_FD, num_points, f"{kernel}_interpreted")
 
     y_BND, pullback = jax.vjp(run, x_BND, re_FD, im_FD)
     return y_BND, *pullback(dy_BND)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "sizes", [*QUICK, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW)]
 )
-def test_equals_the_filter_by_ffts_and_its_gradients(sizes, dtype):
+def test_equals_the_filter_by_ffts_and_its_gradients(sizes, dtype, kernel):
     x, re, im, dy = drawn(*sizes, dtype)
-    got = run_all(jnp.asarray(x, dtype), re, im, jnp.asarray(dy, dtype), sizes[1])
+    got = run_all(jnp.asarray(x, dtype), re, im, jnp.asarray(dy, dtype), sizes[1], kernel)
     want = exact(x, re, im, dy, sizes[1])
     assert [v.dtype.name for v in got] == [dtype, dtype, "float32", "float32"]
     mean_square, largest = TOLERANCE[dtype]
