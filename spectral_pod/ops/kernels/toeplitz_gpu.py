@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
@@ -137,7 +138,9 @@ def _convolve(u_BDN: jax.Array, h_DX: jax.Array, plan: _Plan) -> jax.Array:
     group = min(max(pl.next_power_of_2(rows), _MIN_ROWS), _MAX_ROWS)
     kernel = functools.partial(_filter, plan=plan, group=group)
     grid = u_BDN.shape[1], pl.cdiv(rows, group)
-    return _call(kernel, "toeplitz", plan, grid, [u_BDN, h_DX], [u_BDN])[0]
+    inputs = [_channels_last(u_BDN, plan), h_DX]
+    (y_BDN,) = _call(kernel, "toeplitz", plan, grid, inputs, [u_BDN])
+    return _channels_last(y_BDN, plan)
 
 
 def _convolve_forward(
@@ -155,6 +158,15 @@ def _convolve_backward(
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _channels_last(x_BDN: jax.Array, plan: _Plan) -> jax.Array:
+    """The array, with [B, N, D] as its order in memory around the kernels.
+
+    XLA would otherwise give their order to the elementwise operations before and after them, and
+    transpose at every product there.
+    """
+    return x_BDN if plan.interpret else with_layout_constraint(x_BDN, Layout((0, 2, 1)))
 
 
 def _filter(u_B1N: Any, h_1X: Any, y_B1N: Any, *, plan: _Plan, group: int) -> None:
@@ -190,7 +202,7 @@ def _filter_gradient(u_BDN: jax.Array, dy_BDN: jax.Array, plan: _Plan) -> jax.Ar
     sums = jax.ShapeDtypeStruct((D, parts, width), jnp.float32)
     products = jax.ShapeDtypeStruct((D, parts, _LAGS * _T, _T), jnp.float32)
     kernel = functools.partial(_correlate, plan=plan)
-    inputs = [u_BDN, dy_BDN]
+    inputs = [_channels_last(x, plan) for x in (u_BDN, dy_BDN)]
     sums_DGX, _ = _call(kernel, "toeplitz_filter", plan, (D, parts), inputs, [sums, products])
     # A part has lags from T - 1 before its first block on. The last T reach into the next part.
     own_DGX, next_DX = sums_DGX[:, :, : _LAGS * _T], sums_DGX[:, :, _LAGS * _T :]
