@@ -6,16 +6,16 @@ definition, `delta_recurrence.py`, clips included. Without clips the rows of a s
 depend on each other, and several programs have some each: a few of them in one warp, which needs no
 barriers. A clip needs the error of all rows.
 
-For gradients, the forward pass saves the error of every token, of the size of v, and a state per
-`SEGMENT` tokens. The errors are all that the backward pass needs to compute the states again, in
-registers and without sums over keys:
+For gradients, the forward pass also saves the error of every token, of the size of v, and a state
+per `SEGMENT` tokens. With the errors, the backward pass computes the states again in registers,
+without sums over keys. Storing them for all tokens would write and read K / 4 times the bytes of
+q, k, the errors and do, which caches do not hold.
 
-- Without gates, a write is subtracted from the state after it. Its rounding errors add up until the
-  next saved state.
-- A small gate would amplify them without bound, so with gates the state before a token follows from
-  one at the start of its `_BLOCK`, and that from a saved state, by the writes between them: 5
-  writes a token on average, of two operations an entry, where the gradients take about ten. Storing
-  the states of all tokens instead would move K / 4 times the bytes of q, k, errors and do.
+- Without gates, a write is subtracted from the state after it. Its rounding errors add up only
+  until the next saved state.
+- A small gate would amplify them without bound. So with gates, the state before a token is computed
+  from one at the start of its `_BLOCK`, and that from a saved state, by the writes between them: 5
+  writes a token on average, of two operations an entry, where the gradients take nine.
 
 The kernels are written in Pallas for its Triton back end. Letters here: J parts of the rows V of a
 state, G saved states: those before each segment, and the last. The others are in `shapes.py`.
@@ -289,7 +289,8 @@ def _cotangents(
     refs["dv_BNHV"][0, t, 0, :] = de_V
     dstate_VK -= de_V[:, None] * k_K[None]
     if gate is not None:
-        refs["dlog_gate_JBNH"][0, 0, t, 0] = jnp.sum(dstate_VK * state_VK)
+        # Over rows first: those of a column are mostly in one thread.
+        refs["dlog_gate_JBNH"][0, 0, t, 0] = jnp.sum(jnp.sum(dstate_VK * state_VK, 0))
         dstate_VK *= gate
     return dstate_VK
 
