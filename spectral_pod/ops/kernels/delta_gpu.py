@@ -202,7 +202,7 @@ def _forward(refs: dict[str, Any], plan: _Plan) -> None:
 
 
 def _backward(refs: dict[str, Any], plan: _Plan) -> None:
-    read = functools.partial(_read, refs, plan, ("q_BNHK", "k_BNHK", "e_BNHV", "do_BNHV"))
+    read = functools.partial(_read_saved, refs, plan, ("q_BNHK", "k_BNHK", "e_BNHV", "do_BNHV"))
     length = _BLOCK if plan.gated else SEGMENT
 
     def walk(i: jax.Array, carry: Any) -> Any:
@@ -215,15 +215,14 @@ def _backward(refs: dict[str, Any], plan: _Plan) -> None:
 
         def token(r: jax.Array, carry: Any) -> Any:
             dstate_VK, state_VK, current = carry
-            (_, k_K, e_V, _), beta, gate = current
+            (_, k_K, e_V, _), beta, gate, factor = current
             t = start + length - 1 - r
             following = read(jnp.maximum(t - 1, 0))
-            factor = _factor(refs, plan, t)
             if plan.gated:
                 decayed_VK = _later(refs, plan, state_VK, start, t) * gate
             else:
-                state_VK = decayed_VK = state_VK - (beta * factor * e_V)[:, None] * k_K[None]
-            dstate_VK = _cotangents(refs, plan, t, current, factor, decayed_VK, dstate_VK)
+                state_VK = decayed_VK = state_VK - _write(e_V, beta, factor)[:, None] * k_K[None]
+            dstate_VK = _cotangents(refs, t, current, decayed_VK, dstate_VK)
             return dstate_VK, state_VK, following
 
         dstate_VK, current = carry
@@ -236,12 +235,12 @@ def _backward(refs: dict[str, Any], plan: _Plan) -> None:
 
 def _later(refs: dict[str, Any], plan: _Plan, state_VK: jax.Array, start: Any, stop: Any) -> Any:
     """The state before token `stop`, from that before token `start`."""
-    read = functools.partial(_read, refs, plan, ("k_BNHK", "e_BNHV"))
+    read = functools.partial(_read_saved, refs, plan, ("k_BNHK", "e_BNHV"))
 
     def token(t: jax.Array, carry: Any) -> Any:
-        state_VK, ((k_K, e_V), beta, gate) = carry
+        state_VK, ((k_K, e_V), beta, gate, factor) = carry
         following = read(jnp.minimum(t + 1, plan.tokens - 1))
-        write_V = beta * _factor(refs, plan, t) * e_V
+        write_V = _write(e_V, beta, factor)
         return gate * state_VK + write_V[:, None] * k_K[None], following
 
     return lax.fori_loop(start, stop, token, (state_VK, read(start)))[0]
@@ -249,42 +248,41 @@ def _later(refs: dict[str, Any], plan: _Plan, state_VK: jax.Array, start: Any, s
 
 def _cotangents(
     refs: dict[str, Any],
-    plan: _Plan,
     t: jax.Array,
     current: Any,
-    factor: Any,
     state_VK: jax.Array,
     dstate_VK: jax.Array,
 ) -> jax.Array:
     """Writes the cotangents of token t.
 
     Args:
-      current, factor: of the token, as `_read` and `_factor` give them.
+      current: the token's values, as `_read_saved` gives them.
       state_VK: the decayed state that it is written to.
       dstate_VK: the cotangent of the state after the token, but for the read of the token itself.
 
     Returns: that of the state before the token.
     """
-    (q_K, k_K, e_V, do_V), beta, gate = current
-    write_V = beta * factor * e_V
+    (q_K, k_K, e_V, do_V), beta, gate, factor = current
+    write_V = _write(e_V, beta, factor)
     refs["dq_JBNHK"][0, 0, t, 0, :] = (
         jnp.sum(state_VK * do_V[:, None], 0) + jnp.sum(write_V * do_V) * k_K
     )
     dstate_VK += do_V[:, None] * q_K[None]
     dwrite_V = jnp.sum(dstate_VK * k_K[None], 1)
     along = jnp.sum(e_V * dwrite_V)
-    refs["dbeta_JBNH"][0, 0, t, 0] = factor * along
-    de_V = beta * factor * dwrite_V
-    if plan.clip is not None:
+    de_V = _write(dwrite_V, beta, factor)
+    if factor is not None:
+        along *= factor
         # A clipped write has the direction of e k^T, but not its size.
         along_e, along_k = (
-            jnp.where(factor < 1, beta * factor * along / jnp.maximum(jnp.sum(x * x), 1e-30), 0.0)
+            jnp.where(factor < 1, beta * along / jnp.maximum(jnp.sum(x * x), 1e-30), 0.0)
             for x in (e_V, k_K)
         )
         de_V -= along_e * e_V
     dk_K = jnp.sum(dstate_VK * write_V[:, None] - state_VK * de_V[:, None], 0)
-    if plan.clip is not None:
+    if factor is not None:
         dk_K -= along_k * k_K
+    refs["dbeta_JBNH"][0, 0, t, 0] = along
     refs["dk_JBNHK"][0, 0, t, 0, :] = dk_K
     refs["dv_BNHV"][0, t, 0, :] = de_V
     dstate_VK -= de_V[:, None] * k_K[None]
@@ -302,9 +300,14 @@ def _read(refs: dict[str, Any], plan: _Plan, names: Sequence[str], t: Any) -> An
     return vectors, refs["beta_BNH"][0, t, 0], gate
 
 
-def _factor(refs: dict[str, Any], plan: _Plan, t: Any) -> Any:
-    """By which the write of token t was clipped."""
-    return 1.0 if plan.clip is None else refs["factor_BNH"][0, t, 0]
+def _read_saved(refs: dict[str, Any], plan: _Plan, names: Sequence[str], t: Any) -> Any:
+    """As `_read`, and the factor that clipped the write, or None without clips."""
+    factor = None if plan.clip is None else refs["factor_BNH"][0, t, 0]
+    return *_read(refs, plan, names, t), factor
+
+
+def _write(e_V: jax.Array, beta: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return beta * e_V if factor is None else beta * factor * e_V
 
 
 def _call(
