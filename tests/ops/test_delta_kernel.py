@@ -131,6 +131,19 @@ def test_overflow_without_clips_does_no_harm():
     assert all(np.isfinite(x).all() for x in found)
 
 
+def test_without_gradients_nothing_is_saved_for_them():
+    inputs, state, weights, clip = drawn(1, 70, 1, 16, 16, "mixed", "some")
+    rule = functools.partial(delta_gpu.delta_rule, clip=clip, interpret=True)
+
+    def outputs(fn, *arguments):
+        return [len(x.outvars) for x in kernels(jax.make_jaxpr(fn)(*arguments).jaxpr)]
+
+    gradients = functools.partial(with_gradients, rule)
+    assert outputs(rule, inputs, state) == [3]
+    # Of the forward pass also the errors, the factors, and states.
+    assert outputs(gradients, inputs, state, weights) == [6, 6]
+
+
 def test_the_cost_is_that_of_reading_and_writing_once():
     """Counted from the kernel's program, without the computation of clipped writes."""
     inputs, state, _, _ = drawn(1, 128, 2, 64, 64)
