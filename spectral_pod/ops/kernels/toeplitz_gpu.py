@@ -306,5 +306,5 @@ def _call(
             jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in outputs
         ],
         interpret=plan.interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
     )(*inputs)
