@@ -29,7 +29,7 @@ def long_range() -> Config:
     c.model.hidden_dim = 256
     c.model.memory_interval = 2
     c.model.dropout = 0.1
-    c.model.remat = "full"
+    c.model.unroll = 3  # all: a scan over layers copies what it stores for the backward pass
     c.train.global_batch_size = 50
     c.train.eval_batch_size = 100
     c.train.log_every_steps = 50
@@ -76,7 +76,7 @@ def gpu_language_model(c: Config) -> None:
     c.model.mlp_expansion = 2.0
     c.model.memory.num_heads = 6
     c.model.memory.head_dim = 64
-    c.model.unroll = 1
+    c.model.unroll = 4
     c.train.global_batch_size = 64
     c.train.total_steps = 3000
     learning_rates(c, 1e-3)

@@ -13,6 +13,7 @@ scan, `delta_chunks.py` and `delta_batched.py` the same function by matrix produ
 """
 
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -31,7 +32,7 @@ METHODS: dict[str, _Method] = {  # on any platform
     "batched": delta_batched.delta_rule_batched,
     "recurrent": delta_rule_recurrent,
 }
-KERNELS = {"tpu": delta, "gpu": delta_gpu}
+KERNELS: dict[str, types.ModuleType] = {"tpu": delta, "gpu": delta_gpu}
 # The methods that keep split positions split; the others gather them.
 SPLIT: dict[str, _Method] = {
     "chunked": functools.partial(delta_rule_split, delta_chunks),
@@ -42,14 +43,13 @@ SPLIT: dict[str, _Method] = {
 def choose(platform: str, key_width: int, value_width: int) -> str:
     """The fastest method for whole sequences.
 
-    On CPUs it is the one with small segments, which fit the caches; on TPUs the kernel, if it
-    serves these sizes and a device has all positions; elsewhere the one with the fewest operations.
-    The kernel for GPUs has not run on one, so it is used on request only.
+    On CPUs it is the one with small segments, which fit the caches; elsewhere the kernel, if it
+    serves these sizes and a device has all positions, or else the one with the fewest operations.
     """
     if platform == "cpu":
         return "chunked"
     whole = num_shards("position") == 1
-    served = platform == "tpu" and delta.unserved(key_width, value_width) is None
+    served = KERNELS[platform].unserved(key_width, value_width) is None
     return "fused" if whole and served else "batched"
 
 

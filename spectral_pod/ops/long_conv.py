@@ -6,6 +6,7 @@ write this order at no cost.
 """
 
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -18,24 +19,25 @@ from spectral_pod.ops.kernels import toeplitz, toeplitz_gpu
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 
 METHODS = ("right_angle", "real", "matmul")  # on any platform; a kernel is "toeplitz"
-KERNELS = {"tpu": toeplitz, "gpu": toeplitz_gpu}
+KERNELS: dict[str, types.ModuleType] = {"tpu": toeplitz, "gpu": toeplitz_gpu}
 
 _MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they save
-# Positions from which the kernel is known to take fewer cycles than "matmul" (docs/results.md).
-_MIN_KERNEL = 512
+# Positions from which the kernel for TPUs is known to take fewer cycles than "matmul", and up to
+# which that for GPUs is faster than cuFFT (docs/results.md).
+_MIN_ON_TPUS, _MAX_ON_GPUS = 512, 4096
 
 
 def choose(platform: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
-    """The fastest method: by measurement on CPUs, by compiled cost on TPUs.
+    """The fastest method: by measurement, on TPUs by compiled cost.
 
-    "toeplitz" is a kernel, on TPUs for sequences that fit on the chip. That for GPUs has not run on
-    one, so it is used on request only.
+    "toeplitz" is a kernel, on TPUs for sequences that fit on the chip.
     """
-    if platform == "tpu":
-        if length >= _MIN_KERNEL and not toeplitz.unserved(length, num_taps, dtype):
-            return "toeplitz"
-        return "matmul"
-    return "right_angle" if platform == "cpu" else "real"
+    if platform == "cpu":
+        return "right_angle"
+    enough = length >= _MIN_ON_TPUS if platform == "tpu" else length <= _MAX_ON_GPUS
+    if enough and not KERNELS[platform].unserved(length, num_taps, dtype):
+        return "toeplitz"
+    return "matmul" if platform == "tpu" else "real"
 
 
 def choose_product(platform: str) -> str:

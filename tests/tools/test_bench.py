@@ -81,7 +81,10 @@ def test_ops(tmp_path):
                 "causal_vs_plain_1024",
                 "causal_vs_plain_2048",
                 "causal_vs_plain_4096",
-                "causal_vs_plain_16384",
+                "causal_vs_plain_8192",
+                "spectral_vs_real_512",
+                "spectral_vs_real_1024",
+                "spectral_vs_real_2048",
                 "delta_vs_chunked_2048x4",
                 "delta_vs_chunked_2048x16",
                 "delta_vs_chunked_8192x8",
@@ -115,7 +118,7 @@ def test_the_others(tmp_path, benchmark, ratios):
     rates = {unit for row in data["rows"] for unit in row["rates"]}
     units: dict = {
         "gpu": set(),
-        "step": {"bytes"},
+        "step": {"bytes", "FLOP"},
         "generate": {"bytes"},
         "data": {"records", "steps"},
     }

@@ -101,6 +101,7 @@ def benchmark(options: argparse.Namespace) -> None:
             clock=clock,
             only=options.filter,
             say=shell.say,
+            compilers=getattr(module, "COMPILERS", 1),
         )
     facts: dict[str, Any] = machine.describe() | {"clock": clock, "quick": options.quick}
     facts["peers"] = peers.versions if peers else {}

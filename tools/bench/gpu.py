@@ -1,9 +1,9 @@
 """What a GPU has to show: its kernels are right, and how fast they and whole steps are.
 
 Groups: errors of the kernels against float64; causal_N, delta_NxH, spectral_N and attention_N,
-forward and backward, every method in turn with those of --peers; and the training steps of shipped
-configs, as dispatch has them and with the kernels. With --quick it runs on any platform, where
-kernels are interpreted.
+forward and backward, every method in turn with those of --peers; and training steps: of shipped
+configs, with kernels and without, and of a SpectralGPT of 350M parameters. With --quick it runs on
+any platform, where kernels are interpreted, without the steps.
 """
 
 import functools
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectral_pod import command_line
+from spectral_pod import config as config_lib
+from spectral_pod.analysis import flops
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError
 from spectral_pod.ops import attention, reference
@@ -30,17 +32,16 @@ from .step import training
 from .timing import Case, Comparison, Group, Ratio, compiled, forward_backward, times_faster
 
 CLOCK = "wall"
+COMPILERS = 16  # most of the time is XLA's and its autotuning
 
 # Sequences, channels, positions, and how many times as fast as PyTorch's FFTs the kernel is to be.
-_CAUSAL = [(16, 768, 1024, 3), (16, 768, 2048, 3), (16, 768, 4096, 1.5), (8, 768, 16_384, None)]
+_CAUSAL = [(16, 768, 1024, 3), (16, 768, 2048, 3), (16, 768, 4096, 1.5), (8, 768, 8192, 1)]
 _DELTA = [(8, 2048, 4), (8, 2048, 16), (4, 8192, 8)]  # sequences, tokens, heads
-_SPECTRAL = [(64, 512, 256), (16, 2048, 256), (16, 4096, 768)]  # sequences, positions, channels
+_SPECTRAL = [(64, 512, 256), (32, 1024, 256), (16, 2048, 256)]  # sequences, positions, channels
 _ATTENTION = [(16, 2048, 12), (4, 8192, 12)]  # sequences, positions, heads
-_STEPS = {  # the config, its preset, the batch
-    "listops": ("lra_listops", (), 256),
-    "shakespeare": ("lm_shakespeare", ("gpu",), 64),
-}
-_KERNELS = {"model.long_conv": "toeplitz", "model.memory.method": "fused"}
+_PLAIN = {
+    "model.long_conv": "real", "model.spectral.method": "real", "model.memory.method": "batched",
+}  # fmt: skip
 
 
 def groups(settings: Settings) -> list[Group]:
@@ -59,8 +60,11 @@ def groups(settings: Settings) -> list[Group]:
         build = functools.partial(_attention, settings, B, N, H, part)
         made.append(Group(f"attention_{N}", 1, build))
     if not settings.quick:
-        for name in _STEPS:
-            made.append(Group(f"step_{name}", 4, functools.partial(_step, name)))
+        made += [
+            Group("step_listops", 2, _listops),
+            Group("step_shakespeare", 2, _shakespeare),
+            Group("step_350M", 2, _large),
+        ]
     return made
 
 
@@ -127,7 +131,7 @@ def _largest(results: Any, exact: Any) -> float:
 
 
 def _causal(
-    settings: Settings, B: int, D: int, N: int, target: float | None, part: int
+    settings: Settings, B: int, D: int, N: int, target: float, part: int
 ) -> Comparison:
     named, D, N = N, max(D // part, 1), N // part
     rng = np.random.default_rng(0)
@@ -139,19 +143,18 @@ def _causal(
         y_BDN = jnp.fft.irfft(u_BDF * jnp.fft.rfft(h_DN, 2 * N)[None], 2 * N)[..., :N]
         return y_BDN.astype(u_BDN.dtype)
 
-    methods: dict[str, Callable[..., jax.Array]] = {"plain": plain}
-    for method in ("real", "matmul"):
-        methods[method] = functools.partial(causal_conv, method=method)
-    if target:
-        methods["toeplitz"] = functools.partial(toeplitz_gpu.causal_conv, interpret=not _on_gpu())
-    ours = "toeplitz" if target else "real"
+    methods: dict[str, Callable[..., jax.Array]] = {
+        "plain": plain,
+        "real": functools.partial(causal_conv, method="real"),
+        "toeplitz": functools.partial(toeplitz_gpu.causal_conv, interpret=not _on_gpu()),
+    }
     shape = f"B={B} D={D} N={N}"
     cases = [_case(name, shape, fn, weights, u_BDN, h_DN) for name, fn in methods.items()]
-    ratios = [times_faster(f"causal_vs_plain_{named}", ours, "plain")]
+    ratios = [times_faster(f"causal_vs_plain_{named}", "toeplitz", "plain")]
     if settings.peers:
         peer, sizes = "torch_fft_conv", {"B": B, "D": D, "N": N, "dtype": "bfloat16"}
         cases.append(settings.peers.case(peer, "PyTorch, as safari's fftconv", sizes))
-        ratios.append(times_faster(f"causal_vs_torch_{named}", ours, peer, f">= {target or 1}"))
+        ratios.append(times_faster(f"causal_vs_torch_{named}", "toeplitz", peer, f">= {target}"))
     return Comparison(cases, ratios)
 
 
@@ -174,7 +177,7 @@ def _delta(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
         "fused": kernel,
         "fused_clip": functools.partial(kernel, clip=10.0),
         "batched": by("batched"),
-        "chunked": by("chunked"),
+        "chunked": by("chunked"),  # the method before there were kernels
     }
     shape = f"B={B} N={N} H={H} K={K}"
     cases = [
@@ -192,19 +195,20 @@ def _delta(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
 
 
 def _spectral(B: int, N: int, D: int, part: int) -> Comparison:
-    N, D = N // part, max(D // part, 1)
+    named, N, D = N, N // part, max(D // part, 1)
     rng = np.random.default_rng(0)
     x_BND, weights = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(2, B, N, D)))
     w_FD = jnp.asarray(rng.normal(size=(N + 1, D)) + 1j, jnp.complex64)
+    kernel = "toeplitz" if _on_gpu() else "toeplitz_interpreted"
     cases = [
         _case(
             method, f"B={B} N={N} D={D}",
             functools.partial(spectral_filter, fft_length=2 * N, method=method),
             weights, x_BND, w_FD,
         )
-        for method in ("plain", "real", "matmul")
+        for method in ("real", "matmul", kernel)
     ]  # fmt: skip
-    return Comparison(cases)
+    return Comparison(cases, [times_faster(f"spectral_vs_real_{named}", kernel, "real")])
 
 
 def _attention(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
@@ -223,17 +227,53 @@ def _attention(settings: Settings, B: int, N: int, H: int, part: int) -> Compari
     return Comparison(cases, ratios)
 
 
-def _step(name: str) -> Comparison:
-    file, preset, batch = _STEPS[name]
-    cases = []
-    for case, fields in (("auto", {}), ("kernels", _KERNELS)):
-        path = command_line.find_config(f"configs/{file}.py")
-        config = runpy.run_path(path)["get_config"](*preset)
-        config.train.global_batch_size = batch
-        config.update_from_flattened_dict(fields)
-        task = tasks.make(config.data.task, config.data.options)
-        cases.append(training(case, config, task.objective, task.num_classes))
-    return Comparison(cases, [times_faster(f"step_kernels_vs_auto_{name}", "kernels", "auto")])
+def _listops() -> Comparison:
+    return _steps("listops", _config("lra_listops"), 256, {"ms": "<= 45"})
+
+
+def _shakespeare() -> Comparison:
+    config = _config("lm_shakespeare", "gpu")
+    return _steps("shakespeare", config, 64, {"kB_per_s": ">= 600"})
+
+
+def _large() -> Comparison:
+    """SpectralGPT with 24 layers of width 1,024 on 2,048 bytes."""
+    config = _config("lm_shakespeare", "gpu")
+    config.data.seq_len = 2048
+    model = config.model
+    model.num_layers, model.hidden_dim, model.embed_dim, model.dropout = 24, 1024, 1024, 0.0
+    model.mlp_expansion, model.memory.num_heads, model.unroll = 2.6667, 16, 1
+    return _steps("350M", config, 16, {"mfu": ">= 0.25"}, plain=False)
+
+
+def _steps(
+    name: str, config: Any, batch: int, targets: dict[str, str], plain: bool = True
+) -> Comparison:
+    """A training step with kernels, and if `plain` without."""
+    config.train.global_batch_size = batch
+    task = tasks.make(config.data.task, config.data.options)
+    cases = [training("kernels", config, task.objective, task.num_classes)]
+    figures: dict[str, Callable[[Any], float]] = {
+        "ms": lambda rows: rows["kernels"].ms,
+        "kB_per_s": lambda rows: rows["kernels"].rates["bytes"] / 1e3,
+    }
+    if peak := flops.peak_flops(jax.devices()[0]):
+        figures["mfu"] = lambda rows: rows["kernels"].rates["FLOP"] / peak
+    ratios = [
+        Ratio(f"step_{figure}_{name}", of, targets.get(figure, ""))
+        for figure, of in figures.items()
+    ]
+    if plain:
+        config = config_lib.copy(config)
+        config.update_from_flattened_dict(_PLAIN)
+        cases.append(training("plain", config, task.objective, task.num_classes))
+        ratios.append(times_faster(f"step_kernels_vs_plain_{name}", "kernels", "plain"))
+    return Comparison(cases, ratios)
+
+
+def _config(name: str, *preset: str) -> Any:
+    path = command_line.find_config(f"configs/{name}.py")
+    return runpy.run_path(path)["get_config"](*preset)
 
 
 def _case(name: str, shape: str, fn: Callable[..., Any], weights: Any, *arguments: Any) -> Case:

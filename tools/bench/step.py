@@ -15,6 +15,7 @@ import optax
 
 from spectral_pod import config as config_lib
 from spectral_pod import models
+from spectral_pod.analysis import flops
 from spectral_pod.objectives import Classification, Objective
 from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
@@ -129,7 +130,10 @@ def training(
         _Chain(step, state),
         baseline,
         temporaries(program),
-        {"bytes": batch * length},
+        {
+            "bytes": batch * length,
+            "FLOP": flops.train_flops(config, abstract.params, num_classes),
+        },
     )
 
 

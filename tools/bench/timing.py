@@ -10,6 +10,7 @@ import statistics
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -142,17 +143,29 @@ def forward_backward(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def measure(
-    groups: Sequence[Group], *, repeats: int, clock: Clock, only: str, say: Callable[[str], None]
-) -> Report:
-    """Runs the groups whose names match the regular expression `only`, in order."""
+    groups: Sequence[Group], *, repeats: int, clock: Clock, only: str, say: Callable[[str], None],
+    compilers: int = 1,
+) -> Report:  # fmt: skip
+    """Runs the groups whose names match the regular expression `only`, in order.
+
+    With several `compilers`, so many threads first build all groups, whose arrays must fit in
+    memory together.
+    """
     groups = [group for group in groups if re.search(only, group.name)]
     if not groups:
         raise ConfigError(f"--filter={only} matches no group of this benchmark")
     report = Report([], {}, {})
     started, done = time.monotonic(), 0.0
     total = sum(group.weight for group in groups)
+    with ThreadPoolExecutor(compilers) as pool:
+        ahead = [pool.submit(group.build) for group in groups] if compilers > 1 else []
+        for one in ahead:
+            one.result()
+    if ahead:
+        say(f"{len(groups)} groups compiled in {time.monotonic() - started:.0f} s")
     for i, group in enumerate(groups):
-        rows, ratios = _measure(group, repeats, clock)
+        comparison = ahead[i].result() if ahead else group.build()
+        rows, ratios = _measure(group, comparison, repeats, clock)
         report.rows.extend(rows.values())
         for ratio in ratios:
             report.ratios[ratio.name] = ratio.of(rows)
@@ -160,12 +173,16 @@ def measure(
                 report.targets[ratio.name] = ratio.target
         done += group.weight
         left = int((time.monotonic() - started) * (total - done) / done)
-        say(f"{group.name}: {i + 1} of {len(groups)} groups, ETA {left // 60}:{left % 60:02d}")
+        found = ", ".join(f"{name} {row.ms:.3g}" for name, row in rows.items())
+        place = f"{i + 1} of {len(groups)} groups, ETA {left // 60}:{left % 60:02d}"
+        say(f"{group.name}: {found} ms; {place}")
     return report
 
 
-def _measure(group: Group, repeats: int, clock: Clock) -> tuple[dict[str, Row], Sequence[Ratio]]:
-    cases, ratios, contest = group.build()
+def _measure(
+    group: Group, comparison: Comparison, repeats: int, clock: Clock
+) -> tuple[dict[str, Row], Sequence[Ratio]]:
+    cases, ratios, contest = comparison
     for case in cases:
         case.run()  # the first call allocates
     seconds: dict[str, list[Seconds]] = {case.name: [] for case in cases}

@@ -39,7 +39,7 @@ from spectral_pod.parallel.sharding import platform
 
 _T = 64
 _MIN_ROWS, _MAX_ROWS = 16, 128  # blocks of a program: what tensor cores need, and registers hold
-_LAGS = 4  # blocks of lags that a program of the filter's gradient has
+_LAGS = 2  # blocks of lags that a program of the filter's gradient has
 
 # The work grows with the square of the length. From here on cuFFT is expected to be faster: by the
 # time of a transform on an H200 (docs/results.md) and half of its peak in products.
@@ -138,7 +138,7 @@ def _convolve(u_BDN: jax.Array, h_DX: jax.Array, plan: _Plan) -> jax.Array:
     group = min(max(pl.next_power_of_2(rows), _MIN_ROWS), _MAX_ROWS)
     kernel = functools.partial(_filter, plan=plan, group=group)
     grid = u_BDN.shape[1], pl.cdiv(rows, group)
-    inputs = [_channels_last(u_BDN, plan), h_DX]
+    inputs = [_channels_last(u_BDN, plan), _windows(h_DX, plan)]
     (y_BDN,) = _call(kernel, "toeplitz", plan, grid, inputs, [u_BDN])
     return _channels_last(y_BDN, plan)
 
@@ -160,6 +160,24 @@ def _convolve_backward(
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
+def _windows(h_DX: jax.Array, plan: _Plan) -> jax.Array:
+    """The 2T taps that H_j has of every block of lags j, uint32 [D, J, 2T], the last of them 0.
+
+    A number has two terms of a tap in bfloat16, which a program takes apart by bits.
+    """
+    begin, end = plan.lags
+    shift = begin * _T - (_T - 1) - plan.first  # the first tap of them
+    h_DX = jnp.pad(h_DX, ((0, 0), (max(-shift, 0), 0)))[:, max(shift, 0) :]
+    length = (end - begin + 1) * _T
+    h_DX = jnp.pad(h_DX[:, :length], ((0, 0), (0, max(length - h_DX.shape[1], 0))))
+    first, second = (
+        lax.bitcast_convert_type(term, jnp.uint16).astype(jnp.uint32)
+        for term in body.terms(h_DX, 2)
+    )
+    blocks_DJT = (first << 16 | second).reshape(len(h_DX), -1, _T)
+    return jnp.concatenate([blocks_DJT[:, :-1], blocks_DJT[:, 1:]], axis=2)
+
+
 def _channels_last(x_BDN: jax.Array, plan: _Plan) -> jax.Array:
     """The array, with [B, N, D] as its order in memory around the kernels.
 
@@ -169,19 +187,22 @@ def _channels_last(x_BDN: jax.Array, plan: _Plan) -> jax.Array:
     return x_BDN if plan.interpret else with_layout_constraint(x_BDN, Layout((0, 2, 1)))
 
 
-def _filter(u_B1N: Any, h_1X: Any, y_B1N: Any, *, plan: _Plan, group: int) -> None:
+def _filter(u_B1N: Any, h_1JX: Any, y_B1N: Any, *, plan: _Plan, group: int) -> None:
     """The convolution for blocks in the order (block, sequence)."""
     first_row = pl.program_id(1) * group
     block_G, b_G = _block_and_sequence(first_row + lax.iota(jnp.int32, group), plan)
     t_T = lax.iota(jnp.int32, _T)
-    lag_TT = t_T[:, None] - t_T[None, :] - plan.first
+    tap_TT = t_T[:, None] - t_T[None, :] + (_T - 1)
 
     def add(j: jax.Array, y_TG: jax.Array) -> jax.Array:
-        tap_TT = j * _T + lag_TT
-        h_TT = plgpu.load(h_1X.at[0, tap_TT], mask=_within(tap_TT, plan.taps), other=0.0)
+        h_TT = plgpu.load(h_1JX.at[0, j - plan.lags[0], tap_TT])
         n_TG = (block_G - j)[None] * _T + t_T[:, None]
         u_TG = _read(u_B1N, b_G[None], n_TG, plan)
-        return y_TG + _product(h_TT, u_TG, max(2, plan.terms), plan.terms)
+        terms = [
+            lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+            for bits in (h_TT >> 16, h_TT)
+        ]
+        return _add_product(y_TG, terms, body.terms(u_TG, plan.terms))
 
     begin, end = plan.lags
     first_block, _ = _block_and_sequence(first_row, plan)
@@ -216,7 +237,7 @@ def _filter_gradient(u_BDN: jax.Array, dy_BDN: jax.Array, plan: _Plan) -> jax.Ar
 def _correlate(
     u_B1N: Any, dy_B1N: Any, sums_11X: Any, products_11XT: Any, *, plan: _Plan
 ) -> None:
-    """Sums over lags j T + t - s of C_j[t, s], for `_LAGS` of j, with their products as a buffer."""
+    """Sums over lags j T + t - s of C_j[t, s], for `_LAGS` of j; the products are a buffer."""
     j = plan.lags[0] + pl.program_id(1) * _LAGS
     t_X, s_T = lax.iota(jnp.int32, _LAGS * _T), lax.iota(jnp.int32, _T)
     row_W = lax.iota(jnp.int32, _T)
@@ -226,7 +247,7 @@ def _correlate(
         n_XW = (block_W + j)[None] * _T + t_X[:, None]
         dy_XW = _read(dy_B1N, b_W[None], n_XW, plan)
         u_WT = _read(u_B1N, b_W[:, None], block_W[:, None] * _T + s_T[None], plan)
-        return c_XT + _product(dy_XW, u_WT, plan.terms, plan.terms)
+        return _add_product(c_XT, body.terms(dy_XW, plan.terms), body.terms(u_WT, plan.terms))
 
     # The blocks of u that have a block of dy j later.
     begin = lax.div(jnp.maximum(0, -(j + _LAGS - 1)) * plan.batch, _T)
@@ -262,16 +283,13 @@ def _within(index: jax.Array, size: int) -> jax.Array:
     return (index >= 0) & (index < size)
 
 
-def _product(a: jax.Array, b: jax.Array, a_terms: int, b_terms: int) -> jax.Array:
-    """a b in float32, as products of bfloat16 terms without those below its precision."""
-    smallest = max(a_terms, b_terms)
-    products = [
-        jnp.dot(x, y, preferred_element_type=jnp.float32)
-        for i, x in enumerate(body.terms(a, a_terms))
-        for j, y in enumerate(body.terms(b, b_terms))
-        if i + j < smallest
-    ]
-    return functools.reduce(jnp.add, products)
+def _add_product(sums: jax.Array, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+    """sums + a b in float32, by products of terms without those below their precision."""
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            if i + j < max(len(a), len(b)):
+                sums += jnp.dot(x, y, preferred_element_type=jnp.float32)
+    return sums
 
 
 def _call(
@@ -284,15 +302,15 @@ def _call(
 ) -> Sequence[jax.Array]:
     """Runs a kernel on every channel D of its arrays and every group G.
 
-    A program has all of [B, D, N] and [D, X] that are its channel's, and its own group of
-    [D, G, ...].
+    A program has all of [B, D, N] and of inputs [D, ...] that is its channel's, and its own group
+    of outputs [D, G, ...].
     """
 
     def spec(x: Any) -> pl.BlockSpec:
         if x.shape == inputs[0].shape:
             return pl.BlockSpec((x.shape[0], 1, x.shape[2]), lambda d, g: (0, d, 0))
-        if x.ndim == 2:
-            return pl.BlockSpec((1, x.shape[1]), lambda d, g: (d, 0))
+        if any(x is one for one in inputs):
+            return pl.BlockSpec((1, *x.shape[1:]), lambda d, g: (d,) + (0,) * (x.ndim - 1))
         return pl.BlockSpec((1, 1, *x.shape[2:]), lambda d, g: (d, g) + (0,) * (x.ndim - 2))
 
     varying = jax.typeof(inputs[0]).manual_axis_type
@@ -306,5 +324,5 @@ def _call(
             jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in outputs
         ],
         interpret=plan.interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
     )(*inputs)
