@@ -58,7 +58,7 @@ def preflight(arguments: argparse.Namespace) -> int:
         other_setup = compiled_step.set_up(*neighbour)
         compiled, other_compiled = compiled_step.compile_all([setup, other_setup], shell.say)
         other = other_setup, other_compiled
-    on_tpus = topology.chip.family != "cpu" and compiled["train"].text
+    on_tpus = topology.chip.platform == "tpu" and compiled["train"].text
     schedules = compiled_step.schedules(setup, shell.say) if on_tpus else {}
     report = preflight_report.make(setup, compiled, schedules, other, arguments.price_per_chip_hour)
     for path, text in (

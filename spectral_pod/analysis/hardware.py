@@ -126,7 +126,7 @@ class GpuPrices:
 
     bandwidth: float  # share of the bandwidth of memory
     flops: float  # share of the peak of matrix products, at any precision
-    sum_s: float  # a sum over the threads of a program, which then wait for each other
+    sum_s: float  # a sum over the threads of a kernel's cell, which then wait for each other
 
 
 # Measured on one H100, docs/results.md: 2.5e12 bytes/s and 440e12 FLOP/s of bfloat16 in whole

@@ -43,8 +43,13 @@ class Array:
     in_hbm: bool  # False for on-chip memory, whose layouts say S(1) or higher
 
     @property
+    def width(self) -> float:
+        """Bytes of an element."""
+        return _BYTES[self.dtype]
+
+    @property
     def bytes(self) -> int:
-        return math.ceil(_BYTES.get(self.dtype, 0) * math.prod(self.shape))
+        return math.ceil(self.width * math.prod(self.shape))
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -152,8 +157,6 @@ class Program:
                 inner = [visit(callee) for callee in instruction.callees]
                 if instruction.opcode == "conditional":
                     totals = [sum(measure(i) * n for i, n in branch) for branch in inner]
-                    if rare and max(totals) > min(totals):
-                        self.notes.add("of a conditional the costliest branch counts")
                     inner = [inner[totals.index(max(totals) if rare else min(totals))]]
                 elif instruction.opcode == "while":
                     trips = self.trip_count(instruction) if inner[0] else 0
