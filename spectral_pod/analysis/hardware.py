@@ -230,18 +230,18 @@ def prepare(topology: Topology) -> None:
         # XLA sizes its thread pool by this; with fewer threads, collectives of fake devices starve.
         os.environ["PJRT_NPROC"] = str(2 * topology.num_chips)
         return
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     if topology.chip.platform == "gpu":
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver here
-        return
-    os.environ.pop("XLA_FLAGS", None)  # libtpu aborts on flags of other backends
-    os.environ |= {
+    else:
+        os.environ.pop("XLA_FLAGS", None)  # libtpu aborts on flags of other backends
+    os.environ |= {  # for GPUs as well, as JAX loads libtpu wherever it is installed
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server here
         "TPU_ACCELERATOR_TYPE": "v4-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 
 

@@ -235,6 +235,7 @@ class Collective:
     axes: tuple[str, ...] = ()  # mesh axes it runs over
     link: str = "ICI"  # or "DCN", between slices
     group_size: int = 1  # participating chips, or slices if over DCN
+    sharers: int = 1  # chips of a slice that share what their group sends to other slices
 
     @property
     def sent(self) -> float:
@@ -311,15 +312,18 @@ def _among_devices(
         results = operands or results
     else:
         scale = 1
-    crosses = bool(sizes) and bool(np.any(groups // per_slice != groups[:, :1] // per_slice))
+    slices = max(len(np.unique(group // per_slice)) for group in groups) if sizes else 1
+    # A ring, or reducing within slices first, crosses once for all members in a slice.
+    shared = slices > 1 and kind in ("all-reduce", "all-gather", "reduce-scatter")
     return Collective(
         kind=kind,
         bytes=scale * sum(a.bytes for a in results),
         arrays=results,
         source=_source_of_largest(program, i),
         axes=_axes(groups, sizes),
-        link="DCN" if crosses else "ICI",
+        link="DCN" if slices > 1 else "ICI",
         group_size=groups.shape[1],
+        sharers=groups.shape[1] // slices if shared else 1,
     )
 
 
