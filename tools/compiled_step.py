@@ -128,7 +128,7 @@ def neighbour(setup: Setup) -> tuple[Config, Topology] | None:
     per_slice = sizes[axis] // (setup.topology.num_slices if axis == "data" else 1)
     if sizes[axis] == 1:
         return None
-    if half and per_slice % 2 == 0:
+    if half and half.num_chips > 1 and per_slice % 2 == 0:  # one chip has no collectives at all
         return _resized(setup.config, sizes, axis, lambda n: n // 2), half
     if double and setup.topology.chip.platform != "cpu":
         return _resized(setup.config, sizes, axis, lambda n: n * 2), double

@@ -1,8 +1,8 @@
 """Compiles the real training and evaluation steps for a slice, without having one, and reports
 whether they fit in memory, what they communicate, and how long a step takes: a lower bound, and for
 TPUs and GPUs an estimate with the layers that take most of it. For TPUs it adds up what the
-compiler says of each instruction and kernel. Waits for memory are mostly missing from it, and it has
-never been compared with a TPU. For GPUs it adds up the launches, at rates measured on one H100.
+compiler says of each instruction and kernel. Waits for memory are mostly missing from it, and it
+has never been compared with a TPU. For GPUs it adds up the launches, at rates measured on one H100.
 
     python -m tools.preflight --config=configs/lra_listops.py --topology=v4-128
     ... --topology=v5p:8x8x8 --num_slices=2 --config.mesh.fsdp=8 --price_per_chip_hour=4.2
