@@ -312,7 +312,8 @@ def _among_devices(
         results = operands or results
     else:
         scale = 1
-    slices = max(len(np.unique(group // per_slice)) for group in groups) if sizes else 1
+    changes = np.diff(np.sort(groups // per_slice, axis=1), axis=1) > 0
+    slices = 1 + int(changes.sum(axis=1).max()) if sizes else 1  # that a group reaches
     # A ring, or reducing within slices first, crosses once for all members in a slice.
     shared = slices > 1 and kind in ("all-reduce", "all-gather", "reduce-scatter")
     return Collective(

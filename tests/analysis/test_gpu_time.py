@@ -120,7 +120,7 @@ def test_the_bound_counts_products_at_their_precision():
 
 
 def _recurrence(x_ref, y_ref):
-    """Four segments of eight tokens; the cell decides how many further products there are."""
+    """The last four of five segments of eight tokens, and as many products as cells before."""
 
     def token(t, state):
         return state * jnp.sum(state * x_ref[...])
@@ -131,7 +131,7 @@ def _recurrence(x_ref, y_ref):
     def product(_, state):
         return jnp.dot(state, state, preferred_element_type=jnp.float32)
 
-    state = lax.fori_loop(0, 4, segment, x_ref[...])
+    state = lax.fori_loop(1, 5, segment, x_ref[...])
     y_ref[...] = lax.fori_loop(0, pl.program_id(0), product, state)
 
 

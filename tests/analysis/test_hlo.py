@@ -84,6 +84,21 @@ def test_a_group_over_slices_uses_dcn(groups, link):
     assert only(text, mesh_shape=MESH, num_slices=2).link == link
 
 
+@pytest.mark.parametrize(
+    ("kind", "groups", "sharers"),
+    [
+        ("all-reduce", "{{0,1,2,3,4,5,6,7}}", 4),
+        ("all-gather", "{{0,2,4,6},{1,3,5,7}}", 2),
+        ("all-reduce", "{{0,4},{1,5},{2,6},{3,7}}", 1),
+        ("all-reduce", "{{0,1,2,3},{4,5,6,7}}", 1),
+        ("all-to-all", "{{0,1,2,3,4,5,6,7}}", 1),
+    ],
+)
+def test_the_chips_of_a_slice_share_what_crosses_once(kind, groups, sharers):
+    text = program(f"%x = f32[4]{{0}} {kind}(%y), replica_groups={groups}, dimensions={{0}}")
+    assert only(text, mesh_shape=MESH, num_slices=2).sharers == sharers
+
+
 def test_the_program_of_one_slice_reaches_others_by_sends():
     attributes = (
         'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
