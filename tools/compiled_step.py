@@ -26,7 +26,8 @@ from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.analysis import flops, hardware, kernel_schedule
 from spectral_pod.analysis.hardware import Topology
-from spectral_pod.analysis.kernel_schedule import Schedule, Signature
+from spectral_pod.analysis.kernel_calls import Signature
+from spectral_pod.analysis.kernel_schedule import Schedule
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
 from spectral_pod.parallel.mesh import make_mesh, on_mesh
@@ -37,6 +38,7 @@ from spectral_pod.validation import validate, validate_mesh
 
 CACHE = "~/.cache/spectral_pod/preflight"
 _PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}  # of devices, and to lower for
+_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}  # to tune needs the device; {} elsewhere
 _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
 
 
@@ -126,9 +128,9 @@ def neighbour(setup: Setup) -> tuple[Config, Topology] | None:
     per_slice = sizes[axis] // (setup.topology.num_slices if axis == "data" else 1)
     if sizes[axis] == 1:
         return None
-    if half and per_slice % 2 == 0:
+    if half and half.num_chips > 1 and per_slice % 2 == 0:  # one chip has no collectives at all
         return _resized(setup.config, sizes, axis, lambda n: n // 2), half
-    if double and setup.topology.chip.family != "cpu":
+    if double and setup.topology.chip.platform != "cpu":
         return _resized(setup.config, sizes, axis, lambda n: n * 2), double
     return None
 
@@ -169,7 +171,7 @@ def _compile(setup: Setup, name: str, say: Callable[[str], None]) -> Compiled:
         return Compiled(**stored)
     started = time.monotonic()
     try:
-        executable = setup.lowered[name].compile()
+        executable = setup.lowered[name].compile(_OPTIONS.get(setup.topology.chip.platform))
         figures = executable.memory_analysis()
         memory = {what: getattr(figures, f"{what}_size_in_bytes") for what in _MEMORY}
         compiled = Compiled(executable.as_text(), memory)
@@ -235,7 +237,7 @@ def _key(setup: Setup, name: str) -> str:
 
 def _digest(setup: Setup, text: str) -> str:
     """A digest of a program and of all that its compiler depends on."""
-    compiler = "jaxlib" if setup.topology.chip.family == "cpu" else "libtpu"
+    compiler = {"cpu": "jaxlib", "gpu": "jaxlib", "tpu": "libtpu"}[setup.topology.chip.platform]
     versions = f"{compiler} {importlib.metadata.version(compiler)} {jax.__version__}"
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC")]
     layout = [field.name for one in (Compiled, Schedule) for field in dataclasses.fields(one)]

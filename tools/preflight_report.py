@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from spectral_pod.analysis import hardware, hlo, hlo_cost
+from spectral_pod.analysis import gpu_time, hardware, hlo, hlo_cost, tpu_time
 from spectral_pod.analysis.estimate import Estimate, estimate
 from spectral_pod.analysis.hardware import Chip
 from spectral_pod.analysis.hlo import Collective
-from spectral_pod.analysis.kernel_schedule import Schedule, Signature
+from spectral_pod.analysis.kernel_calls import Signature
+from spectral_pod.analysis.kernel_schedule import Schedule
 from spectral_pod.analysis.provenance import describe, parameter_shapes
 from spectral_pod.analysis.roofline import Roofline, roofline
 from spectral_pod.config import row_len
@@ -56,16 +57,21 @@ def make(
     lowered, bound, expected, hours = None, None, None, 0.0
     if train.text:
         program = hlo.Program(train.text)
-        lowered = hlo_cost.flops(program)
+        lowered = hlo_cost.flops(program, rare=False)
         bound = roofline(
-            matrix_work=hlo_cost.matrix_work(program),
-            traffic=hlo_cost.traffic(program),
+            matrix_work=hlo_cost.matrix_work(program, topology.chip, rare=False),
+            traffic=hlo_cost.traffic(program, rare=False),
             collectives=found["train"],
             analytic_flops=analytic,
             chip=topology.chip,
         )
-        if topology.chip.family != "cpu":
-            expected = estimate(program, schedules, bound.network_s, topology.chip)
+        if topology.chip.platform == "gpu":
+            kernels = gpu_time.kernels(setup.traced.jaxpr.jaxpr, topology.chip)
+            seconds = gpu_time.seconds(program, kernels, topology.chip)
+        else:
+            seconds = tpu_time.seconds(program, schedules, topology.chip)
+        if topology.chip.platform != "cpu":
+            expected = estimate(program, seconds, bound.network_s, topology.chip)
         step_s = expected.step_s if expected else bound.step_s
         hours = config.train.total_steps * step_s / 3600
         notes |= program.notes | {one.note for one in schedules.values() if one.note}
@@ -229,7 +235,8 @@ def _text(
             f"FLOPs a chip and step: {data['flops']['lowered']:.3g} as lowered, "
             f"{data['flops']['analytic']:.3g} analytic",
             f"roofline at {chip.peak_flops / 1e12:.3g} TFLOP/s, HBM "
-            f"{chip.hbm_bandwidth / 1e9:.0f} GB/s, ICI {chip.ici_bandwidth / 1e9:.0f} GB/s, DCN "
+            f"{chip.hbm_bandwidth / 1e9:.0f} GB/s, {'NVLink' if chip.platform == 'gpu' else 'ICI'} "
+            f"{chip.ici_bandwidth / 1e9:.0f} GB/s, DCN "
             f"{chip.dcn_bandwidth / 1e9:.3g} GB/s a host"
             + (" (nominal figures)" if chip.family == "cpu" else "")
             + f": compute {_time(bound['compute_s'])}, memory {_time(bound['memory_s'])}, "
@@ -263,11 +270,16 @@ def _estimated(data: dict[str, Any], chip: Chip) -> list[str]:
     if found["step_s"] is None:
         return ["not estimated: only libtpu says how long its instructions take, and this is a CPU"]
     mfu = data["flops"]["analytic"] / (chip.peak_flops * found["step_s"])
+    source = (
+        "what was measured on one H100"
+        if chip.platform == "gpu"
+        else "the compiler's own estimates, never compared with hardware"
+    )
     lines = [
-        f"a step takes about {_time(found['step_s'])} by the compiler's own estimates, never "
-        f"compared with hardware: MFU {mfu:.1%}",
+        f"a step takes about {_time(found['step_s'])} by {source}: MFU {mfu:.1%}",
         f"  compiled {_time(found['compiled_s'])}, kernels {_time(found['kernels_s'])}, network "
-        f"{_time(found['network_s'])}; HBM alone {_time(found['memory_s'])}",
+        f"{_time(found['network_s'])}; HBM alone {_time(found['memory_s'])}; "
+        f"{found['launches']:,} {'launches' if chip.platform == 'gpu' else 'instructions'}",
     ]
     if found["fallbacks_s"] > 0:
         lines.append(f"  if every fall-back ran, {_time(found['fallbacks_s'])} more")

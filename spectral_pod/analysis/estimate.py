@@ -1,14 +1,10 @@
-"""An estimate of a step's time on TPUs: what its compiled program takes, one thing after the other.
+"""An estimate of a step's time: what its compiled program takes, one thing after the other.
 
-Where a roofline says what a step takes at least, this follows the compiler: libtpu's own estimates
-of the instructions, and the compiled schedules of kernels (`kernel_schedule.py`). Nothing of it has
-been compared with hardware, and waits for memory are seen only as follows.
+Where a roofline says what a step takes at least, this follows the compiled program. The time of an
+instruction is that of `tpu_time.py` or `gpu_time.py`.
 
-- Every instruction takes at least as long as its bytes by the bandwidth of HBM.
-- Where libtpu says nothing, it takes the time of its bytes and a latency, that of a fusion of a few
-  numbers in HBM. So does a kernel, which waits for its first block.
-- Copies in the background take no time of their own, but all bytes together by the bandwidth are
-  the least time of everything that is not communication.
+- All bytes together by the bandwidth are the least time of everything that is not communication:
+  on TPUs, copies in the background take no time of their own.
 - Collectives overlap with nothing, and take what they send by the bandwidth of their links.
 - Of a conditional the cheapest branch runs: here the others are rare fall-backs. What they would
   add is given beside the estimate.
@@ -17,12 +13,11 @@ been compared with hardware, and waits for memory are seen only as follows.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 
-from spectral_pod.analysis import hlo, hlo_cost
+from spectral_pod.analysis import hlo_cost, kernel_calls
 from spectral_pod.analysis.hardware import Chip
 from spectral_pod.analysis.hlo import Instruction, Program
-from spectral_pod.analysis.kernel_schedule import Arrays, Schedule, Signature
 from spectral_pod.analysis.provenance import layer
 
 
@@ -45,36 +40,23 @@ class Estimate:
     kernels_s: float
     memory_s: float  # of all bytes to and from HBM
     network_s: float
+    launches: int  # instructions and kernels, each of them a launch on a GPU
     fallbacks_s: float  # added, if of every conditional the costliest branch ran
     operations: list[Operation]  # the costliest first, without collectives
 
 
 def estimate(
-    program: Program, schedules: Mapping[Signature, Schedule], network_s: float, chip: Chip
+    program: Program, seconds: Callable[[Instruction], float], network_s: float, chip: Chip
 ) -> Estimate:
-    """The estimate for one chip; the program's `notes` say which kernels have no schedule.
+    """The estimate for one chip.
 
     Args:
-      program: compiled for TPUs.
-      schedules: of its kernels. One without counts for its bytes only.
+      program: compiled for this kind of chip.
+      seconds: of one run of an instruction, without collectives.
       network_s: the time of the collectives (`roofline.py`).
       chip: its figures.
     """
-
-    @functools.cache
-    def seconds(i: Instruction) -> float:
-        bytes_s = hlo_cost.moved(program, i) / chip.hbm_bandwidth
-        if kernel := _signature(program, i):
-            schedule = schedules.get(kernel)
-            if schedule is None:
-                program.notes.add(f"the kernel {kernel[0]} has no schedule: its bytes count")
-            known = schedule.cycles if schedule else 0
-            return chip.latency + max(known / chip.clock, bytes_s)
-        if i.opcode.endswith("-start") or i.opcode in hlo.KINDS:
-            return 0.0
-        if cycles := hlo_cost.instruction_cycles(i):
-            return max(cycles / chip.clock, bytes_s)
-        return chip.latency + bytes_s if bytes_s else 0.0
+    seconds = functools.cache(seconds)
 
     def total(rare: bool) -> float:
         runs = program.runs(seconds, fused=False, rare=rare)
@@ -84,7 +66,7 @@ def estimate(
     spent = {"": 0.0, "kernels": 0.0}
     rows: dict[str, tuple[int, float]] = {}
     for i, count in runs:
-        kernel = _signature(program, i)
+        kernel = kernel_calls.compiled(program, i)
         what = layer(program.source(i)) + (f": {kernel[0]}" if kernel else "")
         before, taken = rows.get(what, (0, 0.0))
         rows[what] = before + count, taken + count * seconds(i)
@@ -98,19 +80,7 @@ def estimate(
         kernels_s=spent["kernels"],
         memory_s=memory_s,
         network_s=network_s,
+        launches=sum(count for _, count in runs),
         fallbacks_s=total(rare=True) - total(rare=False),
         operations=sorted(operations, key=lambda one: -one.seconds),
     )
-
-
-def _signature(program: Program, i: Instruction) -> Signature | None:
-    """Of an instruction that calls a kernel, by what JAX says of it; None of any other."""
-    if i.opcode != "custom-call" or i.attribute('custom_call_target="(tpu_custom_call)"') is None:
-        return None
-    name = i.attribute(r'op_name="[^"]*?([^"/]+)/pallas_call"') or i.name
-    operands = [a for operand in program.operands(i) for a in operand.arrays]
-    return name, _arrays(operands), _arrays(i.arrays)
-
-
-def _arrays(arrays: Iterable[hlo.Array]) -> Arrays:
-    return tuple((array.shape, array.bytes) for array in arrays)

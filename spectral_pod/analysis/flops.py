@@ -22,11 +22,6 @@ PEAK_FLOPS = {
     for chip in CHIPS.values()
     for kind in chip.device_kinds
     if kind != "cpu"  # its figure is nominal
-} | {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
 }
 
 

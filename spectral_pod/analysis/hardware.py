@@ -1,10 +1,14 @@
-"""Hardware that programs are compiled for: chips, the names of TPU slices, and their devices.
+"""Hardware that programs are compiled for: chips, the names of slices, and their devices.
+
+A slice is what is joined by a fast network: chips of a TPU slice by ICI, and the GPUs of a host by
+NVLink, whose figures stand where those of ICI do. Between slices is the network of the data centre.
 
 This module imports JAX only inside functions, as `prepare` must run first.
 """
 
 import dataclasses
 import difflib
+import importlib.util
 import itertools
 import math
 import os
@@ -34,6 +38,9 @@ class Chip:
         float  # seconds of an instruction that reads and writes HBM, however little; 0: unknown
     )
     largest: int  # chips in the largest slice
+    platform: str = "tpu"  # as JAX calls it: "cpu", "gpu" or "tpu"
+    float32_flops: float = 0.0  # FLOP/s of a GPU outside of its matrix units
+    target: str = ""  # what XLA must know of a GPU that is absent: lines of its `target_config`
 
     def __str__(self) -> str:
         return self.family
@@ -76,9 +83,55 @@ _TPUS = (
 _CPU = Chip(
     family="cpu", device_kinds=("cpu",), peak_flops=1e11, hbm_bytes=0, hbm_bandwidth=10e9,
     ici_bandwidth=10e9, dcn_bandwidth=1e9, chips_per_host=256, dimensions=1, cores=1, clock=3e9,
-    latency=0.0, largest=256,
+    latency=0.0, largest=256, platform="cpu",
 )  # fmt: skip
-CHIPS = {chip.family: chip for chip in (*_TPUS, _CPU)}
+# GPUs: NVIDIA's data sheets of the SXM modules (H100, H200, A100 80GB), without sparsity; NVLink is
+# half of the bidirectional figure. DCN is that of DGX machines: 8 x 400 Gbit/s, on A100 8 x 200.
+# JAX takes 75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# The latency is that of a launch, measured on one H100, docs/results.md.
+_HOPPER = """
+    cuda_compute_capability { major: 9 minor: 0 } core_count: 132 fpus_per_core: 128
+    shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 l2_cache_size: 52428800
+"""
+_AMPERE = """
+    cuda_compute_capability { major: 8 minor: 0 } core_count: 108 fpus_per_core: 64
+    shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040
+"""
+_H100 = Chip(
+    family="h100", device_kinds=("NVIDIA H100 80GB HBM3",), peak_flops=989e12,
+    hbm_bytes=int(0.75 * 84978434048), hbm_bandwidth=3.35e12, ici_bandwidth=450e9,
+    dcn_bandwidth=400e9, chips_per_host=8, dimensions=1, cores=1, clock=1.98e9, latency=2e-6,
+    largest=8, platform="gpu", float32_flops=67e12,
+    target=_HOPPER,
+)  # fmt: skip
+_GPUS = (
+    _H100,
+    dataclasses.replace(
+        _H100, family="h200", device_kinds=("NVIDIA H200",), hbm_bytes=int(0.75 * 141e9),
+        hbm_bandwidth=4.8e12,
+    ),
+    dataclasses.replace(
+        _H100, family="a100",
+        device_kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"), peak_flops=312e12,
+        hbm_bytes=int(0.75 * 79.2 * _GIB), hbm_bandwidth=2.039e12, ici_bandwidth=300e9,
+        dcn_bandwidth=200e9, clock=1.41e9, float32_flops=19.5e12, target=_AMPERE,
+    ),
+)  # fmt: skip
+CHIPS = {chip.family: chip for chip in (*_TPUS, *_GPUS, _CPU)}
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuPrices:
+    """What programs on GPUs achieve, as shares of the peak figures, and what takes a fixed time."""
+
+    bandwidth: float  # share of the bandwidth of memory
+    flops: float  # share of the peak of matrix products, at any precision
+    sum_s: float  # a sum over the threads of a kernel's cell, which then wait for each other
+
+
+# Measured on one H100, docs/results.md: 2.5e12 bytes/s and 440e12 FLOP/s of bfloat16 in whole
+# training steps, and kernels whose tokens depend on each other. Other GPUs are taken to be alike.
+GPU_PRICES = GpuPrices(bandwidth=0.75, flops=0.45, sum_s=0.3e-6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +147,15 @@ class Topology:
         return math.prod(self.shape) * self.num_slices
 
     def __str__(self) -> str:
-        separator = "-" if self.chip.family == "cpu" else ":"
-        slices = f" x {self.num_slices} slices" if self.num_slices > 1 else ""
+        separator = ":" if self.chip.platform == "tpu" else "-"
+        what = "hosts" if self.chip.platform == "gpu" else "slices"
+        slices = f" x {self.num_slices} {what}" if self.num_slices > 1 else ""
         return f"{self.chip}{separator}{'x'.join(map(str, self.shape))}{slices}"
 
     def half(self) -> "Topology | None":
-        """The same topology with half the chips per slice; None if that would split a host."""
+        """The same topology with half the chips per slice; None if TPUs would split a host."""
         per_slice = self.num_chips // self.num_slices
-        fits = self.chip.family == "cpu" or per_slice > self.chip.chips_per_host
+        fits = self.chip.platform != "tpu" or per_slice > self.chip.chips_per_host
         return self._resized(lambda n: n // 2 if n % 2 == 0 else 0) if fits else None
 
     def double(self) -> "Topology | None":
@@ -119,10 +173,10 @@ class Topology:
 
 
 def parse(name: str, num_slices: int = 1) -> Topology:
-    """Parses the name of a topology, such as `v4:4x4x4`, `v4-128`, `v5litepod-256` or `cpu-8`.
+    """Parses the name of a topology: `v4:4x4x4`, `v4-128`, `v5litepod-256`, `h100-8` or `cpu-8`.
 
     `v4-N` and `v5p-N` count TensorCores, two per chip; `v5e-N`, `v5litepod-N`, `v6e-N` and `cpu-N`
-    count chips.
+    count chips; `h100-N`, `h200-N` and `a100-N` the GPUs of a host, where slices are hosts.
 
     Raises:
       ConfigError: there is no such topology; the message suggests a similar one.
@@ -138,6 +192,13 @@ def parse(name: str, num_slices: int = 1) -> Topology:
         if len(sizes) != 1 or num_slices > 1 or not _exists(chip, sizes):
             raise ConfigError(f"--topology={name}: CPUs are cpu-1 to cpu-256, in one slice")
         return Topology(chip, sizes)
+    if chip.platform == "gpu":
+        if len(sizes) != 1 or ":" in name or not _exists(chip, sizes):
+            raise ConfigError(
+                f"--topology={name}: hosts have {family}-1 to {family}-{chip.largest}; "
+                f"--num_slices counts hosts, so 16 GPUs are --topology={family}-8 --num_slices=2"
+            )
+        return Topology(chip, sizes, num_slices)
     if len(sizes) > 1 or ":" in name:
         if len(sizes) != chip.dimensions or not _exists(chip, sizes):
             raise ConfigError(
@@ -169,8 +230,11 @@ def prepare(topology: Topology) -> None:
         # XLA sizes its thread pool by this; with fewer threads, collectives of fake devices starve.
         os.environ["PJRT_NPROC"] = str(2 * topology.num_chips)
         return
-    os.environ.pop("XLA_FLAGS", None)  # libtpu aborts on flags of other backends
-    os.environ |= {
+    if topology.chip.platform == "gpu":
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver here
+    else:
+        os.environ.pop("XLA_FLAGS", None)  # libtpu aborts on flags of other backends
+    os.environ |= {  # for GPUs as well, as JAX loads libtpu wherever it is installed
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server here
         "TPU_ACCELERATOR_TYPE": "v4-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -189,16 +253,18 @@ def memory(topology: Topology) -> int:
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """The topology's `jax.Device`s: fake CPU devices, or absent TPUs to compile for.
+    """The topology's `jax.Device`s: fake CPU devices, or absent chips to compile for.
 
     Raises:
-      ConfigError: libtpu is missing, or does not support the slice.
+      ConfigError: libtpu is missing, or does not support the slice; or there is no CUDA plugin.
     """
     import jax
     from jax.experimental import topologies
 
     if topology.chip.family == "cpu":
         return jax.devices("cpu")[: topology.num_chips]
+    if topology.chip.platform == "gpu":
+        return _gpus(topology)
     shape = "x".join(map(str, topology.shape))
     options: dict[str, Any] = {}
     if topology.chip.cores > 1:
@@ -219,8 +285,45 @@ def devices(topology: Topology) -> Sequence[Any]:
     return description.devices
 
 
+def _gpus(topology: Topology) -> Sequence[Any]:
+    import jax
+    from jax.experimental import topologies
+
+    if not any(map(importlib.util.find_spec, _CUDA_PLUGINS)):
+        raise ConfigError(
+            f"--topology={topology}: JAX's CUDA plugin compiles for GPUs, without having one: "
+            f'`pip install "jax[cuda13]=={jax.__version__}"`'
+        )
+    chip = topology.chip
+    description = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=chip.family,
+        topology=f"1x{topology.num_slices}x{topology.shape[0]}",  # partitions, hosts, GPUs of each
+        target_config=f"""
+            gpu_device_info {{
+                {_NVIDIA} {chip.target}
+                clock_rate_ghz: {chip.clock / 1e9}
+                memory_bandwidth: {chip.hbm_bandwidth:.0f}
+                device_memory_size: {chip.hbm_bytes / 0.75:.0f}
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+            device_description_str: "{chip.device_kinds[0]}"
+        """,
+    )
+    return description.devices
+
+
+_CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+_NVIDIA = """
+    threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+    threads_per_core_limit: 2048 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+    block_dim_limit_z: 65535 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+"""  # of every GPU here
+
+
 def _exists(chip: Chip, shape: Sequence[int]) -> bool:
-    if chip.family == "cpu":
+    if chip.platform != "tpu":
         return 1 <= shape[0] <= chip.largest
     if tuple(shape) in ((2, 2, 1), (1, 1)):  # slices within one host
         return len(shape) == chip.dimensions
@@ -248,7 +351,8 @@ def _sizes(chip: Chip) -> list[int]:
 
 def _hint(name: str) -> str:
     names = [f"{chip}-{n * chip.cores}" for chip in _TPUS for n in _sizes(chip)]
-    names += [f"v5litepod-{n}" for n in _sizes(CHIPS["v5e"])] + ["cpu-8", "v4:4x4x4", "v5e:16x16"]
+    names += [f"v5litepod-{n}" for n in _sizes(CHIPS["v5e"])] + ["v4:4x4x4", "v5e:16x16", "cpu-8"]
+    names += [f"{chip}-8" for chip in _GPUS]
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    examples = "v4-128, v4:4x4x4, v5e-256, v5p-4096, v6e-64, cpu-8"
+    examples = "v4-128, v4:4x4x4, v5e-256, v5p-4096, v6e-64, h100-8, cpu-8"
     return f"; did you mean {near[0]}?" if near else f"; names look like {examples}"

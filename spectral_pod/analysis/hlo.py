@@ -43,8 +43,13 @@ class Array:
     in_hbm: bool  # False for on-chip memory, whose layouts say S(1) or higher
 
     @property
+    def width(self) -> float:
+        """Bytes of an element."""
+        return _BYTES[self.dtype]
+
+    @property
     def bytes(self) -> int:
-        return math.ceil(_BYTES.get(self.dtype, 0) * math.prod(self.shape))
+        return math.ceil(self.width * math.prod(self.shape))
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -152,8 +157,6 @@ class Program:
                 inner = [visit(callee) for callee in instruction.callees]
                 if instruction.opcode == "conditional":
                     totals = [sum(measure(i) * n for i, n in branch) for branch in inner]
-                    if rare and max(totals) > min(totals):
-                        self.notes.add("of a conditional the costliest branch counts")
                     inner = [inner[totals.index(max(totals) if rare else min(totals))]]
                 elif instruction.opcode == "while":
                     trips = self.trip_count(instruction) if inner[0] else 0
@@ -232,6 +235,7 @@ class Collective:
     axes: tuple[str, ...] = ()  # mesh axes it runs over
     link: str = "ICI"  # or "DCN", between slices
     group_size: int = 1  # participating chips, or slices if over DCN
+    sharers: int = 1  # chips of a slice that share what their group sends to other slices
 
     @property
     def sent(self) -> float:
@@ -308,15 +312,19 @@ def _among_devices(
         results = operands or results
     else:
         scale = 1
-    crosses = bool(sizes) and bool(np.any(groups // per_slice != groups[:, :1] // per_slice))
+    changes = np.diff(np.sort(groups // per_slice, axis=1), axis=1) > 0
+    slices = 1 + int(changes.sum(axis=1).max()) if sizes else 1  # that a group reaches
+    # A ring, or reducing within slices first, crosses once for all members in a slice.
+    shared = slices > 1 and kind in ("all-reduce", "all-gather", "reduce-scatter")
     return Collective(
         kind=kind,
         bytes=scale * sum(a.bytes for a in results),
         arrays=results,
         source=_source_of_largest(program, i),
         axes=_axes(groups, sizes),
-        link="DCN" if crosses else "ICI",
+        link="DCN" if slices > 1 else "ICI",
         group_size=groups.shape[1],
+        sharers=groups.shape[1] // slices if shared else 1,
     )
 
 

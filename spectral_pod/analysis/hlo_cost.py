@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spectral_pod.analysis.hardware import Chip
 from spectral_pod.analysis.hlo import Array, Instruction, Program
 
 # Instructions that neither compute nor move data, besides the `-done` half of asynchronous pairs.
@@ -32,14 +33,31 @@ def flops(program: Program, *, rare: bool = True) -> float:
     return math.fsum(count * _flops(program, i) for i, count in runs)
 
 
-def matrix_work(program: Program) -> float:
-    """`flops`, weighted by the number of passes of a TPU's matrix unit.
+def matrix_work(program: Program, chip: Chip, *, rare: bool = True) -> float:
+    """`flops`, as many of bfloat16 as take the same time (`passes`)."""
+    runs = program.runs(lambda i: _flops(program, i) if rare else _usual(i), rare=rare)
+    return math.fsum(count * _work(program, i, chip) for i, count in runs)
 
-    The units multiply bfloat16; a float32 product takes 3 passes over the parts of its operands at
-    precision HIGH, and 6 at HIGHEST.
+
+def matrix_work_of(program: Program, i: Instruction, chip: Chip) -> float:
+    """`matrix_work` of one instruction, with all of a fusion."""
+    fused = i.callees if i.opcode == "fusion" else []
+    inner = (j for name in fused for j in program.computations[name].values())
+    return _work(program, i, chip) + sum(matrix_work_of(program, j, chip) for j in inner)
+
+
+def passes(chip: Chip, width: float, precision: str) -> float:
+    """Products of bfloat16 that take as long as one of operands of this many bytes.
+
+    A TPU's units multiply bfloat16: float32 takes 3 passes over the parts of its operands at
+    precision HIGH, and 6 at HIGHEST. Those of GPUs round float32 to TF32, at half the rate of
+    bfloat16, and at HIGHEST other units compute.
     """
-    runs = program.runs(lambda i: _flops(program, i))
-    return math.fsum(count * _passes(i) * _flops(program, i) for i, count in runs)
+    if chip.platform != "gpu":
+        return {"default": 1, "high": 3, "highest": 6}.get(precision, 1)
+    if width <= 2:
+        return 1
+    return {"default": 2, "high": 6}.get(precision, chip.peak_flops / chip.float32_flops)
 
 
 def _usual(i: Instruction) -> float:
@@ -48,9 +66,15 @@ def _usual(i: Instruction) -> float:
     return 1e-3 + instruction_cycles(i)
 
 
-def _passes(i: Instruction) -> int:
+def _work(program: Program, i: Instruction, chip: Chip) -> float:
+    if not (count := _flops(program, i)):
+        return 0.0
     precision = i.attribute(r"operand_precision=\{(\w+)") or "default"
-    return {"default": 1, "high": 3, "highest": 6}.get(precision, 1)
+    if i.opcode == "fft" and chip.platform == "gpu":
+        precision = "highest"
+    operands = program.operands(i)
+    width = operands[0].arrays[0].width if operands else 4
+    return count * passes(chip, width, precision)
 
 
 def traffic(program: Program, *, rare: bool = True) -> float:

@@ -21,11 +21,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from spectral_pod.analysis import hardware
+from spectral_pod.analysis import hardware, kernel_calls
 from spectral_pod.analysis.hardware import Topology
-
-Arrays = tuple[tuple[tuple[int, ...], int], ...]  # the shape and the bytes of each
-Signature = tuple[str, Arrays, Arrays]  # of a kernel: its name, operands and results
+from spectral_pod.analysis.kernel_calls import Signature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +56,7 @@ def kernels(jaxpr: Any) -> list[Kernel]:
     for equation in cost.kernels(jaxpr):
         if equation.params["interpret"]:
             continue
-        name, invars, outvars = equation.params["name"], equation.invars, equation.outvars
-        signature = name, _arrays(invars), _arrays(outvars)
+        signature = kernel_calls.traced(equation)
         if signature not in found:
             found[signature] = _kernel(equation, signature)
         every.append(found[signature])
@@ -127,10 +124,6 @@ def _programs(equation: Any) -> Iterator[Any]:
         inner = getattr(value, "jaxpr", value)
         if hasattr(inner, "eqns"):
             yield inner
-
-
-def _arrays(variables: Sequence[Any]) -> Arrays:
-    return tuple((v.aval.shape, v.aval.size * v.aval.dtype.itemsize) for v in variables)
 
 
 def _trips(jaxpr: Any) -> Iterator[int]:

@@ -39,7 +39,7 @@ def roofline(
     ici = dcn = 0.0
     for one in collectives:
         if one.link == "DCN":
-            dcn += one.count * one.sent
+            dcn += one.count * one.sent / one.sharers
         else:
             ici += one.count * one.sent
     network_s = ici / chip.ici_bandwidth + dcn * chip.chips_per_host / chip.dcn_bandwidth

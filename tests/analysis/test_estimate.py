@@ -1,10 +1,10 @@
-"""The estimate of a step's time, on a program with times known by hand."""
+"""The estimate of a step's time on TPUs, on a program with times known by hand."""
 
 import dataclasses
 
 import pytest
 
-from spectral_pod.analysis import hlo
+from spectral_pod.analysis import hlo, tpu_time
 from spectral_pod.analysis.estimate import estimate
 from spectral_pod.analysis.hardware import CHIPS
 from spectral_pod.analysis.kernel_schedule import Schedule
@@ -51,7 +51,11 @@ def program(*lines):
 
 
 def seconds(*lines, schedules=None, network_s=0.0):
-    return estimate(program(*lines), schedules or {}, network_s, CHIP)
+    return estimated(program(*lines), schedules or {}, network_s)
+
+
+def estimated(read, schedules, network_s=0.0):
+    return estimate(read, tpu_time.seconds(read, schedules, CHIP), network_s, CHIP)
 
 
 BYTES = 8e-6  # 4 kB read and as many written
@@ -85,7 +89,7 @@ def test_a_kernel_takes_its_schedule_or_its_bytes():
     known = seconds(call("mixed"), schedules={KERNEL: Schedule(4_000_000)})
     assert (known.kernels_s, known.compiled_s) == (pytest.approx(4.5), 0)
     other = program(call("other"))
-    found = estimate(other, {KERNEL: Schedule(4_000_000)}, 0.0, CHIP)
+    found = estimated(other, {KERNEL: Schedule(4_000_000)})
     assert found.kernels_s == pytest.approx(0.5 + BYTES)
     assert any("the kernel other has no schedule" in note for note in other.notes)
 
@@ -105,6 +109,7 @@ def test_the_parts_add_up_and_the_costliest_layers_come_first():
         ("blocks/block_0/mixer: mixed", 1, pytest.approx(0.225)),
         ("outside of layers", 1, pytest.approx(0.025)),
     ]
+    assert found.launches == 9
 
 
 def test_bytes_in_the_background_are_the_least_time():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spectral_pod.analysis import hlo, hlo_cost
+from spectral_pod.analysis.hardware import CHIPS
 from spectral_pod.analysis.hlo import Array, Collective
 from spectral_pod.analysis.provenance import describe, parameter_shapes
 
@@ -81,6 +82,21 @@ def test_a_permute_has_pairs():
 def test_a_group_over_slices_uses_dcn(groups, link):
     text = program(f"%x = f32[4]{{0}} all-gather(%y), replica_groups={groups}, dimensions={{0}}")
     assert only(text, mesh_shape=MESH, num_slices=2).link == link
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "sharers"),
+    [
+        ("all-reduce", "{{0,1,2,3,4,5,6,7}}", 4),
+        ("all-gather", "{{0,2,4,6},{1,3,5,7}}", 2),
+        ("all-reduce", "{{0,4},{1,5},{2,6},{3,7}}", 1),
+        ("all-reduce", "{{0,1,2,3},{4,5,6,7}}", 1),
+        ("all-to-all", "{{0,1,2,3,4,5,6,7}}", 1),
+    ],
+)
+def test_the_chips_of_a_slice_share_what_crosses_once(kind, groups, sharers):
+    text = program(f"%x = f32[4]{{0}} {kind}(%y), replica_groups={groups}, dimensions={{0}}")
+    assert only(text, mesh_shape=MESH, num_slices=2).sharers == sharers
 
 
 def test_the_program_of_one_slice_reaches_others_by_sends():
@@ -177,7 +193,6 @@ def test_of_a_conditional_the_costliest_branch_counts():
     call = "%c = f32[4]{0} conditional(%i, %x, %x), branch_computations={%small, %large}"
     read = hlo.Program(program(call, branches))
     assert only(read).bytes == 256
-    assert read.notes
 
 
 def test_the_steps_of_an_asynchronous_collective_are_one():
@@ -357,7 +372,7 @@ def test_batched_products_that_tpus_spell_as_convolutions():
     )
     read = hlo.Program(program(line))
     assert hlo_cost.flops(read) == 4 * 2 * 2 * 32**3
-    assert hlo_cost.matrix_work(read) == 6 * hlo_cost.flops(read)
+    assert hlo_cost.matrix_work(read, CHIPS["v4"]) == 6 * hlo_cost.flops(read)
 
 
 def test_traffic_is_what_crosses_the_memory_bus():

@@ -1,6 +1,7 @@
 """Preflight as a user runs it, for fake CPUs: exit codes, the report, and what it stores."""
 
 import functools
+import importlib.util
 import json
 import sys
 
@@ -121,6 +122,7 @@ def test_a_plain_fft_grows(home):
         (["--topology=cpu-8", "--config.data.task=listop"], "did you mean 'listops'?"),
         (["--topology=cpu-8", "--config=configs/no_such.py"], "no_such.py"),
         (["--topology=cpu-8", "--num_slices=2"], "one slice"),
+        (["--topology=h100-16"], "--topology=h100-8 --num_slices=2"),
         ([], "topology"),
     ],
 )
@@ -141,7 +143,8 @@ def test_what_is_invalid(home, arguments, message):
         ("v4-512", 256, "v4:4x8x8"), ("v5p-4096", 2048, "v5p:8x16x16"),
         ("v5p-12288", 6144, "v5p:16x16x24"), ("v5e-256", 256, "v5e:16x16"),
         ("v5litepod-16", 16, "v5e:4x4"), ("v6e-64", 64, "v6e:8x8"), ("v6e-8", 8, "v6e:2x4"),
-        ("cpu-8", 8, "cpu-8"),
+        ("cpu-8", 8, "cpu-8"), ("h100-8", 8, "h100-8"), ("H200-1", 1, "h200-1"),
+        ("a100-4", 4, "a100-4"),
     ],
 )  # fmt: skip
 def test_names_of_topologies(name, chips, text):
@@ -157,11 +160,26 @@ def test_names_of_topologies(name, chips, text):
         ("v4-100", "v4-128"), ("v5e-250", "v5e-256"), ("v6-64", "v6e-64"), ("v5-256", "v5p-256"),
         ("v4:4x4", "v4:4x4x4"), ("v5litepod-17", "v5e-16"), ("slice", "names look like"),
         ("v4:3x3x3", "multiple of 4"), ("v6e:32x16", "256 in all"), ("cpu-0", "cpu-1"),
+        ("h100-16", "h100-8 --num_slices=2"), ("h100:2x4", "hosts have h100-1 to h100-8"),
+        ("h10-8", "did you mean h100-8"),
     ],
 )  # fmt: skip
 def test_unknown_topologies(name, hint):
     with pytest.raises(ConfigError, match=hint):
         hardware.parse(name)
+
+
+def test_several_hosts_of_gpus():
+    topology = hardware.parse("h100-8", 2)
+    assert (topology.num_chips, str(topology)) == (16, "h100-8 x 2 hosts")
+    assert str(topology.half()) == "h100-4 x 2 hosts"
+    assert topology.double() is None  # there are no larger hosts
+
+
+def test_a_missing_cuda_plugin(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"without having one: `pip install \"jax\[cuda13\]==\d"):
+        hardware.devices(hardware.parse("h100-8"))
 
 
 def test_every_task_knows_its_classes():
@@ -178,11 +196,13 @@ def test_the_roofline_by_hand():
         collectives=[
             gather(count=3, group_size=4),
             Collective("all-reduce", 10**9, (), "", link="DCN", group_size=2),
+            Collective("all-reduce", 10**9, (), "", link="DCN", group_size=8, sharers=4),
         ],
         analytic_flops=98.5e12,
         chip=chip,
     )
     assert (bound.compute_s, bound.memory_s) == (1.0, 0.5)
-    ici, dcn = 3 * 0.75e9 / 200e9, 4 * 2 * 0.5e9 / 12.5e9  # four chips share a host's network
+    # Four chips share a host's network; those that share a reduction send its result once.
+    ici, dcn = 3 * 0.75e9 / 200e9, (4 * 2 * 0.5e9 + 2 * 0.875e9) / 12.5e9
     assert bound.network_s == pytest.approx(ici + dcn)
     assert (bound.step_s, bound.mfu_ceiling) == (1.0, 0.5)
