@@ -171,8 +171,16 @@ def _toeplitz(
     length: int, fft_length: int, interpret: bool = False
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     del length
-    run = toeplitz_gpu.spectral_filter
-    return functools.partial(run, fft_length=fft_length, interpret=interpret)
+    if interpret:
+        run = toeplitz_gpu.spectral_filter
+        return functools.partial(run, fft_length=fft_length, interpret=interpret)
+
+    def filter_whole(x_BDN: jax.Array, w_FD: jax.Array) -> jax.Array:
+        x_BDN = toeplitz_gpu.channels_last(x_BDN)
+        y_BDN = toeplitz_gpu.spectral_filter(x_BDN, w_FD, fft_length)
+        return toeplitz_gpu.channels_last(y_BDN)
+
+    return filter_whole
 
 
 _Method = Callable[[int, int], Callable[[jax.Array, jax.Array], jax.Array]]  # of N and n

@@ -184,8 +184,10 @@ def _toeplitz(
     u_BDN: jax.Array, h_DT: jax.Array, num_points: int, interpret: bool = False
 ) -> jax.Array:
     del num_points
-    kernel = KERNELS.get(platform(), toeplitz)
-    return kernel.causal_conv(u_BDN, h_DT, interpret=interpret)
+    if platform() != "gpu":
+        return toeplitz.causal_conv(u_BDN, h_DT, interpret=interpret)
+    u_BDN = toeplitz_gpu.channels_last(u_BDN)
+    return toeplitz_gpu.channels_last(toeplitz_gpu.causal_conv(u_BDN, h_DT))
 
 
 def _right_angle(u_BDN: jax.Array, h_DT: jax.Array, num_points: int) -> jax.Array:

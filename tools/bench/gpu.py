@@ -242,7 +242,7 @@ def _large() -> Comparison:
     config.data.seq_len = 2048
     model = config.model
     model.num_layers, model.hidden_dim, model.embed_dim, model.dropout = 24, 1024, 1024, 0.0
-    model.mlp_expansion, model.memory.num_heads, model.unroll = 2.6667, 16, 1
+    model.memory.num_heads, model.unroll = 16, 12
     return _steps("350M", config, 16, {"mfu": ">= 0.25"}, plain=False)
 
 

@@ -122,6 +122,15 @@ def spectral_filter(
     return _checked("a spectral filter", x_BDN, h_DX, 1 - N, interpret)
 
 
+def channels_last(x_BDN: jax.Array) -> jax.Array:
+    """The array, with [B, N, D] as its order in memory before it or after it.
+
+    For callers whose arrays are [B, N, D]: around a kernel XLA would otherwise give the order of
+    [B, D, N] to their elementwise operations too, and transpose at every product there.
+    """
+    return with_layout_constraint(x_BDN, Layout((0, 2, 1)))
+
+
 def _checked(
     what: str, u_BDN: jax.Array, h_DX: jax.Array, first: int, interpret: bool
 ) -> jax.Array:
@@ -138,9 +147,7 @@ def _convolve(u_BDN: jax.Array, h_DX: jax.Array, plan: _Plan) -> jax.Array:
     group = min(max(pl.next_power_of_2(rows), _MIN_ROWS), _MAX_ROWS)
     kernel = functools.partial(_filter, plan=plan, group=group)
     grid = u_BDN.shape[1], pl.cdiv(rows, group)
-    inputs = [_channels_last(u_BDN, plan), _windows(h_DX, plan)]
-    (y_BDN,) = _call(kernel, "toeplitz", plan, grid, inputs, [u_BDN])
-    return _channels_last(y_BDN, plan)
+    return _call(kernel, "toeplitz", plan, grid, [u_BDN, _windows(h_DX, plan)], [u_BDN])[0]
 
 
 def _convolve_forward(
@@ -176,15 +183,6 @@ def _windows(h_DX: jax.Array, plan: _Plan) -> jax.Array:
     )
     blocks_DJT = (first << 16 | second).reshape(len(h_DX), -1, _T)
     return jnp.concatenate([blocks_DJT[:, :-1], blocks_DJT[:, 1:]], axis=2)
-
-
-def _channels_last(x_BDN: jax.Array, plan: _Plan) -> jax.Array:
-    """The array, with [B, N, D] as its order in memory around the kernels.
-
-    XLA would otherwise give their order to the elementwise operations before and after them, and
-    transpose at every product there.
-    """
-    return x_BDN if plan.interpret else with_layout_constraint(x_BDN, Layout((0, 2, 1)))
 
 
 def _filter(u_B1N: Any, h_1JX: Any, y_B1N: Any, *, plan: _Plan, group: int) -> None:
@@ -223,7 +221,7 @@ def _filter_gradient(u_BDN: jax.Array, dy_BDN: jax.Array, plan: _Plan) -> jax.Ar
     sums = jax.ShapeDtypeStruct((D, parts, width), jnp.float32)
     products = jax.ShapeDtypeStruct((D, parts, _LAGS * _T, _T), jnp.float32)
     kernel = functools.partial(_correlate, plan=plan)
-    inputs = [_channels_last(x, plan) for x in (u_BDN, dy_BDN)]
+    inputs = [u_BDN, dy_BDN]
     sums_DGX, _ = _call(kernel, "toeplitz_filter", plan, (D, parts), inputs, [sums, products])
     # A part has lags from T - 1 before its first block on. The last T reach into the next part.
     own_DGX, next_DX = sums_DGX[:, :, : _LAGS * _T], sums_DGX[:, :, _LAGS * _T :]
