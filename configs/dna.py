@@ -52,7 +52,6 @@ def get_config(preset: str = "full") -> Config:
         c.model.embed_dim = 16
         c.model.mlp_expansion = 2.0
         c.model.memory_interval = 0
-        c.model.remat = "none"
         c.train.global_batch_size = 32
         schedule(c, total=1_200, every=300, warmup=100)
         learning_rates(c, 4e-3)

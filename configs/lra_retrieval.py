@@ -61,7 +61,6 @@ def get_config(preset: str = "full") -> Config:
         c.model.mlp_expansion = 2.0
         c.model.memory_interval = 0
         c.model.dropout = 0.0
-        c.model.remat = "none"
         schedule(c, total=6_000, every=600, warmup=100)  # 10 epochs of 20,000
         learning_rates(c, 2e-3)
     return c

@@ -50,10 +50,8 @@ def get_config(preset: str = "full") -> Config:
     if preset == "cpu":
         c.data.seq_len = 1024
         c.model.num_layers = 2
-        c.model.unroll = 2
         c.model.hidden_dim = 128
         c.model.embed_dim = 64
-        c.model.remat = "none"
         c.train.global_batch_size = 32
         schedule(c, total=4_400, every=1_100, warmup=140)  # 6 epochs
         c.optimizer.learning_rate = 3e-3

@@ -29,7 +29,7 @@ def long_range() -> Config:
     c.model.hidden_dim = 256
     c.model.memory_interval = 2
     c.model.dropout = 0.1
-    c.model.unroll = 3  # all: a scan over layers copies what it stores for the backward pass
+    c.model.unroll = 6  # all: a scan over layers copies what it stores for the backward pass
     c.train.global_batch_size = 50
     c.train.eval_batch_size = 100
     c.train.log_every_steps = 50
@@ -46,7 +46,6 @@ def small_long_range(c: Config) -> None:
     c.model.mlp_expansion = 2.0
     c.model.memory.head_dim = 32
     c.model.dropout = 0.0
-    c.model.remat = "none"
 
 
 def small_language_model() -> Config:

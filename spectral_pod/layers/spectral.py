@@ -34,9 +34,9 @@ class SpectralLayer(Mixer):
 
     padding: Literal["linear", "circular"] = "linear"
     parametrization: Literal["frequency", "time"] = "frequency"
-    method: Literal[
-        "auto", "right_angle", "real", "matmul", "butterfly", "toeplitz", "plain"
-    ] = "auto"
+    method: Literal["auto", "right_angle", "real", "matmul", "butterfly", "toeplitz", "plain"] = (
+        "auto"
+    )
     energy_gate: Literal["rms", "norm", "none"] = "rms"
     kernel_dropout: Fraction = 0.0
     kernel_threshold: NonNegativeFloat = 0.0

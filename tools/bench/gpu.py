@@ -130,9 +130,7 @@ def _largest(results: Any, exact: Any) -> float:
     return max(float(np.abs(np.float64(x) - y).max() / np.abs(y).max()) for x, y in pairs)
 
 
-def _causal(
-    settings: Settings, B: int, D: int, N: int, target: float, part: int
-) -> Comparison:
+def _causal(settings: Settings, B: int, D: int, N: int, target: float, part: int) -> Comparison:
     named, D, N = N, max(D // part, 1), N // part
     rng = np.random.default_rng(0)
     u_BDN, weights = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(2, B, D, N)))

@@ -173,9 +173,9 @@ def measure(
                 report.targets[ratio.name] = ratio.target
         done += group.weight
         left = int((time.monotonic() - started) * (total - done) / done)
-        found = ", ".join(f"{name} {row.ms:.3g}" for name, row in rows.items())
+        found = "".join(f"{name} {row.ms:.3g} ms, " for name, row in rows.items())
         place = f"{i + 1} of {len(groups)} groups, ETA {left // 60}:{left % 60:02d}"
-        say(f"{group.name}: {found} ms; {place}")
+        say(f"{group.name}: {found}{place}")
     return report
 
 

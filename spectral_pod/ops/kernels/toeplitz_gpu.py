@@ -202,11 +202,10 @@ def _filter(u_B1N: Any, h_1JX: Any, y_B1N: Any, *, plan: _Plan, group: int) -> N
         ]
         return _add_product(y_TG, terms, body.terms(u_TG, plan.terms))
 
-    begin, end = plan.lags
     first_block, _ = _block_and_sequence(first_row, plan)
     last_block, _ = _block_and_sequence(first_row + group - 1, plan)
-    begin = jnp.maximum(first_block - (plan.blocks - 1), begin)
-    end = jnp.minimum(last_block + 1, end)
+    begin = jnp.maximum(first_block - (plan.blocks - 1), plan.lags[0])
+    end = jnp.minimum(last_block + 1, plan.lags[1])
     y_TG = lax.fori_loop(begin, end, add, jnp.zeros((_T, group), jnp.float32))
     n_TG = block_G[None] * _T + t_T[:, None]
     y_TG = y_TG.astype(y_B1N.dtype)
@@ -232,9 +231,7 @@ def _filter_gradient(u_BDN: jax.Array, dy_BDN: jax.Array, plan: _Plan) -> jax.Ar
     return lags_DX[:, start : start + plan.taps]
 
 
-def _correlate(
-    u_B1N: Any, dy_B1N: Any, sums_11X: Any, products_11XT: Any, *, plan: _Plan
-) -> None:
+def _correlate(u_B1N: Any, dy_B1N: Any, sums_11X: Any, products_11XT: Any, *, plan: _Plan) -> None:
     """Sums over lags j T + t - s of C_j[t, s], for `_LAGS` of j; the products are a buffer."""
     j = plan.lags[0] + pl.program_id(1) * _LAGS
     t_X, s_T = lax.iota(jnp.int32, _LAGS * _T), lax.iota(jnp.int32, _T)
