@@ -63,7 +63,7 @@ class PowerLaw(Mixer):
         return config.option("power_law.reach")
 
     @classmethod
-    def methods(cls, config):
+    def methods(cls, config, batch):
         return {"power_law": "dense"}
 
     def setup(self):

@@ -29,6 +29,7 @@ def compiled(program: Program, i: Instruction) -> Signature | None:
 
     if i.opcode != "custom-call" or i.attribute('custom_call_target="([^"]*)"') not in _TARGETS:
         return None
-    name = i.attribute(r'op_name="[^"]*?([^"/]+)/pallas_call"') or i.name
+    # Outside of all scopes it stands in the names of transformations: transpose(jvp(name)).
+    name = i.attribute(r'op_name="[^"]*?([^"/()]+)\)*/pallas_call"') or i.name
     operands = [a for operand in program.operands(i) for a in operand.arrays]
     return name, arrays(operands), arrays(i.arrays)

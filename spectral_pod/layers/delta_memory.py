@@ -80,9 +80,10 @@ class DeltaMemoryLayer(Mixer):
         return config.option("memory.short_conv") - 1
 
     @classmethod
-    def methods(cls, config: Architecture) -> dict[str, str]:
-        width = config.option("memory.head_dim")
-        return {"delta_rule": resolve(config.option("memory.method"), width, width)}
+    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+        width, heads = config.option("memory.head_dim"), config.option("memory.num_heads")
+        method = resolve(config.option("memory.method"), width, width, batch * heads)
+        return {"delta_rule": method}
 
     def setup(self) -> None:
         def dense(features: tuple[int, ...], axes: tuple[str | None, ...]) -> Dense:

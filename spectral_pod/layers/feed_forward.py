@@ -67,8 +67,8 @@ class FrequencyFeedForward(Mixer):
     definition = (("model.long_conv", "real"),)
 
     @classmethod
-    def methods(cls, config: Architecture) -> dict[str, str]:
-        return LongConvolution.methods(config)
+    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+        return LongConvolution.methods(config, batch)
 
     def setup(self) -> None:
         self.long = LongConvolution(

@@ -52,8 +52,8 @@ class HyenaLayer(Mixer):
         return config.option("hyena.short_conv") - 1
 
     @classmethod
-    def methods(cls, config: Architecture) -> dict[str, str]:
-        methods = LongConvolution.methods(config)
+    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+        methods = LongConvolution.methods(config, batch)
         if (taps := config.option("hyena.short_conv")) > 1:
             sizes = config.max_positions, config.hidden_dim, taps, config.dtype
             methods["short_conv"] = short_conv.choose(*sizes)

@@ -122,7 +122,7 @@ class LongConvolution(nn.Module):
     skip: bool = False
 
     @classmethod
-    def methods(cls, config: Architecture) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
         """As `Mixer.methods`."""
         n = config.max_positions
         return {"causal_conv": long_conv.resolve(config.long_conv, n, n, config.dtype)}

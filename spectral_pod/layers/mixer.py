@@ -136,8 +136,11 @@ class Mixer(nn.Module):
         return 0
 
     @classmethod
-    def methods(cls, config: Architecture) -> dict[str, str]:
-        """The method that dispatch selects on the current mesh, by operation."""
+    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+        """The method that dispatch selects on the current mesh, by operation.
+
+        `batch` is the number of sequences that the devices compute at once in training.
+        """
         return {}
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:

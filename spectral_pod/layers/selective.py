@@ -53,9 +53,9 @@ class SelectiveLayer(Mixer):
     definition = (("model.long_conv", "real"), ("model.spectral.method", "plain"))
 
     @classmethod
-    def methods(cls, config: Architecture) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
         if config.causal:
-            return LongConvolution.methods(config)
+            return LongConvolution.methods(config, batch)
         n, width = config.max_positions, config.hidden_dim * (config.option("selective.rank") + 1)
         method = config.option("spectral.method")
         return {"spectral_filter": fft.resolve(method, n, 2 * n, config.dtype, width)}

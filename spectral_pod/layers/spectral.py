@@ -46,7 +46,7 @@ class SpectralLayer(Mixer):
     definition = (("model.spectral.method", "plain"),)
 
     @classmethod
-    def methods(cls, config: Architecture) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
         circular = config.option("spectral.padding") == "circular"
         fft_length = config.max_positions * (1 if circular else 2)
         sizes = config.max_positions, fft_length, config.dtype, config.hidden_dim

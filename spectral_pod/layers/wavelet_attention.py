@@ -86,7 +86,7 @@ class WaveletAttention(Mixer):
         return reach(config.option("wavelet.name"), config.option("wavelet.levels"))
 
     @classmethod
-    def methods(cls, config: Architecture) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
         return {"causal_product": long_conv.resolve_product(config.long_conv)}
 
     def setup(self) -> None:

@@ -70,9 +70,10 @@ def build(
 
 
 def operations(config: "Config") -> dict[str, str]:
-    """The method of each operation on the current mesh, by operation, for the run's record."""
+    """The method of each operation in training on the current mesh, for the run's record."""
     described = architecture(config)
+    batch = config.data.documents * config.train.global_batch_size // config.train.grad_accumulation
     methods: dict[str, str] = {}
     for mixer in mixers_of(described).values():
-        methods |= mixer.methods(described)
+        methods |= mixer.methods(described, batch)
     return methods

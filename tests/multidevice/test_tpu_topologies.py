@@ -136,7 +136,8 @@ def test_long_sequences_fit_and_take_less_of_a_chip_when_split_further(seq_len, 
         arguments = [
             "--topology=v4-128", f"--config.data.seq_len={seq_len}",
             f"--config.mesh.sequence={split}", f"--config.train.global_batch_size={rows}",
-            f"--config.train.eval_batch_size={rows}",
+            f"--config.train.eval_batch_size={rows}", "--config.model.remat=full",
+            "--config.model.unroll=1",
         ]  # fmt: skip
         found = report(tmp_path, *arguments, config="configs/lra_listops.py")
         assert found["fits"]

@@ -17,6 +17,7 @@ from spectral_pod.ops import delta_batched, delta_chunks, reference
 from spectral_pod.ops.delta_algebra import unit_lower_inverse
 from spectral_pod.ops.delta_recurrence import DeltaInputs
 from spectral_pod.ops.delta_rule import METHODS, choose, delta_rule
+from spectral_pod.ops.kernels import delta_gpu
 from tests.models.drawn import drawn
 
 PRODUCTS = ["chunked", "batched"]  # the methods by matrix products
@@ -319,8 +320,11 @@ def test_the_batched_form_has_few_operations():
 
 def test_the_method_is_chosen_by_platform():
     """The kernel for TPUs is chosen on a mesh of them (`test_delta_kernel_on_tpus.py`)."""
-    assert choose("cpu", 64, 64) == "chunked"
-    assert choose("gpu", 64, 64) == "batched"
+    assert choose("cpu", 64, 64, 1000) == "chunked"
+    with mock.patch.object(delta_gpu, "platform", return_value="gpu"):
+        assert choose("gpu", 64, 64, 1000) == "fused"
+        assert choose("gpu", 64, 64, 32) == "batched"
+        assert choose("gpu", 256, 64, 1000) == "batched"
 
 
 @functools.cache

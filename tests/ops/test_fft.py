@@ -1,6 +1,7 @@
 """Every method of the spectral filter against independent float64 references."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from spectral_pod.ops import matmul_dft, reference
 from spectral_pod.ops.fft import choose, spectral_filter
+from spectral_pod.ops.kernels import toeplitz_gpu
 
 METHODS = ("right_angle", "real", "matmul", "plain")
 jitted = jax.jit(spectral_filter, static_argnums=2)
@@ -89,6 +91,12 @@ def test_dispatch_chooses_a_method_that_supports_the_sizes(platform):
     # Of TPUs here, where none is: the kernel is chosen in test_kernels_on_tpus.py.
     chosen = {"cpu": "right_angle", "tpu": "matmul", "gpu": "real"}[platform]
     assert choose(platform, 512, 1024, jnp.bfloat16, 128) == chosen
+
+
+def test_gpus_have_a_kernel_for_short_sequences():
+    with mock.patch.object(toeplitz_gpu, "platform", return_value="gpu"):
+        assert choose("gpu", 1024, 2048, jnp.bfloat16, 128) == "toeplitz"
+        assert choose("gpu", 1025, 2050, jnp.bfloat16, 128) == "real"
 
 
 def test_the_backward_pass_keeps_only_its_inputs():

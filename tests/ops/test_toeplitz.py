@@ -1,6 +1,7 @@
 """The kernels of causal convolution, interpreted, against numpy's direct convolution in float64."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from spectral_pod.ops.kernels import NotServed, toeplitz, toeplitz_gpu
 from spectral_pod.ops.kernels.cost import kernels
-from spectral_pod.ops.long_conv import causal_conv
+from spectral_pod.ops.long_conv import causal_conv, choose
 
 # Length, taps, channels, sequences: one block and several, taps within one block, at its end and
 # beyond the sequence, several groups of channels and of sequences. A multiple of 128 channels is
@@ -100,6 +101,12 @@ def test_the_cost_is_that_of_its_products_and_of_reading_and_writing_once():
     rows = sum(8 * (4 - j) for j in range(4))
     assert cost.flops == 24 * (16 // 8) * 2 * 2 * rows * 128 * 128
     assert cost.bytes_accessed == 2 * u_BDN.nbytes + h_DT.nbytes
+
+
+def test_gpus_use_it_up_to_a_length():
+    with mock.patch.object(toeplitz_gpu, "platform", return_value="gpu"):
+        assert choose("gpu", 4096, 4096, jnp.bfloat16) == "toeplitz"
+        assert choose("gpu", 4097, 100, jnp.bfloat16) == "real"
 
 
 def test_what_it_does_not_serve_is_said():
