@@ -41,7 +41,7 @@ def get_config(preset: str = "full") -> Config:
         }
     )
     c.data.seq_len = 4096
-    schedule(c, total=20_000, every=1_000)  # 10 epochs
+    schedule(c, total=15_625, every=625)  # 10 epochs
 
     if preset == "cpu":
         c.data.options.update(window=512, train=20_000, validation=1_000, test=1_000)

@@ -46,11 +46,10 @@ def get_config(preset: str = "full") -> Config:
         }
     )
     c.data.seq_len = 1024
-    schedule(c, total=90_000, every=900)  # 100 epochs of 45,000
+    schedule(c, total=70_300, every=703)  # 100 epochs of 45,000
 
     if preset == "cpu":
         small_long_range(c)
-        c.train.global_batch_size = 64
         schedule(c, total=700, every=350, warmup=70)  # an epoch
         c.optimizer.learning_rate = 3e-3
     return c

@@ -29,7 +29,7 @@ def get_config(preset: str = "symbol") -> Config:
         {"encoding": encoding, "seed": 0, "train": 96_000, "validation": 2_000, "test": 2_000}
     )
     c.data.seq_len = SEQ_LEN[encoding]
-    schedule(c, total=76_800, every=1_920)  # 40 epochs of 96,000
+    schedule(c, total=60_000, every=1_500)  # 40 epochs of 96,000
     c.optimizer.learning_rate = 3e-3
     c.optimizer.weight_decay = 0.04
 

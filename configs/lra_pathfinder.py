@@ -40,7 +40,6 @@ def get_config(preset: str = "pathfinder") -> Config:
     c.model.pooling = "mean"
     c.model.dropout = 0.0
 
-    c.train.global_batch_size = 64
     c.train.log_every_steps = 100
     schedule(c, total=100_000, every=2_500)  # 40 epochs of 160,000
     c.optimizer.learning_rate = 4e-3

@@ -45,7 +45,7 @@ def get_config(preset: str = "full") -> Config:
     )
     c.data.seq_len = 4096
     c.data.truncate = True
-    schedule(c, total=14_400, every=450)  # 32 epochs of 22,500
+    schedule(c, total=11_250, every=375)  # 32 epochs of 22,500
 
     if preset == "cpu":
         c.data.seq_len = 1024

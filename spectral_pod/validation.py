@@ -171,9 +171,14 @@ def validate_mesh(config: Config, num_devices: int) -> dict[str, int]:
     """
     sizes = _axis_sizes(config, num_devices)
     described = models.architecture(config)
-    for field, value, divisor, why in _divisions(config, described, sizes):
-        if value % divisor:
-            raise ConfigError(f"config.{field} is {value}, not divisible by {why} = {divisor}")
+    wrong = [one for one in _divisions(config, described, sizes) if one[1] % one[2]]
+    if wrong:
+        faults = [
+            f"config.{field} is {n}, not divisible by {why} = {d}" for field, n, d, why in wrong
+        ]
+        flags = [_nearest(field, n, d) for field, n, d, _ in wrong if field.endswith("batch_size")]
+        hint = f". The nearest that are: {' '.join(flags)}" if flags else ""
+        raise ConfigError("; ".join(faults) + hint)
     sequence = sizes["sequence"]
     patches = config.data.seq_len // MODELS[config.model.name].bytes_per_position
     for name, mixer in sorted(mixers_of(described).items()):
@@ -191,6 +196,11 @@ def validate_mesh(config: Config, num_devices: int) -> dict[str, int]:
             f"model.spectral.padding 'linear' and the patches a multiple of {sequence**2}"
         )
     return sizes
+
+
+def _nearest(field: str, value: int, divisor: int) -> str:
+    """The flag that sets a field to the multiple of the divisor that is nearest to its value."""
+    return f"--config.{field}={max(divisor, (value + divisor // 2) // divisor * divisor)}"
 
 
 def _axis_sizes(config: Config, num_devices: int) -> dict[str, int]:

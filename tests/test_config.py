@@ -143,6 +143,11 @@ def test_nonsense_is_refused_by_the_name_of_its_field(task, name, part):
         ({"mesh__tensor": 0}, 4, "config.mesh.tensor is 0"),
         ({"mesh__sequence": 3, "mesh__data": 1}, 3, "not divisible by mesh.sequence = 3"),
         ({"train__global_batch_size": 6}, 4, "global_batch_size is 6, not divisible by .* = 4"),
+        (
+            {"train__global_batch_size": 50, "train__eval_batch_size": 3},
+            16,
+            "--config.train.global_batch_size=48 --config.train.eval_batch_size=16",
+        ),
         ({"train__grad_accumulation": 16}, 4, "global_batch_size is 32, not divisible by .* = 64"),
         ({"train__eval_batch_size": 6}, 4, "eval_batch_size is 6"),
         (

@@ -1,0 +1,61 @@
+"""The commands of README.md, up to what they would rent, run or write."""
+
+import re
+import runpy
+import shlex
+
+import pytest
+
+from spectral_pod.analysis import hardware
+from spectral_pod.validation import get, validate, validate_mesh
+from tests.trainer import ROOT
+
+GPUS_OF_A_NODE = 8
+
+
+def commands():
+    """The lines of code blocks that train or compile a config, with what continues them."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
+    return [line.partition(" #")[0] for line in lines if "--config=" in line]
+
+
+def devices(words):
+    """How many chips a command trains on, by its own options."""
+    options = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+    if name := options.get("topology") or options.get("type"):
+        return hardware.parse(name, int(options.get("num_slices", 1))).num_chips
+    if "launch/slurm.sh" in words:
+        return int(options["nodes"]) * GPUS_OF_A_NODE
+    return GPUS_OF_A_NODE if "launch/docker_gpu.sh" in words else 1
+
+
+def test_they_are_found():
+    text = " ".join(commands())
+    for name in ("tools.preflight", "tpu_pod.sh", "tools.gke", "docker_gpu.sh", "slurm.sh"):
+        assert name in text
+    assert devices(["--topology=v5p:4x4x4", "--num_slices=2"]) == 128
+
+
+def config_of(words):
+    """The configuration, with the numbers and words that flags set."""
+    flags = dict(
+        word.removeprefix("--").partition("=")[::2] for word in words if "--config" in word
+    )
+    file, _, preset = flags.pop("config").partition(":")
+    config = runpy.run_path(str(ROOT / file))["get_config"](*filter(None, [preset]))
+    for flag, text in flags.items():
+        field = flag.removeprefix("config.")
+        value = int(text) if text.isdigit() else text
+        if not field.startswith("data.options."):
+            get(config, field)  # which exists
+            config.update_from_flattened_dict({field: value})
+    return config
+
+
+@pytest.mark.parametrize("command", commands())
+def test_its_config_fits_the_devices(command):
+    words = shlex.split(command.partition(" | ")[0].replace("BUCKET", "bucket"))
+    config = config_of(words)
+    validate(config)
+    validate_mesh(config, devices(words))
