@@ -17,8 +17,7 @@ own rounding. Inputs in float32 are sums of two terms as well, in three products
 most 2e-5 of the largest result. The gradient of the filter is summed in float32.
 
 The kernels are written in Pallas for its Triton back end. Letters here: G blocks of a program, X
-taps, W the blocks that two sequences of blocks have, 1 the channel of a program. The others are in
-`shapes.py`.
+taps, W blocks that are summed at once, 1 the channel of a program. The others are in `shapes.py`.
 """
 
 import dataclasses
@@ -41,8 +40,7 @@ _T = 64
 _MIN_ROWS, _MAX_ROWS = 16, 128  # blocks of a program: what tensor cores need, and registers hold
 _LAGS = 2  # blocks of lags that a program of the filter's gradient has
 
-# The work grows with the square of the length. From here on cuFFT is expected to be faster: by the
-# time of a transform on an H200 (docs/results.md) and half of its peak in products.
+# The work grows with the square of the length: for much longer ones FFTs are faster by any count.
 _MAX_LENGTH = 8192
 
 
@@ -168,7 +166,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _windows(h_DX: jax.Array, plan: _Plan) -> jax.Array:
-    """The 2T taps that H_j has of every block of lags j, uint32 [D, J, 2T], the last of them 0.
+    """For every block of lags j the taps of H_j, in order, and one more: uint32 [D, J, 2T].
 
     A number has two terms of a tap in bfloat16, which a program takes apart by bits.
     """
