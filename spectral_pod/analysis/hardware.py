@@ -97,9 +97,10 @@ _AMPERE = """
     cuda_compute_capability { major: 8 minor: 0 } core_count: 108 fpus_per_core: 64
     shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040
 """
+_JAX_SHARE = 0.75
 _H100 = Chip(
     family="h100", device_kinds=("NVIDIA H100 80GB HBM3",), peak_flops=989e12,
-    hbm_bytes=int(0.75 * 84978434048), hbm_bandwidth=3.35e12, ici_bandwidth=450e9,
+    hbm_bytes=int(_JAX_SHARE * 84978434048), hbm_bandwidth=3.35e12, ici_bandwidth=450e9,
     dcn_bandwidth=400e9, chips_per_host=8, dimensions=1, cores=1, clock=1.98e9, latency=2e-6,
     largest=8, platform="gpu", float32_flops=67e12,
     target=_HOPPER,
@@ -107,13 +108,13 @@ _H100 = Chip(
 _GPUS = (
     _H100,
     dataclasses.replace(
-        _H100, family="h200", device_kinds=("NVIDIA H200",), hbm_bytes=int(0.75 * 141e9),
+        _H100, family="h200", device_kinds=("NVIDIA H200",), hbm_bytes=int(_JAX_SHARE * 141e9),
         hbm_bandwidth=4.8e12,
     ),
     dataclasses.replace(
         _H100, family="a100",
         device_kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"), peak_flops=312e12,
-        hbm_bytes=int(0.75 * 79.2 * _GIB), hbm_bandwidth=2.039e12, ici_bandwidth=300e9,
+        hbm_bytes=int(_JAX_SHARE * 79.2 * _GIB), hbm_bandwidth=2.039e12, ici_bandwidth=300e9,
         dcn_bandwidth=200e9, clock=1.41e9, float32_flops=19.5e12, target=_AMPERE,
     ),
 )  # fmt: skip
@@ -304,7 +305,7 @@ def _gpus(topology: Topology) -> Sequence[Any]:
                 {_NVIDIA} {chip.target}
                 clock_rate_ghz: {chip.clock / 1e9}
                 memory_bandwidth: {chip.hbm_bandwidth:.0f}
-                device_memory_size: {chip.hbm_bytes / 0.75:.0f}
+                device_memory_size: {chip.hbm_bytes / _JAX_SHARE:.0f}
             }}
             platform_name: "CUDA"
             dnn_version_info {{ major: 9 minor: 10 patch: 0 }}

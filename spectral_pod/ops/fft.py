@@ -38,11 +38,13 @@ KERNELS: dict[str, types.ModuleType] = {"butterfly": butterfly, "toeplitz": toep
 # channels fill 128 lanes, or these are idle.
 _MIN_BUTTERFLY = 128  # positions
 _MIN_CHANNELS = 64
-_MAX_TOEPLITZ = 1024  # positions up to which it is faster than cuFFT (docs/results.md)
+# Positions up to which "toeplitz" should beat cuFFT, by a count; measured at 512 (docs/results.md).
+_MAX_TOEPLITZ = 1024
 
 
 def choose(platform: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> str:
-    """The fastest method for whole sequences: by measurement, on TPUs by compiled cost.
+    """The fastest method for whole sequences: by measurement on CPUs, by compiled cost on TPUs, and
+    by a count on GPUs.
 
     "butterfly" is for FFT lengths that are powers of two, for sequences that fit on the chip, and
     for at least 64 `channels` of a device.
@@ -171,13 +173,10 @@ def _toeplitz(
     length: int, fft_length: int, interpret: bool = False
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     del length
-    if interpret:
-        run = toeplitz_gpu.spectral_filter
-        return functools.partial(run, fft_length=fft_length, interpret=interpret)
 
     def filter_whole(x_BDN: jax.Array, w_FD: jax.Array) -> jax.Array:
         x_BDN = toeplitz_gpu.channels_last(x_BDN)
-        y_BDN = toeplitz_gpu.spectral_filter(x_BDN, w_FD, fft_length)
+        y_BDN = toeplitz_gpu.spectral_filter(x_BDN, w_FD, fft_length, interpret=interpret)
         return toeplitz_gpu.channels_last(y_BDN)
 
     return filter_whole

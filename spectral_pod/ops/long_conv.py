@@ -23,12 +23,12 @@ KERNELS: dict[str, types.ModuleType] = {"tpu": toeplitz, "gpu": toeplitz_gpu}
 
 _MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they save
 # Positions from which the kernel for TPUs is known to take fewer cycles than "matmul", and up to
-# which that for GPUs is faster than cuFFT (docs/results.md).
+# which that for GPUs should beat cuFFT, by a count; measured at 512 (docs/results.md).
 _MIN_ON_TPUS, _MAX_ON_GPUS = 512, 4096
 
 
 def choose(platform: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
-    """The fastest method: by measurement, on TPUs by compiled cost.
+    """The fastest method: by measurement on CPUs, by compiled cost on TPUs, by a count on GPUs.
 
     "toeplitz" is a kernel, on TPUs for sequences that fit on the chip.
     """

@@ -88,9 +88,9 @@ def test_ops(tmp_path):
                 "delta_vs_chunked_2048x4",
                 "delta_vs_chunked_2048x16",
                 "delta_vs_chunked_8192x8",
-                "delta_vs_batched_2048x4",
-                "delta_vs_batched_2048x16",
-                "delta_vs_batched_8192x8",
+                "delta_fused_vs_batched_2048x4",
+                "delta_fused_vs_batched_2048x16",
+                "delta_fused_vs_batched_8192x8",
             },
             marks=pytest.mark.slow,
         ),  # which interprets kernels

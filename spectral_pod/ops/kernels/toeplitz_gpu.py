@@ -121,12 +121,12 @@ def spectral_filter(
 
 
 def channels_last(x_BDN: jax.Array) -> jax.Array:
-    """The array, with [B, N, D] as its order in memory before it or after it.
+    """The array, on GPUs with [B, N, D] as its order in memory before it or after it.
 
     For callers whose arrays are [B, N, D]: around a kernel XLA would otherwise give the order of
     [B, D, N] to their elementwise operations too, and transpose at every product there.
     """
-    return with_layout_constraint(x_BDN, Layout((0, 2, 1)))
+    return with_layout_constraint(x_BDN, Layout((0, 2, 1))) if platform() == "gpu" else x_BDN
 
 
 def _checked(
