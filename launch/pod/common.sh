@@ -1,5 +1,6 @@
 # Sourced by the scripts that run on a worker. Everything is below one folder in the home directory:
-#   code  this checkout    venv  its Python    run  the trainer's pid, exit_code, command and log
+#   code  this checkout    venv  its Python    environment  variables for the trainer
+#   run   the trainer's pid, exit_code, command and log    launcher  touched whenever it was here
 # shellcheck disable=SC2034 # the variables are used by the scripts that source this file
 
 base=$HOME/spectral_pod
@@ -7,6 +8,7 @@ code=$base/code
 venv=$base/venv
 run=$base/run
 mkdir -p "$run"
+touch "$base/launcher" # guard.sh looks at it
 
 busy=4 # exit code of install.sh and start.sh if they would disturb a running trainer
 
@@ -15,10 +17,13 @@ is_running() { # run.sh holds this lock while it runs; a pid could have been reu
 }
 
 state() { # running PID, ended CODE, lost (the machine went down), or idle (never started)
+    local ended
     if is_running; then
         echo "running $(cat "$run/pid" 2>/dev/null || true)"
     elif [ -s "$run/exit_code" ]; then
-        echo "ended $(cat "$run/exit_code")"
+        ended=$(cat "$run/exit_code")
+        # Nobody asked it to stop, so the machine did, which is going down or has been down.
+        if [ "$ended" = 75 ] && [ ! -e "$run/stopped" ]; then echo "lost -"; else echo "ended $ended"; fi
     elif [ -s "$run/command" ]; then
         echo "lost -"
     else

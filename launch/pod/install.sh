@@ -1,9 +1,20 @@
 #!/usr/bin/env bash
-# On a worker: install.sh REVISION creates ~/spectral_pod/{code,venv} from ~/spectral_pod.tar.gz.
-# Skips what is up to date, and refuses to replace the code of a running trainer.
+# On a worker: install.sh REVISION creates ~/spectral_pod/{code,environment,venv} from
+# ~/spectral_pod.tar.gz. Skips what is up to date, and refuses to replace the code of a running
+# trainer.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 revision=$1
+
+persist() { # a command, tried again for some minutes: package indexes fail for a while
+    local delay
+    for delay in 10 20 40 80 160; do
+        if "$@"; then return; fi
+        echo "$(hostname): $1 failed; trying again in $delay s" >&2
+        sleep "$delay"
+    done
+    "$@"
+}
 
 if [ "$(cat "$code/.revision" 2>/dev/null)" != "$revision" ]; then
     if is_running; then
@@ -13,18 +24,21 @@ if [ "$(cat "$code/.revision" 2>/dev/null)" != "$revision" ]; then
     rm -rf "$base/code.new"
     mkdir "$base/code.new"
     tar -xzf "$HOME/spectral_pod.tar.gz" -C "$base/code.new"
+    mv "$base/code.new/spectral_pod_environment" "$base/environment"
+    chmod 600 "$base/environment"
     echo "$revision" >"$base/code.new/.revision"
     rm -rf "$code"
     mv "$base/code.new" "$code"
 fi
+rm -f "$HOME/spectral_pod.tar.gz" # which has the environment in it
 
 # TPU VM images ship Python 3.10, which is too old, so uv installs an interpreter. requirements.txt
 # pins the libtpu that preflight compiles with; jax[tpu] would require an older one.
 if ! cmp -s "$code/requirements.txt" "$venv/requirements.installed"; then
-    python3 -m pip install --quiet --user uv==0.13.9
+    persist python3 -m pip install --quiet --user uv==0.13.9
     uv=$HOME/.local/bin/uv
-    "$uv" venv --quiet --clear --python 3.11 "$venv"
-    "$uv" pip install --quiet --python "$venv/bin/python" -r "$code/requirements.txt"
+    persist "$uv" venv --quiet --clear --python 3.11 "$venv"
+    persist "$uv" pip install --quiet --python "$venv/bin/python" -r "$code/requirements.txt"
     cp "$code/requirements.txt" "$venv/requirements.installed"
 fi
 

@@ -23,9 +23,10 @@ if is_running; then
     echo "$(hostname): runs another command; stop it first: $(cat "$run/command")" >&2
     exit "$busy"
 fi
-rm -f "$run/pid" "$run/exit_code"
+rm -f "$run/pid" "$run/exit_code" "$run/stopped"
 echo "$command" >"$run/command"
 cd "$code"
+source "$base/environment"
 setsid nohup "$pod/run.sh" "$venv/bin/python" -m spectral_pod.main "$@" \
     </dev/null >>"$run/log" 2>&1 8>&- &
 for _ in {1..150}; do

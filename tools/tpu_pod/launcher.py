@@ -1,0 +1,441 @@
+"""The life of a run on TPUs: asks for them, installs, trains, begins again when they are lost.
+
+What is billed is either of use or ended. Three things see to that: the launcher deletes what it
+asked for as soon as nothing can come of it; every request expires if it is not met in time; and the
+guard on every worker (launch/pod/guard.sh) deletes a slice on which nothing has run for a while and
+of which no launcher has been heard, or that has lived for longer than allowed.
+"""
+
+import contextlib
+import enum
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from .cloud import Cloud, CloudError, Node, Request, Trouble, Worker
+from .code import ROOT, Code
+from .exit_codes import meaning, worse
+from .options import Options
+from .states import Then, node, request
+from .system import System
+from .workers import BUSY, Workers, script
+
+T = TypeVar("T")
+
+_ARCHIVE = "spectral_pod.tar.gz"  # in the home of a worker
+_REPORTS = 4  # every fourth look at the slice asks all its workers as well
+# In looks at the slice, which are half a minute apart:
+_ASK_AGAIN = 10  # between requests that are refused for want of capacity
+_REMIND = 60  # between repetitions of the same complaint
+_DELETE_FOR = 20  # for which a deletion that fails is tried again
+_PASSING_CODES = (0, 4, 8, 10, 13, 14)  # of google.rpc.Code: a later request may be met
+
+
+class End(Exception):
+    """The launcher ends by itself: its exit code, and why."""
+
+    def __init__(self, code: int, why: str):
+        super().__init__(why)
+        self.code = code
+
+
+class Phase(enum.Enum):
+    """What there is in the cloud, and so what is to be done when the launcher ends."""
+
+    NOTHING = "nothing was asked for"
+    ASKED = "a request of ours waits"
+    FOUND = "a request of an earlier call waits"
+    IDLE = "there is a slice on which nothing trains"
+    TRAINING = "there is a slice that trains"
+    OVER = "there is a slice whose run has ended"
+
+
+class _Lost(Exception):
+    """The slice is gone: the message says how."""
+
+
+class Launcher:
+    def __init__(
+        self, options: Options, cloud: Cloud, system: System, code: Code, poll: float = 30.0
+    ):
+        self._options, self._cloud, self._system, self._code = options, cloud, system, code
+        self._workers = Workers(cloud, system)
+        self._poll = poll  # seconds between looks at the slice
+        self._phase = Phase.NOTHING
+        self._said: dict[str, float] = {}  # complaints, and when they were last made
+        self._since: dict[str, tuple[str, float]] = {}  # states of nodes, and since when
+        self._unanswered = 0  # reports in a row that some worker did not give
+
+    # ---------------------------------------------------------------------------- the whole run
+
+    def up(self) -> int:
+        """Trains until the run ends, and returns the trainer's exit code."""
+        recreations = 0
+        while True:
+            try:
+                self._acquire(first=recreations == 0)
+                self._deploy()
+                result = self._watch()
+                break
+            except _Lost as lost:
+                self._say(str(lost))
+            recreations += 1
+            if recreations > self._options.max_recreations:
+                limit = self._options.max_recreations
+                self._phase = Phase.IDLE
+                raise End(1, f"lost its TPUs more often than --max_recreations={limit}")
+            self._say(f"asking for others ({recreations}); the run will continue")
+            self._phase = Phase.IDLE  # what is left of it is of no use
+            self._delete()
+        self._phase = Phase.OVER
+        self._say(f"the trainer ended with {result} ({meaning(result)})")
+        return result
+
+    def plan(self) -> None:
+        """The steps of a run without failures, for a system that only prints them."""
+        self._workers.belong_to([Node(name, "READY", 2) for name in self._options.nodes])
+        everyone = self._workers.all
+        log = script("follow.sh", "0")
+        for step in (
+            self._cloud.request,
+            lambda: self._cloud.create(self._guard()),
+            self._cloud.nodes,
+            lambda: self._install(everyone),
+            self._start,
+            self._tell_about_guard,
+            lambda: self._cloud.reach(everyone[0].node, "0", log),
+            self._workers.reports,
+            lambda: None if self._options.keep else self._cloud.delete(),
+        ):
+            with contextlib.suppress(CloudError):  # nothing answers
+                step()
+
+    # ---------------------------------------------------------------------- asking for the TPUs
+
+    def _acquire(self, first: bool) -> None:
+        """Returns when all nodes are ready. `first`: this call has not had any TPUs yet."""
+        started = self._system.now()
+        refusals = 0
+        while True:
+            found = self._patiently(self._cloud.request)
+            pause = self._poll
+            if found is None:
+                pause = self._ask(first) or pause
+            else:
+                self._check_same(found)
+                if self._phase is Phase.NOTHING:
+                    self._phase = Phase.FOUND
+                    self._say(f"{self._name} is there: {found.state}")
+                then, why = self._judge(found)
+                if then is Then.USE:
+                    return
+                if then is Then.ASK_AGAIN:
+                    refusals += 1
+                    no_quota = first and "quota" in found.failure.lower()
+                    if no_quota or found.failure_code not in _PASSING_CODES:
+                        self._phase = Phase.ASKED
+                        raise End(1, why)
+                    pause = self._poll * min(_ASK_AGAIN, 2**refusals)
+                if then in (Then.ASK_AGAIN, Then.REPLACE):
+                    self._say(f"{why}; asking again")
+                    self._phase = Phase.ASKED  # by now it is of no use to anybody
+                    self._delete()
+                else:
+                    self._say(f"{why}, {self._minutes(started):.0f} min")
+            if self._minutes(started) >= self._options.wait_minutes:
+                raise End(1, f"no TPUs within --wait_minutes={self._options.wait_minutes}")
+            self._system.sleep(pause)
+
+    def _ask(self, first: bool) -> float:
+        """Asks for the TPUs, or returns after how many seconds to do so again."""
+        self._phase = Phase.ASKED
+        try:
+            self._cloud.create(self._guard())
+        except CloudError as error:
+            if error.kind is Trouble.EXISTS:  # an answer that was lost: the next look shows it
+                return 0.0
+            passing = (Trouble.UNAVAILABLE, Trouble.CREDENTIALS)
+            if error.kind in passing or (error.kind is Trouble.EXHAUSTED and not first):
+                self._complain(error)
+                return self._poll * (_ASK_AGAIN if error.kind is Trouble.EXHAUSTED else 1)
+            raise End(1, f"{self._name} cannot be asked for: {error.line}") from error
+        return 0.0
+
+    def _guard(self) -> list[str]:
+        """The flags that put the guard onto every worker, and tell it what to do."""
+        options = self._options
+        tell = {
+            "spectral-pod-name": options.name,
+            "spectral-pod-keep-seconds": 0 if options.keep else options.keep_minutes * 60,
+            "spectral-pod-max-run-seconds": round(options.max_run_hours * 3600),
+        }
+        pairs = [f"{key}={value}" for key, value in tell.items()]
+        pairs += [options.metadata] if options.metadata else []
+        file = ROOT / "launch" / "pod" / "guard.sh"
+        return [f"--metadata={','.join(pairs)}", f"--metadata-from-file=startup-script={file}"]
+
+    def _check_same(self, found: Request) -> None:
+        options = self._options
+        if found.type != options.type:
+            raise End(
+                2, f"{self._name} is a {found.type}, not a {options.type}; choose another --name"
+            )
+        if found.num_slices != options.num_slices:
+            raise End(
+                2, f"{self._name} has {found.num_slices} slices, not {options.num_slices}; "
+                "choose another --name",
+            )  # fmt: skip
+
+    def _judge(self, found: Request) -> tuple[Then, str]:
+        """What to do with the request as it is, by the tables of `states`, and why."""
+        row = request(found.state)
+        why = f"{self._name} is {found.state}"
+        if found.failure:
+            why += f": {found.failure}"
+        if row.then is not Then.USE:
+            self._since.clear()
+            return row.then, why
+        nodes = self._patiently(self._cloud.nodes)
+        worst, now = (Then.USE, why), self._system.now()
+        for one in nodes:
+            state, since = self._since.get(one.name, ("", now))
+            if state != one.state:
+                since = now
+            self._since[one.name] = one.state, since
+            then = node(one.state).after((now - since) / 60)
+            if then is not Then.USE:
+                why = f"{one.name} is {one.state}: it {node(one.state).meaning}"
+                if worst[0] is not Then.REPLACE:
+                    worst = then, why
+        if worst[0] is Then.USE:
+            self._workers.belong_to(nodes)
+        return worst
+
+    # ------------------------------------------------------------------ installing and starting
+
+    def _deploy(self) -> None:
+        """Installs and starts on all workers, for --keep_minutes with growing pauses."""
+        workers = self._workers
+        found, self._phase = self._phase is Phase.FOUND, Phase.IDLE
+        if found:  # a run of an earlier call may train on it
+            states = {one.state for one in self._patiently(workers.reports).values()}
+            if "running" in states:
+                self._phase = Phase.TRAINING
+        keep = self._options.keep_minutes
+        costs = self._options.costs(keep)
+        started, pause = self._system.now(), self._poll / 2
+        missing: Sequence[Worker] = workers.all
+        while True:
+            missing = self._install(missing) or self._start()
+            if not missing:
+                break
+            names = ", ".join(map(str, missing[:3])) + (" and others" if missing[3:] else "")
+            if self._minutes(started) >= keep:
+                raise End(1, f"{names} could not be installed or started in --keep_minutes={keep}")
+            self._say(
+                f"{names}: not installed or started; trying again in {pause:.0f} s, until "
+                f"{keep} min have passed" + (f" (which cost {costs})" if costs else "")
+            )
+            self._system.sleep(pause)
+            pause = min(2 * pause, 8 * self._poll)
+            self._fail_if_lost()
+        if self._phase is not Phase.TRAINING:
+            self._phase = Phase.TRAINING
+            self._tell_about_guard()
+
+    def _install(self, workers: Sequence[Worker]) -> list[Worker]:
+        """The workers that lack the code afterwards."""
+        with self._code.archive() as file:
+            self._patiently(lambda: self._workers.copy(file, _ARCHIVE, workers))
+        unpack = (
+            f"mkdir -p spectral_pod/code && tar -xzf {_ARCHIVE} -C spectral_pod/code launch && "
+        )
+        command = unpack + script("install.sh", self._code.revision)
+        codes = self._patiently(lambda: self._workers.run(command, workers, slow=True))
+        return self._without(codes, workers)
+
+    def _start(self) -> list[Worker]:
+        """The workers whose trainer does not run afterwards."""
+        workers, command = self._workers, script("start.sh", *self._options.trainer)
+        codes = self._patiently(lambda: workers.run(command, workers.all))
+        return self._without(codes, workers.all)
+
+    def _without(self, codes: dict[Worker, int], workers: Sequence[Worker]) -> list[Worker]:
+        if BUSY in codes.values():
+            self._phase = Phase.TRAINING
+            raise End(2, f"another run is on {self._name}; to end it: {self._options.hint('stop')}")
+        return [worker for worker in workers if codes.get(worker) != 0]
+
+    def _tell_about_guard(self) -> None:
+        """Says whether the slice can end itself."""
+        first = [worker for worker in self._workers.all if worker.index == 0]
+        codes = self._patiently(lambda: self._workers.run(script("guarded.sh"), first))
+        if any(codes.get(worker) != 0 for worker in first):
+            self._say(
+                "the slice cannot delete itself (above): without this launcher it is billed until "
+                f"you delete it: {self._options.hint('delete')}"
+            )
+
+    # -------------------------------------------------------------------------------- watching
+
+    def _watch(self) -> int:
+        """The trainer's exit code."""
+        log = self._workers.follow(self._workers.all[0])
+        looks, result = 0, None
+        while result is None:
+            follows = self._system.in_background(lambda: log.follow(self._poll))
+            while result is None and follows():
+                self._system.sleep(self._poll)
+                self._fail_if_lost()
+                looks += 1
+                if looks % _REPORTS == 0:
+                    result = self._result()
+            if result is None:  # the log has ended
+                self._system.sleep(self._poll)
+                self._fail_if_lost()
+                result = self._result()
+        for _ in range(100):  # the log's last lines
+            if not follows():
+                break
+            self._system.sleep(self._poll / 100)
+        return result
+
+    def _fail_if_lost(self) -> None:
+        found = self._patiently(self._cloud.request)
+        if found is None:
+            self._gone()
+        then, why = self._judge(found)
+        if then is Then.REPLACE and found.by_user:
+            self._delete()
+            self._gone()
+        if then is Then.GONE:
+            self._gone()
+        if then in (Then.REPLACE, Then.ASK_AGAIN):
+            raise _Lost(why)
+        if then is Then.WAIT and self._often(why):
+            self._say(f"{why}; waiting")
+
+    def _gone(self) -> NoReturn:
+        """Somebody has deleted the request or its nodes, or the guard has."""
+        self._phase = Phase.NOTHING
+        result = f"{self._options.workdir.rstrip('/')}/result.json"
+        if not self._options.again and self._patiently(lambda: self._cloud.exists(result)):
+            raise End(0, f"{self._name} was deleted, after the run had ended: {result} is there")
+        raise End(1, f"somebody deleted {self._name}, or its guard did")
+
+    def _result(self) -> int | None:
+        """The exit code of a run that has ended on all workers; else None.
+
+        Starts again what a reboot has ended, and stops what cannot continue alone.
+        """
+        reports = self._patiently(self._workers.reports)
+        if len(reports) < len(self._workers.all):
+            self._unanswered += 1
+            if self._unanswered % 3 == 0:
+                self._revive("some worker does not answer, or")
+            return None
+        self._unanswered = 0
+        running = [one for one in reports.values() if one.state == "running"]
+        ended = [one for one in reports.values() if one.state == "ended"]
+        lost = [one for one in reports.values() if one.state in ("lost", "idle")]
+        code = 0
+        for one in ended:
+            code = worse(code, int(one.detail))
+        failed = next((one for one in ended if int(one.detail) == code != 0), None)
+        if failed and running:
+            self._say(f"{failed.host} ended with {code} ({meaning(code)}); stopping the others")
+            self._stop_all()
+        elif lost and not failed:
+            self._revive(lost[0].host)
+            return None
+        elif running:
+            return None
+        if failed:
+            self._patiently(lambda: self._workers.run(script("explain.sh"), self._workers.all))
+        return code
+
+    def _revive(self, whom: str) -> None:
+        self._say(f"{whom} has lost its trainer; installing and starting where that is needed")
+        if not self._install(self._workers.all):
+            self._start()
+
+    def _stop_all(self) -> None:
+        """Asks all trainers to save and end, and waits for them."""
+        self._patiently(lambda: self._workers.run(script("stop.sh"), self._workers.all))
+
+    # ------------------------------------------------------------------------------ at the end
+
+    def leave(self) -> None:
+        """What is to be done whenever the launcher ends, for whatever reason."""
+        options, phase = self._options, self._phase
+        if phase is Phase.FOUND:
+            self._say(f"the request for {self._name} stays: {options.hint('delete')}")
+        elif phase is Phase.TRAINING:
+            self._say(
+                f"detached; {self._name} goes on AND IS BILLED: "
+                f"{options.hint('{status,logs,stop,delete}')}; the same command again watches it"
+            )
+        elif phase in (Phase.IDLE, Phase.OVER) and options.keep:
+            self._say(f"{self._name} is kept AND IS BILLED: {options.hint('delete')}")
+        elif phase in (Phase.ASKED, Phase.IDLE, Phase.OVER):
+            self._delete()
+
+    def _delete(self) -> bool:
+        """Deletes the request, again and again if that fails; whether it is gone."""
+        started = self._system.now()
+        while True:
+            try:
+                self._cloud.delete()
+            except CloudError as error:
+                self._say(error.line)
+                if self._system.now() - started >= _DELETE_FOR * self._poll:
+                    self._say(
+                        f"COULD NOT DELETE {self._name}; it may still be billed, until its guard "
+                        f"deletes it: {self._options.hint('delete')}"
+                    )
+                    return False
+                self._system.sleep(self._poll)
+                continue
+            self._since.clear()
+            self._say(f"deleted {self._name}")
+            return True
+
+    # ------------------------------------------------------------------------------------ tools
+
+    @property
+    def _name(self) -> str:
+        return self._options.name
+
+    def _minutes(self, since: float) -> float:
+        return (self._system.now() - since) / 60
+
+    def _say(self, line: str) -> None:
+        self._system.say(line)
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """The answer to a question, which is asked until it is answered."""
+        while True:
+            try:
+                return ask()
+            except CloudError as error:
+                if error.kind is Trouble.DENIED or error.kind is Trouble.INVALID:
+                    raise End(1, error.line) from error
+                self._complain(error)
+            self._system.sleep(self._poll)
+
+    def _complain(self, error: CloudError) -> None:
+        if self._often(error.kind.value):
+            self._say(error.line)
+            if error.kind is Trouble.CREDENTIALS:
+                self._say(
+                    "your credentials have expired: `gcloud auth login` in another terminal. What "
+                    "trains goes on meanwhile; this launcher looks again and again"
+                )
+
+    def _often(self, what: str) -> bool:
+        """Whether a complaint is to be made: not again at once."""
+        last = self._said.get(what)
+        now = self._system.now()
+        if last is not None and now - last < _REMIND * self._poll:
+            return False
+        self._said[what] = now
+        return True
