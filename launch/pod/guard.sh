@@ -74,7 +74,7 @@ watch() {
         if is_running; then touch "$state/used"; fi
         if ((max_run > 0 && now - first_boot >= max_run)); then
             stop
-            if ((now - first_boot < max_run + grace)); then sleep "$grace"; fi
+            while (($(date +%s) - first_boot < max_run + grace)); do sleep "$every"; done
             end "this slice has lived for $((now - first_boot)) s, of $max_run at most"
         elif ((keep > 0 && now - $(last_use) >= keep)) && ! is_running; then
             end "nothing has run here for $keep s, and no launcher was here"

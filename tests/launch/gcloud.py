@@ -300,8 +300,10 @@ class Cloud:
             files = [self.root / "resources", self.root / "scenario"]
             contents = [json.loads(f.read_text()) if f.exists() else {} for f in files]
             yield contents
-            for file, content in zip(files, contents):
-                file.write_text(json.dumps(content))
+            for file, content in zip(files, contents):  # as a whole, also if this process is killed
+                new = file.with_suffix(".new")
+                new.write_text(json.dumps(content))
+                new.replace(file)
 
     def make_hosts(self, nodes, accelerator_type):
         family, size = accelerator_type.rsplit("-", 1)

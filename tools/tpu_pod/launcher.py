@@ -147,16 +147,20 @@ class Launcher:
 
     def _ask(self, first: bool) -> float:
         """Asks for the TPUs, or returns after how many seconds to do so again."""
-        self._phase = Phase.ASKED
+        self._phase = Phase.ASKED  # also if no answer arrives
         try:
             self._cloud.create(self._guard())
         except CloudError as error:
-            if error.kind is Trouble.EXISTS:  # an answer that was lost: the next look shows it
+            if error.kind is Trouble.EXISTS:  # an answer was lost: the next look shows the request
                 return 0.0
-            passing = (Trouble.UNAVAILABLE, Trouble.CREDENTIALS)
-            if error.kind in passing or (error.kind is Trouble.EXHAUSTED and not first):
+            if error.kind in (Trouble.UNAVAILABLE, Trouble.CREDENTIALS):
                 self._complain(error)
-                return self._poll * (_ASK_AGAIN if error.kind is Trouble.EXHAUSTED else 1)
+                return self._poll
+            self._phase = Phase.NOTHING
+            # Another slice of ours, not gone yet, may count against the quota.
+            if error.kind is Trouble.EXHAUSTED and not (first and "quota" in error.line.lower()):
+                self._complain(error)
+                return self._poll * _ASK_AGAIN
             raise End(1, f"{self._name} cannot be asked for: {error.line}") from error
         return 0.0
 
@@ -281,22 +285,25 @@ class Launcher:
         """The trainer's exit code."""
         log = self._workers.follow(self._workers.all[0])
         looks, result = 0, None
-        while result is None:
-            follows = self._system.in_background(lambda: log.follow(self._poll))
-            while result is None and follows():
-                self._system.sleep(self._poll)
-                self._fail_if_lost()
-                looks += 1
-                if looks % _REPORTS == 0:
+        try:
+            while result is None:
+                follows = self._system.in_background(lambda: log.follow(self._poll))
+                while result is None and follows():
+                    self._system.sleep(self._poll)
+                    self._fail_if_lost()
+                    looks += 1
+                    if looks % _REPORTS == 0:
+                        result = self._result()
+                if result is None:  # the log has ended
+                    self._system.sleep(self._poll)
+                    self._fail_if_lost()
                     result = self._result()
-            if result is None:  # the log has ended
-                self._system.sleep(self._poll)
-                self._fail_if_lost()
-                result = self._result()
-        for _ in range(100):  # the log's last lines
-            if not follows():
-                break
-            self._system.sleep(self._poll / 100)
+            for _ in range(100):  # its last lines
+                if not follows():
+                    break
+                self._system.sleep(self._poll / 100)
+        finally:
+            log.wanted = False
         return result
 
     def _fail_if_lost(self) -> None:

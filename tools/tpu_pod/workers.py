@@ -123,10 +123,11 @@ class Log:
     def __init__(self, cloud: Cloud, system: System, worker: Worker):
         self._cloud, self._system, self._worker = cloud, system, worker
         self._next = 0  # the number of the next line to show
+        self.wanted = True
 
     def follow(self, pause: float) -> None:
-        """Shows the log until the trainer has ended."""
-        while not self._connect():
+        """Shows the log until the trainer has ended, or nobody wants it any more."""
+        while not self._connect() and self.wanted:
             self._system.say(f"the connection to {self._worker} was lost; trying again")
             self._system.sleep(pause)
 
