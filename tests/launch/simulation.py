@@ -3,6 +3,8 @@
 Takes the place of `tools.tpu_pod.system.System`: what the launcher asks of gcloud is checked as
 strictly as by the stand-in beside this, and answered by a world in which things go wrong at times
 that follow from a seed. The guard on the workers acts as launch/pod/guard.sh does.
+
+    python -m tests.launch.simulation    # prints what became of 200 histories
 """
 
 import bisect
@@ -19,11 +21,15 @@ from tests.launch import gcloud
 from tools.tpu_pod import checks
 from tools.tpu_pod.cloud import Cloud
 from tools.tpu_pod.launcher import End, Launcher
+from tools.tpu_pod.options import parse
 from tools.tpu_pod.system import Done, System
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 HORIZON = 60 * DAY
 TICK = 30.0  # seconds: the world's time goes on in steps of this
+
+
+BROKEN = ("UNKNOWN", "REPAIRING", "RESTARTING", "STOPPED", "NEW_STATE")
 
 
 class Killed(BaseException):
@@ -106,7 +112,7 @@ class World(System):
         self.t, self.killed_at, self.interrupt_at = 0.0, float("inf"), float("inf")
         self.request = None
         self.progress = self.saved = 0.0
-        self.complete = False
+        self.complete, self.finished = False, 0.0
         self.bug_at = work * rng.random() if rng.random() < troubles.bug else None
         self.said, self.events = [], []
         self.billed = self.idle = 0.0  # node seconds
@@ -223,7 +229,7 @@ class World(System):
             if self.bug_at is not None and self.progress >= self.bug_at:
                 self._all_end(3)
             elif self.progress >= self.work:
-                self.complete = True
+                self.complete, self.finished = True, self.finished or self.t
                 self._all_end(0)
         self._guard()
 
@@ -295,7 +301,7 @@ class World(System):
 
     def _broken(self):
         node = self.rng.choice(list(self.request.nodes.values()))
-        state = self.rng.choice(["UNKNOWN", "REPAIRING", "RESTARTING", "STOPPED", "NEW_STATE"])
+        state = self.rng.choice(BROKEN)
         self.events.append((self.t, state))
         node.state = state
         if state in ("REPAIRING", "RESTARTING") or self.rng.random() < 0.3:
@@ -468,6 +474,27 @@ class World(System):
         return "", 0
 
 
+MIXED = Troubles(
+    preempted=9 * HOUR, broken=20 * HOUR, reboot=25 * HOUR, stockout=20 * HOUR, api=6 * HOUR,
+    credentials=30 * HOUR, index=8 * HOUR, ssh=4 * HOUR, killed=15 * HOUR,
+)  # fmt: skip
+
+
+def options(*flags):
+    command = ["--name=tpu", "--zone=us-central2-b", "--type=v4-16", *flags]
+    return parse([*command, "--", "--config=a.py", "--workdir=gs://bucket/run"])
+
+
+def check(world, codes):
+    """Nothing bills any more, and nothing that trained was deleted; what happened, as a text."""
+    said = "\n".join(f"{at / 3600:8.2f} h  {line}" for at, line in world.said[-40:])
+    events = "\n".join(f"{at / 3600:8.2f} h  {what}" for at, what in world.events[-20:])
+    told = f"{codes}\n{said}\n{events}"
+    assert world.request is None or world.request.state in ("FAILED", "SUSPENDED"), told
+    assert world.violations == [], told
+    return told
+
+
 class Refused(Exception):
     pass
 
@@ -530,3 +557,41 @@ def _again(world):
     last = " ".join(line for _, line in world.said[-3:])
     passing = "UNAVAILABLE|auth tokens|could not be installed|no TPUs within|its guard did"
     return bool(re.search(passing, last)) and not world.user_deleted
+
+
+def table():
+    """What became of 200 histories, as a table in Markdown."""
+    worlds = []
+    for seed in range(200):
+        slices = ("--num_slices=2",) if seed % 3 == 0 else ()
+        world, codes = history(seed, MIXED, options(*slices))
+        check(world, codes)
+        worlds.append((world, codes))
+
+    def count(kind):
+        return sum(kind in what for world, _ in worlds for _, what in world.events)
+
+    rows = [
+        ("histories", len(worlds)),
+        ("runs that finished", sum(world.complete for world, _ in worlds)),
+        ("requests that were left, billed or waiting", sum(w.active() for w, _ in worlds)),
+        ("slices deleted while their run could go on", sum(len(w.violations) for w, _ in worlds)),
+        ("requests made", sum(world.creations for world, _ in worlds)),
+        ("preemptions", count("preempted")),
+        ("nodes that broke", sum(count(s) for s in BROKEN)),
+        ("workers rebooted", count("rebooted")),
+        ("launchers killed", sum(codes.count(None) for _, codes in worlds)),
+        ("slices that deleted themselves", count("by guard")),
+        ("hours from start to end, median", f"{_median(w.finished / HOUR for w, _ in worlds):.1f}"),
+        ("share of the billed time in which nothing trained",
+         f"{sum(w.idle for w, _ in worlds) / sum(w.billed for w, _ in worlds):.1%}"),
+    ]  # fmt: skip
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _median(values):
+    return sorted(values)[100]
+
+
+if __name__ == "__main__":
+    print(table())

@@ -16,7 +16,7 @@ import pytest
 
 from spectral_pod.errors import ConfigError
 from tests.launch import gcloud
-from tools.tpu_pod import checks, states
+from tools.tpu_pod import checks, exit_codes, states
 from tools.tpu_pod.cloud import Node
 from tools.tpu_pod.states import Then
 from tools.tpu_pod.workers import Workers
@@ -758,6 +758,17 @@ def test_ssh_keys(tmp_path, monkeypatch, listed, passphrase, socket):
 def test_fixes_that_are_too_large_to_ship(pod):
     (pod.checkout / "weights.bin").write_bytes(bytes(110_000_000))
     assert "weights.bin alone 110 MB; what the run does not need" in finish(pod.train(), 2)
+
+
+def test_exit_codes_mean_the_same_to_the_shell():
+    """launch/exit_codes.sh is what the supervisor and the workers go by."""
+    script = "source launch/exit_codes.sh; for ((c = 0; c < 256; c++)); do "
+    script += 'exit_is_curable $c && echo -n "+ " || echo -n "- "; exit_meaning $c; done'
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"{'+' if exit_codes.is_curable(code) else '-'} {exit_codes.meaning(code)}"
+        for code in range(256)
+    ]
 
 
 # ------------------------------------------------------------- states, credentials, the guard
