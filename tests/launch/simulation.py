@@ -489,7 +489,7 @@ def check(world, codes):
     """Nothing bills any more, and nothing that trained was deleted; what happened, as a text."""
     said = "\n".join(f"{at / 3600:8.2f} h  {line}" for at, line in world.said[-40:])
     events = "\n".join(f"{at / 3600:8.2f} h  {what}" for at, what in world.events[-20:])
-    told = f"{codes}\n{said}\n{events}"
+    told = f"{codes} {world.violations}\n{said}\n{events}"
     assert world.request is None or world.request.state in ("FAILED", "SUSPENDED"), told
     assert world.violations == [], told
     return told

@@ -211,6 +211,9 @@ def _run(one: dict[str, str], given: dict[str, list[str]], trainer: tuple[str, .
         again="again" in given,
         dry_run="dry_run" in given,
     )
+    if len(options.nodes[-1]) > 63:
+        longest = 63 - len(options.nodes[-1]) + len(options.name)
+        _fail(f"--name={options.name} is too long: {longest} letters at most for so many slices")
     if not options.flag("--config="):
         _fail("no --config=FILE after --")
     if not re.match("gs://[^/]+/.", options.workdir):
