@@ -1,5 +1,6 @@
 """A run from its configuration to its result, in order."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -18,6 +19,7 @@ from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
+from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.sealed_steps import SealedSteps
 from spectral_pod.train.sources import open_sources
 from spectral_pod.train.state import check_finite, params_digest
@@ -33,22 +35,24 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
     Raises:
       UserError: see `errors.py`; whatever was checkpointed before stays.
     """
-    started = time.time()
+    started, stopwatch = time.time(), Stopwatch()
     validate(config)
     runtime.preemption.seconds = config.checkpoint.preemption_seconds
-    runtime.compare("configuration and code", starts.facts(config))
 
     # ---- mesh
-    runtime.check_platform()
-    mesh = make_mesh(validate_mesh(config, jax.device_count()))
+    with stopwatch.time("start"):
+        runtime.compare("configuration and code", starts.facts(config))
+        runtime.check_platform()
+        mesh = make_mesh(validate_mesh(config, jax.device_count()))
     device = jax.devices()[0].device_kind
     print_once(f"mesh {dict(mesh.shape)} of {mesh.size} {device} device(s)")
 
     # ---- data
-    sources = open_sources(config)
-    train_source = sources.training()
-    splits = ("validation", config.train.eval_split)
-    eval_sources = {split: sources.evaluation(split) for split in splits}
+    with stopwatch.time("data_preparation"):
+        sources = open_sources(config)
+        train_source = sources.training()
+        splits = ("validation", config.train.eval_split)
+        eval_sources = {split: sources.evaluation(split) for split in splits}
     of_run = functools.partial(
         starts.claim_workdir,
         workdir,
@@ -57,20 +61,26 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
         sources.classes,
         former_digests=sources.former_digests,
     )
-    start = functools.partial(Trainer, config, workdir, mesh, sources, train_source, eval_sources)
+
+    def start(checkpointer: SealedSteps) -> Trainer:
+        return Trainer(
+            config, workdir, mesh, sources, train_source, eval_sources, checkpointer, stopwatch
+        )
+
     if eval_only:
         run = of_run(read_only=True) if runtime.is_leader() else ""
         return _evaluate_only(start(SealedSteps(f"{workdir}/checkpoints", run)))
 
-    with starts.hold(workdir) as check_lease:
-        run = of_run() if runtime.is_leader() else ""
-        runtime.barrier("workdir")
-
+    with contextlib.ExitStack() as stack:
         # ---- model, optimizer, state
-        trainer = start(_checkpointer(config, workdir, run, check_lease))
-        if not trainer.restore():
-            trainer.initialize()
-        trainer.report_start()
+        with stopwatch.time("setup"):
+            check_lease = stack.enter_context(starts.hold(workdir))
+            run = of_run() if runtime.is_leader() else ""
+            runtime.barrier("workdir")
+            trainer = start(_checkpointer(config, workdir, run, check_lease))
+            if not trainer.restore():
+                trainer.initialize()
+            trainer.report_start()
 
         # ---- steps, evaluation, result
         with trainer.running(check_lease):

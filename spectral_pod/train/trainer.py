@@ -25,6 +25,7 @@ from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.train import starts
 from spectral_pod.train.evaluate import evaluate
+from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.profile import Profiler
 from spectral_pod.train.progress import BadStepError, Progress
@@ -54,6 +55,7 @@ class Trainer:
         train_source: pipeline.Source,
         eval_sources: Mapping[str, Mapping[str, pipeline.Source]],
         checkpointer: Any,
+        stopwatch: Stopwatch,
     ):
         """Describes the model and its optimizer; allocates nothing.
 
@@ -61,9 +63,11 @@ class Trainer:
           train_source: batches of the training split.
           eval_sources: by split, and within a split by the name of the set.
           checkpointer: a `Checkpointer`, or to evaluate only, `SealedSteps`.
+          stopwatch: counts what the run spends its time on.
         """
         self.config, self.workdir, self.mesh, self.sources = config, workdir, mesh, sources
         self.train_source, self.eval_sources = train_source, eval_sources
+        self.stopwatch = stopwatch
         self.total_steps = config.train.total_steps
         self._loading = {"threads": config.data.threads, "prefetch": config.data.prefetch}
         self.model = self._build()
@@ -141,10 +145,11 @@ class Trainer:
             if self.step == 0:
                 texts = {"config": str(config), "parameters": self.overview}
                 self.writer.texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})
-            self.progress = Progress(
-                config, workdir, self.mesh, self.abstract, self.sources, self.writer, self.step,
-                self.checkpointer.window(self.step),
-            )  # fmt: skip
+            with self.stopwatch.time("setup"):
+                self.progress = Progress(
+                    config, workdir, self.mesh, self.abstract, self.sources, self.writer,
+                    self.step, self.checkpointer.window(self.step), self.stopwatch,
+                )  # fmt: skip
             yield
 
     def compile(self) -> None:
@@ -152,7 +157,7 @@ class Trainer:
         config, sources, mesh = self.config, self.sources, self.mesh
         rows, row_len = config.train.global_batch_size, config_lib.row_len(config)
         batch = abstract_batch(rows, row_len, mesh, by_position=sources.objective.by_position)
-        with self.progress.time("compile"):
+        with self.stopwatch.time("compile"):
             lowered = jit_train_step(
                 self.model, self.optimizer, sources.objective, config, mesh, self.abstract
             ).lower(self.abstract, batch)
@@ -190,7 +195,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """Dispatches the next step, and reads the metrics of the step before."""
-        with self.progress.time("data"):
+        with self.stopwatch.time("data"):
             batch = next(self.batches)
         self.checkpointer.check()  # a save that failed in the background ends the run now
         with self.profiler.step(self.step + 1), self.progress.time_step():
@@ -204,13 +209,13 @@ class Trainer:
         validation = self.evaluate("validation")
         self.progress.report_eval("validation", self.step, validation)
         if self.sources.objective.is_language_model and self.config.train.sample_bytes:
-            with self.progress.time("sample"):
+            with self.stopwatch.time("sample"):
                 self.writer.texts(self.step, {"sample": self.sample()})
         return self.sources.objective.scores(validation)
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """As `evaluate_only`, within `running`: is timed, and checks for a shutdown."""
-        with self.progress.time("eval"):
+        with self.stopwatch.time("eval"):
             return self.evaluate_only(split, self.check_for_shutdown)
 
     def evaluate_only(
@@ -243,8 +248,8 @@ class Trainer:
 
     def save(self, scores: Mapping[str, float] | None) -> None:
         """Starts to save the state, once the metrics up to this step are stored."""
-        self.writer.flush()
-        with self.progress.time("checkpoint"):
+        with self.stopwatch.time("checkpoint"):
+            self.writer.flush()
             window = self.progress.window()
             self.checkpointer.save(self.step, self.state, scores, window=window)
 
