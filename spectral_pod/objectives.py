@@ -21,6 +21,10 @@ from spectral_pod.ops.cross_entropy import cross_entropy
 MAX_TABLE = 32  # classes of which all pairs are counted and shown
 WORST_PAIRS = 20
 _MAX_NAME = 24  # letters of a class's name in a report
+_MEANS = (
+    "In training: over the steps since the last point, with dropout and label smoothing where they "
+    "are configured. In evaluations: over the whole split, without them"
+)
 
 
 @flax.struct.dataclass
@@ -98,6 +102,7 @@ class Objective:
       ranked_by: the evaluation metric that ranks checkpoints.
       higher_is_better: of `ranked_by`.
       formats: how the printed lines show a metric. "" leaves it out; the default is "NAME VALUE".
+      descriptions: what a plotted metric is, a sentence that TensorBoard shows beside its curve.
     """
 
     by_position: ClassVar[bool]
@@ -111,10 +116,14 @@ class Objective:
     ranked_by: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     formats: ClassVar[dict[str, str]] = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}"}
+    descriptions: ClassVar[dict[str, str]] = {
+        "loss": f"Mean cross-entropy of a label, in nats. {_MEANS}",
+        "accuracy": f"Fraction of labels that are predicted, in [0, 1]. {_MEANS}",
+    }
 
     def __init_subclass__(cls) -> None:
         # Copies of the dictionaries: new entries must not change the class it inherits from.
-        for name in ("training_metrics", "evaluation_metrics", "formats"):
+        for name in ("training_metrics", "evaluation_metrics", "formats", "descriptions"):
             setattr(cls, name, dict(getattr(cls, name, {})))
 
     @classmethod
@@ -233,6 +242,11 @@ class NextByte(LabelledPositions):
         "bits_per_byte": "{:.4f} bits per byte",
         "perplexity": "perplexity {:.3f}",
         "word_perplexity": "word perplexity {:.5g}",
+    }
+    descriptions: ClassVar = Objective.descriptions | {
+        "bits_per_byte": f"The loss in bits. {_MEANS}",
+        "perplexity": "exp(loss), of a byte",
+        "word_perplexity": "exp(nats of all labels / words), where an end of a line is a word too",
     }
 
     @classmethod

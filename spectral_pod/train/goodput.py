@@ -1,16 +1,4 @@
-"""What a run spends its time on, every moment counted once.
-
-start             from the start of the process: imports, and joining the other processes
-data_preparation  opening the data, and writing them first if there are none
-setup             describing the model, and the state of step 0 or the one restored
-compile           of the training step; that of an evaluation is part of the first one
-data              waiting for the next batch
-step              dispatching steps and waiting for them
-eval, sample      validation, and samples of text
-checkpoint        what a step waits for while its state is saved
-restart           between the last line of metrics and the next start, and steps repeated
-other             outside of all these
-"""
+"""What a run spends its time on, every moment counted once."""
 
 import collections
 import contextlib
@@ -19,12 +7,26 @@ from collections.abc import Callable, Iterator, Mapping
 
 import psutil
 
+PHASES = {
+    "start": "from the start of the process: imports, devices, joining the other processes",
+    "data_preparation": "opening the data, and writing them first if there are none",
+    "setup": "taking the workdir; the model and its state, new or restored",
+    "compile": "compiling the training step",
+    "data": "waiting for the next batch",
+    "step": "dispatching steps, and waiting for them",
+    "eval": "evaluations, and compiling them",
+    "sample": "writing samples of text",
+    "checkpoint": "steps waiting for a checkpoint",
+    "restart": "from the last line of metrics to the next start, and steps repeated after it",
+    "other": "outside of all these",
+}
+
 
 class Stopwatch:
     """Counts the time of this process by what it does.
 
     Attributes:
-      seconds: by phase; the time outside of phases is in none.
+      seconds: by phase, one of PHASES; the time outside of phases is in none.
       started: when the process was, in seconds since 1970.
     """
 
@@ -37,7 +39,7 @@ class Stopwatch:
         self._clock = clock
         self._phase, self._since = "", clock()  # what runs now, and since when it is counted
         self.started = psutil.Process().create_time()
-        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
         self.seconds["start"] = max(0.0, time.time() - self.started)
 
     @contextlib.contextmanager

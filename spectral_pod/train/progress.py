@@ -3,7 +3,7 @@
 A line of the metrics describes the steps since the last line: what is trained, and
 
     speed/            by the time of steps and of waiting for data
-    time_share/PHASE  the share of all time in data, step, eval, checkpoint and sample; each is in
+    time_share/PHASE  the share of all time in a phase, such as data, step or eval; each is in
                       [0, 1]. What their sum lacks of 1 is the time outside of them. A step lasts
                       until its metrics are read, not only until it is dispatched
     host/             each host's own time between steps

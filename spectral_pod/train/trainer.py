@@ -128,6 +128,7 @@ class Trainer:
                 workdir,
                 is_leader=runtime.is_leader(),
                 resume_step=self.step,
+                descriptions=self.sources.objective.descriptions,
                 wandb_project=config.train.wandb_project,
                 run_config=config_lib.to_dict(config),
             ) as self.writer,
