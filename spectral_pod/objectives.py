@@ -20,6 +20,7 @@ from spectral_pod.ops.cross_entropy import cross_entropy
 
 MAX_TABLE = 32  # classes of which all pairs are counted and shown
 WORST_PAIRS = 20
+NUM_SHOWN = 16  # records of an evaluation that are shown with their predictions
 _MAX_NAME = 24  # letters of a class's name in a report
 _MEANS = (
     "In training: over the steps since the last point, with dropout and label smoothing where they "
@@ -86,6 +87,23 @@ class Confusion(metrics.Metric):
         worst = np.argsort(-counts, kind="stable")[:WORST_PAIRS]
         pairs = *np.divmod(codes[worst], self.num_classes), counts[worst]
         return {"confused": np.stack(pairs, axis=1).tolist()}
+
+
+@flax.struct.dataclass
+class FirstPredictions(metrics.Metric):
+    """The predicted classes of the first rows: int32 [n], those of the first batch."""
+
+    predicted: jax.Array
+
+    @classmethod
+    def from_model_output(cls, logits: jax.Array, **_: Any) -> Self:
+        return cls(jnp.argmax(logits[:NUM_SHOWN], axis=-1).astype(jnp.int32))
+
+    def merge(self, other: Self) -> Self:
+        return self
+
+    def compute(self) -> jax.Array:
+        return self.predicted
 
 
 class Objective:
@@ -186,6 +204,7 @@ class Classification(Objective):
     evaluation_metrics: ClassVar = Objective.training_metrics | {
         "records": Count,
         "confusion": Confusion,
+        "first_predictions": FirstPredictions,
     }
 
     @classmethod

@@ -163,7 +163,7 @@ class EventFiles:
             content = [str(width).encode(), str(height).encode(), png.getvalue()]
             summary = Summary()
             summary.value.add(
-                tag=tag,
+                tag=f"pictures/{tag}",  # a group of their own, behind the curves that matter most
                 tensor=tensor_util.make_tensor_proto(content),
                 metadata=metadata.create_summary_metadata(display_name=None, description=""),
             )

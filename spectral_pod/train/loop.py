@@ -137,15 +137,15 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
       started: when the run was, in seconds since 1970.
     """
     split, sources = trainer.config.train.eval_split, trainer.sources
-    objective, progress = sources.objective, trainer.progress
-    progress.report_eval(split, trainer.step, evaluation)
+    objective = sources.objective
+    trainer.report_evaluation(split, evaluation)
     trainer.checkpointer.wait_until_finished()
     task_facts, task_lines = sources.task.report(evaluation, sources.provenance)
     result = {
         "step": trainer.step,
         "eval": {"split": split} | evaluation | objective.scalars(evaluation),
         "params_digest": params_digest(trainer.state.params),
-        "bytes_per_second": progress.bytes_per_second(),
+        "bytes_per_second": trainer.progress.bytes_per_second(),
         "wall_seconds": time.time() - started,
         "num_params": trainer.num_params,
         "operations": trainer.operations,

@@ -23,7 +23,8 @@ from spectral_pod.layers.block import unstack
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
-from spectral_pod.train import starts
+from spectral_pod.shapes import PAD
+from spectral_pod.train import examples, starts
 from spectral_pod.train.evaluate import evaluate
 from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.optim import make_optimizer
@@ -208,11 +209,26 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Evaluates and reports the validation split; returns the scores for the checkpoint."""
         validation = self.evaluate("validation")
-        self.progress.report_eval("validation", self.step, validation)
+        self.report_evaluation("validation", validation)
         if self.sources.objective.is_language_model and self.config.train.sample_bytes:
             with self.stopwatch.time("sample"):
                 self.writer.texts(self.step, {"sample": self.sample()})
         return self.sources.objective.scores(validation)
+
+    def report_evaluation(self, split: str, evaluation: Mapping[str, Any]) -> None:
+        """Prints and writes an evaluation, with its first examples where they are pictures."""
+        self.progress.report_eval(split, self.step, evaluation)
+        predicted = evaluation.get("first_predictions")
+        if predicted is None or not runtime.is_leader():
+            return
+        source = next(iter(self.eval_sources[split].values()))
+        predicted = predicted[: source.num_records]
+        batch, task = source.rows(0, np.arange(len(predicted))), self.sources.task
+        records = (row[row != PAD].astype(np.uint8) for row in batch["tokens"])
+        pictures = [picture for row in records if (picture := task.picture(row)) is not None]
+        if len(pictures) == len(predicted):
+            drawn = examples.sheet(pictures, batch["labels"], predicted, self.sources.classes)
+            self.writer.images(self.step, {f"{split}/examples": drawn})
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """As `evaluate_only`, within `running`: is timed, and checks for a shutdown."""

@@ -342,8 +342,8 @@ def test_a_picture_is_stored_exactly(tmp_path):
     with writers.MetricWriter(str(tmp_path), is_leader=True, resume_step=0) as writer:
         writer.images(4, {"validation/examples": pixels})
     events = trainer.event_accumulators(tmp_path)["validation"]
-    (event,) = events.Tensors("examples")
-    assert (event.step, list(events.PluginTagToContent("images"))) == (4, ["examples"])
+    (event,) = events.Tensors("pictures/examples")
+    assert (event.step, list(events.PluginTagToContent("images"))) == (4, ["pictures/examples"])
     width, height, png = tensor_util.make_ndarray(event.tensor_proto).tolist()
     assert (width, height) == (b"7", b"5")
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels)
