@@ -9,10 +9,13 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+import time
 import types
+import urllib.request
 
 from ml_collections import ConfigDict
 
@@ -171,6 +174,24 @@ def event_points(workdir):
                     value.decode() if isinstance(value, bytes) else value
                 )
     return points
+
+
+def tensorboard_tags(command, **options):
+    """What the server of TensorBoard, started by a command, shows: {run: {tag: about it}}."""
+    server = subprocess.Popen([*command, "--port=0"], stderr=subprocess.PIPE, text=True, **options)
+    try:
+        address = next(filter(None, (re.search(r"http://\S+", line) for line in server.stderr)))
+        for _ in range(600):  # it reads the files in the background
+            url = f"{address[0]}data/plugin/scalars/tags"
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                tags = json.load(answer)
+            if {"train", "validation"} <= tags.keys():
+                return tags
+            time.sleep(0.1)
+        raise AssertionError(f"{command} shows {tags}")
+    finally:
+        server.terminate()
+        server.communicate()
 
 
 def assert_same_run(workdir, reference):

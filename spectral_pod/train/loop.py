@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +17,7 @@ from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
+from spectral_pod.train.event_files import how_to_view
 from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.sealed_steps import SealedSteps
 from spectral_pod.train.sources import open_sources
@@ -161,6 +160,5 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
     if runtime.is_leader():
         project_files.RESULT.write(file, result)
     print_once(f"{split} {objective.line(evaluation)}; see {file}")
-    folder = os.path.relpath(os.path.dirname(sys.executable))
-    print_once(f"curves: {folder}/tensorboard --logdir={trainer.workdir}")
+    print_once(f"curves: {how_to_view(trainer.workdir)}")
     return result

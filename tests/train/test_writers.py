@@ -8,11 +8,10 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
-import subprocess
 import sys
 import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -349,30 +348,32 @@ def test_a_picture_is_stored_exactly(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels)
 
 
-def test_tensorboard_overlays_train_and_validation():
-    """Its server, with the reader that it uses by default, rather than the one of these tests."""
-    command = [sys.executable, "-m", "tensorboard.main", "--port=0"]
-    server = subprocess.Popen(
-        [*command, f"--logdir={trainer.uninterrupted()}"],
-        env=trainer.environment(),  # importing TensorFlow takes seconds
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        address = next(filter(None, (re.search(r"http://\S+", line) for line in server.stderr)))
-        url, tags = f"{address[0]}data/plugin/scalars/tags", {}
-        while "test" not in tags:  # it reads the files in the background
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                tags = json.load(answer)
-            time.sleep(0.1)
-    finally:
-        server.terminate()
-        server.communicate()
+@pytest.mark.parametrize("has_script", [True, False])
+def test_the_closing_hint_opens_training_and_validation_overlaid(tmp_path, monkeypatch, has_script):
+    """In TensorBoard's server, with the reader that it uses by default."""
+    if not has_script:  # as where packages are installed for one user
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(python))
+    workdir = tmp_path / "a run"
+    shutil.copytree(trainer.uninterrupted(), workdir, ignore=shutil.ignore_patterns("checkpoints"))
+    command = shlex.split(event_files.how_to_view(str(workdir)).splitlines()[0])
+    assert ("-m" in command) != has_script
+    tags = trainer.tensorboard_tags(command, env=trainer.environment())  # without TensorFlow
     assert tags.keys() == {"train", "validation", "test"}
     for run in ("validation", "test"):
         assert tags[run].items() <= tags["train"].items()
         assert tags[run].keys() == {"metrics/loss", "metrics/accuracy"}
     assert "nats" in tags["train"]["metrics/loss"]["description"]
+
+
+def test_the_closing_hint_of_a_container_outlasts_it(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    here, elsewhere = event_files.how_to_view("gs://bucket/run").splitlines()
+    flags = " --logdir=gs://bucket/run --load_fast=false"
+    assert here.endswith("/tensorboard" + flags)
+    assert elsewhere.endswith(" tensorboard" + flags)
 
 
 # `python -m spectral_pod.main`, which ends with an error where TensorFlow is imported.
