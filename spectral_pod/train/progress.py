@@ -10,7 +10,8 @@ A line of the metrics describes the steps since the last line: what is trained, 
 
 and, since the first start of the run, `goodput/fraction` and the seconds by cause (`goodput.py`).
 The first line is of the first step alone: it begins after compilation, and ends when that step is
-computed, before anything is done for the second one.
+computed, before anything is done for the second one. It has no speed: devices load a program when
+it first runs.
 """
 
 import contextlib
@@ -196,12 +197,16 @@ class Progress:
         rate = self._bytes_a_step * num_steps / busy
         values = {f"train/{name}": x for name, x in self._objective.scalars(means).items()}
         values |= {name: float(value) for name, value in scalars.items()}
-        values |= {"speed/steps_per_second": num_steps / busy, "speed/bytes_per_second": rate}
         values |= {f"time_share/{phase}": x / elapsed for phase, x in spent.items()}
-        if self._peak is not None:
-            values["speed/model_flops_utilisation"] = (
-                self._model_flops * num_steps / busy / self._peak
-            )
+        line = f"step {step}/{self._config.train.total_steps}  {self._objective.line(means)}"
+        if step > self._first_step + 1:  # the first one lasts longer than all others
+            values |= {"speed/steps_per_second": num_steps / busy, "speed/bytes_per_second": rate}
+            if self._peak is not None:
+                values["speed/model_flops_utilisation"] = (
+                    self._model_flops * num_steps / busy / self._peak
+                )
+            left = (self._config.train.total_steps - step) * elapsed / num_steps
+            line += f"  {rate / 1e3:.1f} kB/s  ETA {int(left // 60)}:{int(left % 60):02d}"
         if ends:
             values |= (
                 self._goodput.scalars()
@@ -210,11 +215,7 @@ class Progress:
             )
             self._writer.scalars(step, values)
             self._averages = None
-        left = (self._config.train.total_steps - step) * elapsed / num_steps
-        print_once(
-            f"step {step}/{self._config.train.total_steps}  {self._objective.line(means)}  "
-            f"{rate / 1e3:.1f} kB/s  ETA {int(left // 60)}:{int(left % 60):02d}"
-        )
+        print_once(line)
         self._start_window(now, step)
 
     def _start_window(self, now: float, step: int) -> None:
