@@ -30,6 +30,7 @@ from spectral_pod.train.goodput import PHASES
 
 SPLITS = ("train", "validation", "test")
 _LAST = "; of the last step before the point"
+_PICTURES = "The first records of the split, and whether their classes are predicted"
 _LAYERS = "What layers report, the mean over layers" + _LAST
 
 # By the names in metrics.jsonl, or what they begin with: the names in TensorBoard, and what they
@@ -38,7 +39,10 @@ _TAGS = {
     "auxiliary_loss": ("metrics/auxiliary_loss", "What layers add to the loss" + _LAST),
     "bad_steps": ("optimizer/bad_steps", "Bad steps in a row, whose update was skipped"),
     "rollback_to": ("optimizer/rollback_to", "The step restored after a bad step"),
-    "learning_rate/": ("optimizer/learning_rate/", "Of a group of parameters" + _LAST),
+    "learning_rate/": (
+        "optimizer/learning_rate/",
+        "Learning rate of a group of parameters" + _LAST,
+    ),
     "grad_norm/": (
         "optimizer/grad_norm/",
         "Euclidean norm of a module's gradients, before clipping" + _LAST,
@@ -185,7 +189,7 @@ class EventFiles:
             summary.value.add(
                 tag=f"pictures/{tag}",  # a group of their own, behind the curves that matter most
                 tensor=tensor_util.make_tensor_proto(content),
-                metadata=metadata.create_summary_metadata(display_name=None, description=""),
+                metadata=metadata.create_summary_metadata(display_name=None, description=_PICTURES),
             )
             self._file(run).write(time.time(), step=step, summary=summary)
 

@@ -221,14 +221,16 @@ class Trainer:
         predicted = evaluation.get("first_predictions")
         if predicted is None or not runtime.is_leader():
             return
-        source = next(iter(self.eval_sources[split].values()))
-        predicted = predicted[: source.num_records]
-        batch, task = source.rows(0, np.arange(len(predicted))), self.sources.task
-        records = (row[row != PAD].astype(np.uint8) for row in batch["tokens"])
-        pictures = [picture for row in records if (picture := task.picture(row)) is not None]
-        if len(pictures) == len(predicted):
-            drawn = examples.sheet(pictures, batch["labels"], predicted, self.sources.classes)
-            self.writer.images(self.step, {f"{split}/examples": drawn})
+        with self.stopwatch.time("eval"):
+            source, task = next(iter(self.eval_sources[split].values())), self.sources.task
+            predicted = predicted[: source.num_records]
+            batch = source.rows(0, np.arange(len(predicted)))
+            records = (row[row != PAD].astype(np.uint8) for row in batch["tokens"])
+            pictures = [x for row in records if (x := task.picture(row)) is not None]
+            of_one_shape = len({x.shape for x in pictures}) == 1
+            if len(pictures) == len(predicted) and of_one_shape:
+                drawn = examples.sheet(pictures, batch["labels"], predicted, self.sources.classes)
+                self.writer.images(self.step, {f"{split}/examples": drawn})
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """As `evaluate_only`, within `running`: is timed, and checks for a shutdown."""
