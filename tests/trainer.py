@@ -176,18 +176,19 @@ def event_points(workdir):
     return points
 
 
-def tensorboard_tags(command, **options):
+def tensorboard_tags(command, runs, **options):
     """What the server of TensorBoard, started by a command, shows: {run: {tag: about it}}."""
+    tags = {}
     server = subprocess.Popen([*command, "--port=0"], stderr=subprocess.PIPE, text=True, **options)
     try:
         address = next(filter(None, (re.search(r"http://\S+", line) for line in server.stderr)))
-        for _ in range(600):  # it reads the files in the background
-            url = f"{address[0]}data/plugin/scalars/tags"
+        for _ in range(120):  # it reads the files in the background
+            url, before = f"{address[0]}data/plugin/scalars/tags", tags
             with urllib.request.urlopen(url, timeout=60) as answer:
                 tags = json.load(answer)
-            if {"train", "validation"} <= tags.keys():
+            if tags == before and set(runs) <= tags.keys():
                 return tags
-            time.sleep(0.1)
+            time.sleep(0.5)
         raise AssertionError(f"{command} shows {tags}")
     finally:
         server.terminate()

@@ -98,8 +98,8 @@ class MetricWriter:
             for line in drawn:
                 step, seconds = int(line.pop("step")), line.pop("wall_time", 0.0)
                 events.write_scalars(step, line, seconds)
-            opened: list[Any] = [_Uploader(folder, epath.Path(workdir), events)]
-            opened = opened if remote else [events]
+            target = epath.Path(workdir)
+            opened: list[Any] = [_Uploader(folder, target, events) if remote else events]
             if wandb_project:
                 opened.append(_WandbWriter(workdir, wandb_project, run_config or {}))
             return opened

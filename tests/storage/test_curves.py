@@ -13,7 +13,9 @@ def test_the_closing_hint_shows_them(server, bucket, tmp_path):
         bucket.write(f"runs/a/{file.relative_to(tmp_path)}", file.read_bytes())
     command = shlex.split(how_to_view(f"{bucket.url}/runs/a").splitlines()[0])
     # Without TensorFlow, whose access to storage cannot be directed to this server.
-    tags = trainer.tensorboard_tags(server.used_by(command), env=trainer.environment())
+    tags = trainer.tensorboard_tags(
+        server.used_by(command), ("train", "validation"), env=trainer.environment()
+    )
     assert tags.keys() == {"train", "validation"}
     assert tags["train"].keys() == {"metrics/loss", "speed/steps_per_second"}
     assert tags["validation"].keys() == {"metrics/loss"}

@@ -360,8 +360,9 @@ def test_the_closing_hint_opens_training_and_validation_overlaid(tmp_path, monke
     shutil.copytree(trainer.uninterrupted(), workdir, ignore=shutil.ignore_patterns("checkpoints"))
     command = shlex.split(event_files.how_to_view(str(workdir)).splitlines()[0])
     assert ("-m" in command) != has_script
-    tags = trainer.tensorboard_tags(command, env=trainer.environment())  # without TensorFlow
-    assert tags.keys() == {"train", "validation", "test"}
+    runs = {"train", "validation", "test"}
+    tags = trainer.tensorboard_tags(command, runs, env=trainer.environment())  # no TensorFlow
+    assert tags.keys() == runs
     for run in ("validation", "test"):
         assert tags[run].items() <= tags["train"].items()
         assert tags[run].keys() == {"metrics/loss", "metrics/accuracy"}
