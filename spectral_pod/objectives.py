@@ -1,9 +1,9 @@
 """Objectives: the layout of the labels, the loss, the metrics, and how results are reported.
 
 A task names its objective by class. A new metric is one entry in `training_metrics` or in
-`evaluation_metrics`; it is then reported wherever metrics are: numbers in `metrics.jsonl`, in
-TensorBoard, in the printed lines and in `result.json`, arrays in `result.json` and, as `details` of
-the last evaluation, in print and in TensorBoard.
+`evaluation_metrics`, and in `descriptions` a sentence on it; it is then reported wherever metrics
+are: numbers in `metrics.jsonl`, in TensorBoard, in the printed lines and in `result.json`, arrays
+in `result.json` and, as `details` of the last evaluation, in print and in TensorBoard.
 """
 
 import math
@@ -20,7 +20,12 @@ from spectral_pod.ops.cross_entropy import cross_entropy
 
 MAX_TABLE = 32  # classes of which all pairs are counted and shown
 WORST_PAIRS = 20
+NUM_SHOWN = 16  # records of an evaluation that are shown with their predictions
 _MAX_NAME = 24  # letters of a class's name in a report
+_MEANS = (
+    "In training: over the steps since the last point, with dropout and label smoothing where they "
+    "are configured. In evaluations: over the whole split, without them"
+)
 
 
 @flax.struct.dataclass
@@ -84,6 +89,26 @@ class Confusion(metrics.Metric):
         return {"confused": np.stack(pairs, axis=1).tolist()}
 
 
+@flax.struct.dataclass
+class FirstPredictions(metrics.Metric):
+    """The predicted classes of the first rows: int32 [n], those of the first batch."""
+
+    predicted: jax.Array
+
+    @classmethod
+    def from_model_output(cls, logits: jax.Array, **_: Any) -> Self:
+        predicted_B = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # A sum rather than a slice: rows are spread over devices, which would exchange them.
+        is_row_Bn = jnp.eye(len(predicted_B), min(len(predicted_B), NUM_SHOWN), dtype=bool)
+        return cls(jnp.sum(jnp.where(is_row_Bn, predicted_B[:, None], 0), axis=0))
+
+    def merge(self, other: Self) -> Self:
+        return self
+
+    def compute(self) -> jax.Array:
+        return self.predicted
+
+
 class Objective:
     """What a model is trained for and how it is evaluated. The classes are used without instances.
 
@@ -98,6 +123,7 @@ class Objective:
       ranked_by: the evaluation metric that ranks checkpoints.
       higher_is_better: of `ranked_by`.
       formats: how the printed lines show a metric. "" leaves it out; the default is "NAME VALUE".
+      descriptions: what a plotted metric is, a sentence that TensorBoard shows beside its curve.
     """
 
     by_position: ClassVar[bool]
@@ -111,10 +137,14 @@ class Objective:
     ranked_by: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     formats: ClassVar[dict[str, str]] = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}"}
+    descriptions: ClassVar[dict[str, str]] = {
+        "loss": f"Mean cross-entropy of a label, in nats. {_MEANS}",
+        "accuracy": f"Fraction of labels that are predicted, in [0, 1]. {_MEANS}",
+    }
 
     def __init_subclass__(cls) -> None:
         # Copies of the dictionaries: new entries must not change the class it inherits from.
-        for name in ("training_metrics", "evaluation_metrics", "formats"):
+        for name in ("training_metrics", "evaluation_metrics", "formats", "descriptions"):
             setattr(cls, name, dict(getattr(cls, name, {})))
 
     @classmethod
@@ -177,6 +207,7 @@ class Classification(Objective):
     evaluation_metrics: ClassVar = Objective.training_metrics | {
         "records": Count,
         "confusion": Confusion,
+        "first_predictions": FirstPredictions,
     }
 
     @classmethod
@@ -233,6 +264,11 @@ class NextByte(LabelledPositions):
         "bits_per_byte": "{:.4f} bits per byte",
         "perplexity": "perplexity {:.3f}",
         "word_perplexity": "word perplexity {:.5g}",
+    }
+    descriptions: ClassVar = Objective.descriptions | {
+        "bits_per_byte": f"The loss in bits. {_MEANS}",
+        "perplexity": "exp(loss), of a byte",
+        "word_perplexity": "exp(nats of all labels / words), where an end of a line is a word too",
     }
 
     @classmethod

@@ -79,6 +79,13 @@ def test_it_is_resumed(name, old, facts):
     assert result["eval"]["loss"] == pytest.approx(want["loss_at_8"], rel=1e-4)
     assert result["eval"]["accuracy"] == pytest.approx(want["accuracy_at_8"], abs=0.01)
     assert sorted(path.name for path in (old / "data").iterdir()) == stores
+    # Its curves are those of all lines, also of the ones that it had written.
+    points = trainer.event_points(old / name)
+    for split in ("train", "validation"):
+        tag = f"{split}/loss"
+        losses = {p["step"]: p[tag] for p in trainer.metrics(old / name) if tag in p}
+        assert min(losses) <= 4 < max(losses)
+        assert points[split, "metrics/loss"] == pytest.approx(losses, rel=1e-6)
 
 
 def test_other_options_do_not_continue_it(old):

@@ -273,7 +273,7 @@ class Metrics(Configuration):
         found = status.facts(str(self.folder), log, 1.7e9)
         assert status.report(found)
         status.picture(log.lines, 80, colour=False)
-        kept = [json.loads(line) for line in writers._kept_lines(epath.Path(self.file), 8)]
+        kept = writers._sound_lines(epath.Path(self.file))
         assert len(kept) <= len(log.lines)
         return kept
 

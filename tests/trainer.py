@@ -9,10 +9,13 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+import time
 import types
+import urllib.request
 
 from ml_collections import ConfigDict
 
@@ -137,28 +140,59 @@ def curves(workdir):
     return [{k: v for k, v in line.items() if not is_timing(k)} for line in metrics(workdir)]
 
 
-def is_timing(tag):
-    measured = ("speed/", "time_share/", "goodput/", "host/", "system/")
-    return tag == "wall_time" or tag.startswith(measured)
+def is_timing(name):
+    """Whether a metric depends on the machine's speed, by its name in lines or in TensorBoard."""
+    measured = ("speed/", "time_share/", "goodput/", "host/", "system/", "time/", "time_of_hosts/")
+    return name == "wall_time" or name.startswith(measured)
+
+
+def event_accumulators(workdir):
+    """TensorBoard's reader of each run in a workdir, by the run's name."""
+    # With this, TensorBoard reads files by itself; importing TensorFlow takes seconds.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+    # The one that TensorBoard uses; another, older one does not drop points of repeated steps.
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    runs = {}
+    for folder in sorted({file.parent for file in workdir.rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+        events.Reload()
+        runs[folder.relative_to(workdir).as_posix()] = events
+    return runs
 
 
 def event_points(workdir):
-    """{tag: {step: value}} of all event files in a workdir; of several values the last."""
-    # With this, TensorBoard reads files by itself; importing TensorFlow takes seconds.
-    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """{(run, tag): {step: value}} of all event files in a workdir; of several values the last."""
     from tensorboard.util import tensor_util
 
-    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
-    events.Reload()
     points = {}
-    for tag in events.Tags()["tensors"]:
-        for event in events.Tensors(tag):
-            value = tensor_util.make_ndarray(event.tensor_proto).item()
-            points.setdefault(tag, {})[event.step] = (
-                value.decode() if isinstance(value, bytes) else value
-            )
+    for run, events in event_accumulators(workdir).items():
+        for tag in events.Tags()["tensors"]:
+            for event in events.Tensors(tag):
+                value = tensor_util.make_ndarray(event.tensor_proto).item()
+                points.setdefault((run, tag), {})[event.step] = (
+                    value.decode() if isinstance(value, bytes) else value
+                )
     return points
+
+
+def tensorboard_tags(command, runs, **options):
+    """What the server of TensorBoard, started by a command, shows: {run: {tag: about it}}."""
+    tags = {}
+    server = subprocess.Popen([*command, "--port=0"], stderr=subprocess.PIPE, text=True, **options)
+    try:
+        address = next(filter(None, (re.search(r"http://\S+", line) for line in server.stderr)))
+        for _ in range(120):  # it reads the files in the background
+            url, before = f"{address[0]}data/plugin/scalars/tags", tags
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                tags = json.load(answer)
+            if tags == before and set(runs) <= tags.keys():
+                return tags
+            time.sleep(0.5)
+        raise AssertionError(f"{command} shows {tags}")
+    finally:
+        server.terminate()
+        server.communicate()
 
 
 def assert_same_run(workdir, reference):
@@ -168,7 +202,11 @@ def assert_same_run(workdir, reference):
     assert curves(workdir) == curves(reference)
     points, expected = (
         # The text "config" has the folder of the data, which every worker of the tests has.
-        {k: curve for k, curve in event_points(run).items() if k != "config" and not is_timing(k)}
+        {
+            (name, tag): curve
+            for (name, tag), curve in event_points(run).items()
+            if tag != "config" and not is_timing(tag)
+        }
         for run in (workdir, reference)
     )
     assert points == expected

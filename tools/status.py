@@ -31,7 +31,8 @@ from . import shell
 
 # Neither JAX nor TensorFlow is imported here, directly or indirectly: they take seconds.
 
-_SPLITS = ("validation", "test")
+_SPLITS = ("train", "validation", "test")
+_DRAWN = ("train", "validation")
 _RECENT = 200  # lines from which speed and intervals are estimated
 _PATIENCE = 120.0  # seconds without a line before a run can count as stalled
 _START_SECONDS = 1800.0  # without a line after a start, which compiles
@@ -90,7 +91,7 @@ def facts(workdir: str, metrics: project_files.Log[dict[str, float]], now: float
         "starts": len(starts),
         "last_start": starts[-1] if starts else None,
         "checkpoint": _checkpoint(folder, now),
-        "evaluations": {split: _evaluation(lines, split) for split in _SPLITS},
+        "metrics": {split: _metrics(lines, split) for split in _SPLITS},
         "speed": {name: _speed(lines, name) for name in ("bytes_per_second", "steps_per_second")},
         "model_flops_utilisation": latest.get("speed/model_flops_utilisation"),
         "goodput": _below(latest, "goodput/"),
@@ -188,8 +189,8 @@ def _checkpoint(folder: epath.Path, now: float) -> dict[str, Any] | None:
     return found
 
 
-def _evaluation(lines: Sequence[Mapping[str, float]], split: str) -> dict[str, Any] | None:
-    """The newest evaluation of a split, and the step with the lowest loss."""
+def _metrics(lines: Sequence[Mapping[str, float]], split: str) -> dict[str, Any] | None:
+    """The newest metrics of a split, and the step with the lowest loss."""
     evaluated = [line for line in lines if f"{split}/loss" in line]
     if not evaluated:
         return None
@@ -313,7 +314,11 @@ def _progress(found: Mapping[str, Any]) -> Iterator[_Line]:
     yield (
         "goodput",
         [fraction is not None and f"{fraction:.1%}"]
-        + [f"{name.removesuffix('_seconds')} {_duration(spent)}" for name, spent in lost if spent],
+        + [
+            f"{name.removesuffix('_seconds').replace('_', ' ')} {_duration(spent)}"
+            for name, spent in lost
+            if spent
+        ],
     )
     hosts = found["hosts"]
     if math.isfinite(hosts.get("slowest", math.nan)):
@@ -338,7 +343,7 @@ def _results(found: Mapping[str, Any]) -> Iterator[_Line]:
                 best and f"best is step {best['step']:,} ({_scores(best)})",
             ],
         )
-    for split, values in found["evaluations"].items():
+    for split, values in found["metrics"].items():
         if values:
             lowest = f"lowest loss {values['best_loss']:.4f} at step {values['best_step']:,}"
             yield split, [f"{_scores(values)} at step {values['step']:,}", lowest]
@@ -370,22 +375,22 @@ def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -
     """Curves for a terminal of `width` columns; "" where no curve has two points."""
     import plotext
 
-    bits = any("validation/bits_per_byte" in line for line in lines)
-    curves = {}
-    for title, tag, scale in (
-        ("training loss", "train/loss", 1.0),
-        ("validation bits per byte", "validation/bits_per_byte", 1.0)
-        if bits
-        else ("validation accuracy", "validation/accuracy", 1.0),
-        ("kB a second", "speed/bytes_per_second", 1e3),
-    ):
-        points = {
-            line["step"]: line[tag] / scale
-            for line in lines
-            if abs(line.get(tag, math.nan)) < 1e100  # plotext overflows beyond
-        }
-        if len(points) > 1:
-            curves[title] = points
+    metric = "bits_per_byte" if any("train/bits_per_byte" in line for line in lines) else "accuracy"
+    panels = (
+        ("loss", {split: f"{split}/loss" for split in _DRAWN}, 1.0),
+        (metric.replace("_", " "), {split: f"{split}/{metric}" for split in _DRAWN}, 1.0),
+        ("kB a second", {"": "speed/bytes_per_second"}, 1e3),
+    )
+    curves: dict[str, dict[str, dict[float, float]]] = {}  # by panel and label
+    for title, tags, scale in panels:
+        for label, tag in tags.items():
+            points = {
+                line["step"]: line[tag] / scale
+                for line in lines
+                if abs(line.get(tag, math.nan)) < 1e100  # plotext overflows beyond
+            }
+            if len(points) > 1:
+                curves.setdefault(title, {})[label] = points
     if not curves:
         return ""
     wide = width >= _PANEL_WIDTH * len(curves)
@@ -394,15 +399,20 @@ def picture(lines: Sequence[Mapping[str, float]], width: int, *, colour: bool) -
     figure = plotext.figure.clear().plot_size(width, 14 * rows)
     if len(curves) > 1:
         figure = figure.subplots(rows, columns)
-    for i, (title, points) in enumerate(curves.items()):
+    for i, (title, drawn) in enumerate(curves.items()):
         panel = figure if len(curves) == 1 else figure.subplot(i // columns + 1, i % columns + 1)
         panel.theme("default" if colour else "colorless")
-        panel.draw(panel.signal(list(points), list(points.values())).lines()).title(title)
-        first, last = int(min(points)), int(max(points))
+        for label, points in drawn.items():
+            signal = panel.signal(list(points), list(points.values())).lines()
+            panel.draw(signal.label(label) if label else signal)
+        panel.title(title)
+        steps = [step for points in drawn.values() for step in points]
+        first, last = int(min(steps)), int(max(steps))
         ticks = [first, (first + last) // 2, last]
         panel.ruler("x").ticks(ticks, [f"{step:,}" for step in ticks])
-        if len(set(points.values())) == 1:  # plotext would choose a range of 2
-            panel.ruler("y").lim(0, 2 * points[last] or 1)
+        values = {value for points in drawn.values() for value in points.values()}
+        if len(values) == 1:  # plotext would choose a range of 2
+            panel.ruler("y").lim(0, 2 * values.pop() or 1)
     return figure.build().string(colorless=not colour).rstrip("\n")
 
 

@@ -1,8 +1,7 @@
 """A run from its configuration to its result, in order."""
 
+import contextlib
 import functools
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,8 @@ from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
+from spectral_pod.train.event_files import how_to_view
+from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.sealed_steps import SealedSteps
 from spectral_pod.train.sources import open_sources
 from spectral_pod.train.state import check_finite, params_digest
@@ -33,22 +34,24 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
     Raises:
       UserError: see `errors.py`; whatever was checkpointed before stays.
     """
-    started = time.time()
+    started, stopwatch = time.time(), Stopwatch()
     validate(config)
     runtime.preemption.seconds = config.checkpoint.preemption_seconds
-    runtime.compare("configuration and code", starts.facts(config))
 
     # ---- mesh
-    runtime.check_platform()
-    mesh = make_mesh(validate_mesh(config, jax.device_count()))
+    with stopwatch.time("start"):
+        runtime.compare("configuration and code", starts.facts(config))
+        runtime.check_platform()
+        mesh = make_mesh(validate_mesh(config, jax.device_count()))
     device = jax.devices()[0].device_kind
     print_once(f"mesh {dict(mesh.shape)} of {mesh.size} {device} device(s)")
 
     # ---- data
-    sources = open_sources(config)
-    train_source = sources.training()
-    splits = ("validation", config.train.eval_split)
-    eval_sources = {split: sources.evaluation(split) for split in splits}
+    with stopwatch.time("data_preparation"):
+        sources = open_sources(config)
+        train_source = sources.training()
+        splits = ("validation", config.train.eval_split)
+        eval_sources = {split: sources.evaluation(split) for split in splits}
     of_run = functools.partial(
         starts.claim_workdir,
         workdir,
@@ -57,20 +60,26 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
         sources.classes,
         former_digests=sources.former_digests,
     )
-    start = functools.partial(Trainer, config, workdir, mesh, sources, train_source, eval_sources)
+
+    def start(checkpointer: SealedSteps) -> Trainer:
+        return Trainer(
+            config, workdir, mesh, sources, train_source, eval_sources, checkpointer, stopwatch
+        )
+
     if eval_only:
         run = of_run(read_only=True) if runtime.is_leader() else ""
         return _evaluate_only(start(SealedSteps(f"{workdir}/checkpoints", run)))
 
-    with starts.hold(workdir) as check_lease:
-        run = of_run() if runtime.is_leader() else ""
-        runtime.barrier("workdir")
-
+    with contextlib.ExitStack() as stack:
         # ---- model, optimizer, state
-        trainer = start(_checkpointer(config, workdir, run, check_lease))
-        if not trainer.restore():
-            trainer.initialize()
-        trainer.report_start()
+        with stopwatch.time("setup"):
+            check_lease = stack.enter_context(starts.hold(workdir))
+            run = of_run() if runtime.is_leader() else ""
+            runtime.barrier("workdir")
+            trainer = start(_checkpointer(config, workdir, run, check_lease))
+            if not trainer.restore():
+                trainer.initialize()
+            trainer.report_start()
 
         # ---- steps, evaluation, result
         with trainer.running(check_lease):
@@ -127,15 +136,15 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
       started: when the run was, in seconds since 1970.
     """
     split, sources = trainer.config.train.eval_split, trainer.sources
-    objective, progress = sources.objective, trainer.progress
-    progress.report_eval(split, trainer.step, evaluation)
+    objective = sources.objective
+    trainer.report_evaluation(split, evaluation)
     trainer.checkpointer.wait_until_finished()
     task_facts, task_lines = sources.task.report(evaluation, sources.provenance)
     result = {
         "step": trainer.step,
         "eval": {"split": split} | evaluation | objective.scalars(evaluation),
         "params_digest": params_digest(trainer.state.params),
-        "bytes_per_second": progress.bytes_per_second(),
+        "bytes_per_second": trainer.progress.bytes_per_second(),
         "wall_seconds": time.time() - started,
         "num_params": trainer.num_params,
         "operations": trainer.operations,
@@ -151,6 +160,5 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
     if runtime.is_leader():
         project_files.RESULT.write(file, result)
     print_once(f"{split} {objective.line(evaluation)}; see {file}")
-    folder = os.path.relpath(os.path.dirname(sys.executable))
-    print_once(f"curves: {folder}/tensorboard --logdir={trainer.workdir}")
+    print_once(f"curves: {how_to_view(trainer.workdir)}")
     return result

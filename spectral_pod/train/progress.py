@@ -3,24 +3,24 @@
 A line of the metrics describes the steps since the last line: what is trained, and
 
     speed/            by the time of steps and of waiting for data
-    time_share/PHASE  the share of all time in data, step, eval, checkpoint and sample; each is in
+    time_share/PHASE  the share of all time in a phase, such as data, step or eval; each is in
                       [0, 1]. What their sum lacks of 1 is the time outside of them. A step lasts
                       until its metrics are read, not only until it is dispatched
     host/             each host's own time between steps
 
-and, since the first start of the run, `goodput/fraction` and the seconds by cause.
+and, since the first start of the run, `goodput/fraction` and the seconds by cause (`goodput.py`).
+The first line is of the first step alone: it begins after compilation, and ends when that step is
+computed, before anything is done for the second one. It has no speed: devices load a program when
+it first runs.
 """
 
-import collections
 import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import psutil
 from jax.sharding import Mesh
 
 from spectral_pod.analysis import flops
@@ -29,9 +29,10 @@ from spectral_pod.errors import NonFiniteError
 from spectral_pod.objectives import computed
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.runtime import print_once
+from spectral_pod.train import system
+from spectral_pod.train.goodput import Goodput, Stopwatch
 from spectral_pod.train.sources import Sources
 from spectral_pod.train.state import TrainState
-from spectral_pod.train.system import usage
 from spectral_pod.train.writers import MetricWriter
 
 _HOSTS = 64  # up to which the times of all hosts are written; of more, only the slowest
@@ -58,27 +59,20 @@ class Progress:
         writer: MetricWriter,
         first_step: int,
         window: Mapping[str, list[float]],
-        clock: Callable[[], float] = time.monotonic,
+        stopwatch: Stopwatch,
     ):
-        """Continues after `first_step`.
-
-        Args:
-          window: what `window` gave when that step was saved.
-          clock: seconds since any moment; does not go back.
-        """
+        """Continues after `first_step`; `window` is what `window` gave when that step was saved."""
         self._config, self._workdir, self._writer = config, workdir, writer
         self._objective = sources.objective
         self._pending: tuple[int, Any] | None = None
         self._averages: Any = None  # of the window: the steps since the last line of metrics
         self._saved_window = dict(window)  # until the first step shows its structure
-        self._clock = clock
-        self._phase, self._phase_start = "", clock()  # what runs now, and since when it is counted
-        self._spent: dict[str, float] = collections.defaultdict(float)  # in the window, by phase
-        self._goodput = Goodput(writer.last_line, psutil.Process().create_time())
+        self._stopwatch, self._goodput = stopwatch, Goodput(writer.last_line, stopwatch)
+        self._counted: dict[str, float] = {}  # by the stopwatch, when the window began
         self._host_seconds: list[float] = []  # of each step of the window, before its dispatch
         self._since_step = 0.0  # time of the last step's end; 0: not to be counted from
-        self._window_start, self._window_first = clock(), first_step
         self._first_step, self._num_timed, self._seconds_timed = first_step, 0, 0.0
+        self.restart_timers(first_step)
         self._bytes_a_step = config.train.global_batch_size * row_len(config)
         peak = flops.peak_flops(mesh.devices.flat[0])
         self._peak = peak * mesh.size if peak else None
@@ -89,34 +83,14 @@ class Progress:
         )
 
     @contextlib.contextmanager
-    def time(self, phase: str) -> Iterator[None]:
-        """Counts the time spent in this context as that of `phase`, and of no phase around it."""
-        self._count_time()
-        outer, self._phase = self._phase, phase
-        try:
-            yield
-        finally:
-            self._count_time()
-            self._phase = outer
-
-    def _count_time(self) -> float:
-        """Counts the time up to now as that of the current phase; returns the clock's time."""
-        now = self._clock()
-        if self._phase:
-            self._spent[self._phase] += now - self._phase_start
-            self._goodput.add(self._phase, now - self._phase_start)
-        self._phase_start = now
-        return now
-
-    @contextlib.contextmanager
     def time_step(self) -> Iterator[None]:
-        """As `time("step")`; the time since the step before counts as this host's own, in which
-        the other hosts may have waited for it."""
+        """Counts the time of a step; that since the step before counts as this host's own, in
+        which the other hosts may have waited for it."""
         if self._since_step:
-            self._host_seconds.append(self._clock() - self._since_step)
-        with self.time("step"):
+            self._host_seconds.append(self._stopwatch.count() - self._since_step)
+        with self._stopwatch.time("step"):
             yield
-        self._since_step = self._clock()
+        self._since_step = self._stopwatch.count()
 
     def reset_host_timer(self) -> None:
         """The time since the last step is not this host's own: all hosts evaluate or save."""
@@ -124,16 +98,18 @@ class Progress:
 
     def add(self, step: int, metrics: Any) -> None:
         """Takes a step's metrics, which are still being computed, and reads those of the step
-        before."""
+        before; of the first step at once, whose time would include work for the second one."""
         before, self._pending = self._pending, (step, metrics)
         if before is not None:
             self._read(*before)
+        elif step == self._first_step + 1:
+            self.flush_pending()
 
     def flush_pending(self) -> None:
         """Reads the metrics of the last step, if that is still to be done."""
         if self._pending is not None:
             before, self._pending = self._pending, None
-            with self.time("step"):
+            with self._stopwatch.time("step"):
                 self._read(*before)
 
     def bytes_per_second(self) -> float:
@@ -194,9 +170,9 @@ class Progress:
 
     def restart_timers(self, step: int) -> None:
         """Starts to measure time after `step`."""
-        self._window_start, self._window_first = self._count_time(), step
-        self._spent = collections.defaultdict(float)
+        self._start_window(self._stopwatch.count(), step)
         self.reset_host_timer()
+        system.restart()
 
     def restart(self, step: int) -> None:
         """Starts a new window after `step`; drops the metrics that are pending."""
@@ -206,37 +182,45 @@ class Progress:
     def _report(self, step: int, scalars: dict[str, Any], ends: bool) -> None:
         if self._averages is None:  # every step of the window was bad
             return
-        now = self._count_time()  # including the wait for this step, which is going on
+        now = self._stopwatch.count()  # including the wait for this step, which is going on
+        spent = {
+            phase: seconds - before
+            for phase, seconds in self._stopwatch.seconds.items()
+            if seconds > (before := self._counted.get(phase, 0.0))
+        }
         elapsed = max(now - self._window_start, 1e-9)
         num_steps = step - self._window_first
         means = computed(self._averages)
-        busy = max(self._spent["data"] + self._spent["step"], 1e-9)
+        busy = max(spent.get("data", 0.0) + spent.get("step", 0.0), 1e-9)
         self._num_timed += num_steps
         self._seconds_timed += busy
         rate = self._bytes_a_step * num_steps / busy
         values = {f"train/{name}": x for name, x in self._objective.scalars(means).items()}
         values |= {name: float(value) for name, value in scalars.items()}
-        values |= {"speed/steps_per_second": num_steps / busy, "speed/bytes_per_second": rate}
-        values |= {f"time_share/{phase}": spent / elapsed for phase, spent in self._spent.items()}
-        if self._peak is not None:
-            values["speed/model_flops_utilisation"] = (
-                self._model_flops * num_steps / busy / self._peak
-            )
+        values |= {f"time_share/{phase}": x / elapsed for phase, x in spent.items()}
+        line = f"step {step}/{self._config.train.total_steps}  {self._objective.line(means)}"
+        if step > self._first_step + 1:  # the first one lasts longer than all others
+            values |= {"speed/steps_per_second": num_steps / busy, "speed/bytes_per_second": rate}
+            if self._peak is not None:
+                values["speed/model_flops_utilisation"] = (
+                    self._model_flops * num_steps / busy / self._peak
+                )
+            left = (self._config.train.total_steps - step) * elapsed / num_steps
+            line += f"  {rate / 1e3:.1f} kB/s  ETA {int(left // 60)}:{int(left % 60):02d}"
         if ends:
             values |= (
                 self._goodput.scalars()
                 | self._host_times()
-                | usage(self._workdir, self._config.data.dir)
+                | system.usage(self._workdir, self._config.data.dir)
             )
             self._writer.scalars(step, values)
             self._averages = None
-        left = (self._config.train.total_steps - step) * elapsed / num_steps
-        print_once(
-            f"step {step}/{self._config.train.total_steps}  {self._objective.line(means)}  "
-            f"{rate / 1e3:.1f} kB/s  ETA {int(left // 60)}:{int(left % 60):02d}"
-        )
-        self._spent = collections.defaultdict(float)
+        print_once(line)
+        self._start_window(now, step)
+
+    def _start_window(self, now: float, step: int) -> None:
         self._window_start, self._window_first = now, step
+        self._counted = dict(self._stopwatch.seconds)
 
     def _host_times(self) -> dict[str, float]:
         """Each host's own seconds a step, median and 99th percentile; other hosts' latest values.
@@ -261,37 +245,6 @@ class Progress:
         for i in hosts if len(hosts) <= _HOSTS else (slowest,):
             values |= {f"host/{i}/p50_seconds": hosts[i][0], f"host/{i}/p99_seconds": hosts[i][1]}
         return values
-
-
-class Goodput:
-    """The fraction of all time since the first start of a run that was spent in useful steps.
-
-    Continues from the last line of the metrics before the step of this start. The time between
-    that line and this start, with steps that are repeated, counts as `restart`.
-    """
-
-    def __init__(self, last_line: Mapping[str, float], started: float):
-        self._seconds: dict[str, float] = collections.defaultdict(float)
-        for name, value in last_line.items():
-            if name.startswith("goodput/") and name.endswith("_seconds"):
-                self._seconds[name.removeprefix("goodput/").removesuffix("_seconds")] = value
-        if "wall_time" in last_line:
-            self._seconds["restart"] += max(0.0, started - last_line["wall_time"])
-        self._before = sum(self._seconds.values())
-        self._seconds.pop("other", None)
-        self._started = started
-
-    def add(self, cause: str, seconds: float) -> None:
-        self._seconds[cause] += seconds
-
-    def scalars(self) -> dict[str, float]:
-        """`goodput/fraction`, and the seconds by cause; the remaining ones are `other`."""
-        total = self._before + time.time() - self._started
-        values = {f"goodput/{cause}_seconds": x for cause, x in self._seconds.items()}
-        known = sum(self._seconds.values())
-        values["goodput/other_seconds"] = max(0.0, total - known)
-        # A clock that was set back must not make the fraction exceed 1.
-        return values | {"goodput/fraction": self._seconds["step"] / max(total, known, 1e-9)}
 
 
 def _named(averages: Any) -> list[tuple[str, Any]]:

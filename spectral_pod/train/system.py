@@ -10,15 +10,19 @@ from spectral_pod import storage
 
 _GB = 1e9  # bytes
 _PROCESS = psutil.Process()
-_PROCESS.cpu_percent()  # starts the interval that the next call measures
+
+
+def restart() -> None:
+    """Starts the time that `cpu_percent` of the next `usage` covers."""
+    _PROCESS.cpu_percent()
 
 
 def usage(workdir: str, data_dir: str) -> dict[str, float]:
     """The current usage of this process and its host, by the names of scalars.
 
     Of the local devices, the one with the most memory in use counts. `cpu_percent` covers the time
-    since the last call, with 100 for one busy core. Devices without statistics (CPUs) are omitted,
-    as are remote or missing folders.
+    since the last call or `restart`, with 100 for one busy core. Devices without statistics (CPUs)
+    are omitted, as are remote or missing folders.
 
     Args:
       workdir, data_dir: paths or gs:// URLs, for the free space of their disks.

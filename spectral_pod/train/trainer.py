@@ -23,8 +23,10 @@ from spectral_pod.layers.block import unstack
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
-from spectral_pod.train import starts
+from spectral_pod.shapes import PAD
+from spectral_pod.train import examples, starts
 from spectral_pod.train.evaluate import evaluate
+from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.profile import Profiler
 from spectral_pod.train.progress import BadStepError, Progress
@@ -54,6 +56,7 @@ class Trainer:
         train_source: pipeline.Source,
         eval_sources: Mapping[str, Mapping[str, pipeline.Source]],
         checkpointer: Any,
+        stopwatch: Stopwatch,
     ):
         """Describes the model and its optimizer; allocates nothing.
 
@@ -61,9 +64,11 @@ class Trainer:
           train_source: batches of the training split.
           eval_sources: by split, and within a split by the name of the set.
           checkpointer: a `Checkpointer`, or to evaluate only, `SealedSteps`.
+          stopwatch: counts what the run spends its time on.
         """
         self.config, self.workdir, self.mesh, self.sources = config, workdir, mesh, sources
         self.train_source, self.eval_sources = train_source, eval_sources
+        self.stopwatch = stopwatch
         self.total_steps = config.train.total_steps
         self._loading = {"threads": config.data.threads, "prefetch": config.data.prefetch}
         self.model = self._build()
@@ -124,6 +129,7 @@ class Trainer:
                 workdir,
                 is_leader=runtime.is_leader(),
                 resume_step=self.step,
+                descriptions=self.sources.objective.descriptions,
                 wandb_project=config.train.wandb_project,
                 run_config=config_lib.to_dict(config),
             ) as self.writer,
@@ -141,10 +147,11 @@ class Trainer:
             if self.step == 0:
                 texts = {"config": str(config), "parameters": self.overview}
                 self.writer.texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})
-            self.progress = Progress(
-                config, workdir, self.mesh, self.abstract, self.sources, self.writer, self.step,
-                self.checkpointer.window(self.step),
-            )  # fmt: skip
+            with self.stopwatch.time("setup"):
+                self.progress = Progress(
+                    config, workdir, self.mesh, self.abstract, self.sources, self.writer,
+                    self.step, self.checkpointer.window(self.step), self.stopwatch,
+                )  # fmt: skip
             yield
 
     def compile(self) -> None:
@@ -152,7 +159,7 @@ class Trainer:
         config, sources, mesh = self.config, self.sources, self.mesh
         rows, row_len = config.train.global_batch_size, config_lib.row_len(config)
         batch = abstract_batch(rows, row_len, mesh, by_position=sources.objective.by_position)
-        with self.progress.time("compile"):
+        with self.stopwatch.time("compile"):
             lowered = jit_train_step(
                 self.model, self.optimizer, sources.objective, config, mesh, self.abstract
             ).lower(self.abstract, batch)
@@ -190,7 +197,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """Dispatches the next step, and reads the metrics of the step before."""
-        with self.progress.time("data"):
+        with self.stopwatch.time("data"):
             batch = next(self.batches)
         self.checkpointer.check()  # a save that failed in the background ends the run now
         with self.profiler.step(self.step + 1), self.progress.time_step():
@@ -202,15 +209,32 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Evaluates and reports the validation split; returns the scores for the checkpoint."""
         validation = self.evaluate("validation")
-        self.progress.report_eval("validation", self.step, validation)
+        self.report_evaluation("validation", validation)
         if self.sources.objective.is_language_model and self.config.train.sample_bytes:
-            with self.progress.time("sample"):
+            with self.stopwatch.time("sample"):
                 self.writer.texts(self.step, {"sample": self.sample()})
         return self.sources.objective.scores(validation)
 
+    def report_evaluation(self, split: str, evaluation: Mapping[str, Any]) -> None:
+        """Prints and writes an evaluation, with its first examples where they are pictures."""
+        self.progress.report_eval(split, self.step, evaluation)
+        predicted = evaluation.get("first_predictions")
+        if predicted is None or not runtime.is_leader():
+            return
+        with self.stopwatch.time("eval"):
+            source, task = next(iter(self.eval_sources[split].values())), self.sources.task
+            predicted = predicted[: source.num_records]
+            batch = source.rows(0, np.arange(len(predicted)))
+            records = (row[row != PAD].astype(np.uint8) for row in batch["tokens"])
+            pictures = [x for row in records if (x := task.picture(row)) is not None]
+            of_one_shape = len({x.shape for x in pictures}) == 1
+            if len(pictures) == len(predicted) and of_one_shape:
+                drawn = examples.sheet(pictures, batch["labels"], predicted, self.sources.classes)
+                self.writer.images(self.step, {f"{split}/examples": drawn})
+
     def evaluate(self, split: str) -> dict[str, Any]:
         """As `evaluate_only`, within `running`: is timed, and checks for a shutdown."""
-        with self.progress.time("eval"):
+        with self.stopwatch.time("eval"):
             return self.evaluate_only(split, self.check_for_shutdown)
 
     def evaluate_only(
@@ -243,8 +267,8 @@ class Trainer:
 
     def save(self, scores: Mapping[str, float] | None) -> None:
         """Starts to save the state, once the metrics up to this step are stored."""
-        self.writer.flush()
-        with self.progress.time("checkpoint"):
+        with self.stopwatch.time("checkpoint"):
+            self.writer.flush()
             window = self.progress.window()
             self.checkpointer.save(self.step, self.state, scores, window=window)
 

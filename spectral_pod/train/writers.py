@@ -1,24 +1,17 @@
 """Writers of metrics: `metrics.jsonl`, TensorBoard event files, and optionally Weights & Biases.
 
-TensorFlow, which CLU's writers need, takes seconds to import. So event files are written by a
-thread of their own, which imports CLU while the first step compiles; without TensorFlow it writes
-the same files through TensorBoard's own writer. The same thread writes to Weights & Biases.
+The lines are written at once; a thread of their own writes the event files and to Weights & Biases,
+which take a second to import while the first step compiles.
 
-Objects in storage cannot be appended to, and TensorFlow accesses gs:// through a library of its own
-(see `storage.py`). For a gs:// workdir, files are therefore written locally and then copied.
-
-A run that continues from a checkpoint repeats steps whose points are already in event files. The
-files of a continued run therefore begin with `SessionLog.START` of its first step: TensorBoard then
-drops the points of that step and of later ones in the files before.
+Objects in storage cannot be appended to. For a gs:// workdir, files are therefore written locally
+and then copied.
 """
 
 import html
 import importlib.util
-import itertools
 import json
 import os
 import pathlib
-import socket
 import tempfile
 import time
 import uuid
@@ -26,13 +19,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Self
 
+import numpy as np
 from absl import logging
 from etils import epath
 
 from spectral_pod import errors, project_files, storage
 from spectral_pod.errors import UserError
+from spectral_pod.train.event_files import EventFiles, split_name
 
-_EVENT_FILES = itertools.count()  # numbers those of this process
 _COPY_SECONDS = 30.0  # between copies to storage, if none is requested
 
 
@@ -45,6 +39,7 @@ class MetricWriter:
         *,
         is_leader: bool,
         resume_step: int,
+        descriptions: Mapping[str, str] | None = None,
         wandb_project: str = "",
         run_config: Mapping[str, Any] | None = None,
     ):
@@ -54,6 +49,7 @@ class MetricWriter:
           workdir: the run's folder or gs:// URL.
           is_leader: whether this process writes; the others do nothing.
           resume_step: the step from which the run continues.
+          descriptions: of the metrics of the objective, by their names without a split.
           wandb_project: a project of Weights & Biases to write to as well; "" for none.
           run_config: the run's configuration, for Weights & Biases.
 
@@ -74,8 +70,10 @@ class MetricWriter:
             )
         lines = epath.Path(workdir) / "metrics.jsonl"
         with errors.naming(lines):
-            kept = _kept_lines(lines, resume_step)
-            is_continued = any(epath.Path(workdir).glob("events.out.tfevents.*"))
+            found = _sound_lines(lines)
+            is_continued = lines.exists()
+            has_events = any((epath.Path(workdir) / "train").glob("events.out.tfevents.*"))
+        kept = [json.dumps(line) + "\n" for line in found if line["step"] <= resume_step]
         self._kept = frozenset(map(_point, kept))
         windows = (line for line in map(json.loads, reversed(kept)) if "train/loss" in line)
         self.last_line = next(windows, {})  # lines of evaluations are skipped
@@ -90,10 +88,18 @@ class MetricWriter:
             storage.write_whole(epath.Path(self._jsonl), "".join(kept))
         # A run that begins anew at step 0 writes the texts of that step again, too.
         restart_step = (resume_step + 1 if resume_step else 0) if is_continued else None
+        runs = {split_name(name)[0] for line in found for name in line}
+        # Older versions had one event file for all splits; their curves are drawn again.
+        drawn = [] if has_events else list(map(json.loads, kept))
 
         def open_writers() -> list[Any]:
-            events = _open_events(str(folder), restart_step)
-            opened = [_Uploader(folder, epath.Path(workdir), events) if remote else events]
+            runs_inside = sorted(filter(storage.stays_inside, {"train", *runs}))
+            events = EventFiles(folder, descriptions or {}, restart_step, runs_inside)
+            for line in drawn:
+                step, seconds = int(line.pop("step")), line.pop("wall_time", 0.0)
+                events.write_scalars(step, line, seconds)
+            target = epath.Path(workdir)
+            opened: list[Any] = [_Uploader(folder, target, events) if remote else events]
             if wandb_project:
                 opened.append(_WandbWriter(workdir, wandb_project, run_config or {}))
             return opened
@@ -104,17 +110,21 @@ class MetricWriter:
         """Appends a line with the values and the time to `metrics.jsonl`; writes event files."""
         if self._writers is None:
             return
-        now = {"wall_time": round(time.time(), 3)}  # seconds since 1970
+        seconds = round(time.time(), 3)  # since 1970
         point = {"step": step} | {k: float(v) for k, v in values.items()}
-        line = json.dumps(point | now) + "\n"
+        line = json.dumps(point | {"wall_time": seconds}) + "\n"
         if _point(line) not in self._kept:  # a finished run that is restarted evaluates again
             with errors.naming(self._jsonl), open(self._jsonl, "a") as file:
                 file.write(line)
-        self._submit(lambda writer: writer.write_scalars(step, dict(values)))
+        self._submit(lambda writer: writer.write_scalars(step, dict(values), seconds))
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
         """Writes Markdown texts, for TensorBoard's text page."""
         self._submit(lambda writer: writer.write_texts(step, dict(values)))
+
+    def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures, uint8 [height, width, 3]."""
+        self._submit(lambda writer: writer.write_images(step, dict(values)))
 
     def flush(self) -> None:
         """Waits until everything so far is stored, so that a resumed run need not repeat it.
@@ -172,13 +182,13 @@ class MetricWriter:
                 raise errors.storage_error(error, what) or UserError(f"{what}: {error}") from error
 
 
-def _kept_lines(file: epath.Path, resume_step: int) -> list[str]:
-    """The complete lines up to `resume_step`; a killed run may leave later or partial lines."""
+def _sound_lines(file: epath.Path) -> list[dict[str, float]]:
+    """The complete lines of a file, which may be missing; a killed run may leave partial ones."""
     log = project_files.Log(file, project_files.METRICS)
     if log.damaged:
         copy = log.keep_damaged()
         logging.error("%d line(s) of %s are damaged and left out; see %s", log.damaged, file, copy)
-    return [json.dumps(line) + "\n" for line in log.lines if line["step"] <= resume_step]
+    return log.lines
 
 
 def _point(line: str) -> str:
@@ -188,36 +198,26 @@ def _point(line: str) -> str:
     return json.dumps(point)
 
 
-def _open_events(folder: str, restart_step: int | None) -> Any:
-    """A writer of an event file; points from `restart_step` on in earlier files are void."""
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message at start-up
-    try:
-        from clu import metric_writers
-    except ImportError:
-        logging.info("TensorFlow is not installed; event files by TensorBoard's own writer.")
-        return _TensorBoardWriter(folder, restart_step)
-    if restart_step is not None:  # in a file of its own, as CLU cannot write it
-        _TensorBoardWriter(folder, restart_step).close()
-    return metric_writers.SummaryWriter(folder)
-
-
 class _Uploader:
-    """A CLU-like writer to a local folder whose files are copied to object storage."""
+    """Event files and lines in a local folder, which are copied to object storage."""
 
-    def __init__(self, folder: pathlib.Path, target: epath.Path, events: Any):
+    def __init__(self, folder: pathlib.Path, target: epath.Path, events: EventFiles):
         self._folder = folder
         self._target = target
         self._events = events
-        self._sizes: dict[str, int] = {}  # of the files copied so far, which only grow
+        self._sizes: dict[pathlib.Path, int] = {}  # of the files copied so far, which only grow
         self._copied = time.monotonic()
 
-    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._events.write_scalars(step, values)
+    def write_scalars(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        self._events.write_scalars(step, values, seconds)
         if time.monotonic() - self._copied > _COPY_SECONDS:
             self.flush()
 
     def write_texts(self, step: int, values: Mapping[str, str]) -> None:
         self._events.write_texts(step, values)
+
+    def write_images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        self._events.write_images(step, values)
 
     def flush(self) -> None:
         self._events.flush()
@@ -228,65 +228,18 @@ class _Uploader:
         self._copy()
 
     def _copy(self) -> None:
-        for file in self._folder.iterdir():
+        for file in filter(pathlib.Path.is_file, self._folder.rglob("*")):
             data = file.read_bytes()
-            if self._sizes.get(file.name) != len(data):
-                with errors.naming(self._target / file.name):
-                    (self._target / file.name).write_bytes(data)
-                self._sizes[file.name] = len(data)
+            if self._sizes.get(file) != len(data):
+                target = self._target / file.relative_to(self._folder).as_posix()
+                with errors.naming(target):
+                    target.write_bytes(data)
+                self._sizes[file] = len(data)
         self._copied = time.monotonic()
 
 
-class _TensorBoardWriter:
-    """A CLU-like writer, as far as needed here, without TensorFlow.
-
-    TensorBoard's own `EventFileWriter` writes on a thread that dies with a traceback when the disk
-    is full; here the calling thread writes, and raises.
-    """
-
-    def __init__(self, workdir: str, restart_step: int | None):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event = Event
-        folder = pathlib.Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        process = f"{socket.gethostname()}.{os.getpid()}.{next(_EVENT_FILES)}"
-        self._path = folder / f"events.out.tfevents.{int(time.time()):010}.{process}"
-        with errors.naming(self._path):
-            self._file = RecordWriter(self._path.open("wb"))
-        self._write(file_version="brain.Event:2")
-        # TensorBoard takes the first one that it reads for the beginning of the run.
-        for _ in range(2 if restart_step is not None else 0):
-            self._write(step=restart_step, session_log=SessionLog(status=SessionLog.START))
-
-    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
-
-        for name, value in values.items():
-            self._write(step=step, summary=scalar_pb(name, value))
-
-    def write_texts(self, step: int, values: Mapping[str, str]) -> None:
-        from tensorboard.plugins.text.summary_v2 import text_pb
-
-        for name, text in values.items():
-            self._write(step=step, summary=text_pb(name, text))
-
-    def _write(self, **content: Any) -> None:
-        with errors.naming(self._path):
-            self._file.write(self._event(wall_time=time.time(), **content).SerializeToString())
-            self._file.flush()
-
-    def flush(self) -> None:
-        pass  # every event is flushed
-
-    def close(self) -> None:
-        with errors.naming(self._path):
-            self._file.close()
-
-
 class _WandbWriter:
-    """A CLU-like writer to one run of Weights & Biases.
+    """A writer to one run of Weights & Biases.
 
     The run's id is kept in the workdir, so that a restart continues the same run. wandb itself
     finds the API key in the environment or ~/.netrc; WANDB_MODE=offline keeps everything on disk.
@@ -329,14 +282,17 @@ class _WandbWriter:
             self._run = start("offline")
         # wandb's own step counter only increases, but a resumed run logs some steps again.
         self._run.define_metric("*", step_metric="step")
-        self._html = wandb.Html
+        self._html, self._image = wandb.Html, wandb.Image
 
-    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def write_scalars(self, step: int, values: Mapping[str, float], _: float) -> None:
         self._run.log({"step": step, **values})
 
     def write_texts(self, step: int, values: Mapping[str, str]) -> None:
         pages = {k: self._html(f"<pre>{html.escape(text)}</pre>") for k, text in values.items()}
         self._run.log({"step": step, **pages})
+
+    def write_images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        self._run.log({"step": step} | {k: self._image(pixels) for k, pixels in values.items()})
 
     def flush(self) -> None:
         pass  # wandb sends from a process of its own

@@ -83,4 +83,4 @@ def test_a_hang_is_ended_and_every_thread_of_every_host_told(cluster, tmp_path):
     assert [file.name[-5:] for file in stacks] == ["0.txt", "1.txt"]
     assert ["late_rows" in file.read_text() for file in stacks] == [False, True]
     shown = trainer.event_points(tmp_path / "run")
-    assert {"stall/process_0", "stall/process_1"} <= shown.keys()
+    assert {("train", "stall/process_0"), ("train", "stall/process_1")} <= shown.keys()

@@ -108,7 +108,7 @@ def test_both_save_and_only_the_first_reports():
     assert reports[0][1].startswith("writing the listops data")
     assert f"on {RECORDS} records" in reports[0][-1]
     assert reports[1] == []
-    assert len(list(workdir.glob("events.*"))) == 1
+    assert len(list(workdir.glob("train/events.*"))) == 1
     points = [(point["step"], *point) for point in trainer.curves(workdir)]
     assert len(points) == len(set(points))  # each written once
 

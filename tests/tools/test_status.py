@@ -128,7 +128,12 @@ def test_a_stall_is_told(workdir):
 
 def test_figures_of_a_healthy_run(workdir):
     lines = [line(step) for step in range(1, STEPS + 1)]
-    more = {"goodput/fraction": 0.9, "goodput/compile_seconds": 30.0, "host/slowest": 1.0}
+    more = {
+        "goodput/fraction": 0.9,
+        "goodput/compile_seconds": 30.0,
+        "goodput/data_preparation_seconds": 12.0,
+        "host/slowest": 1.0,
+    }
     more |= {"host/1/p50_seconds": 0.25, "host/1/p99_seconds": 0.75, "system/host_memory_gb": 2.0}
     evaluations = [
         {"step": step, "wall_time": START + 10 * step, "validation/loss": loss}
@@ -139,15 +144,20 @@ def test_figures_of_a_healthy_run(workdir):
     assert (found["step"], found["total_steps"]) == (STEPS, 100)
     assert found["eta_seconds"] == pytest.approx(10 * (100 - STEPS))
     assert found["speed"]["bytes_per_second"] == {"now": 1050.0, "median": 1025.5}
-    validation = found["evaluations"]["validation"]
+    validation = found["metrics"]["validation"]
     assert validation == {"step": 40, "loss": 0.75, "best_step": 20, "best_loss": 0.5}
-    assert found["evaluations"]["test"] is None
+    assert found["metrics"]["test"] is None
     assert found["faults"] == []
+    assert found["metrics"]["train"] == {
+        "step": STEPS, "loss": 1.0, "best_step": STEPS, "best_loss": 1.0
+    }  # fmt: skip
     text = "\n".join(status.report(found))
     for part in (
         "m on listops", "running", "50 of 100 (50.0%); done in 8:20 min", "1.05 kB/s",
-        "90.0%; compile 30 s", "process 1; p50 0.25 s a step; p99 0.75 s", "memory 2 GB",
-        "loss 0.7500 at step 40; lowest loss 0.5000 at step 20", "none yet", "no fault seen",
+        "90.0%; compile 30 s; data preparation 12 s", "memory 2 GB", "none yet", "no fault seen",
+        "process 1; p50 0.25 s a step; p99 0.75 s",
+        "train       loss 1.0000 at step 50; lowest loss 1.0000 at step 50",
+        "validation  loss 0.7500 at step 40; lowest loss 0.5000 at step 20",
     ):  # fmt: skip
         assert part in text
 
@@ -221,9 +231,17 @@ def test_a_run_that_is_being_written(tmp_path_factory, cut, width):
 
 def test_a_terminal_gets_colours():
     lines = [line(step) for step in range(1, 9)]
-    shown = status.picture(lines, 80, colour=True)
-    assert "\x1b[" in shown
-    assert "training loss" in shown
+    assert "\x1b[" in status.picture(lines, 80, colour=True)
+
+
+def test_training_and_validation_share_a_panel():
+    lines = [line(step) | {"validation/loss": 3.0 + step} for step in range(1, 9)]
+    title, *_ = shown = status.picture(lines, 80, colour=False).splitlines()
+    assert title.split() == ["loss", "kB", "a", "second"]
+    assert [name for name in ("train", "validation") if name in "\n".join(shown)] == [
+        "train", "validation",
+    ]  # fmt: skip
+    assert any("11.0" in row for row in shown)  # the range is that of both
 
 
 def everything(folder):
@@ -241,7 +259,7 @@ def test_it_reads_only_and_loads_neither_jax_nor_tensorflow(workdir):
     )
     done = trainer.run([sys.executable, "-c", program, str(workdir)], forked=False)
     assert "step        9 of 100" in done.stdout
-    assert "training loss" in done.stdout
+    assert "loss" in done.stdout
     assert "\x1b" not in done.stdout
     assert done.stderr == "[]\n"
     assert everything(workdir) == before
@@ -256,7 +274,7 @@ def test_json_has_the_same_facts(workdir, capsys):
 
     found = json.loads(capsys.readouterr().out, parse_constant=no_constant)
     assert found["step"] == 2
-    assert found["evaluations"]["validation"]["loss"] is None
+    assert found["metrics"]["validation"]["loss"] is None
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):

@@ -1,30 +1,94 @@
-"""Goodput over several starts of a run."""
+"""Goodput over several starts of a run, and what it says of a start."""
 
-import time
+import types
 
 import pytest
 
-from spectral_pod.train.progress import Goodput
+from spectral_pod.data.tasks.listops import ListOps
+from spectral_pod.train import goodput, loop, starts, trainer
+from spectral_pod.train.goodput import Goodput, Stopwatch
+from tests import trainer as runs
+
+
+class Clock:
+    """Both clocks of a process that started 20 s ago; they only move when told to."""
+
+    def __init__(self, monkeypatch, now):
+        self.now = now
+        process = types.SimpleNamespace(create_time=lambda: now - 20)
+        monkeypatch.setattr(goodput, "psutil", types.SimpleNamespace(Process=lambda: process))
+        monkeypatch.setattr(goodput, "time", types.SimpleNamespace(time=lambda: self.now))
+        self.stopwatch = Stopwatch(lambda: self.now)
+
+    def spend(self, seconds, phase=None):
+        if phase is None:
+            self.now += seconds
+        else:
+            with self.stopwatch.time(phase):
+                self.now += seconds
 
 
 def test_goodput_is_the_fraction_of_time_spent_in_steps(monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(time, "time", lambda: now)
-    first = Goodput({}, started=900.0)
-    first.add("compile", 30.0)
-    first.add("step", 50.0)
-    line = first.scalars() | {"wall_time": now, "step": 10, "train/loss": 1.0}
+    clock = Clock(monkeypatch, 920.0)
+    clock.spend(10)
+    clock.spend(20, "compile")
+    clock.spend(50, "step")
+    line = Goodput({}, clock.stopwatch).scalars() | {"wall_time": clock.now, "train/loss": 1.0}
     assert line["goodput/fraction"] == pytest.approx(0.5)
-    assert line["goodput/other_seconds"] == pytest.approx(20.0)
+    assert line["goodput/start_seconds"] == pytest.approx(20.0)
+    assert line["goodput/other_seconds"] == pytest.approx(10.0)
 
-    # The line of step 10 is the last one kept; 40 s later another process continues from it.
-    now = 1140.0
-    second = Goodput(line, started=1040.0)
-    second.add("step", 70.0)
+    # That line is the last one kept; 40 s later another process continues from it.
+    clock = Clock(monkeypatch, clock.now + 60)
+    second = Goodput(line, clock.stopwatch)
+    clock.spend(70, "step")
+    clock.spend(10)
     later = second.scalars()
     assert later["goodput/restart_seconds"] == pytest.approx(40.0)
+    assert later["goodput/start_seconds"] == pytest.approx(40.0)
     assert later["goodput/step_seconds"] == pytest.approx(120.0)
-    assert later["goodput/other_seconds"] == pytest.approx(50.0)
+    assert later["goodput/other_seconds"] == pytest.approx(20.0)
     assert later["goodput/fraction"] == pytest.approx(120 / 240)
     seconds = [x for name, x in later.items() if name.endswith("_seconds")]
     assert sum(seconds) == pytest.approx(240.0)
+
+
+def slowed(call, clock, seconds):
+    def slow(*args, **options):
+        clock.now += seconds
+        return call(*args, **options)
+
+    return slow
+
+
+def test_whatever_takes_long_at_a_start_has_a_name(tmp_path, monkeypatch):
+    """By a clock that only moves in what is made slow here; so nothing is left for `other`."""
+    clock = Clock(monkeypatch, 1e9)
+    monkeypatch.setattr(loop, "Stopwatch", lambda: clock.stopwatch)
+    slow = [
+        (ListOps, "build", 1000, "data_preparation"),
+        (starts, "facts", 1, "start"),
+        (starts, "claim_workdir", 2, "setup"),
+        (trainer, "init_state", 4, "setup"),
+        (trainer, "Progress", 8, "setup"),
+        (trainer, "jit_train_step", 500, "compile"),
+        (trainer, "evaluate", 50, "eval"),
+        (trainer.MetricWriter, "flush", 25, "checkpoint"),
+    ]
+    expected = {"start": 20.0}
+    for place, name, seconds, phase in slow:
+        expected[phase] = expected.get(phase, 0.0) + seconds
+
+        monkeypatch.setattr(place, name, slowed(getattr(place, name), clock, seconds))
+    config = runs.config(train__total_steps=4, train__eval_every_steps=2)
+    config.data.dir, config.checkpoint.every_steps = str(tmp_path / "data"), 2
+    loop.run(config, str(tmp_path / "run"))
+    last = [line for line in runs.metrics(tmp_path / "run") if "train/loss" in line][-1]
+    assert last["step"] == 4
+    found = {
+        name.removeprefix("goodput/").removesuffix("_seconds"): seconds
+        for name, seconds in last.items()
+        if name.startswith("goodput/") and name.endswith("_seconds") and seconds
+    }
+    # Its last line is written before the second evaluation and the second checkpoint.
+    assert found == pytest.approx(expected)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from spectral_pod.objectives import Classification
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train import progress
+from spectral_pod.train.goodput import Stopwatch
 from tests import trainer
 
 DISPATCH, DEVICE, DATA = 0.5, 10.0, 2.0  # seconds of every step
@@ -33,11 +34,12 @@ class Machine:
         writer = types.SimpleNamespace(
             last_line={}, scalars=lambda step, x: self.lines.append({"step": step} | x)
         )
-        monkeypatch.setattr(progress, "usage", lambda *_: {})
+        monkeypatch.setattr(progress.system, "usage", lambda *_: {})
+        self.stopwatch = Stopwatch(lambda: self.now)
         monkeypatch.setattr(progress.jax, "device_get", self.read)
         self.progress = progress.Progress(
             config, "", mesh, None, types.SimpleNamespace(objective=Classification), writer,
-            first_step, window, lambda: self.now,
+            first_step, window, self.stopwatch,
         )  # fmt: skip
         self.progress.restart_timers(first_step)
         self.step = first_step
@@ -50,7 +52,7 @@ class Machine:
     def run(self, to):
         while self.step < to:
             self.step += 1
-            with self.progress.time("data"):
+            with self.stopwatch.time("data"):
                 self.now += DATA
             with self.progress.time_step():
                 self.now += DISPATCH
@@ -59,7 +61,7 @@ class Machine:
 
     def elsewhere(self, phase, seconds):
         self.progress.flush_pending()
-        with self.progress.time(phase):
+        with self.stopwatch.time(phase):
             self.now += seconds
 
 
@@ -76,14 +78,48 @@ def metrics(step, rows=5, bad=None):
 
 
 def test_every_logged_speed_is_that_of_the_device(monkeypatch):
-    """Also the first one, whose step is dispatched before anything has been computed."""
     machine = Machine(monkeypatch)
     machine.run(21)
-    first, *others = machine.lines
+    _, second, *others = machine.lines
     assert [line["step"] for line in machine.lines] == [1, 4, 8, 12, 16, 20]
-    # Until the first step has ended it is loaded, dispatched and computed, and nothing else.
-    assert first["speed/steps_per_second"] == pytest.approx(1 / (DATA + DISPATCH + DEVICE))
+    # The device waits for the second batch, as the first step is read at once.
+    expected = 3 / (DATA + DISPATCH + 3 * DEVICE)
+    assert second["speed/steps_per_second"] == pytest.approx(expected)
     assert all(x["speed/steps_per_second"] == pytest.approx(1 / DEVICE) for x in others)
+
+
+@pytest.mark.parametrize("data", [0.1, 100.0])
+@pytest.mark.parametrize("device", [0.1, 10.0])
+def test_the_first_line_is_of_the_first_step_alone(monkeypatch, data, device):
+    """Nothing before it counts, such as compilation, and nothing that is done for the second."""
+    monkeypatch.setattr(f"{__name__}.DATA", data)
+    monkeypatch.setattr(f"{__name__}.DEVICE", device)
+    machine = Machine(monkeypatch, **{"train.log_every_steps": 100})
+    restarts = []
+    monkeypatch.setattr(progress.system, "restart", lambda: restarts.append(machine.now))
+    with machine.stopwatch.time("compile"):
+        machine.now += 500
+    machine.now += 50
+    machine.progress.restart_timers(0)
+    machine.run(3)
+    (first,) = machine.lines
+    time = data + DISPATCH + device
+    assert first["step"] == 1
+    assert not [name for name in first if name.startswith("speed/")]
+    assert machine.progress.bytes_per_second() == pytest.approx(8 * 256 / time)
+    assert first["time_share/data"] == pytest.approx(data / time)
+    assert first["time_share/step"] == pytest.approx((DISPATCH + device) / time)
+    assert {name for name in first if name.startswith("time_share/")} == {
+        "time_share/data", "time_share/step",
+    }  # fmt: skip
+    assert restarts == [1550]  # from which the use of processors is counted
+    assert not [name for name in first if name.startswith("host/")]  # there is no step before
+    assert first["goodput/compile_seconds"] == pytest.approx(500)
+    assert first["goodput/step_seconds"] == pytest.approx(DISPATCH + device)
+    averages, scalars = metrics(1)
+    assert first["train/loss"] == float(averages.compute()["loss"])
+    assert first["train/accuracy"] == float(averages.compute()["accuracy"])
+    assert first["grad_norm/all"] == scalars["grad_norm/all"]
 
 
 @given(
@@ -99,7 +135,7 @@ def test_shares_of_time_are_shares(stretches):
         for steps, phase, seconds in stretches:
             machine.run(machine.step + steps)
             machine.elsewhere(phase, seconds)
-            with machine.progress.time("eval"), machine.progress.time("sample"):  # one within
+            with machine.stopwatch.time("eval"), machine.stopwatch.time("sample"):  # one within
                 machine.now += 3
         machine.run(machine.step + 9)
         machine.progress.flush_pending()

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from spectral_pod.errors import Preempted
-from spectral_pod.train import loop, writers
+from spectral_pod.train import loop
 from spectral_pod.train.trainer import Trainer
 from tests import trainer
 
@@ -109,7 +109,6 @@ def test_ten_kills(tmp_path):
 @pytest.mark.slow
 def test_lines_do_not_depend_on_where_sigterm_came(tmp_path, monkeypatch):
     """Between two lines, whose means are of more steps than the run that continues takes."""
-    monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)
     check, signals = Trainer.check_for_shutdown, []
 
     def terminated(self, **options):

@@ -1,40 +1,45 @@
-"""Metrics on disk: the lines of a resumed run, event files with and without TensorFlow; and
-Weights & Biases."""
+"""Metrics on disk, the lines and the event files of a resumed run, and Weights & Biases."""
 
 import contextlib
 import errno
-import functools
 import importlib
 import io
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import sys
 import time
-import types
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from tensorboard.util import tensor_util
 
 from spectral_pod.errors import UserError
-from spectral_pod.train import writers
+from spectral_pod.objectives import Classification
+from spectral_pod.train import event_files, writers
 from tests import trainer
 
 
 @pytest.fixture
 def no_events(monkeypatch):
-    """Without event files, which need an import of TensorFlow, where only lines matter."""
-    monkeypatch.setattr(writers, "_open_events", lambda folder, restart_step: Events())
+    """Without event files, where only lines matter."""
+    monkeypatch.setattr(writers, "EventFiles", Events)
 
 
 class Events:
-    def write_scalars(self, step, values):
+    def __init__(self, *_):
         pass
 
-    write_texts = write_scalars
+    def write_scalars(self, *_):
+        pass
+
+    write_texts = write_images = write_scalars
 
     def flush(self):
         pass
@@ -133,7 +138,7 @@ def test_only_the_leader_writes(tmp_path):
 
 @pytest.mark.usefixtures("no_events")
 def test_a_failure_to_write_events_surfaces(tmp_path, monkeypatch):
-    def full(self, step, values):
+    def full(self, *_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Events, "write_scalars", full)
@@ -153,6 +158,7 @@ class Settings(dict):
         super().__init__(settings)
 
 class Html(str): pass
+class Image(list): pass
 
 class Run:
     def __init__(self, **settings):
@@ -207,9 +213,12 @@ def test_weights_and_biases_get_what_the_lines_hold(tmp_path, wandb):
         writer.texts(0, {"config": "a < b"})
         writer.scalars(1, values_of(1))
         writer.scalars(1, {"validation/loss": 0.5})
+        writer.images(1, {"validation/examples": np.zeros((1, 2, 3), np.uint8)})
     (run,) = wandb.runs
-    text, *scalars = run.logged
+    text, *scalars, images = run.logged
     assert scalars == points(lines(tmp_path))
+    assert images["step"] == 1
+    np.testing.assert_array_equal(images["validation/examples"], np.zeros((1, 2, 3)))
     assert text == {"step": 0, "config": wandb.Html("<pre>a &lt; b</pre>")}
     assert run.metrics == {"*": "step"}
     assert run.settings["config"] == config
@@ -268,16 +277,113 @@ def test_weights_and_biases_is_asked_for(tmp_path, monkeypatch):
         write(tmp_path, 0, [1], wandb_project="p")
 
 
-# `python -m spectral_pod.main`, which prints every import of TensorFlow.
-WATCH = """
-import sys, threading, traceback
+def test_event_files_hold_the_points_of_the_lines():
+    """In a run for each split, with the same tags, at the same times, and explained."""
+    runs = trainer.event_accumulators(trainer.uninterrupted())
+    assert list(runs) == ["test", "train", "validation"]
+    expected = {run: {} for run in runs}
+    for line in trainer.metrics(trainer.uninterrupted()):
+        step, seconds = line.pop("step"), line.pop("wall_time")
+        for name, value in line.items():
+            run, tag, description = event_files.tag_of(name, Classification.descriptions)
+            assert description, name
+            assert run == (name.split("/")[0] if name.split("/")[0] in runs else "train")
+            expected[run].setdefault((tag, description), []).append(
+                (seconds, step, pytest.approx(value, rel=1e-6))
+            )
+    for run, events in runs.items():
+        scalars = events.PluginTagToContent("scalars")
+        found = {
+            (tag, events.SummaryMetadata(tag).summary_description): [
+                (event.wall_time, event.step, tensor_util.make_ndarray(event.tensor_proto).item())
+                for event in events.Tensors(tag)
+            ]
+            for tag in scalars
+        }
+        assert found == expected[run]
+    tags = {run: {tag for tag, _ in expected[run]} for run in runs}
+    assert tags["validation"] == tags["test"] == {"metrics/loss", "metrics/accuracy"}
+    assert tags["validation"] < tags["train"]
+    groups = sorted({tag.split("/")[0] for tag in tags["train"]})  # as TensorBoard orders them
+    order = ["metrics", "optimizer", "speed", "system", "time", "time_of_hosts", "time_share"]
+    assert groups == order
+
+
+def test_texts_are_those_of_their_split():
+    points = trainer.event_points(trainer.uninterrupted())
+    assert "hidden_dim: 16" in points["train", "config"][0]
+    assert "encoder/embedding" in points["train", "parameters"][0]
+    assert "recall" in points["test", "details"][40]
+
+
+def test_sets_of_a_split_are_runs_with_the_same_tags(tmp_path):
+    with writers.MetricWriter(str(tmp_path), is_leader=True, resume_step=0) as writer:
+        writer.scalars(
+            3, {"validation/loss": 2.0, "validation/a/loss": 1.0, "validation/b/loss": 3}
+        )
+    points = trainer.event_points(tmp_path)
+    curves = {run: curve for (run, tag), curve in points.items() if tag == "metrics/loss"}
+    assert curves == {"validation": {3: 2.0}, "validation/a": {3: 1.0}, "validation/b": {3: 3.0}}
+
+
+def test_no_event_file_is_outside_of_the_workdir(tmp_path):
+    workdir = tmp_path / "a" / "b" / "run"
+    workdir.mkdir(parents=True)
+    point = {"step": 1, "validation/../../../loss": 1.0, "wall_time": 0.0}
+    (workdir / "metrics.jsonl").write_text(json.dumps(point) + "\n")
+    with pytest.raises(UserError, match=r"validation/\.\./\.\./\.\.' is no name of a set"):
+        write(workdir, 1, [2])
+    assert not [*tmp_path.glob("events.*"), *tmp_path.glob("a/events.*")]
+
+
+def test_a_picture_is_stored_exactly(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    with writers.MetricWriter(str(tmp_path), is_leader=True, resume_step=0) as writer:
+        writer.images(4, {"validation/examples": pixels})
+    events = trainer.event_accumulators(tmp_path)["validation"]
+    (event,) = events.Tensors("pictures/examples")
+    assert (event.step, list(events.PluginTagToContent("images"))) == (4, ["pictures/examples"])
+    width, height, png = tensor_util.make_ndarray(event.tensor_proto).tolist()
+    assert (width, height) == (b"7", b"5")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels)
+
+
+@pytest.mark.parametrize("has_script", [True, False])
+def test_the_closing_hint_opens_training_and_validation_overlaid(tmp_path, monkeypatch, has_script):
+    """In TensorBoard's server, with the reader that it uses by default."""
+    if not has_script:  # as where packages are installed for one user
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(python))
+    workdir = tmp_path / "a run"
+    shutil.copytree(trainer.uninterrupted(), workdir, ignore=shutil.ignore_patterns("checkpoints"))
+    command = shlex.split(event_files.how_to_view(str(workdir)).splitlines()[0])
+    assert ("-m" in command) != has_script
+    runs = {"train", "validation", "test"}
+    tags = trainer.tensorboard_tags(command, runs, env=trainer.environment())  # no TensorFlow
+    assert tags.keys() == runs
+    for run in ("validation", "test"):
+        assert tags[run].items() <= tags["train"].items()
+        assert tags[run].keys() == {"metrics/loss", "metrics/accuracy"}
+    assert "nats" in tags["train"]["metrics/loss"]["description"]
+
+
+def test_the_closing_hint_of_a_container_outlasts_it(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    here, elsewhere = event_files.how_to_view("gs://bucket/run").splitlines()
+    flags = " --logdir=gs://bucket/run --load_fast=false"
+    assert here.endswith("/tensorboard" + flags)
+    assert elsewhere.endswith(" tensorboard" + flags)
+
+
+# `python -m spectral_pod.main`, which ends with an error where TensorFlow is imported.
+WITHOUT = """
+import sys
 
 class Watch:
     def find_spec(self, name, path=None, target=None):
-        if name == "tensorflow":
-            frames = [frame.filename for frame in traceback.extract_stack()]
-            thread, by_clu = threading.current_thread(), any("clu/metric_" in f for f in frames)
-            print(f"IMPORT main={thread is threading.main_thread()} clu={by_clu}", flush=True)
+        assert name != "tensorflow"
 
 sys.meta_path.insert(0, Watch())
 from spectral_pod import main
@@ -285,66 +391,29 @@ main.run()
 """
 
 
-@functools.cache
-def by_clu():
-    """The workdir of a run with TensorFlow, and what it printed of importing that."""
-    workdir = trainer.home() / "by-clu"
-    python, _, module, *flags = trainer.command(workdir)
+def test_a_run_does_not_import_tensorflow_where_it_is_installed(tmp_path):
+    python, _, module, *flags = trainer.command(tmp_path / "run", "train.total_steps=2")
     assert module == "spectral_pod.main"
-    done = trainer.run([python, "-c", WATCH, *flags], tensorflow=True)
-    return workdir, [line for line in done.stdout.splitlines() if line.startswith("IMPORT")]
+    trainer.run([python, "-c", WITHOUT, *flags], tensorflow=True)
+    assert trainer.event_points(tmp_path / "run")
 
 
-def test_event_files_by_clu_hold_the_same_points():
-    workdir, _ = by_clu()
-    found, expected = trainer.event_points(workdir), {}
-    for line in map(json.loads, lines(workdir)):
-        step, _ = line.pop("step"), line.pop("wall_time")
-        for tag, value in line.items():
-            expected.setdefault(tag, {})[step] = pytest.approx(value, rel=1e-6)
-    assert {"train/loss", "validation/accuracy", "test/loss", "speed/bytes_per_second"} <= set(
-        found
-    )
-    texts = {
-        "config": "hidden_dim: 16",
-        "parameters": "encoder/embedding",
-        "test/details": "recall",
-    }
-    for text, part in texts.items():
-        assert part in found.pop(text).popitem()[1]
-    assert found == expected
+def test_curves_of_an_older_workdir_are_drawn_again(tmp_path):
+    """Where there are lines and no event files of this kind, as those had one for all splits."""
+    write(tmp_path, 0, range(1, 10))
+    for folder in ("train", "validation"):
+        shutil.rmtree(tmp_path / folder)
+    (tmp_path / "events.out.tfevents.1.older").write_bytes(b"")
+    write(tmp_path, 6, range(7, 10))
+    assert_curves_do_not_go_back(tmp_path, [(6, 9)])
+    first, *_ = trainer.event_accumulators(tmp_path)["train"].Tensors("metrics/loss")
+    assert first.wall_time == json.loads(lines(tmp_path)[0])["wall_time"]
 
 
-def test_a_run_without_tensorflow():
-    without, by_tensorflow = trainer.uninterrupted(), by_clu()[0]
-    names = [[file.suffix for file in run.glob("events.*")] for run in (without, by_tensorflow)]
-    assert names == [[".0"], [".v2"]]
-    trainer.assert_same_run(without, by_tensorflow)
-
-
-@pytest.mark.slow
-def test_clu_continues_its_own_files(tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(by_clu()[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "40")  # so that the last steps are repeated
-    (workdir / "seals" / "40.json").unlink()
-    trainer.run(trainer.command(workdir), tensorflow=True)
-    trainer.assert_same_run(workdir, trainer.uninterrupted())
-
-
-def test_only_clu_imports_tensorflow_and_on_a_thread_of_its_own():
-    assert by_clu()[1] == ["IMPORT main=False clu=True"]
-
-
-def steps_of_events(workdir, tag):
-    """The steps of a curve, in the order in which TensorBoard shows them."""
-    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-    # The one that TensorBoard uses; another, older one does not drop points of this kind.
-    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
-    events.Reload()
-    return [event.step for event in events.Tensors(tag)] if tag in events.Tags()["tensors"] else []
+def steps_of_events(workdir, run):
+    """The steps of the curve of the loss, in the order in which TensorBoard shows them."""
+    events = trainer.event_accumulators(workdir).get(run)
+    return [event.step for event in events.Tensors("metrics/loss")] if events else []
 
 
 # The step that a start continues from, and its last: they repeat some steps, all of them, or none.
@@ -361,30 +430,15 @@ def write_starts(workdir, starts):
 
 def assert_curves_do_not_go_back(workdir, starts):
     last = max(starts[-1])
-    assert steps_of_events(workdir, "train/loss") == [*range(1, last + 1)]
+    assert steps_of_events(workdir, "train") == [*range(1, last + 1)]
     thirds = [step for step in range(1, last + 1) if step % 3 == 0]
-    assert steps_of_events(workdir, "validation/loss") == thirds
+    assert steps_of_events(workdir, "validation") == thirds
 
 
 @pytest.mark.parametrize("count", range(1, len(STARTS) + 1))
-def test_curves_of_a_run_that_was_started_again_do_not_go_back(tmp_path, monkeypatch, count):
-    monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)
+def test_curves_of_a_run_that_was_started_again_do_not_go_back(tmp_path, count):
     write_starts(tmp_path, STARTS[:count])
     assert_curves_do_not_go_back(tmp_path, STARTS[:count])
-
-
-@pytest.mark.slow
-def test_nor_do_those_that_clu_writes(tmp_path):
-    program = (
-        "import sys, time\n"
-        "from tests.train.test_writers import STARTS, write\n"
-        "for resume, last in STARTS[:5]:\n"
-        "    write(sys.argv[1], resume, range(resume + 1, last + 1))\n"
-        "    time.sleep(1.1)"  # as TensorFlow names its files by the second
-    )
-    trainer.run([sys.executable, "-c", program, tmp_path], tensorflow=True)
-    assert len([*tmp_path.glob("events.*.v2")]) == 5
-    assert_curves_do_not_go_back(tmp_path, STARTS[:5])
 
 
 FAULTS = [
@@ -398,7 +452,7 @@ FAULTS = [
 @pytest.mark.parametrize("file", ["metrics.jsonl", "metrics.jsonl.tmp", "events.out.tfevents"])
 def test_a_fault_of_storage_names_file_cause_and_cure(tmp_path, monkeypatch, operation, file):
     """Whatever the fault, and at whichever access of a run it begins."""
-    monkeypatch.setattr(writers, "_open_events", writers._TensorBoardWriter)
+    folder = "(train|validation)/" if file.startswith("events") else ""
     reached = 0
     for i, (number, cure) in enumerate(FAULTS):
         for start in (0, 1, 3):
@@ -410,7 +464,8 @@ def test_a_fault_of_storage_names_file_cause_and_cure(tmp_path, monkeypatch, ope
             assert faults.hit == (error is not None)
             if error is not None:
                 reached += 1
-                assert f"{workdir}/{file.removesuffix('.tmp')}" in str(error)
+                name = re.escape(file.removesuffix(".tmp"))
+                assert re.search(f"{re.escape(str(workdir))}/{folder}{name}", str(error))
                 assert os.strerror(number) in str(error)
                 assert cure in str(error)
                 assert error.exit_code == 2

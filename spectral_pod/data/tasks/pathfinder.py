@@ -461,10 +461,7 @@ class Pathfinder(StoredTask):
     num_workers: int | None = execution(None)  # processes that draw; None is one per core
 
     def generate(self, num_examples: int) -> Iterator[Example]:
-        """Distinct images, drawn by workers: see `generated.distinct`.
-
-        A core draws some 300 images of 32 pixels a second, or 15 of 128.
-        """
+        """Distinct images, drawn by workers; a core draws 300 a second of 32 pixels, 15 of 128."""
         return generated.distinct(
             functools.partial(_chunk, self.size, self.contour_length, self.seed),
             lambda example: example.image.tobytes(),
@@ -473,6 +470,10 @@ class Pathfinder(StoredTask):
             what="Pathfinder",
             num_workers=self.num_workers,
         )
+
+    def picture(self, record: np.ndarray) -> np.ndarray | None:
+        """See `Task.picture`; of a record that `data.truncate` cut there is none."""
+        return record.reshape(-1, self.size) if len(record) == self.size**2 else None
 
     def build(self, path: str) -> None:
         """Writes the images as a byte store, with the parameters of the generator."""

@@ -12,6 +12,7 @@ records of an item in any process; `parallel_write` calls both, and goes on wher
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -145,6 +146,12 @@ class Records(StoredTask):
     def splits(self) -> tuple[str, ...]:
         """The splits of the store."""
         return tuple(s for s in SPLITS if s in self.sources or self.held_out)
+
+    def picture(self, record: np.ndarray) -> np.ndarray | None:
+        """The luma of a square picture; a store does not have the shape of another one."""
+        side = math.isqrt(len(record))
+        is_square = self.luma and len(self.data_fields) == 1 and side**2 == len(record)
+        return record.reshape(side, side) if is_square else None
 
     def items(self, on_read: Callable[[int], None] = lambda size: None) -> Iterator[Item]:
         """The rows of all sources, in items that are the same every time.

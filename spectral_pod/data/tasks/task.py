@@ -102,6 +102,10 @@ class Task(abc.ABC):
         """
         return {}, []
 
+    def picture(self, record: np.ndarray) -> np.ndarray | None:
+        """uint8 [height, width]: what a record, uint8 [n], shows; None where it is no picture."""
+        return None
+
     # ---- options
 
     def __post_init__(self) -> None:
