@@ -49,8 +49,8 @@ class Chip:
 
 
 _GIB = 2**30
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. ICI is half of the documented bidirectional
-# figure (v4: 6 links of 50 GB/s, v5e 400, v5p 1,200, v6e 800, tpu7x 1,200 GB/s). DCN is the
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. ICI is half of the documented figure for
+# both directions (v4: 6 links of 50 GB/s, v5e 400, v5p and tpu7x 1,200, v6e 800 GB/s). DCN is the
 # bandwidth of the NICs: 50 Gbit/s per chip on v5p, 100 on tpu7x, 2 x 100 Gbit/s for 8 chips on v5e
 # and 4 x 200 on v6e, which have 4 chips per host in slices of more than 8 chips; v4's is not
 # documented and assumed equal to v5p's. HBM is what the compiler (libtpu 0.0.52) reports as
