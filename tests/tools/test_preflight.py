@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import runpy
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from spectral_pod.analysis.roofline import roofline
 from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError
 from tests import processes, trainer
+from tools import compiled_step, preflight_report
 
 
 def preflight(home, *arguments, code=0, config="tests/tools/tiny.py"):
@@ -241,3 +243,46 @@ def test_the_roofline_by_hand():
     ici, dcn = 3 * 0.75e9 / 200e9, (4 * 2 * 0.5e9 + 2 * 0.875e9) / 12.5e9
     assert bound.network_s == pytest.approx(ici + dcn)
     assert (bound.step_s, bound.mfu_ceiling) == (1.0, 0.5)
+
+
+MESSAGE = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM"
+SIZED = f"{MESSAGE}, the total memory required for HLO temporaries (800.00G) exceeds available HBM."
+
+
+@pytest.mark.parametrize(("message", "temporaries"), [(MESSAGE, None), (SIZED, 800 * 2**30)])
+def test_what_is_unknown_if_compiling_runs_out_of_memory(message, temporaries):
+    topology, zeros = hardware.parse("cpu-1"), dict.fromkeys(compiled_step._MEMORY, 0)
+    config = runpy.run_path(str(trainer.ROOT / "tests/tools/tiny.py"))["get_config"]()
+    setup = compiled_step.set_up(config, topology, ("train",))
+    failed = {"train": compiled_step.Compiled("", zeros, message)}
+    report = preflight_report.make(setup, failed, {}, (setup, failed), price_per_chip_hour=1.0)
+    data = report.data
+    assert not data["fits"]
+    assert not report.grows
+    assert data["collectives"] is None
+    assert data["eval"] == {"hbm": None, "collectives": None}
+    assert data["hbm"]["temporaries"] == temporaries
+    assert (data["hbm"]["headroom"] or -1) < 0
+    assert data["flops"]["lowered"] is None
+    assert {*data["roofline"].values(), *data["estimate"].values()} == {None}
+    assert "cost" not in data
+    assert "collectives unknown, as it did not compile" in report.text
+    assert "no collectives" not in report.text
+    assert ("temporaries unknown" in report.text) == (temporaries is None)
+    assert (
+        "growth of collectives isn't checked, as the step did not compile for cpu-1" in report.text
+    )
+    assert message in report.text
+    assert "DOES NOT FIT" in report.text
+    json.dumps(data)
+
+
+def test_quick_compiles_one_step(home):
+    path = home / "quick.json"
+    done = preflight(home, "--topology=cpu-8", "--config.mesh.fsdp=2", "--quick", f"--json={path}")
+    found = json.loads(path.read_text())
+    assert done.stderr.count("compiled") == 1
+    assert found["eval"] == {"hbm": None, "collectives": None}
+    assert "--quick: growth of collectives isn't checked" in found["notes"]
+    assert "the evaluation step was not compiled" in done.stdout.splitlines()[-1]
+    assert "eval step" not in done.stdout
