@@ -53,8 +53,8 @@ _GIB = 2**30
 # both directions (v4: 6 links of 50 GB/s, v5e 400, v5p and tpu7x 1,200, v6e 800 GB/s). DCN is the
 # bandwidth of the NICs: 50 Gbit/s per chip on v5p, 100 on tpu7x, 2 x 100 Gbit/s for 8 chips on v5e
 # and 4 x 200 on v6e, which have 4 chips per host in slices of more than 8 chips; v4's is not
-# documented and assumed equal to v5p's. HBM is what the compiler (libtpu 0.0.52) reports as
-# available to a program.
+# documented and assumed equal to v5p's. HBM is what the compiler (libtpu 0.0.52; 0.0.42 at most
+# 10 MiB more) reports as available to a program.
 # Clocks follow from the peaks: 4 matrix units of 128 x 128 a core, from v6e on of 256 x 256.
 # Latencies are libtpu's own estimates for a sum of 8 numbers: 612, 1,826, 2,123, 2,121 and 2,298
 # cycles. A chip of tpu7x (Ironwood) is two chiplets, which are a device each: 2,307 TFLOP/s, 7,380

@@ -15,6 +15,7 @@ from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError
 from tests import processes, trainer
 from tools import compiled_step, preflight_report
+from tools.bench import slices
 
 
 def preflight(home, *arguments, code=0, config="tests/tools/tiny.py"):
@@ -286,3 +287,19 @@ def test_quick_compiles_one_step(home):
     assert "--quick: growth of collectives isn't checked" in found["notes"]
     assert "the evaluation step was not compiled" in done.stdout.splitlines()[-1]
     assert "eval step" not in done.stdout
+
+
+def test_a_row_of_the_table_of_slices():
+    report = {
+        "chips": 4, "mesh": {"data": 2, "fsdp": 2, "tensor": 1}, "fits": True,
+        "hbm": {"capacity": 100, "headroom": 75}, "tokens_per_second": 1e6,
+        "roofline": {"step_s": 1.0, "mfu_ceiling": 0.5}, "estimate": {"step_s": 2.0},
+    }  # fmt: skip
+    # Half a million bytes a second: 100 GB take 55.6 hours of four chips.
+    assert slices._row(report, 1.0) == [
+        "4", "data=2 fsdp=2", "25%", "1 s", "2 s", "50.0%", "25.0%", "500,000", "$222",
+    ]  # fmt: skip
+    unknown = report | {
+        "fits": False, "hbm": {"capacity": 100, "headroom": None}, "roofline": {"step_s": None},
+    }  # fmt: skip
+    assert slices._row(unknown, 1.0)[2:] == ["?, does not fit", *["?"] * 6]
