@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spectral_pod import models
+from spectral_pod.analysis import hardware
 from spectral_pod.data import tasks
 from spectral_pod.train.sources import open_sources
 from spectral_pod.validation import validate, validate_mesh
@@ -25,6 +26,7 @@ FORMS = {
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],
     "lm_wikitext": ["cpu", "gpu"],
+    "lm_pod": ["125m", "350m", "1b", "7b", "125m_32k", "350m_32k", "1b_32k", "7b_32k"],
     "memory": ["copy", "recall", "overwrite"],
     "mqar": ["zoology", "bytes"],
 }
@@ -47,7 +49,7 @@ def test_all_configs_are_listed():
 def test_a_config_is_sound(name, form):
     config = load(name).get_config(*([form] if form else []))
     validate(config)
-    validate_mesh(config, 1)
+    validate_mesh(config, config.mesh.fsdp)
     task = tasks.make(config.data.task, config.data.options)
     if isinstance(task, tasks.DrawnTask):
         assert task.max_length <= config.data.seq_len
@@ -74,6 +76,35 @@ def test_a_single_file_has_the_splits_that_a_language_model_needs(name, tmp_path
     for split in ("validation", config.train.eval_split):
         (windows,) = sources.evaluation(split).values()
         assert windows.num_records == -(-1000 // config.data.seq_len)
+
+
+@pytest.mark.parametrize("slice_", ["v4-128", "v4-1024", "v5e-256", "v5p-512", "v6e-256"])
+@pytest.mark.parametrize("form", FORMS["lm_pod"])
+def test_a_pod_config_serves_every_slice(form, slice_):
+    """As it is at 8K; at 32K with split positions where there are more chips than rows."""
+    config, chips = load("lm_pod").get_config(form), hardware.parse(slice_).num_devices
+    rows = config.train.global_batch_size
+    assert rows >= chips or form.endswith("_32k")
+    config.mesh.sequence = max(1, chips // rows)
+    assert config.mesh.sequence <= 4  # as its docstring says
+    sizes = validate_mesh(config, chips)
+    assert sizes["data"] * sizes["fsdp"] == min(rows, chips)
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [("125m", 107e6), ("350m", 370e6), ("1b", 1.46e9), ("7b", 7.6e9)]
+)
+def test_a_pod_model_has_the_parameters_that_its_docstring_says(size, count):
+    config = load("lm_pod").get_config(size)
+    task = tasks.make(config.data.task, config.data.options)
+    model = models.build(config, num_classes=task.num_classes, vocab_size=task.vocab_size)
+    tokens = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
+    mask = jax.ShapeDtypeStruct(tokens.shape, bool)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens, mask)["params"]
+    total = sum(x.size for x in jax.tree.leaves(params))
+    assert total == pytest.approx(count, rel=0.01)
+    text = config.train.total_steps * config.train.global_batch_size * config.data.seq_len
+    assert text == pytest.approx(20 * 4 * total, rel=0.03)  # 20 tokens of 4 bytes a parameter
 
 
 @pytest.mark.parametrize("name", sorted(FORMS.keys() - {"quickstart"}))

@@ -24,7 +24,7 @@ def devices(words):
     """How many chips a command trains on, by its own options."""
     options = dict(word.removeprefix("--").partition("=")[::2] for word in words)
     if name := options.get("topology") or options.get("type"):
-        return hardware.parse(name, int(options.get("num_slices", 1))).num_chips
+        return hardware.parse(name, int(options.get("num_slices", 1))).num_devices
     if "launch/slurm.sh" in words:
         return int(options["nodes"]) * GPUS_OF_A_NODE
     return GPUS_OF_A_NODE if "launch/docker_gpu.sh" in words else 1

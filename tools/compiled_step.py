@@ -15,7 +15,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,6 +37,7 @@ from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_ste
 from spectral_pod.validation import validate, validate_mesh
 
 CACHE = "~/.cache/spectral_pod/preflight"
+STEPS = ("train", "eval")
 _PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}  # of devices, and to lower for
 _OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}  # to tune needs the device; {} elsewhere
 _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
@@ -67,11 +68,16 @@ class Setup:
     abstract: TrainState
     analytic_flops: float  # of a training step on the whole mesh
     traced: Any  # the training step
-    lowered: dict[str, Any]  # 'train', 'eval'
+    lowered: dict[str, Any]  # by the names of `STEPS`
 
 
-def set_up(config: Config, topology: Topology) -> Setup:
+def set_up(config: Config, topology: Topology, names: Sequence[str] = STEPS) -> Setup:
     """Builds the steps as the trainer does, from the same parts, without data or device memory.
+
+    Args:
+      config: the configuration.
+      topology: what to compile for.
+      names: the steps to lower, 'train' among them.
 
     Raises:
       ConfigError: the configuration cannot run on this topology.
@@ -99,7 +105,7 @@ def set_up(config: Config, topology: Topology) -> Setup:
         "eval": (jit_eval_step(model, objective, mesh, abstract), abstract.params, eval_batch),
     }
     with on_mesh(mesh):
-        traced = {name: step.trace(*arguments) for name, (step, *arguments) in steps.items()}
+        traced = {name: steps[name][0].trace(*steps[name][1:]) for name in names}
         lowered = {
             name: step.lower(lowering_platforms=(_PLATFORMS[devices[0].platform],))
             for name, step in traced.items()

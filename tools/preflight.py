@@ -10,8 +10,13 @@ has never been compared with a TPU. For GPUs it adds up the launches, at rates m
 
 Topologies are named as Google Cloud does: v4-N and v5p-N count TensorCores (v4-128 has 64 chips),
 v5e-N (v5litepod-N) and v6e-N count chips; v4:4x4x4 gives the shape; cpu-8 is eight fake CPUs.
+tpu7x-N counts TensorCores as well, and JAX has a device for each of them: two a chip. Slices that
+Google Cloud does not offer are refused.
 h100-N, h200-N and a100-N are hosts of N GPUs, --num_slices of them. ICI is NVLink there, and DCN
 the network between hosts. JAX's CUDA plugin compiles for them, without a GPU.
+
+--quick compiles the training step alone, for the slice itself: a quarter of the work. Memory and
+time of training are then the same, and what was not compiled is reported as unknown.
 
 Exit codes: 0 it fits; 1 it does not, with suggestions; 2 a collective's bytes per chip grow when
 the slice and the batch grow together (found by compiling for a second size as well); 3 the
@@ -40,6 +45,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_value(
         "--num_slices", Positive, 1, "such slices or hosts, joined by DCN along mesh.data (1)"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="no evaluation step, and no second size of slice"
+    )
     parser.add_output("--json", "write the report to this file as well")
     parser.add_output("--hlo", "write the compiled training step here")
     parser.add_value(
@@ -53,10 +61,11 @@ def preflight(arguments: argparse.Namespace) -> int:
     hardware.prepare(topology)
     from . import compiled_step, preflight_report  # which import JAX
 
-    setup = compiled_step.set_up(arguments.config, topology)
+    names = ("train",) if arguments.quick else compiled_step.STEPS
+    setup = compiled_step.set_up(arguments.config, topology, names)
     mesh = preflight_report.axes(setup.mesh.shape)
     shell.say(f"{topology}: {topology.num_chips} chips, mesh {mesh}")
-    neighbour = compiled_step.neighbour(setup)
+    neighbour = None if arguments.quick else compiled_step.neighbour(setup)
     if neighbour is None:
         (compiled,), other = compiled_step.compile_all([setup], shell.say), None
     else:

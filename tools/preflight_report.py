@@ -40,20 +40,31 @@ def make(
 ) -> Report:
     """The report on a setup's compiled steps, compared with those of another size of slice.
 
-    In the data, sizes are bytes per chip and FLOPs those of one chip and step; what is unknown of a
-    step that did not compile, or of its estimate, is None. Hours and cost are those of the
-    estimate, or else at least those of the roofline.
+    In the data, sizes are bytes per chip and FLOPs those of one chip and step, or of one device of
+    a chip that has two; what is unknown of a step that did not compile, or of its estimate, is
+    None. Hours and cost are those of the estimate, or else at least those of the roofline.
     """
     config, topology, train = setup.config, setup.topology, compiled["train"]
     found = {name: _collectives(setup, one) for name, one in compiled.items()}
     grown = {name: _grown(setup, name, compiled, other) for name in compiled}
-    rows = {name: _rows(setup, found[name], [one for one, _ in grown[name]]) for name in compiled}
+    rows = {
+        name: _rows(setup, found[name], [one for one, _ in grown[name]]) if one.text else None
+        for name, one in compiled.items()
+    }
     hbm = {name: _memory(setup, one) for name, one in compiled.items()}
     notes = {_growth(name, *pair) for name, pairs in grown.items() for pair in pairs}
     if other is None:
-        notes.add("there is no other size to compare with: growth of collectives isn't checked")
+        reason = "there is no other size to compare with" if "eval" in compiled else "--quick"
+        notes.add(f"{reason}: growth of collectives isn't checked")
+    else:
+        notes |= {
+            f"{name}: growth of collectives isn't checked, as the step did not compile for "
+            f"{(setup if not compiled[name].text else other[0]).topology}"
+            for name in compiled
+            if not (compiled[name].text and other[1][name].text)
+        }
 
-    analytic = setup.analytic_flops / topology.num_chips
+    analytic = setup.analytic_flops / topology.num_devices
     lowered, bound, expected, hours = None, None, None, 0.0
     if train.text:
         program = hlo.Program(train.text)
@@ -77,8 +88,9 @@ def make(
         notes |= program.notes | {one.note for one in schedules.values() if one.note}
     tokens = config.train.global_batch_size * row_len(config)
     data = {
-        "fits": all(one["headroom"] >= 0 for one in hbm.values()),
+        "fits": not any(_overflows(one) for one in hbm.values()),
         "chips": topology.num_chips,
+        "devices": topology.num_devices,
         "hosts": setup.num_hosts,
         "hbm": hbm["train"],
         "collectives": rows["train"],
@@ -90,7 +102,7 @@ def make(
         "parameters_per_chip": bytes_per_chip(setup.abstract.params),
         "optimizer_per_chip": bytes_per_chip(setup.abstract.opt_state),
         "tokens_per_second": tokens / bound.step_s if bound else None,
-        "eval": {"hbm": hbm["eval"], "collectives": rows["eval"]},
+        "eval": {"hbm": hbm.get("eval"), "collectives": rows.get("eval")},
         "notes": sorted(notes),
     }
     if price_per_chip_hour is not None and bound:
@@ -149,17 +161,21 @@ def _rows(setup: Setup, found: list[Collective], grown: list[Collective]) -> lis
     return list(rows.values())
 
 
-def _memory(setup: Setup, compiled: Compiled) -> dict[str, int]:
-    """Bytes of a chip's HBM; the headroom accounts for the program and undonated results."""
+def _memory(setup: Setup, compiled: Compiled) -> dict[str, int | None]:
+    """Bytes of a chip's HBM; the headroom accounts for the program and undonated results.
+
+    If memory ran out, temporaries and headroom are None unless the compiler's message says them.
+    """
     capacity = hardware.memory(setup.topology)
     if compiled.out_of_memory:
         arguments = bytes_per_chip(setup.abstract)
         temporaries = _temporaries(compiled.out_of_memory)
+        headroom = None if temporaries is None else capacity - arguments - temporaries
         return {
             "capacity": capacity,
             "arguments": arguments,
             "temporaries": temporaries,
-            "headroom": min(-1, capacity - arguments - temporaries),
+            "headroom": headroom if headroom is not None and headroom < 0 else None,
         }
     return {
         "capacity": capacity,
@@ -169,22 +185,30 @@ def _memory(setup: Setup, compiled: Compiled) -> dict[str, int]:
     }
 
 
-def _temporaries(message: str) -> int:
-    """Bytes of temporaries that a program which ran out needs; 0 if the message does not say."""
+def _temporaries(message: str) -> int | None:
+    """Bytes of temporaries that a program which ran out needs, if the message says so."""
     match = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", message)
-    return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2]))) if match else 0
+    return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2]))) if match else None
 
 
-def advice(setup: Setup, train: Mapping[str, int], evaluation: Mapping[str, int]) -> list[str]:
+def _overflows(hbm: Mapping[str, int | None]) -> bool:
+    """Whether a step does not fit; by how much may be unknown."""
+    return hbm["headroom"] is None or hbm["headroom"] < 0
+
+
+def advice(
+    setup: Setup, train: Mapping[str, int | None], evaluation: Mapping[str, int | None] | None
+) -> list[str]:
     """Changes that make the steps fit, the most promising first."""
     config, shape = setup.config, setup.mesh.shape
     state, found = bytes_per_chip(setup.abstract), []
-    if state > min(train["temporaries"], 0.5 * train["capacity"]):
+    half = 0.5 * hardware.memory(setup.topology)
+    if state > (half if train["temporaries"] is None else min(train["temporaries"], half)):
         found.append(
             f"config.mesh.fsdp={2 * shape['fsdp']} halves the {_size(state)} of parameters and "
             "optimizer state on each chip"
         )
-    if train["headroom"] < 0:
+    if _overflows(train):
         if config.model.remat != "full":
             found.append(
                 f"config.model.remat='full' (it is {config.model.remat!r}) computes activations "
@@ -199,7 +223,7 @@ def advice(setup: Setup, train: Mapping[str, int], evaluation: Mapping[str, int]
         found.append(
             "more chips, or a smaller config.train.global_batch_size or config.data.seq_len"
         )
-    elif evaluation["headroom"] < 0:
+    elif evaluation and _overflows(evaluation):
         found.append("a smaller config.train.eval_batch_size")
     return found
 
@@ -216,23 +240,28 @@ def _text(
     grows: bool,
 ) -> str:
     topology, config, bound = setup.topology, setup.config, data["roofline"]
+    unit = "a chip" if topology.chip.devices == 1 else "a device"
+    devices = "" if topology.chip.devices == 1 else f" of {topology.chip.devices} devices"
     lines = [
-        f"{topology}  {data['chips']} chips, {data['hosts']} hosts  mesh {axes(data['mesh'])}",
+        f"{topology}  {data['chips']} chips{devices}, {data['hosts']} hosts  mesh "
+        f"{axes(data['mesh'])}",
         f"parameters {_size(data['parameters_per_chip'])}, optimizer "
-        f"{_size(data['optimizer_per_chip'])} a chip",
+        f"{_size(data['optimizer_per_chip'])} {unit}",
     ]
-    for name, hbm in (("train", data["hbm"]), ("eval", data["eval"]["hbm"])):
+    steps = {"train": data, "eval": data["eval"]}
+    for name, hbm in ((name, steps[name]["hbm"]) for name in compiled):
         lines.append(
             f"{name} step: HBM {_size(hbm['capacity'])}, arguments {_size(hbm['arguments'])}, "
             f"temporaries {_size(hbm['temporaries'])}, headroom {_size(hbm['headroom'])}"
+            + (", ran out of memory" if compiled[name].out_of_memory else "")
         )
-    for name, rows in (("train", data["collectives"]), ("eval", data["eval"]["collectives"])):
+    for name, rows in ((name, steps[name]["collectives"]) for name in compiled):
         lines += ["", f"{name} step: {_total(rows)}"] + (_table(rows) if rows else [])
     lines.append("")
     if data["flops"]["lowered"] is not None:
         chip, rate = topology.chip, data["tokens_per_second"] or 0.0
         lines += [
-            f"FLOPs a chip and step: {data['flops']['lowered']:.3g} as lowered, "
+            f"FLOPs {unit} and step: {data['flops']['lowered']:.3g} as lowered, "
             f"{data['flops']['analytic']:.3g} analytic",
             f"roofline at {chip.peak_flops / 1e12:.3g} TFLOP/s, HBM "
             f"{chip.hbm_bandwidth / 1e9:.0f} GB/s, {'NVLink' if chip.platform == 'gpu' else 'ICI'} "
@@ -253,7 +282,7 @@ def _text(
         ]
     lines += [f"note: {note}" for note in data["notes"]]
     if not data["fits"]:
-        for name in ("train", "eval"):
+        for name in compiled:
             if compiled[name].out_of_memory:
                 lines.append(f"{name} step: {compiled[name].out_of_memory.strip().splitlines()[0]}")
         lines.append("DOES NOT FIT. What helps:")
@@ -261,7 +290,7 @@ def _text(
     elif grows:
         lines.append("FITS, but a collective grows with the batch: it won't scale (see notes)")
     else:
-        lines.append("FITS")
+        lines.append("FITS" if "eval" in compiled else "FITS; the evaluation step was not compiled")
     return "\n".join(lines)
 
 
@@ -291,7 +320,9 @@ def _estimated(data: dict[str, Any], chip: Chip) -> list[str]:
     return lines
 
 
-def _total(rows: list[dict[str, Any]]) -> str:
+def _total(rows: list[dict[str, Any]] | None) -> str:
+    if rows is None:
+        return "collectives unknown, as it did not compile"
     moved = {
         link: sum(row["count"] * row["bytes"] for row in rows if row["link"] == link)
         for link in ("ICI", "DCN")
@@ -312,7 +343,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _size(count: float) -> str:
+def _size(count: float | None) -> str:
+    if count is None:
+        return "unknown"
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.3g} {unit}"

@@ -8,8 +8,9 @@ This module imports JAX only inside functions, as `prepare` must run first.
 
 import dataclasses
 import difflib
+import functools
+import importlib.metadata
 import importlib.util
-import itertools
 import math
 import os
 import re
@@ -21,23 +22,24 @@ from spectral_pod.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak figures of one chip, which is one JAX device."""
+    """Peak figures of one JAX device: a chip, or on tpu7x one of the two chiplets of a chip."""
 
     family: str
     device_kinds: tuple[str, ...]
     peak_flops: float  # bfloat16 FLOP/s
     hbm_bytes: int  # available to a program; 0: see `memory`
     hbm_bandwidth: float  # bytes/s
-    ici_bandwidth: float  # bytes/s sent by one chip over all its links
+    ici_bandwidth: float  # bytes/s that it sends over all its links
     dcn_bandwidth: float  # bytes/s sent by one host
     chips_per_host: int
     dimensions: int  # of the torus of chips
-    cores: int  # TensorCores per chip; the 128 of v4-128 counts these
+    cores: int  # TensorCores of a chip; the 128 of v4-128 counts these
     clock: float  # cycles/s of a core
     latency: (
         float  # seconds of an instruction that reads and writes HBM, however little; 0: unknown
     )
     largest: int  # chips in the largest slice
+    devices: int = 1  # JAX devices of a chip
     platform: str = "tpu"  # as JAX calls it: "cpu", "gpu" or "tpu"
     float32_flops: float = 0.0  # FLOP/s of a GPU outside of its matrix units
     target: str = ""  # what XLA must know of a GPU that is absent: lines of its `target_config`
@@ -47,13 +49,16 @@ class Chip:
 
 
 _GIB = 2**30
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI is half of the documented bidirectional
-# figure (v4: 6 links of 50 GB/s, v5e 400, v5p 1,200, v6e 800 GB/s). DCN is the bandwidth of the
-# NICs: 50 Gbit/s per chip on v5p, 2 x 100 Gbit/s for 8 chips on v5e and 4 x 200 on v6e, which have
-# 4 chips per host in slices of more than 8 chips; v4's is not documented and assumed equal to
-# v5p's. HBM is what the compiler (libtpu 0.0.52) reports as available to a program.
-# Clocks follow from the peaks: 4 matrix units of 128 x 128 a core, on v6e of 256 x 256. Latencies
-# are libtpu's own estimates for a sum of 8 numbers: 612, 1,826, 2,123 and 2,121 cycles.
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. ICI is half of the documented figure for
+# both directions (v4: 6 links of 50 GB/s, v5e 400, v5p and tpu7x 1,200, v6e 800 GB/s). DCN is the
+# bandwidth of the NICs: 50 Gbit/s per chip on v5p, 100 on tpu7x, 2 x 100 Gbit/s for 8 chips on v5e
+# and 4 x 200 on v6e, which have 4 chips per host in slices of more than 8 chips; v4's is not
+# documented and assumed equal to v5p's. HBM is what the compiler (libtpu 0.0.52; 0.0.42 at most
+# 10 MiB more) reports as available to a program.
+# Clocks follow from the peaks: 4 matrix units of 128 x 128 a core, from v6e on of 256 x 256.
+# Latencies are libtpu's own estimates for a sum of 8 numbers: 612, 1,826, 2,123, 2,121 and 2,298
+# cycles. A chip of tpu7x (Ironwood) is two chiplets, which are a device each: 2,307 TFLOP/s, 7,380
+# GB/s of HBM and the network are halved. That the chiplets share a faster link is left out.
 # CPU: nominal figures of one laptop core, so that the same formulas apply.
 _TPUS = (
     Chip(
@@ -78,6 +83,12 @@ _TPUS = (
         hbm_bytes=int(31.24 * _GIB), hbm_bandwidth=1.638e12, ici_bandwidth=400e9,
         dcn_bandwidth=50e9, chips_per_host=4, dimensions=2, cores=1, clock=1.75e9,
         latency=1.21e-6, largest=256,
+    ),
+    Chip(
+        family="tpu7x", device_kinds=("TPU7x",), peak_flops=1153.5e12,
+        hbm_bytes=int(94.74 * _GIB), hbm_bandwidth=3.69e12, ici_bandwidth=300e9,
+        dcn_bandwidth=50e9, chips_per_host=4, dimensions=3, cores=2, clock=2.2e9,
+        latency=1.04e-6, largest=9216, devices=2,
     ),
 )  # fmt: skip
 _CPU = Chip(
@@ -119,6 +130,7 @@ _GPUS = (
     ),
 )  # fmt: skip
 CHIPS = {chip.family: chip for chip in (*_TPUS, *_GPUS, _CPU)}
+_FAMILIES = {"v5litepod": "v5e", "v5lite": "v5e"}  # other names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +163,12 @@ class Topology:
         separator = ":" if self.chip.platform == "tpu" else "-"
         what = "hosts" if self.chip.platform == "gpu" else "slices"
         slices = f" x {self.num_slices} {what}" if self.num_slices > 1 else ""
-        return f"{self.chip}{separator}{'x'.join(map(str, self.shape))}{slices}"
+        return f"{self.chip}{separator}{_joined(self.shape)}{slices}"
+
+    @property
+    def num_devices(self) -> int:
+        """JAX devices, among which the mesh divides the work."""
+        return self.num_chips * self.chip.devices
 
     def half(self) -> "Topology | None":
         """The same topology with half the chips per slice; None if TPUs would split a host."""
@@ -176,16 +193,24 @@ class Topology:
 def parse(name: str, num_slices: int = 1) -> Topology:
     """Parses the name of a topology: `v4:4x4x4`, `v4-128`, `v5litepod-256`, `h100-8` or `cpu-8`.
 
-    `v4-N` and `v5p-N` count TensorCores, two per chip; `v5e-N`, `v5litepod-N`, `v6e-N` and `cpu-N`
-    count chips; `h100-N`, `h200-N` and `a100-N` the GPUs of a host, where slices are hosts.
+    `v4-N`, `v5p-N` and `tpu7x-N` count TensorCores, two per chip; `v5e-N`, `v5litepod-N`, `v6e-N`
+    and `cpu-N` count chips; `h100-N`, `h200-N` and `a100-N` the GPUs of a host, where slices are
+    hosts.
 
     Raises:
-      ConfigError: there is no such topology; the message suggests a similar one.
+      ConfigError: there is no such topology, or Google Cloud does not offer it; the message names
+        the nearest.
     """
     if num_slices < 1:
         raise ConfigError(f"--num_slices is {num_slices}; it must be at least 1")
     match = re.fullmatch(r"(\w+?)(?:[:-](\d+(?:x\d+)*))", name.strip().lower())
-    family = {"v5litepod": "v5e", "v5lite": "v5e"}.get(match[1], match[1]) if match else ""
+    family = _FAMILIES.get(match[1], match[1]) if match else ""
+    if family in ("v2", "v3"):
+        raise ConfigError(
+            f"--topology={name}: TPU {family} is not supported: libtpu compiles no kernel with "
+            "bfloat16 matrix products for it, and those here have some. There are "
+            + ", ".join(str(chip) for chip in _TPUS)
+        )
     if not match or family not in CHIPS:
         raise ConfigError(f"--topology={name} is no known topology{_hint(name)}")
     chip, sizes = CHIPS[family], tuple(int(n) for n in match[2].split("x"))
@@ -201,22 +226,26 @@ def parse(name: str, num_slices: int = 1) -> Topology:
             )
         return Topology(chip, sizes, num_slices)
     if len(sizes) > 1 or ":" in name:
-        if len(sizes) != chip.dimensions or not _exists(chip, sizes):
+        if not _exists(chip, sizes):
+            near = " or ".join(f"{family}:{_joined(s)}" for s in _nearest(chip, math.prod(sizes)))
             raise ConfigError(
-                f"--topology={name}: a {family} slice is {'AxBxC'[: 2 * chip.dimensions - 1]} "
-                "chips, each of them 2 or a multiple of 4, and "
-                f"{chip.largest} in all at most{_hint(name)}"
+                f"--topology={name}: Google Cloud has no such slice; the nearest: {near}"
             )
         return Topology(chip, sizes, num_slices)
     shape = _default_shape(chip, sizes[0] // chip.cores) if sizes[0] % chip.cores == 0 else None
     if shape is None:
         counts = f"TensorCores, {chip.cores} a chip" if chip.cores > 1 else "chips"
-        near = min(_sizes(chip), key=lambda n: abs(math.log(n * chip.cores / max(sizes[0], 1))))
+        shapes = _nearest(chip, sizes[0] // chip.cores)
+        near = " or ".join(f"{family}-{math.prod(s) * chip.cores}" for s in shapes)
         raise ConfigError(
-            f"--topology={name}: {family}-N counts {counts}, and there is no {family} slice of "
-            f"{sizes[0]}; did you mean {family}-{near * chip.cores}?"
+            f"--topology={name}: {family}-N counts {counts}, and Google Cloud has no slice of "
+            f"{sizes[0]}; the nearest: {near}"
         )
     return Topology(chip, shape, num_slices)
+
+
+def _joined(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def prepare(topology: Topology) -> None:
@@ -266,9 +295,13 @@ def devices(topology: Topology) -> Sequence[Any]:
         return jax.devices("cpu")[: topology.num_chips]
     if topology.chip.platform == "gpu":
         return _gpus(topology)
-    shape = "x".join(map(str, topology.shape))
+    if not importlib.util.find_spec("libtpu"):
+        raise ConfigError(
+            f"--topology={topology}: libtpu compiles for TPUs, without having one, on Linux: "
+            f'`pip install "jax[tpu]=={jax.__version__}"`'
+        )
     options: dict[str, Any] = {}
-    if topology.chip.cores > 1:
+    if topology.chip.cores > topology.chip.devices:
         options["chip_config_name"] = "megacore"  # one device per chip, as JAX has on these TPUs
     if topology.num_slices > 1:
         options["num_slices"] = topology.num_slices
@@ -276,12 +309,12 @@ def devices(topology: Topology) -> Sequence[Any]:
         options["chips_per_host_bounds"] = [2, 4, 1]  # eight chips on one host
     try:
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{topology.chip}:{shape}", **options
+            platform="tpu", topology_name=f"{topology.chip}:{_joined(topology.shape)}", **options
         )
     except Exception as error:
         raise ConfigError(
-            f"--topology={topology}: libtpu cannot describe it ({error}); it comes with "
-            "`pip install libtpu`"
+            f"--topology={topology}: libtpu {importlib.metadata.version('libtpu')} cannot describe "
+            f"it: {str(error).splitlines()[0]}"
         ) from error
     return description.devices
 
@@ -323,37 +356,58 @@ _NVIDIA = """
 """  # of every GPU here
 
 
+# What Google Cloud sells: cloud.google.com/tpu/docs/{v5e,v6e} list all slices of two dimensions.
+# Those of three are A <= B <= C of up to 4, or multiples of 4 (docs/types-topologies), up to 4096
+# chips on v4, 6144 on v5p (docs/v5p: a job's largest) and 9216 on tpu7x.
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+
+
+@functools.cache
+def _slices(chip: Chip) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all slices of a generation of TPUs, the smallest first."""
+    if chip.dimensions == 2:
+        return _FLAT
+    most = chip.largest // 64  # cubes of 4 x 4 x 4 chips
+    cubes = (
+        (a, b, c)
+        for a in range(1, most + 1)
+        for b in range(a, most // a + 1)
+        for c in range(b, most // (a * b) + 1)
+    )
+    shapes = [*_BELOW_A_CUBE, *(tuple(4 * n for n in cube) for cube in cubes)]
+    return tuple(sorted(shapes, key=lambda shape: (math.prod(shape), max(shape))))
+
+
 def _exists(chip: Chip, shape: Sequence[int]) -> bool:
     if chip.platform != "tpu":
         return 1 <= shape[0] <= chip.largest
-    if tuple(shape) in ((2, 2, 1), (1, 1)):  # slices within one host
-        return len(shape) == chip.dimensions
-    sides = all(n == 2 or (n > 0 and n % 4 == 0) for n in shape)
-    return sides and math.prod(shape) <= chip.largest
+    return tuple(shape) in _slices(chip)
 
 
 def _default_shape(chip: Chip, num_chips: int) -> tuple[int, ...] | None:
     """The shape of a slice of this size if none is specified: the most compact one."""
-    if chip.dimensions == 3 and num_chips == 4:
-        return (2, 2, 1)
-    sides = [n for n in range(1, num_chips + 1) if num_chips % n == 0]
-    shapes = [
-        shape
-        for shape in itertools.combinations_with_replacement(sides, chip.dimensions)
-        if math.prod(shape) == num_chips and _exists(chip, shape)
-    ]
-    return min(shapes, key=lambda shape: shape[-1] - shape[0], default=None)
+    shapes = [shape for shape in _slices(chip) if math.prod(shape) == num_chips]
+    return min(shapes, key=lambda shape: max(shape) - min(shape), default=None)
 
 
-def _sizes(chip: Chip) -> list[int]:
-    powers = [2**n for n in range(chip.largest.bit_length()) if 2**n <= chip.largest]
-    return [n for n in powers if _default_shape(chip, n)]
+def _nearest(chip: Chip, num_chips: int) -> list[tuple[int, ...]]:
+    """The most compact slice of this size, or else of the next smaller and larger ones."""
+    sizes = sorted({math.prod(shape) for shape in _slices(chip)})
+    below = max((n for n in sizes if n <= num_chips), default=sizes[0])
+    above = min((n for n in sizes if n >= num_chips), default=sizes[-1])
+    shapes = [_default_shape(chip, n) for n in sorted({below, above})]
+    return [shape for shape in shapes if shape]
 
 
 def _hint(name: str) -> str:
-    names = [f"{chip}-{n * chip.cores}" for chip in _TPUS for n in _sizes(chip)]
-    names += [f"v5litepod-{n}" for n in _sizes(CHIPS["v5e"])] + ["v4:4x4x4", "v5e:16x16", "cpu-8"]
-    names += [f"{chip}-8" for chip in _GPUS]
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    examples = "v4-128, v4:4x4x4, v5e-256, v5p-4096, v6e-64, h100-8, cpu-8"
-    return f"; did you mean {near[0]}?" if near else f"; names look like {examples}"
+    family = re.split("[:-]", name.lower())[0]
+    known = difflib.get_close_matches(family, [*CHIPS, "v5litepod"], n=1, cutoff=0.5)
+    if not known:
+        return "; names look like v4-128, v4:4x4x4, v5e-256, v5p-4096, v6e-64, h100-8, cpu-8"
+    chip = CHIPS[_FAMILIES.get(known[0], known[0])]
+    counts = [2**n for n in range(9)]
+    if chip.platform == "tpu":
+        counts = sorted({math.prod(shape) * chip.cores for shape in _slices(chip)})
+    names = [f"{known[0]}-{n}" for n in counts if chip.platform == "tpu" or n <= chip.largest]
+    return f"; did you mean {difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]}?"

@@ -42,7 +42,8 @@ def roofline(
             dcn += one.count * one.sent / one.sharers
         else:
             ici += one.count * one.sent
-    network_s = ici / chip.ici_bandwidth + dcn * chip.chips_per_host / chip.dcn_bandwidth
+    per_host = chip.chips_per_host * chip.devices
+    network_s = ici / chip.ici_bandwidth + dcn * per_host / chip.dcn_bandwidth
     compute_s, memory_s = matrix_work / chip.peak_flops, traffic / chip.hbm_bandwidth
     step_s = max(compute_s, memory_s, network_s)
     ceiling = analytic_flops / (chip.peak_flops * step_s) if step_s else 0.0

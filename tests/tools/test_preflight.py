@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import runpy
 import sys
 
 import pytest
@@ -13,6 +14,8 @@ from spectral_pod.analysis.roofline import roofline
 from spectral_pod.data.tasks import TASKS
 from spectral_pod.errors import ConfigError
 from tests import processes, trainer
+from tools import compiled_step, preflight_report
+from tools.bench import slices
 
 
 def preflight(home, *arguments, code=0, config="tests/tools/tiny.py"):
@@ -116,6 +119,8 @@ def test_a_plain_fft_grows(home):
     [
         (["--topology=v4-12"], "TensorCores"),
         (["--topology=v4-128x"], "did you mean v4-128?"),
+        (["--topology=v5e-48"], "the nearest: v5e-32 or v5e-64"),
+        (["--topology=v3-32"], "TPU v3 is not supported"),
         (["--topology=cpu-8", "--config.mesh.fdsp=2"], "'fdsp'"),
         (["--topology=cpu-8", "--config.mesh.fsdp=3"], "config.mesh"),
         (["--topology=cpu-8", "--config.train.global_batch_size=12"], "train.global_batch_size"),
@@ -144,7 +149,8 @@ def test_what_is_invalid(home, arguments, message):
         ("v5p-12288", 6144, "v5p:16x16x24"), ("v5e-256", 256, "v5e:16x16"),
         ("v5litepod-16", 16, "v5e:4x4"), ("v6e-64", 64, "v6e:8x8"), ("v6e-8", 8, "v6e:2x4"),
         ("cpu-8", 8, "cpu-8"), ("h100-8", 8, "h100-8"), ("H200-1", 1, "h200-1"),
-        ("a100-4", 4, "a100-4"),
+        ("a100-4", 4, "a100-4"), ("tpu7x-128", 64, "tpu7x:4x4x4"), ("v5e-1", 1, "v5e:1x1"),
+        ("v4-640", 320, "v4:4x4x20"), ("v5p:2x2x4", 16, "v5p:2x2x4"),
     ],
 )  # fmt: skip
 def test_names_of_topologies(name, chips, text):
@@ -157,9 +163,14 @@ def test_names_of_topologies(name, chips, text):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("v4-100", "v4-128"), ("v5e-250", "v5e-256"), ("v6-64", "v6e-64"), ("v5-256", "v5p-256"),
-        ("v4:4x4", "v4:4x4x4"), ("v5litepod-17", "v5e-16"), ("slice", "names look like"),
-        ("v4:3x3x3", "multiple of 4"), ("v6e:32x16", "256 in all"), ("cpu-0", "cpu-1"),
+        ("v4-100", "v4-64 or v4-128"), ("v5e-250", "v5e-128 or v5e-256"), ("v6-64", "v6e-64"),
+        ("v5-256", "v5p-256"), ("v4:4x4", "v4:2x2x4"), ("v5litepod-17", "v5e-16 or v5e-32"),
+        ("slice", "names look like"), ("v4:3x3x3", "v4:2x2x4 or v4:2x4x4"), ("cpu-0", "cpu-1"),
+        ("v6e:32x16", "nearest: v6e:16x16"), ("v5e:4x64", "nearest: v5e:16x16"),
+        ("v5e-48", "v5e-32 or v5e-64"), ("v4:8x4x4", "nearest: v4:4x4x8"),
+        ("v4:2x2x8", "nearest: v4:2x4x4"), ("v5p-13824", "v5p-12288"), ("v4-0", "v4-8"),
+        ("v7x-128", "did you mean tpu7x-128"), ("trillium-256", "names look like"),
+        ("v2-8", "v2 is not supported.*There are v4"), ("v3:2x2", "v3 is not supported"),
         ("h100-16", "h100-8 --num_slices=2"), ("h100:2x4", "hosts have h100-1 to h100-8"),
         ("h10-8", "did you mean h100-8"),
     ],
@@ -167,6 +178,25 @@ def test_names_of_topologies(name, chips, text):
 def test_unknown_topologies(name, hint):
     with pytest.raises(ConfigError, match=hint):
         hardware.parse(name)
+
+
+@pytest.mark.parametrize("family", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_what_is_sold_is_reached_by_halving(family):
+    """From the largest slice of powers of two down to a host, by slices that exist."""
+    chip = hardware.CHIPS[family]
+    topology, seen = hardware.parse(f"{family}-{2**8 * chip.cores}"), [2**8]
+    while topology := topology.half():
+        again = hardware.parse(f"{family}:{str(topology).partition(':')[2]}")
+        assert again == topology
+        assert again.double().num_chips == 2 * again.num_chips == seen[-1]
+        seen.append(topology.num_chips)
+    assert seen[-1] == chip.chips_per_host
+
+
+def test_a_chip_of_two_devices():
+    topology = hardware.parse("tpu7x:2x2x1")
+    assert (topology.num_chips, topology.num_devices) == (4, 8)
+    assert hardware.parse("v4:2x2x1").num_devices == 4
 
 
 def test_several_hosts_of_gpus():
@@ -180,6 +210,14 @@ def test_a_missing_cuda_plugin(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"without having one: `pip install \"jax\[cuda13\]==\d"):
         hardware.devices(hardware.parse("h100-8"))
+
+
+def test_a_missing_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        ConfigError, match=r"without having one, on Linux: `pip install \"jax\[tpu\]"
+    ):
+        hardware.devices(hardware.parse("v4-8"))
 
 
 def test_every_task_knows_its_classes():
@@ -206,3 +244,62 @@ def test_the_roofline_by_hand():
     ici, dcn = 3 * 0.75e9 / 200e9, (4 * 2 * 0.5e9 + 2 * 0.875e9) / 12.5e9
     assert bound.network_s == pytest.approx(ici + dcn)
     assert (bound.step_s, bound.mfu_ceiling) == (1.0, 0.5)
+
+
+MESSAGE = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM"
+SIZED = f"{MESSAGE}, the total memory required for HLO temporaries (800.00G) exceeds available HBM."
+
+
+@pytest.mark.parametrize(("message", "temporaries"), [(MESSAGE, None), (SIZED, 800 * 2**30)])
+def test_what_is_unknown_if_compiling_runs_out_of_memory(message, temporaries):
+    topology, zeros = hardware.parse("cpu-1"), dict.fromkeys(compiled_step._MEMORY, 0)
+    config = runpy.run_path(str(trainer.ROOT / "tests/tools/tiny.py"))["get_config"]()
+    setup = compiled_step.set_up(config, topology, ("train",))
+    failed = {"train": compiled_step.Compiled("", zeros, message)}
+    report = preflight_report.make(setup, failed, {}, (setup, failed), price_per_chip_hour=1.0)
+    data = report.data
+    assert not data["fits"]
+    assert not report.grows
+    assert data["collectives"] is None
+    assert data["eval"] == {"hbm": None, "collectives": None}
+    assert data["hbm"]["temporaries"] == temporaries
+    assert (data["hbm"]["headroom"] or -1) < 0
+    assert data["flops"]["lowered"] is None
+    assert {*data["roofline"].values(), *data["estimate"].values()} == {None}
+    assert "cost" not in data
+    assert "collectives unknown, as it did not compile" in report.text
+    assert "no collectives" not in report.text
+    assert ("temporaries unknown" in report.text) == (temporaries is None)
+    assert (
+        "growth of collectives isn't checked, as the step did not compile for cpu-1" in report.text
+    )
+    assert message in report.text
+    assert "DOES NOT FIT" in report.text
+    json.dumps(data)
+
+
+def test_quick_compiles_one_step(home):
+    path = home / "quick.json"
+    done = preflight(home, "--topology=cpu-8", "--config.mesh.fsdp=2", "--quick", f"--json={path}")
+    found = json.loads(path.read_text())
+    assert done.stderr.count("compiled") == 1
+    assert found["eval"] == {"hbm": None, "collectives": None}
+    assert "--quick: growth of collectives isn't checked" in found["notes"]
+    assert "the evaluation step was not compiled" in done.stdout.splitlines()[-1]
+    assert "eval step" not in done.stdout
+
+
+def test_a_row_of_the_table_of_slices():
+    report = {
+        "chips": 4, "mesh": {"data": 2, "fsdp": 2, "tensor": 1}, "fits": True,
+        "hbm": {"capacity": 100, "headroom": 75}, "tokens_per_second": 1e6,
+        "roofline": {"step_s": 1.0, "mfu_ceiling": 0.5}, "estimate": {"step_s": 2.0},
+    }  # fmt: skip
+    # Half a million bytes a second: 100 GB take 55.6 hours of four chips.
+    assert slices._row(report, 1.0) == [
+        "4", "data=2 fsdp=2", "25%", "1 s", "2 s", "50.0%", "25.0%", "500,000", "$222",
+    ]  # fmt: skip
+    unknown = report | {
+        "fits": False, "hbm": {"capacity": 100, "headroom": None}, "roofline": {"step_s": None},
+    }  # fmt: skip
+    assert slices._row(unknown, 1.0)[2:] == ["?, does not fit", *["?"] * 6]

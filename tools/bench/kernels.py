@@ -107,7 +107,7 @@ def _compiled(topology: Topology, case: Case) -> tuple[dict[str, float], list[Ke
     from spectral_pod.parallel.sharding import spec
 
     sizes: dict[str, int] = {axis: 1 for axis in AXES}
-    sizes["data"] = topology.num_chips
+    sizes["data"] = topology.num_devices
     mesh = make_mesh(sizes, hardware.devices(topology))
     function, operands, result = _OPERATIONS[case.operation](case)
 
@@ -117,7 +117,7 @@ def _compiled(topology: Topology, case: Case) -> tuple[dict[str, float], list[Ke
 
     def array(operand: Operand) -> jax.ShapeDtypeStruct:
         first = ["batch"] if operand.split else [None]
-        rows = operand.shape[0] * (topology.num_chips if operand.split else 1)
+        rows = operand.shape[0] * (topology.num_devices if operand.split else 1)
         axes = spec(*first, *[None] * (len(operand.shape) - 1))
         sharding = jax.sharding.NamedSharding(mesh, axes)
         return jax.ShapeDtypeStruct((rows, *operand.shape[1:]), operand.dtype, sharding=sharding)
