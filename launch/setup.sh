@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv from requirements.txt, and updates it when that changes. The other launchers do this
-# when they start, and add JAX's CUDA plugin where there is a driver of NVIDIA. By itself:
+# when they start, and add JAX's CUDA plugin where there is a driver of NVIDIA, unless JAX_PLATFORMS
+# leaves GPUs out. By itself:
 #   launch/setup.sh [--cuda=12|13]
 # --cuda  the plugin of this major version also where there is no GPU: on a login node, for example,
 #         if those with GPUs have no internet. CUDA 13 needs the driver 580 or newer, CUDA 12 525.
@@ -54,6 +55,7 @@ missing_plugin() { # [12|13]: prints the requirement that is missing, such as ja
     jax=$(sed -n 's/^jax\(==[0-9.]*\).*/\1/p' "$root/requirements.txt")
     installed=$(cat "$root/.venv/cuda.installed" 2>/dev/null || true)
     if [ ! "$cuda" ]; then
+        case ${JAX_PLATFORMS:-cuda} in *cuda* | *gpu*) ;; *) return ;; esac
         driver=$(nvidia_driver)
         if [ ! "$driver" ]; then return; fi
         if ! cuda=$(cuda_of_driver "$driver"); then

@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
 if asks_for_help "$@"; then usage && exit; fi
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # whose devices can be faked
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 

@@ -43,7 +43,7 @@ def checkout(tmp_path):
 
     def start(*arguments, **settings):
         path = f"{bin_folder}:{os.environ['PATH']}"
-        own = {"DRIVER": "", "FAILS": "", "SLOW": ""} | settings
+        own = {"DRIVER": "", "FAILS": "", "SLOW": "", "JAX_PLATFORMS": ""} | settings
         return subprocess.Popen(
             [root / "launch/setup.sh", *arguments], cwd=tmp_path, text=True,
             env=os.environ | {"PATH": path, "CALLS": str(calls)} | own,
@@ -99,6 +99,14 @@ def test_too_old_a_driver_is_named(checkout):
     asked, said = checkout(DRIVER="470.57.02")
     assert len(asked) == 1
     assert "driver 470.57.02 is older than 525" in said
+
+
+@pytest.mark.parametrize(
+    ("platforms", "installs"), [("cpu", 0), ("tpu,cpu", 0), ("cuda,cpu", 1), ("gpu", 1)]
+)
+def test_gpus_that_are_not_to_be_used(checkout, platforms, installs):
+    checkout()
+    assert len(checkout(DRIVER="580.1", JAX_PLATFORMS=platforms)[0]) == installs
 
 
 def test_a_gpu_that_comes_later(checkout):
