@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_value("--num_nodes", Positive, 1, "such nodes (1)")
     parser.add_argument("--spot", action="store_true", help="on nodes that may be preempted")
     parser.add_argument(
-        "--service_account", type=_word("--service_account"), default="default", help="(default)"
+        "--service_account", type=_object("--service_account"), default="default", help="(default)"
     )
     parser.add_argument(
         "--tcp", action="store_true", help="GPU nodes communicate over TCP even where gIB is"
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
         help="a variable of the trainer's environment; repeatable",
     )
     parser.add_argument(
-        "--secret", type=_word("--secret"), help="has the values of every --env=NAME, by NAME"
+        "--secret", type=_object("--secret"), help="has the values of every --env=NAME, by NAME"
     )
     parser.add_value("--max_restarts", NonNegative, 50, "not counting preemptions (50)")
     parser.add_argument("flags", nargs="+", metavar="-- FLAG", help="the trainer's flags")
@@ -310,6 +310,18 @@ def _word(flag: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", text, re.ASCII):
             raise ConfigError(f"{flag} is {text!r}, which is no name of one")
+        return text
+
+    return parse
+
+
+def _object(flag: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", text):
+            raise ConfigError(
+                f"{flag} is {text!r}; names in Kubernetes have lower-case letters, digits, hyphens "
+                "and dots, 253 at most"
+            )
         return text
 
     return parse

@@ -286,6 +286,8 @@ MISTAKES = [
     ((*TPU, "--tcp"), "--tcp"),
     ((*TPU, "--env=1x=2"), "--env"),
     ((*TPU, "--env=KEY"), "--secret"),
+    ((*TPU, "--secret=Keys"), "lower-case"),
+    ((*TPU, f"--service_account={254 * 'a'}"), "253 at most"),
 ]  # fmt: skip
 
 
