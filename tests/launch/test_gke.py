@@ -215,6 +215,12 @@ def test_nodes_with_rdma_use_it(capsys, tmp_path):
     assert arguments == "-m\0spectral_pod.main\0--config=a b\0"
     assert process.returncode == 75
 
+    # Without Google's installer on the node nothing starts, rather than over TCP.
+    (tmp_path / "scripts/set_nccl_env.sh").unlink()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "set_nccl_env.sh" in done.stderr
+
 
 @pytest.mark.parametrize("options", [GPU, (*RDMA, "--tcp"), ("--gpu=nvidia-h200-141gb",)])
 def test_other_nodes_do_not(capsys, options):
