@@ -3,7 +3,7 @@
 #   docker run IMAGE --config=configs/quickstart.py --workdir=/workdir
 #
 # CUDA 13 needs NVIDIA's driver 580 or newer on the host; with `--build-arg CUDA=12` it is 525.
-# Weights & Biases is in both images (1% of their size), as only the trainer can use it. XProf, which
+# Weights & Biases is in both images, a wheel of 20 MB, as only the trainer can use it. XProf, which
 # shows traces, is not: it runs where TensorBoard does.
 #
 # launch/docker_gpu.sh adds the GPUs, folders that outlive the container and more;

@@ -22,7 +22,7 @@ set_up() { # [12|13]: installs what is missing, one process at a time
     (
         if ! flock --nonblock 9; then
             echo "Waiting for another process that installs into $root/.venv" >&2
-            flock 9
+            flock 9 || echo "Without locks on this file system: start one at a time" >&2
         fi
         if ! cmp -s "$root/requirements.txt" "$stamp"; then install_requirements "$stamp"; fi
         plugin=$(missing_plugin "$cuda") # perhaps not any more
@@ -99,4 +99,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     esac
 else
     set_up
+    if ! cmp -s "$root/requirements.txt" "$root/.venv/requirements.installed"; then
+        exit 1 # also where the caller is in a condition, in which `set -e` has no effect
+    fi
 fi

@@ -147,6 +147,22 @@ def test_failures_are_not_taken_for_success(checkout):
     assert checkout(DRIVER="580.1")[0] == ["jax[cuda13]==1.2.3"]
 
 
+def test_a_launcher_that_sources_it_ends_with_it(checkout, tmp_path):
+    """Even within a condition of bash, where `set -e` has no effect."""
+    launcher = checkout.root / "launch/other.sh"
+    text = 'set -e\nstart() { source "$(dirname "$0")/setup.sh"; echo started "$python"; }\n'
+    launcher.write_text(text + "if ! start; then echo failed; fi\n")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    for fails, out in (("yes", ""), ("", f"started {checkout.root}/.venv/bin/python")):
+        own = {"PATH": path, "CALLS": str(checkout.calls), "FAILS": fails, "DRIVER": "", "SLOW": ""}
+        done = subprocess.run(
+            ["bash", launcher], env=os.environ | own, capture_output=True, text=True
+        )
+        assert (done.returncode, out in done.stdout) == (1 if fails else 0, True)
+        assert "failed\n" not in done.stdout
+        assert ("started" in done.stdout) == (not fails)
+
+
 def test_one_process_installs_and_others_wait(checkout):
     checkout.calls.write_text("")
     processes = [checkout.start(SLOW="yes", DRIVER="580.1") for _ in range(4)]
