@@ -1,8 +1,8 @@
 """Trains or evaluates: python -m spectral_pod.main --config=configs/quickstart.py --workdir=DIR
 
-Every field of a config is a flag, --config.FIELD=VALUE; `config.py` lists them with their meaning. A
-config file is Python code and is executed; the exit codes are in `errors.py`, and the run itself is
-in `train/loop.py`.
+Every field of a config is a flag, --config.FIELD=VALUE; `config.py` lists them with their meaning.
+A config file is Python code and is executed; the exit codes are in `errors.py`, and the run itself
+is in `train/loop.py`.
 """
 
 import os
