@@ -2,6 +2,10 @@
 #
 #   docker run IMAGE --config=configs/quickstart.py --workdir=/workdir
 #
+# CUDA 13 needs NVIDIA's driver 580 or newer on the host; with `--build-arg CUDA=12` it is 525.
+# Weights & Biases is in both images, a wheel of 20 MB, as only the trainer can use it. XProf, which
+# shows traces, is not: it runs where TensorBoard does.
+#
 # launch/docker_gpu.sh adds the GPUs, folders that outlive the container and more;
 # `python -m tools.gke` writes the JobSet for GKE. Both leave time to save after SIGTERM: `docker
 # stop` alone kills after 10 seconds, `docker stop --time=120` does not.
@@ -18,6 +22,7 @@ WORKDIR /spectral_pod
 COPY requirements.txt ./
 # All sections of requirements.txt but the last, which is for tests.
 RUN sed '/^# --- tests$/,$d' requirements.txt > requirements.image.txt \
+    && echo 'wandb==0.31.0' >> requirements.image.txt \
     && pip install --no-cache-dir --disable-pip-version-check -r requirements.image.txt
 # The supervisor is process 1: it forwards SIGTERM, and restarts where that helps. Docker's own
 # --restart would also do so after a misspelt flag, as it ignores exit codes. Kubernetes does not,
@@ -43,7 +48,9 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ibverbs-providers libibverbs1 \
     && rm -rf /var/lib/apt/lists/*
 # CUDA's libraries are wheels; the driver is that of the host.
-RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.image.txt \
-    "jax[cuda13]==0.10.2"
+ARG CUDA=13
+RUN case "$CUDA" in 12 | 13) ;; *) echo "--build-arg CUDA=$CUDA: 12 or 13" >&2; exit 1 ;; esac \
+    && pip install --no-cache-dir --disable-pip-version-check -r requirements.image.txt \
+    "jax[cuda${CUDA}]==0.10.2"
 COPY --from=code / ./
 USER 1000

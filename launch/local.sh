@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
-# Trains on this machine: launch/local.sh [--config=FILE] [--workdir=DIR] [--config.FIELD=VALUE ...]
+# Trains on this machine, on its GPUs if it has any:
+#   launch/local.sh [--config=FILE] [--workdir=DIR] [--config.FIELD=VALUE ...]
 # Without arguments: the quickstart, in runs/quickstart. The same command continues where it stopped.
+# The first start installs into .venv (launch/setup.sh).
+#
+# All arguments are the trainer's. Its flags: .venv/bin/python -m spectral_pod.main --help; the
+# fields of a config: spectral_pod/config.py; the configs: configs/.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
+if asks_for_help "$@"; then usage && exit; fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 config=--config=$root/configs/quickstart.py

@@ -7,6 +7,11 @@
 # trainer gets SIGTERM, saves and exits; then, and whenever else a restart helps, the job requeues
 # itself, at most MAX_REQUEUES times (50), and continues. `scancel` ends it.
 #
+# The job's first node installs into .venv when something is missing, and jobs that start meanwhile
+# wait. Where these nodes have no internet, run launch/setup.sh --cuda=13 on the login node first.
+# Arguments are the trainer's. Its flags: .venv/bin/python -m spectral_pod.main --help; the fields
+# of a config: spectral_pod/config.py.
+#
 #SBATCH --job-name=spectral_pod
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
@@ -17,9 +22,16 @@
 #SBATCH --requeue
 set -euo pipefail
 
-root=${SLURM_SUBMIT_DIR:?"submit this with sbatch"} # SLURM runs a copy of this file from elsewhere
+# SLURM runs a copy of this file from elsewhere.
+root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 if [ ! -f "$root/launch/slurm.sh" ]; then
     echo "launch/slurm.sh: $root is not the root of the repository; submit from there" >&2
+    exit 2
+fi
+source "$root/launch/usage.sh"
+if asks_for_help "$@"; then usage && exit; fi
+if [ ! "${SLURM_JOB_ID:-}" ]; then
+    echo "launch/slurm.sh: not a job of SLURM; submit it: sbatch launch/slurm.sh; see --help" >&2
     exit 2
 fi
 cd "$root"

@@ -6,6 +6,9 @@
 # exit code is then that of the supervisor.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/exit_codes.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then usage && exit; fi
 
 max_quick_restarts=10
 if [[ ${1:-} == --max_quick_restarts=* ]]; then

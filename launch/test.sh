@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # The whole gate, the same locally and in CI: format, lint, types, tests.
-# launch/test.sh [pytest arguments]; minutes-long tests: launch/test.sh -m slow
+#   launch/test.sh                       about ten minutes on two CPU cores, after installing
+#   launch/test.sh tests/ops -k delta    arguments are pytest's: .venv/bin/python -m pytest --help
+#   launch/test.sh -m slow               the tests that take minutes
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
+if asks_for_help "$@"; then usage && exit; fi
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # whose devices can be faked
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 

@@ -1,35 +1,104 @@
-"""The command line of everything that takes `--config=FILE.py`."""
+"""The command line of everything that takes `--config=FILE.py`, and that of the trainer."""
 
+import copy
+import dataclasses
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
 
 from spectral_pod import fields
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, UserError
 
 
-def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
+@dataclasses.dataclass(frozen=True)
+class TrainerFlags:
+    """The flags of `spectral_pod.main`."""
+
+    config: flags.FlagHolder
+    workdir: flags.FlagHolder
+    eval_only: flags.FlagHolder
+    coordinator_address: flags.FlagHolder
+    coordinator_bind_address: flags.FlagHolder
+    num_processes: flags.FlagHolder
+    process_id: flags.FlagHolder
+
+
+def trainer_flags(values: flags.FlagValues = flags.FLAGS) -> TrainerFlags:
+    """Defines the trainer's flags in `values`."""
+    texts = {
+        "workdir": "Folder or gs:// URL of the run.",
+        "coordinator_address": "host:port of process 0.",
+        "coordinator_bind_address": "ip:port that process 0 listens on.",
+    }
+    numbers = {
+        "num_processes": "Processes of this run.",
+        "process_id": "Index of this process.",
+    }
+    defined = TrainerFlags(
+        config=config_flag(values),
+        eval_only=flags.DEFINE_bool(
+            "eval_only", False, "Evaluate the newest sound checkpoint.", flag_values=values
+        ),
+        **{n: flags.DEFINE_string(n, None, text, flag_values=values) for n, text in texts.items()},
+        **{n: flags.DEFINE_integer(n, None, t, flag_values=values) for n, t in numbers.items()},
+    )
+    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+    return defined
+
+
+def config_flag(values: flags.FlagValues) -> flags.FlagHolder:
+    """Defines --config in `values`."""
+    return config_flags.DEFINE_config_file("config", None, "A file in configs/.", values)
+
+
+def parse_trainer(arguments: Sequence[str]) -> TrainerFlags:
+    """Parses the arguments of a trainer that is to run elsewhere, as the trainer itself does.
+
+    Raises:
+      ConfigError: the trainer would end with the same message.
+    """
+    values = flags.FlagValues()
+    trainer = trainer_flags(values)
+    for module in (app, logging):
+        for flag in flags.FLAGS.get_flags_for_module(module):
+            values[flag.name] = copy.deepcopy(flag)
+    refuse_positional(parser(trainer.config, values)(["main", *arguments])[1:])
+    return trainer
+
+
+def refuse_positional(arguments: Sequence[str]) -> None:
+    """Raises a ConfigError if anything is left of a command line."""
+    if arguments:
+        raise ConfigError(f"unexpected argument {arguments[0]!r}; every option starts with --")
+
+
+def parser(
+    config: flags.FlagHolder, values: flags.FlagValues = flags.FLAGS
+) -> Callable[[list[str]], list[str]]:
     """Parses a command line and loads its config file, for `app.run`.
 
     Any option of the task can be set as `--config.data.options.NAME=VALUE`, whether or not the
     config file mentions it. Whatever is wrong becomes a `ConfigError` of one message.
+
+    Args:
+      config: the flag of the config file, defined in `values`.
     """
 
     def parse(argv: list[str]) -> list[str]:
         whole = sys.argv
         try:
-            argv = argv[:1] + flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+            argv = argv[:1] + values.read_flags_from_files(argv[1:], force_gnu=False)
             argv, texts = _take_options([find_config(arg) for arg in argv], config.name)
             sys.argv = argv  # config_flags looks there for the fields to set
-            rest = flags.FLAGS(argv)
+            rest = values(argv)
             _ = config.value.seed  # config_flags doesn't report a missing file before its first use
             if texts:
                 _set_options(config.value.data, texts)

@@ -1,7 +1,8 @@
 """Trains or evaluates: python -m spectral_pod.main --config=configs/quickstart.py --workdir=DIR
 
-A config file is Python code and is executed; the exit codes are in `errors.py`. This file is
-intentionally kept short: the run itself is in `train/loop.py`.
+Every field of a config is a flag, --config.FIELD=VALUE; `config.py` lists them with their meaning.
+A config file is Python code and is executed; the exit codes are in `errors.py`, and the run itself
+is in `train/loop.py`.
 """
 
 import os
@@ -9,36 +10,33 @@ import traceback
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from spectral_pod import command_line, errors, storage, streams
-from spectral_pod.errors import ConfigError, UserError
+from spectral_pod.errors import UserError
 from spectral_pod.parallel import runtime
 from spectral_pod.train import loop
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or gs:// URL of the run.")
-_EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the newest sound checkpoint.")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
-_BIND = flags.DEFINE_string("coordinator_bind_address", None, "ip:port that process 0 listens on.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
-flags.mark_flags_as_required(["config", "workdir"])
+_FLAGS = command_line.trainer_flags()
+flags.adopt_module_key_flags(command_line)  # --help lists them
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise ConfigError(f"unexpected argument {argv[1]!r}; every option starts with --")
+    command_line.refuse_positional(argv[1:])
     runtime.preemption.listen()
-    runtime.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _BIND.value)
-    config = _CONFIG.value
-    workdir = storage.place(_WORKDIR.value, "--workdir")
-    storage.check_access(workdir, write=not _EVAL_ONLY.value)
+    runtime.initialize(
+        _FLAGS.coordinator_address.value,
+        _FLAGS.num_processes.value,
+        _FLAGS.process_id.value,
+        _FLAGS.coordinator_bind_address.value,
+    )
+    config, eval_only = _FLAGS.config.value, _FLAGS.eval_only.value
+    workdir = storage.place(_FLAGS.workdir.value, "--workdir")
+    storage.check_access(workdir, write=not eval_only)
     if config.train.compilation_cache:
-        runtime.enable_compilation_cache(workdir, read_only=_EVAL_ONLY.value)
+        runtime.enable_compilation_cache(workdir, read_only=eval_only)
     logging.get_absl_handler().addFilter(_drop_library_info)
     logging.info("Config:\n%s", config)
-    loop.run(config, workdir, eval_only=_EVAL_ONLY.value)
+    loop.run(config, workdir, eval_only=eval_only)
 
 
 def _drop_library_info(record: Any) -> bool:
@@ -57,7 +55,7 @@ def run() -> None:
     streams.outlast_readers()
     try:
         with runtime.exit_on_peer_loss():
-            app.run(main, flags_parser=command_line.parser(_CONFIG))
+            app.run(main, flags_parser=command_line.parser(_FLAGS.config))
     except KeyboardInterrupt:
         runtime.end(130, "Interrupted; the same command continues from the newest checkpoint")
     except UserError as error:
@@ -65,7 +63,7 @@ def run() -> None:
     except Exception as error:
         fault = errors.storage_error(error)
         if fault is not None:  # of a library that no code here wrapped
-            message = f"{type(fault).__name__}: {fault}; the workdir is {_WORKDIR.value}"
+            message = f"{type(fault).__name__}: {fault}; the workdir is {_FLAGS.workdir.value}"
             runtime.end(fault.exit_code, message)
         runtime.end(1, traceback.format_exc())
 

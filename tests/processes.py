@@ -10,6 +10,7 @@ a process started by exec.
 import ctypes
 import functools
 import gc
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -77,10 +78,11 @@ def xla_flags(num_devices=1):
     Compiling takes a third of the time with less optimization and the code of a program in one
     piece. It changes only machine code, not how programs are split over devices.
     """
+    emitters = " --xla_cpu_use_fusion_emitters=false"  # JAX 0.11 has no other, and no such flag
     return (
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-        " --xla_cpu_parallel_codegen_split_count=1"
+        "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
         f" --xla_force_host_platform_device_count={num_devices}"
+        + (emitters if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
     )
 
 

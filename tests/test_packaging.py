@@ -62,6 +62,64 @@ def test_python_versions():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
+def resolve(*arguments):
+    """Resolves requirements with uv, without installing; the finished process."""
+    uv = pathlib.Path(sys.executable).with_name("uv")
+    platform = "x86_64-manylinux_2_31"  # libtpu's wheels need a glibc of 2.31
+    command = [uv, "pip", "compile", "--no-progress", f"--python-platform={platform}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def package_index(tmp_path_factory):
+    """Skips where none answers; nothing else here needs the internet."""
+    file = tmp_path_factory.mktemp("index") / "requirements.in"
+    file.write_text("absl-py\n")
+    if (done := resolve("--no-cache", str(file))).returncode:
+        pytest.skip(f"no package index answers: {done.stderr.splitlines()[0]}")
+
+
+PYTHONS = ("3.11", "3.12", "3.13")
+JAX = ("0.10", "0.11")
+
+
+def has_version(text, name, version):
+    return re.search(rf"^{name}=={re.escape(version)}\.", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", PYTHONS)
+def test_pins_can_be_installed(package_index, python):
+    done = resolve(f"--python-version={python}", "requirements.txt")
+    assert done.returncode == 0, done.stderr
+    assert has_version(done.stdout, "jax", "0.10")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuda", ["cuda12", "cuda13"])
+@pytest.mark.parametrize("jax", JAX)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_ranges_can_be_installed(package_index, tmp_path, python, jax, cuda):
+    """All extras together, for every Python and JAX; JAX 0.11 has no Python 3.11."""
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text(f"jax=={jax}.*\n")
+    extras = [f"--extra={extra}" for extra in EXTRAS if not extra.startswith("cuda")]
+    where = (f"--python-version={python}", f"--constraint={constraints}", f"--extra={cuda}")
+    done = resolve(*where, *extras, "pyproject.toml")
+    if (python, jax) == ("3.11", "0.11"):
+        assert done.returncode
+        assert "depends on Python>=3.12" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    for name in ("jax", "jaxlib", f"jax-{cuda}-plugin"):
+        assert has_version(done.stdout, name, jax)
+
+
+def test_python_versions_are_those_that_are_resolved():
+    named = [line.rpartition(" :: ")[2] for line in PROJECT["classifiers"] if "Python :: 3" in line]
+    assert tuple(named) == PYTHONS
+
+
 @pytest.mark.slow
 def test_a_wheel_trains_from_another_folder(tmp_path):
     """Uses the packages of this environment; CONTRIBUTING.md has the check in a clean one."""

@@ -1,4 +1,4 @@
-"""The commands of README.md, up to what they would rent, run or write."""
+"""The commands of README.md and docs/gpus.md, up to what they would rent, run or write."""
 
 import re
 import runpy
@@ -15,7 +15,8 @@ GPUS_OF_A_NODE = 8
 
 def commands():
     """The lines of code blocks that train or compile a config, with what continues them."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/gpus.md"))
+    text = text.replace("\\\n", " ")
     lines = re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
     return [line.partition(" #")[0] for line in lines if "--config=" in line]
 
@@ -25,8 +26,8 @@ def devices(words):
     options = dict(word.removeprefix("--").partition("=")[::2] for word in words)
     if name := options.get("topology") or options.get("type"):
         return hardware.parse(name, int(options.get("num_slices", 1))).num_devices
-    if "launch/slurm.sh" in words:
-        return int(options["nodes"]) * GPUS_OF_A_NODE
+    if "launch/slurm.sh" in words or "gpu" in options:
+        return int(options.get("nodes") or options["num_nodes"]) * GPUS_OF_A_NODE
     return GPUS_OF_A_NODE if "launch/docker_gpu.sh" in words else 1
 
 
@@ -55,7 +56,7 @@ def config_of(words):
 
 @pytest.mark.parametrize("command", commands())
 def test_its_config_fits_the_devices(command):
-    words = shlex.split(command.partition(" | ")[0].replace("BUCKET", "bucket"))
+    words = shlex.split(re.split(" [|>] ", command)[0].replace("BUCKET", "bucket"))
     config = config_of(words)
     validate(config)
     validate_mesh(config, devices(words))

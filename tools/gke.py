@@ -8,10 +8,23 @@
     kubectl apply -f jobset.yaml
 
 The image is the Dockerfile's target `cpu` for TPUs, `cuda` for GPUs. Topologies are named as for
-`tools.preflight`, which reports whether the run fits. Flags after -- are the trainer's; pods
-share no disk, so data are read from gs:// as well. The account is a Kubernetes service account that
-may write there (Workload Identity). All hosts restart together: always after a preemption, up to
---max_restarts times after other failures that a restart can fix, and never after the rest.
+`tools.preflight`, which reports whether the run fits in memory. Flags after -- are the trainer's,
+and are checked here as the trainer checks them: every flag and field of the config, and that the
+mesh takes this number of chips or GPUs and divides the batches. What is not checked: the image,
+the bucket, and that the image has the same config file.
+
+Pods share no disk, so data are read from gs:// as well. The account is a Kubernetes service account
+that may write there (Workload Identity). All hosts restart together: always after a preemption, up
+to --max_restarts times after other failures that a restart can fix, and never after the rest.
+
+Environment variables: --env=NAME=VALUE, or --env=NAME --secret=SECRET for those that the manifest
+must not show, from a Kubernetes secret:
+
+    kubectl create secret generic SECRET --from-literal=WANDB_API_KEY=...
+
+Several GPU nodes with H200 or B200 communicate by Google's NCCL plug-in gIB, whose networks and
+installer the cluster must have; others over TCP. docs/gpus.md has the commands that set up a
+cluster. None of this has been run on GKE.
 """
 
 import argparse
@@ -40,6 +53,26 @@ _ACCELERATORS = {
     "v6e": "tpu-v6e-slice",
 }
 _PORT = 8476  # of the coordinator of GPU nodes
+# Where GKE mounts NVIDIA's driver in pods with GPUs; the image cannot know it.
+# cloud.google.com/kubernetes-engine/docs/how-to/gpus#cuda
+_DRIVER = "/usr/local/nvidia/lib64"
+# A3 Ultra and A4 exchange data between nodes by RDMA, with Google's NCCL plug-in gIB. Its networks,
+# folders and script are those of
+# cloud.google.com/ai-hypercomputer/docs/create/gke-ai-hypercompute-custom and of
+# github.com/GoogleCloudPlatform/container-engine-accelerators, gpudirect-rdma/nccl-test.yaml
+_GIB_GPUS = ("nvidia-h200-141gb", "nvidia-b200")
+_GIB = "/usr/local/gib"
+_GIB_NETWORKS = {"eth0": "default"} | {f"eth{i + 2}": f"rdma-{i}" for i in range(8)}
+# The plug-ins of A3 Mega and A3 High need a second container in every pod, and their own NCCL.
+_OTHER_PLUGINS = {"nvidia-h100-mega-80gb": "GPUDirect-TCPXO", "nvidia-h100-80gb": "GPUDirect-TCPX"}
+_BANDWIDTH = "cloud.google.com/kubernetes-engine/docs/how-to/gpu-bandwidth-gpudirect-tcpx"
+_COMMAND = ["python", "-m", "spectral_pod.main"]
+# {name: (path in the container, the volume there)}
+_VOLUMES = {"shared-memory": ("/dev/shm", {"emptyDir": {"medium": "Memory"}})}  # 64 MB without
+_GIB_VOLUMES = {
+    "driver": ("/usr/local/nvidia", {"hostPath": {"path": "/home/kubernetes/bin/nvidia"}}),
+    "gib": (_GIB, {"hostPath": {"path": "/home/kubernetes/bin/gib"}}),
+}
 # As exit_is_curable in launch/exit_codes.sh: preempted, lost a peer, stalled, or killed by a signal
 # other than Ctrl-C's. A shell's code for signal N is 128 + N.
 CURABLE_EXIT_CODES = [75, 76, 77, *(code for code in range(129, 193) if code != 130)]
@@ -59,7 +92,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_value("--num_nodes", Positive, 1, "such nodes (1)")
     parser.add_argument("--spot", action="store_true", help="on nodes that may be preempted")
     parser.add_argument(
-        "--service_account", type=_word("--service_account"), default="default", help="(default)"
+        "--service_account", type=_object("--service_account"), default="default", help="(default)"
+    )
+    parser.add_argument(
+        "--tcp", action="store_true", help="GPU nodes communicate over TCP even where gIB is"
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        type=_variable,
+        metavar="NAME[=VALUE]",
+        help="a variable of the trainer's environment; repeatable",
+    )
+    parser.add_argument(
+        "--secret", type=_object("--secret"), help="has the values of every --env=NAME, by NAME"
     )
     parser.add_value("--max_restarts", NonNegative, 50, "not counting preemptions (50)")
     parser.add_argument("flags", nargs="+", metavar="-- FLAG", help="the trainer's flags")
@@ -67,7 +114,35 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write(arguments: argparse.Namespace) -> None:
-    sys.stdout.write(render(arguments))
+    text = render(arguments)
+    check_trainer(arguments)
+    if arguments.gpu and arguments.num_nodes > 1 and not _uses_gib(arguments):
+        plugin = _OTHER_PLUGINS.get(arguments.gpu)
+        known = f"; for {plugin}, which is not set up here, see {_BANDWIDTH}" if plugin else ""
+        shell.say(f"Note: {arguments.num_nodes} nodes will communicate over plain TCP{known}")
+    sys.stdout.write(text)
+
+
+def check_trainer(arguments: argparse.Namespace) -> None:
+    """Checks the trainer's flags as the trainer will, on as many devices as it will have.
+
+    Raises:
+      ConfigError: it would end with the same message.
+    """
+    from spectral_pod import command_line  # this and what follows imports JAX
+    from spectral_pod.parallel.mesh import check_slices
+    from spectral_pod.validation import validate, validate_mesh
+
+    workdir = f"--workdir={arguments.workdir}"
+    trainer = command_line.parse_trainer([workdir, *arguments.flags])
+    if trainer.workdir.value != arguments.workdir:
+        raise ConfigError(f"--workdir={trainer.workdir.value} after --, and {workdir} before it")
+    validate(trainer.config.value)
+    if arguments.topology:
+        topology = hardware.parse(arguments.topology, arguments.num_slices)
+        check_slices(validate_mesh(trainer.config.value, topology.num_chips), topology.num_slices)
+    else:
+        validate_mesh(trainer.config.value, arguments.gpus_per_node * arguments.num_nodes)
 
 
 def render(arguments: argparse.Namespace) -> str:
@@ -82,6 +157,8 @@ def render(arguments: argparse.Namespace) -> str:
         raise ConfigError("give either --topology, for TPUs, or --gpu, for GPUs")
     if arguments.gpu and arguments.num_slices > 1:
         raise ConfigError("--num_slices is for TPUs; GPU nodes are counted by --num_nodes")
+    if arguments.topology and arguments.tcp:
+        raise ConfigError("--tcp is for GPUs")
     if arguments.topology and arguments.num_nodes > 1:
         raise ConfigError("--num_nodes is for GPUs; a --topology says how many hosts there are")
     accelerator = _gpus(arguments) if arguments.gpu else _tpus(arguments)
@@ -91,19 +168,49 @@ def render(arguments: argparse.Namespace) -> str:
         accelerator["node_selector"]["cloud.google.com/gke-spot"] = "true"
         tolerations = [{"key": "cloud.google.com/gke-spot", "operator": "Exists"}]
     flags = [f"--workdir={arguments.workdir}", *arguments.flags]
-    values = accelerator | {
+    env = {variable["name"]: variable for variable in accelerator["env"]} | _environment(arguments)
+    defaults = {"pod_annotations": {}, "command": _COMMAND, "volumes": _VOLUMES}
+    values = defaults | accelerator
+    volumes = values["volumes"].items()
+    values |= {
         "name": arguments.name,
         "image": arguments.image,
         "service_account": arguments.service_account,
         "max_restarts": arguments.max_restarts,
         "tolerations": tolerations,
         "curable_exit_codes": CURABLE_EXIT_CODES,
-        "arguments": [flag.replace("$", "$$") for flag in flags],  # Kubernetes expands $(NAME)
+        "env": [*env.values()],
+        "volumes": [{"name": name} | source for name, (_, source) in volumes],
+        "mounts": [{"name": name, "mountPath": path} for name, (path, _) in volumes],
+        "arguments": list(map(_literal, flags)),
     }
     template = string.Template(_TEMPLATE.read_text().partition("\n")[2])
     return template.substitute(
         {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
     )
+
+
+def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The variables that --env names."""
+    variables = {}
+    for name, value in arguments.env:
+        variables[name] = {"name": name}
+        if value is not None:
+            variables[name]["value"] = _literal(value)
+        elif arguments.secret:
+            key = {"name": arguments.secret, "key": name}
+            variables[name]["valueFrom"] = {"secretKeyRef": key}
+        else:
+            raise ConfigError(
+                f"--env={name} has no value: name the Kubernetes secret that has it by --secret, "
+                f"or write --env={name}=VALUE, which the manifest will show"
+            )
+    return variables
+
+
+def _literal(text: str) -> str:
+    """As Kubernetes takes it, which expands $(NAME)."""
+    return text.replace("$", "$$")
 
 
 def _tpus(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -145,7 +252,7 @@ def _tpus(arguments: argparse.Namespace) -> dict[str, Any]:
 def _gpus(arguments: argparse.Namespace) -> dict[str, Any]:
     """The template's values for GPU nodes: one process on each, with all its GPUs."""
     process_id = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    env = [
+    joining = [
         # The name that JobSet gives to the first pod of the first job.
         {
             "name": "JAX_COORDINATOR_ADDRESS",
@@ -156,23 +263,65 @@ def _gpus(arguments: argparse.Namespace) -> dict[str, Any]:
         {"name": "JAX_NUM_PROCESSES", "value": str(arguments.num_nodes)},
         {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": process_id}}},
     ]
-    return {
+    values = {
         "num_slices": 1,
         "num_hosts": arguments.num_nodes,
         "annotations": {},
         "node_selector": {"cloud.google.com/gke-accelerator": arguments.gpu},
         "limits": {"nvidia.com/gpu": arguments.gpus_per_node},
-        "env": env if arguments.num_nodes > 1 else [],
+        "env": [
+            {"name": "LD_LIBRARY_PATH", "value": _DRIVER},
+            *(joining if arguments.num_nodes > 1 else []),
+        ],
         "security_context": {"allowPrivilegeEscalation": False, "runAsNonRoot": True},
         "host_network": False,
         "dns_policy": "ClusterFirst",
     }
+    if not _uses_gib(arguments):
+        return values
+    libraries = {"name": "LD_LIBRARY_PATH", "value": f"{_DRIVER}:{_GIB}/lib64"}
+    interfaces = [{"interfaceName": i, "network": n} for i, n in _GIB_NETWORKS.items()]
+    source = f'source {_GIB}/scripts/set_nccl_env.sh && exec "$@"'
+    return values | {
+        "env": [libraries, *joining],
+        "security_context": {"allowPrivilegeEscalation": False, "runAsUser": 0},  # as Google's pods
+        "pod_annotations": {
+            "networking.gke.io/default-interface": "eth0",
+            "networking.gke.io/interfaces": json.dumps(interfaces),
+        },
+        "command": ["bash", "-c", _literal(source), "trainer", *_COMMAND],
+        "volumes": _VOLUMES | _GIB_VOLUMES,
+    }
+
+
+def _uses_gib(arguments: argparse.Namespace) -> bool:
+    return arguments.gpu in _GIB_GPUS and arguments.num_nodes > 1 and not arguments.tcp
+
+
+def _variable(text: str) -> tuple[str, str | None]:
+    """The name and the value, which may be missing, of --env."""
+    name, given, value = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise ConfigError(f"--env is {text!r}; write --env=NAME=VALUE or --env=NAME")
+    return name, value if given else None
 
 
 def _word(flag: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", text, re.ASCII):
             raise ConfigError(f"{flag} is {text!r}, which is no name of one")
+        return text
+
+    return parse
+
+
+def _object(flag: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", text):
+            raise ConfigError(
+                f"{flag} is {text!r}; names in Kubernetes have lower-case letters, digits, hyphens "
+                "and dots, 253 at most"
+            )
         return text
 
     return parse

@@ -185,14 +185,13 @@ def _parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
 
 def _load_config(argv: list[str]) -> tuple[Any, list[str]]:
     """The configuration, and the arguments that are not of it."""
-    from ml_collections import config_flags
+    from absl import flags
 
     from spectral_pod import command_line
 
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "A file in configs/.", allow_override=True
-    )
-    _, *rest = command_line.parser(holder)(["tool", *argv])
+    values = flags.FlagValues()  # of this command line alone
+    holder = command_line.config_flag(values)
+    _, *rest = command_line.parser(holder, values)(["tool", *argv])
     return holder.value, rest
 
 

@@ -28,11 +28,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes[axis] for axis in AXES)
     slices = num_slices(devices)
-    if sizes["data"] % slices:
-        raise ConfigError(
-            f"config.mesh.data is {sizes['data']}, and there are {slices} slices, which lie along "
-            f"it: make it a multiple of {slices}"
-        )
+    check_slices(sizes, slices)
     # Splitting a physical axis costs bandwidth, but tensor=2 must be possible on 4x4x4.
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -44,6 +40,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             allow_split_physical_axes=True,
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_slices(sizes: Mapping[str, int], slices: int) -> None:
+    """Raises a ConfigError unless the axis `data` can hold the slices."""
+    if sizes["data"] % slices:
+        raise ConfigError(
+            f"config.mesh.data is {sizes['data']}, and there are {slices} slices, which lie along "
+            f"it: make it a multiple of {slices}"
+        )
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from jax._src import cloud_tpu_init, distributed  # the key-value store has no p
 from jax.experimental import multihost_utils
 
 from spectral_pod.errors import ConfigError, LostPeerError, Preempted
+from spectral_pod.parallel import gpu_driver
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")  # TPUs and GPUs
 _HEARTBEAT_SECONDS = 10  # without heartbeats, after which a process counts as dead
@@ -124,11 +125,18 @@ def check_platform() -> None:
       ConfigError: it does not; JAX itself falls back to the next one silently.
     """
     wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    if wanted and {"cuda": "gpu", "rocm": "gpu"}.get(wanted, wanted) != jax.default_backend():
-        raise ConfigError(
-            f"JAX_PLATFORMS asks for {wanted}, and JAX has found {jax.default_backend()} only; is "
-            "the driver there, and the container started with access to the devices?"
-        )
+    if not wanted:
+        return
+    try:
+        found = f"has found {jax.default_backend()} only"
+        if {"cuda": "gpu", "rocm": "gpu"}.get(wanted, wanted) == jax.default_backend():
+            return
+    except (RuntimeError, AssertionError) as error:  # the latter where it has no such plugin
+        found = f"fails ({str(error) or 'it knows no such platform'})"
+    why = "is it there, and has a container access to it?"
+    if wanted in ("cuda", "gpu"):
+        why = gpu_driver.explain(gpu_driver.version(), gpu_driver.plugins(), jax.__version__)
+    raise ConfigError(f"JAX_PLATFORMS asks for {wanted}, and JAX {found}: {why}")
 
 
 def enable_compilation_cache(workdir: str, *, read_only: bool = False) -> None:

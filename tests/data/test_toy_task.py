@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from spectral_pod import command_line, fields
 from spectral_pod.data import byte_store
@@ -63,12 +62,10 @@ def parse(tmp_path, monkeypatch):
 
     def parse_once(*arguments):
         values = flags.FlagValues()
-        monkeypatch.setattr(flags, "FLAGS", values)
-        monkeypatch.setattr(config_flags.config_flags, "FLAGS", values)
-        holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+        holder = command_line.config_flag(values)
         argv = ["main", f"--config={file}", *arguments]
         monkeypatch.setattr(sys, "argv", argv)
-        assert command_line.parser(holder)(argv) == ["main"]
+        assert command_line.parser(holder, values)(argv) == ["main"]
         assert sys.argv is argv
         return holder.value
 

@@ -1,5 +1,7 @@
 """The JobSet that tools/gke.py writes: valid, of the right size, and it restarts what it should."""
 
+import json
+import os
 import re
 import subprocess
 
@@ -13,9 +15,18 @@ from tools import gke
 
 TPU = ("--topology=v5p:4x4x4", "--num_slices=2")
 GPU = ("--gpu=nvidia-h100-80gb", "--num_nodes=2")
+RDMA = ("--gpu=nvidia-h200-141gb", "--num_nodes=2")
+CONFIG = "--config=configs/quickstart.py"
 
 
-def jobset(capsys, *options, flags=("--config=configs/quickstart.py",), name="run", code=0):
+def batch(rows):
+    return [f"--config.train.{field}={rows}" for field in ("global_batch_size", "eval_batch_size")]
+
+
+FLAGS = (CONFIG, *batch(3 * 512))  # which all slices here divide
+
+
+def jobset(capsys, *options, flags=FLAGS, name="run", code=0):
     """The JobSet that the command writes; where `code` is not 0, its complaint."""
     command = [f"--name={name}", "--image=pkg.dev/me/image:1", "--workdir=gs://bucket/run"]
     assert gke.main([*command, *options, "--", *flags]) == code
@@ -37,7 +48,11 @@ def container(document):
     return only
 
 
-@pytest.mark.parametrize("options", [TPU, GPU, (*TPU, "--spot"), ("--topology=v6e-1",)])
+ENV = ("--env=A=b", "--env=KEY", "--secret=keys")
+OPTIONS = [TPU, GPU, RDMA, (*TPU, "--spot"), ("--topology=v6e-1",), (*GPU, *ENV)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_it_is_a_jobset_by_the_schema(capsys, options):
     """These models drop fields that JobSets, Jobs and Pods don't have, and fail at wrong types."""
     document = jobset(capsys, *options)
@@ -126,16 +141,21 @@ def expanded(argument):
     return argument.replace("$$", "$")
 
 
-def test_arguments_arrive_as_they_were_given(capsys):
-    flags = [
-        "--config=a b.py", '--config.x={"y": "$(HOME)"}', "--config.z=$$name",
-        "--config.u='é: 😀 #'", "--config.v=- [*&!|>%@`", "--config.w=\\n\n\t", "--config.n=null",
-    ]  # fmt: skip
-    document = jobset(capsys, *TPU, flags=flags)
-    assert container(document)["command"] == ["python", "-m", "spectral_pod.main"]
+TEXTS = ["a b.txt", '{"y": "$(HOME)"}', "$$name", "'é: 😀 #'", "- [*&!|>%@`", "\\n\n\t", "null"]
+
+
+@pytest.mark.parametrize("options", [TPU, RDMA])
+def test_arguments_arrive_as_they_were_given(capsys, options):
+    """In two fields of the configuration, which take any text; the last value counts."""
+    fields = ["train.wandb_project", "train.sample_prompt"]
+    flags = [f"--config.{fields[i % 2]}={text}" for i, text in enumerate(TEXTS)]
+    document = jobset(capsys, *options, flags=[*FLAGS, *flags])
     arrived = container(document)["args"]
-    assert [expanded(argument) for argument in arrived] == ["--workdir=gs://bucket/run", *flags]
-    assert not any(re.search(r"(?<!\$)(\$\$)*\$\(", argument) for argument in arrived)
+    workdir = "--workdir=gs://bucket/run"
+    assert [expanded(argument) for argument in arrived] == [workdir, *FLAGS, *flags]
+    assert container(document)["command"][-3:] == ["python", "-m", "spectral_pod.main"]
+    for word in (*arrived, *container(document)["command"]):
+        assert not re.search(r"(?<!\$)(\$\$)*\$\(", word)
 
 
 def test_gpu_nodes_find_their_coordinator(capsys):
@@ -143,7 +163,7 @@ def test_gpu_nodes_find_their_coordinator(capsys):
     (replicated,) = document["spec"]["replicatedJobs"]
     assert (replicated["replicas"], job(document)["completions"]) == (1, 2)
     assert container(document)["resources"]["limits"] == {"nvidia.com/gpu": 4}
-    env = {variable["name"]: variable for variable in container(document)["env"]}
+    env = variables(document)
     # JobSet's name of a pod, below a service with the JobSet's own name.
     host = f"{document['metadata']['name']}-{replicated['name']}-0-0.{document['metadata']['name']}"
     port = re.fullmatch(rf"{re.escape(host)}:(\d+)", env["JAX_COORDINATOR_ADDRESS"]["value"])[1]
@@ -151,7 +171,97 @@ def test_gpu_nodes_find_their_coordinator(capsys):
     assert env["JAX_NUM_PROCESSES"]["value"] == "2"
     field = env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert field == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    assert not container(jobset(capsys, "--gpu=nvidia-a100-80gb"))["env"]
+    alone = variables(jobset(capsys, "--gpu=nvidia-a100-80gb"))
+    assert [name for name in alone if name.startswith("JAX_")] == []
+
+
+def variables(document):
+    return {variable["name"]: variable for variable in container(document)["env"]}
+
+
+@pytest.mark.parametrize("options", [GPU, RDMA, ("--gpu=nvidia-l4", "--gpus_per_node=1")])
+def test_gpu_pods_find_the_driver(capsys, options):
+    """Where GKE's device plugin mounts it."""
+    path = variables(jobset(capsys, *options))["LD_LIBRARY_PATH"]["value"].split(":")
+    assert path[0] == "/usr/local/nvidia/lib64"
+    assert "LD_LIBRARY_PATH" not in variables(jobset(capsys, *TPU))
+
+
+def test_nodes_with_rdma_use_it(capsys, tmp_path):
+    document = jobset(capsys, *RDMA)
+    annotations = job(document)["template"]["metadata"]["annotations"]
+    interfaces = json.loads(annotations["networking.gke.io/interfaces"])
+    assert interfaces[0] == {"interfaceName": "eth0", "network": "default"}
+    assert [i["network"] for i in interfaces[1:]] == [f"rdma-{i}" for i in range(8)]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container(document)["volumeMounts"]}
+    volumes = {volume.pop("name"): volume for volume in pod(document)["volumes"]}
+    gib = volumes[mounts["/usr/local/gib"]]
+    assert gib == {"hostPath": {"path": "/home/kubernetes/bin/gib"}}
+    assert volumes[mounts["/dev/shm"]] == {"emptyDir": {"medium": "Memory"}}
+    assert volumes.keys() == set(mounts.values())
+
+    # The script's variables reach the trainer, which takes the place of the shell.
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/set_nccl_env.sh").write_text("export NCCL_NET=gIB\n")
+    trainer = tmp_path / "python"
+    trainer.write_text('#!/usr/bin/env bash\necho $$ "$NCCL_NET"; printf "%s\\0" "$@"; exit 75\n')
+    trainer.chmod(0o755)
+    words = [*container(document)["command"], "--config=a b"]
+    command = [expanded(word).replace("/usr/local/gib", str(tmp_path)) for word in words]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    said, arguments = process.communicate()[0].split("\n")
+    assert said == f"{process.pid} gIB"
+    assert arguments == "-m\0spectral_pod.main\0--config=a b\0"
+    assert process.returncode == 75
+
+    # Without Google's installer on the node nothing starts, rather than over TCP.
+    (tmp_path / "scripts/set_nccl_env.sh").unlink()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "set_nccl_env.sh" in done.stderr
+
+
+@pytest.mark.parametrize("options", [GPU, (*RDMA, "--tcp"), ("--gpu=nvidia-h200-141gb",)])
+def test_other_nodes_do_not(capsys, options):
+    document = jobset(capsys, *options)
+    assert container(document)["command"] == ["python", "-m", "spectral_pod.main"]
+    assert job(document)["template"]["metadata"]["annotations"] == {}
+    assert len(pod(document)["volumes"]) == 1
+    assert pod(document)["containers"][0]["securityContext"]["runAsNonRoot"]
+
+
+TCP = [
+    (GPU, r"2 nodes will communicate over plain TCP; for GPUDirect-TCPX, .* see cloud.google.com/"),
+    (("--gpu=nvidia-h100-mega-80gb", "--num_nodes=3"), "3 nodes.*GPUDirect-TCPXO"),
+    ((*RDMA, "--tcp"), "plain TCP$"),
+    (("--gpu=nvidia-l4", "--num_nodes=2"), "plain TCP$"),
+    (RDMA, ""),
+    (("--gpu=nvidia-h100-80gb",), ""),
+    (TPU, ""),
+]
+
+
+@pytest.mark.parametrize(("options", "warning"), TCP)
+def test_slow_networks_are_announced(capsys, options, warning):
+    command = ["--name=run", "--image=i", "--workdir=gs://b/r", *options]
+    assert gke.main([*command, "--", CONFIG, *batch(768)]) == 0
+    said = capsys.readouterr().err
+    assert bool(said) == bool(warning)
+    assert re.search(warning, said.strip())
+
+
+def test_environment(capsys):
+    options = ["--env=A=b=$(c)", "--env=EMPTY=", "--env=WANDB_API_KEY", "--secret=keys"]
+    env = variables(jobset(capsys, *GPU, *options, "--env=LD_LIBRARY_PATH=/mine"))
+    assert expanded(env["A"]["value"]) == "b=$(c)"
+    assert "$(" not in env["A"]["value"].replace("$$", "")
+    assert env["EMPTY"]["value"] == ""
+    assert env["WANDB_API_KEY"] == {
+        "name": "WANDB_API_KEY",
+        "valueFrom": {"secretKeyRef": {"name": "keys", "key": "WANDB_API_KEY"}},
+    }
+    assert env["LD_LIBRARY_PATH"]["value"] == "/mine"  # in place of our own
 
 
 def test_spot_nodes_and_accounts(capsys):
@@ -179,9 +289,57 @@ MISTAKES = [
     ((*TPU, "--num_nodes=2"), "--num_nodes"),
     (("--gpu=nvidia-l4", "--num_slices=2"), "--num_slices"),
     (("--gpu=nvidia-l4", "--gpus_per_node=0"), "--gpus_per_node"),
+    ((*TPU, "--tcp"), "--tcp"),
+    ((*TPU, "--env=1x=2"), "--env"),
+    ((*TPU, "--env=KEY"), "--secret"),
+    ((*TPU, "--secret=Keys"), "lower-case"),
+    ((*TPU, f"--service_account={254 * 'a'}"), "253 at most"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "complaint"), MISTAKES)
 def test_mistakes_are_named(capsys, options, complaint):
     assert complaint in jobset(capsys, *options, code=2)
+
+
+TRAINER = [
+    # Flags of the trainer; they are on the 128 chips of TPU.
+    (["--confg=x.py"], "flag 'confg'"),
+    ([CONFIG, "--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
+    ([CONFIG, "config.train.total_steps=1"], "unexpected argument"),
+    (["--config=configs/quikstart.py"], "the config file cannot be read"),
+    ([CONFIG, "--config.train.totl_steps=5"], "did you mean 'total_steps'"),
+    ([CONFIG, "--config.train.total_steps=five"], "invalid literal for int"),
+    ([CONFIG, "--config.data.options.trian=5"], "data.options.trian is unknown"),
+    ([CONFIG, "--config.model.name=spectral_gtp"], "'spectral_gpt'"),
+    ([CONFIG], "global_batch_size is 16, not divisible by mesh.data x mesh.fsdp"),
+    ([CONFIG, *batch(128), "--config.mesh.data=64"], "64 devices, and there are 128"),
+    ([CONFIG, *batch(128), "--config.mesh.data=1", "--config.mesh.fsdp=128"], "not divisible"),
+    ([CONFIG, *batch(128), "--workdir=gs://bucket/other"], "--workdir=gs://bucket/other after --"),
+]
+
+
+@pytest.mark.parametrize(("flags", "complaint"), TRAINER)
+def test_the_trainers_flags_are_checked_as_it_does(capsys, flags, complaint):
+    assert complaint in jobset(capsys, *TPU, flags=flags, code=2)
+
+
+def test_a_mesh_must_hold_the_slices(capsys):
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=16"]
+    options = ["--topology=v5e:2x4", "--num_slices=2"]
+    assert "2 slices" in jobset(capsys, *options, flags=[CONFIG, *batch(16), *mesh], code=2)
+    jobset(capsys, "--topology=v5e:4x4", flags=[CONFIG, *batch(16), *mesh])
+
+
+def test_gpus_are_counted(capsys):
+    flags = [CONFIG, *batch(12)]
+    jobset(capsys, *GPU, "--gpus_per_node=6", flags=flags)
+    assert "= 16" in jobset(capsys, *GPU, flags=flags, code=2)
+
+
+def test_what_the_trainer_takes_is_accepted(capsys):
+    """Flags of its libraries too, and a config of another task."""
+    flags = ["--config=configs/lra_listops.py", *batch(128), "--verbosity=1", "--noeval_only"]
+    jobset(capsys, *TPU, flags=flags)
+    preset = ["--config=configs/lm_shakespeare.py:gpu", *batch(128)]
+    jobset(capsys, *TPU, flags=preset)

@@ -18,7 +18,9 @@ import sys
 import time
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests.test_packaging import EXTRAS
 from tests.trainer import ROOT
 
 VENV = pathlib.Path(sys.executable).parent
@@ -167,7 +169,11 @@ def test_images_have_the_pinned_jax_and_no_tests():
     requirements = (ROOT / "requirements.txt").read_text()
     jax = re.search(r"^jax==(\S+)", requirements, re.MULTILINE)[1]
     installs = [text for kind, text in steps("cuda") if kind == "RUN" and "pip install" in text]
-    assert f'"jax[cuda13]=={jax}"' in installs[-1]
+    assert f'"jax[cuda${{CUDA}}]=={jax}"' in installs[-1]
+    assert ("ARG", "CUDA=13") in steps("cuda")
+    (wandb,) = re.findall(r"wandb==([\d.]+)", installs[0])
+    (allowed,) = map(Requirement, EXTRAS["wandb"])
+    assert allowed.specifier.contains(wandb)
     (cut,) = re.findall(r"sed '(\S.*?)' requirements.txt", installs[0])
     command = ["sed", cut, ROOT / "requirements.txt"]
     kept = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -176,6 +182,23 @@ def test_images_have_the_pinned_jax_and_no_tests():
     assert requirements.count("\n# --- ") == kept.count("\n# --- ") + 1  # the section of tests
     assert {"pytest", "ruff"} < set(dropped)
     assert f"jax=={jax}" in kept
+
+
+@pytest.mark.parametrize(("cuda", "code"), [("12", 0), ("13", 0), ("11", 1), ("", 1)])
+def test_the_build_argument_is_checked(tmp_path, cuda, code):
+    """pip would only warn of an extra that JAX does not have, and install it for CPUs."""
+    (install,) = [t for kind, t in steps("cuda") if kind == "RUN" and "$CUDA" in t]
+    (tmp_path / "pip").write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    (tmp_path / "pip").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA": cuda}
+    done = subprocess.run(
+        ["sh", "-ec", install], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr == f"--build-arg CUDA={cuda}: 12 or 13\n"
+    else:
+        assert done.stdout.splitlines()[-1].startswith(f"jax[cuda{cuda}]==")
 
 
 def test_the_builder_gets_nothing_but_the_code():
@@ -228,11 +251,14 @@ def docker(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/docker").write_text(DOCKER)
     (tmp_path / "bin/docker").chmod(0o755)
+    (tmp_path / "bin/nvidia-smi").write_text('#!/bin/sh\necho "$DRIVER"; test "$DRIVER"\n')
+    (tmp_path / "bin/nvidia-smi").chmod(0o755)
     calls = tmp_path / "calls"
 
     def start(*arguments, wait="", **environment):
         calls.write_text("")
-        inherited = {k: v for k, v in os.environ.items() if k != "GOOGLE_APPLICATION_CREDENTIALS"}
+        unset = ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG", "DRIVER")
+        inherited = {k: v for k, v in os.environ.items() if k not in unset}
         own = {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls),
             "HOME": str(tmp_path / "home"),
@@ -322,11 +348,60 @@ def test_build_and_dry_run(docker, tmp_path):
     arguments = ["--build", "--workdir=a 'b", "--", "--config=x.py", '--config.a={"b": "$c"}']
     called, _, _ = docker(*arguments)
     assert [call[0] for call in called] == ["build", "run"]
-    assert called[0] == ["build", "--target=cuda", "--tag=spectral_pod:cuda", str(ROOT)]
+    assert called[0] == [
+        "build", "--target=cuda", "--build-arg=CUDA=13", "--tag=spectral_pod:cuda", str(ROOT),
+    ]  # fmt: skip
     shutil.rmtree(tmp_path / "a 'b")
     nothing, printed, _ = docker("--dry_run", *arguments)
     assert (nothing, list(tmp_path.glob("a*"))) == ([], [])
     assert [shlex.split(line)[1:] for line in printed.splitlines()] == called
+
+
+@pytest.mark.parametrize(
+    ("options", "driver", "cuda"),
+    [
+        (["--cuda=12"], "580.1", "12"),
+        (["--cuda=13"], "550.1", "13"),
+        ([], "550.54.15", "12"),
+        ([], "580.65.06", "13"),
+        ([], "470.1", "13"),
+        ([], "", "13"),
+    ],
+)
+def test_the_cuda_of_an_image(docker, options, driver, cuda):
+    arguments = ["--build", *options, "--workdir=gs://b/r", "--", "--config=x.py"]
+    (build, _), _, _ = docker(*arguments, DRIVER=driver)
+    assert f"--build-arg=CUDA={cuda}" in build
+
+
+def test_environment(docker):
+    """Values that are in the environment stay there."""
+    arguments = ["--env=A=b c=d", "--env=SECRET", "--workdir=gs://b/r", "--", "--config=x.py"]
+    (call,), _, _ = docker(*arguments, SECRET="hush")
+    assert [o for o in call if o.startswith("--env")] == ["--env=A=b c=d", "--env=SECRET"]
+    _, printed, _ = docker("--dry_run", *arguments, SECRET="hush")
+    assert "'--env=SECRET'" in printed
+    assert "hush" not in printed
+
+
+def test_the_default_credentials(docker, tmp_path):
+    """Those of gcloud, unless others are named."""
+    for folder, environment in (
+        (tmp_path / "home/.config/gcloud", {}),
+        (tmp_path / "my gcloud", {"CLOUDSDK_CONFIG": str(tmp_path / "my gcloud")}),
+    ):
+        folder.mkdir(parents=True)
+        default = folder / "application_default_credentials.json"
+        default.write_text("{}")
+        (call,), _, _ = docker("--workdir=gs://b/r", "--", "--config=x.py", **environment)
+        assert mounts(call)[str(default)] == (str(default), ["readonly"])
+        assert f"--env=GOOGLE_APPLICATION_CREDENTIALS={default}" in call
+    key = tmp_path / "key.json"
+    key.write_text("{}")
+    named = {"GOOGLE_APPLICATION_CREDENTIALS": str(key)}
+    (call,), _, _ = docker("--workdir=gs://b/r", "--", "--config=x.py", **named)
+    assert f"--env=GOOGLE_APPLICATION_CREDENTIALS={key}" in call
+    assert str(default) not in mounts(call)
 
 
 def test_signals_reach_docker(docker):
@@ -339,11 +414,20 @@ def test_signals_reach_docker(docker):
     assert process.returncode == 75
 
 
+RUN = ("--workdir=w", "--", "--config=x")
 MISTAKES = [
     (("--workdir=w",), "trainer's flags"),
     (("--workdir=w", "--"), "trainer's flags"),
     (("--", "--config=x"), "--workdir is missing"),
     (("--config=x", "--", "--config=x"), "unexpected argument --config=x"),
+    (("--build", "--cuda=11", *RUN), "--cuda=11; it is 12 or 13"),
+    (("--cuda=12", *RUN), "--cuda is for --build"),
+    (("--env=1x=3", *RUN), "--env=1x=3; write --env=NAME=VALUE"),
+    (("--env=ABSENT", *RUN), "ABSENT is not in the environment"),
+    (("--env=image", *RUN), "image is not in the environment"),  # a variable of the script
+    (("--image=My/Image", *RUN), "lower case"),
+    (("--image=registry:5000/image:", *RUN), "NAME:TAG"),
+    (("--image=x:" + 129 * "a", *RUN), "128 characters"),
 ]
 
 

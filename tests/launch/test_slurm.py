@@ -49,7 +49,7 @@ def repository(tmp_path):
     root = tmp_path / "the root"
     for folder in ("launch", "spectral_pod", "bin"):
         (root / folder).mkdir(parents=True)
-    for name in ("slurm.sh", "exit_codes.sh"):
+    for name in ("slurm.sh", "exit_codes.sh", "usage.sh"):
         shutil.copy(ROOT / "launch" / name, root / "launch")
     (root / "launch/setup.sh").write_text(f"python={sys.executable}\n")
     (root / "spectral_pod/main.py").write_text(TRAINER)
@@ -135,6 +135,12 @@ def test_it_says_where_to_submit_from(repository):
     elsewhere = repository.parent
     code, said, _ = submit(repository, "--ends=0,0", SLURM_SUBMIT_DIR=str(elsewhere))
     assert (code, f"{elsewhere} is not the root" in said) == (2, True)
+
+
+def test_outside_of_a_job_it_says_how_to_submit(repository):
+    code, said, _ = submit(repository, "--ends=0,0", SLURM_JOB_ID="")
+    assert (code, "sbatch launch/slurm.sh" in said) == (2, True)
+    assert not (repository / "task0").exists()
 
 
 def test_what_it_asks_of_slurm():
