@@ -21,6 +21,7 @@ from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.errors import DataError, UserError
 from spectral_pod.generate import export
 from spectral_pod.generate.restore import recorded_config
+from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train import starts, writers
 from spectral_pod.train.sealed_steps import SealedSteps, file_digests
@@ -287,13 +288,13 @@ class Starts(Configuration):
             dict.fromkeys(("data", "fsdp", "sequence", "tensor"), 1), jax.devices()[:1]
         )
         for step in (0, 5):
-            starts.record_start(str(folder), self.mesh, step)
+            starts.record_start(str(folder), self.mesh, step, {"fft": Choice("real", "so")})
         return folder / "starts.jsonl"
 
     def read(self):
         log = project_files.Log(epath.Path(self.folder / "metrics.jsonl"), project_files.METRICS)
         assert status.report(status.facts(str(self.folder), log, 1.0))
-        starts.record_start(str(self.folder), self.mesh, 9)
+        starts.record_start(str(self.folder), self.mesh, 9, {})
         return json.loads(self.file.read_text().splitlines()[-1])["step"]
 
 

@@ -55,7 +55,7 @@ def compile_all(topology, cases):
             h = array((256, num_taps), "float32", None, None)
             lowered = jax.jit(both).trace(u, h, u).lower(lowering_platforms=("tpu",))
             shapes = (length, num_taps), (2**17, 2**17)
-            chosen = [resolve("auto", *shape, dtype) for shape in shapes]
+            chosen = [resolve("auto", *shape, dtype).method for shape in shapes]
             program = hlo.Program(lowered.compile().as_text())
         calls = [i.name for i, _ in program.runs(lambda i: 1.0) if i.opcode == "custom-call"]
         return {
@@ -170,7 +170,7 @@ def compile_steps(topology, cases):
         })  # fmt: skip
         setup = compiled_step.set_up(config, parsed)
         with on_mesh(setup.mesh):
-            chosen = [fft.resolve("auto", n, fft_length, dtype, 256) for n, fft_length, dtype in (
+            chosen = [fft.resolve("auto", n, size, dtype, 256).method for n, size, dtype in (
                 (length, 2 * length, dtype), (600, 1200, dtype), (length, length, dtype),
                 *((n, 2 * n, kind) for n, kind in [TOO_LARGE[parsed.chip.family]]),
             )]  # fmt: skip
