@@ -21,7 +21,6 @@ from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.errors import DataError, UserError
 from spectral_pod.generate import export
 from spectral_pod.generate.restore import recorded_config
-from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train import starts, writers
 from spectral_pod.train.sealed_steps import SealedSteps, file_digests
@@ -288,7 +287,7 @@ class Starts(Configuration):
             dict.fromkeys(("data", "fsdp", "sequence", "tensor"), 1), jax.devices()[:1]
         )
         for step in (0, 5):
-            starts.record_start(str(folder), self.mesh, step, {"fft": Choice("real", "so")})
+            starts.record_start(str(folder), self.mesh, step, {"fft": ("real", "by a count")})
         return folder / "starts.jsonl"
 
     def read(self):

@@ -23,7 +23,6 @@ from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import mixers_of
 from spectral_pod.lease import Lease
-from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel import runtime
 
 # Where a restart may differ: none changes the numbers of a run beyond float rounding.
@@ -140,9 +139,13 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_start(
-    workdir: str, mesh: Mesh, step: int, operations: Mapping[str, Choice]
+    workdir: str, mesh: Mesh, step: int, operations: Mapping[str, tuple[str, str]]
 ) -> list[str]:
-    """Appends to `starts.jsonl`; returns messages on what has changed since the last start."""
+    """Appends to `starts.jsonl`; returns messages on what has changed since the last start.
+
+    Args:
+      operations: the method of each operation, and why it was chosen.
+    """
     if not runtime.is_leader():
         return []
     file = epath.Path(workdir) / "starts.jsonl"
@@ -158,8 +161,8 @@ def record_start(
         "mesh": dict(mesh.shape),
         "code": _code_version(),
         "jax": _version("jax"),
-        "operations": {name: choice.method for name, choice in operations.items()},
-        "reasons": {name: choice.reason for name, choice in operations.items()},
+        "operations": {name: method for name, (method, _) in operations.items()},
+        "reasons": {name: reason for name, (_, reason) in operations.items()},
     }
     lines = [json.dumps(line) + "\n" for line in (*log.lines, start)]
     storage.write_whole(file, "".join(lines))
