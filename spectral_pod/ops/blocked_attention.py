@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spectral_pod.parallel.sharding import vary_like
 
@@ -91,7 +90,7 @@ def _forward(pairs: _Pairs, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Ar
 
     zero = vary_like(jnp.zeros(q.shape, jnp.float32), q)
     sums = zero[..., :1] + _LOWEST, zero[..., :1], zero
-    (top, total, acc), _ = jax.lax.scan(step, sums, np.asarray(pairs, np.int32))
+    (top, total, acc), _ = jax.lax.scan(step, sums, jnp.asarray(pairs, jnp.int32))
     total = jnp.where(total > 0, total, 1.0)
     o = (acc / total).astype(q.dtype)
     return o, (*arrays, o, top + jnp.log(total))
@@ -118,7 +117,7 @@ def _backward(
         return (dq, dk, dv), None
 
     zeros = tuple(vary_like(jnp.zeros(x.shape, jnp.float32), q) for x in (q, k, v))
-    sums, _ = jax.lax.scan(step, zeros, np.asarray(pairs, np.int32))
+    sums, _ = jax.lax.scan(step, zeros, jnp.asarray(pairs, jnp.int32))
     return (*(x.astype(q.dtype) for x in sums), None, None)
 
 

@@ -33,15 +33,15 @@ def attention(
     count_B = jnp.sum(mask_BN, axis=1, dtype=jnp.int32)
     first = jnp.all(mask_BN == (jnp.arange(mask_BN.shape[1])[None] < count_B[:, None]))
 
-    def fused(*qkv: jax.Array) -> jax.Array:
+    def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         lengths_B = jnp.maximum(count_B, 1)  # a softmax over no key would be 0 / 0
         return jax.nn.dot_product_attention(
-            *qkv, is_causal=causal, query_seq_lengths=lengths_B, key_value_seq_lengths=lengths_B,
+            q, k, v, is_causal=causal, query_seq_lengths=lengths_B, key_value_seq_lengths=lengths_B,
             implementation="cudnn",
         )  # fmt: skip
 
-    def blocked(*qkv: jax.Array) -> jax.Array:
-        return blocked_attention.attention(*qkv, mask_BN, causal=causal)
+    def blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return blocked_attention.attention(q, k, v, mask_BN, causal=causal)
 
     o_BNHK = jax.lax.cond(first, fused, blocked, q_BNHK, k_BNHK, v_BNHK)
     return jnp.where(mask_BN[..., None, None], o_BNHK, jnp.zeros((), o_BNHK.dtype))
