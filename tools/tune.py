@@ -114,7 +114,7 @@ def tune(arguments: argparse.Namespace) -> None:
     for operation in dict.fromkeys(call.operation for call in calls):
         of_it = [row for row in rows if row["operation"] == operation.name]
         method = fastest(of_it)
-        now = models.operations(arguments.config)[operation.name]
+        now = models.operations(arguments.config).get(operation.name)
         print("\n".join(_table(of_it, method, now)))
         flags.append(f"--config.{operation.field}={method}")
     print(f"\nTo keep the fastest: {' '.join(flags)}")
@@ -257,7 +257,7 @@ def fastest(rows: Sequence[dict[str, Any]]) -> str:
     return min(totals(rows))[1]
 
 
-def _table(rows: Sequence[dict[str, Any]], chosen: str, now: Choice) -> list[str]:
+def _table(rows: Sequence[dict[str, Any]], chosen: str, now: Choice | None) -> list[str]:
     """The rows of an operation, and why its method is chosen."""
     lines = [
         f"  {row['call']:<46}{row['method']:<14}"
@@ -266,7 +266,8 @@ def _table(rows: Sequence[dict[str, Any]], chosen: str, now: Choice) -> list[str
     ]
     (best, _), *others = sorted(totals(rows))
     why = f"{others[0][0] / best:.2f} times as fast as {others[0][1]}" if others else "no other can"
-    return [*lines, f"  -> {chosen}: {why}; the configuration takes {now}"]
+    configured = f"; the configuration takes {now}" if now else ""
+    return [*lines, f"  -> {chosen}: {why}{configured}"]
 
 
 if __name__ == "__main__":
