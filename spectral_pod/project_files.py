@@ -78,6 +78,8 @@ class Start(TypedDict):
     mesh: dict[str, int]
     code: str
     jax: str
+    operations: NotRequired[dict[str, str]]  # their methods; missing in lines of older versions
+    reasons: NotRequired[dict[str, str]]  # why these methods
 
 
 class Evaluation(_Open):

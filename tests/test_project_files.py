@@ -287,13 +287,13 @@ class Starts(Configuration):
             dict.fromkeys(("data", "fsdp", "sequence", "tensor"), 1), jax.devices()[:1]
         )
         for step in (0, 5):
-            starts.record_start(str(folder), self.mesh, step)
+            starts.record_start(str(folder), self.mesh, step, {"fft": ("real", "by a count")})
         return folder / "starts.jsonl"
 
     def read(self):
         log = project_files.Log(epath.Path(self.folder / "metrics.jsonl"), project_files.METRICS)
         assert status.report(status.facts(str(self.folder), log, 1.0))
-        starts.record_start(str(self.folder), self.mesh, 9)
+        starts.record_start(str(self.folder), self.mesh, 9, {})
         return json.loads(self.file.read_text().splitlines()[-1])["step"]
 
 

@@ -22,6 +22,7 @@ from spectral_pod.layers.mixer import GrowingState, Mixer
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.objectives import NextByte
+from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.sharding import constrain, shard_op
 from spectral_pod.train.optim import OPTIMIZERS
 
@@ -64,7 +65,7 @@ class PowerLaw(Mixer):
 
     @classmethod
     def methods(cls, config, batch):
-        return {"power_law": "dense"}
+        return {"power_law": Choice("dense", "it is the only one")}
 
     def setup(self):
         init = parameter(nn.initializers.ones_init(), None, group="dynamics")

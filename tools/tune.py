@@ -4,11 +4,12 @@ that keep the fastest.
     python -m tools.tune --config=configs/lra_listops.py
     ... --output=FILE.json --repeats=9
 
-The operations are the long convolutions, spectral filters and delta rules that the model calls in
-training, on arrays of the sizes that one device has of a batch: forward and backward, the methods
-in turns, by the median of wall time. A method that takes twice as long as the fastest runs once.
-The numbers are random, the keys of unit length, so that no write of a delta rule is clipped, and
-all positions are valid. Nothing is chosen for later runs: give them the flags. No run reads FILE.
+The operations are the long convolutions, spectral filters, delta rules and attention that the model
+calls in training, on arrays of the sizes that one device has of a batch: forward and backward, the
+methods in turns, by the median of wall time. A method that takes twice as long as the fastest runs
+once. The numbers are random, the keys of unit length, so that no write of a delta rule is clipped,
+and all positions are valid. Nothing is chosen for later runs: give them the flags. No run reads
+FILE.
 """
 
 import argparse
@@ -34,11 +35,12 @@ from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Positive
 from spectral_pod.generate.restore import one_device
-from spectral_pod.layers import delta_memory
+from spectral_pod.layers import attention, delta_memory
 from spectral_pod.layers.architecture import ModelConfig
 from spectral_pod.layers.spectral import SpectralLayer
 from spectral_pod.models.model import abstract_params
 from spectral_pod.ops import fft, long_conv
+from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.kernels import NotServed
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import on_mesh
@@ -69,6 +71,10 @@ OPERATIONS = (
     Operation(
         "delta_rule", delta_memory, "model.memory.method",
         _named(delta_memory.DeltaMemoryLayer, "method"),
+    ),
+    Operation(
+        "attention", attention, "model.attention.method",
+        _named(attention.AttentionLayer, "method"),
     ),
 )  # fmt: skip
 
@@ -108,7 +114,7 @@ def tune(arguments: argparse.Namespace) -> None:
     for operation in dict.fromkeys(call.operation for call in calls):
         of_it = [row for row in rows if row["operation"] == operation.name]
         method = fastest(of_it)
-        now = models.operations(arguments.config).get(operation.name, "?")
+        now = models.operations(arguments.config).get(operation.name)
         print("\n".join(_table(of_it, method, now)))
         flags.append(f"--config.{operation.field}={method}")
     print(f"\nTo keep the fastest: {' '.join(flags)}")
@@ -251,7 +257,7 @@ def fastest(rows: Sequence[dict[str, Any]]) -> str:
     return min(totals(rows))[1]
 
 
-def _table(rows: Sequence[dict[str, Any]], chosen: str, now: str) -> list[str]:
+def _table(rows: Sequence[dict[str, Any]], chosen: str, now: Choice | None) -> list[str]:
     """The rows of an operation, and why its method is chosen."""
     lines = [
         f"  {row['call']:<46}{row['method']:<14}"
@@ -260,8 +266,8 @@ def _table(rows: Sequence[dict[str, Any]], chosen: str, now: str) -> list[str]:
     ]
     (best, _), *others = sorted(totals(rows))
     why = f"{others[0][0] / best:.2f} times as fast as {others[0][1]}" if others else "no other can"
-    configured = "as configured" if chosen == now else f"the configuration takes {now}"
-    return [*lines, f"  -> {chosen}: {why}; {configured}"]
+    configured = f"; the configuration takes {now}" if now else ""
+    return [*lines, f"  -> {chosen}: {why}{configured}"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Attention mixers: over all positions, over a window, in linear time, and of low rank."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,8 @@ from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import GrowingState, Mixer
 from spectral_pod.layers.parameter import parameter
-from spectral_pod.ops.attention import attend, attention, local_attention
+from spectral_pod.ops.attention import attend, attention, local_attention, resolve
+from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.linear_attention import linear_attention, linear_attention_step
 from spectral_pod.parallel.sharding import constrain
 
@@ -79,8 +80,8 @@ class KeyValues(GrowingState):
         return jax.tree.map(padded, self)
 
 
-class AttentionLayer(_MultiHead):
-    """Multi-head softmax attention."""
+class _SoftmaxAttention(_MultiHead):
+    """What softmax attention has in common over all positions and over a window."""
 
     has_key_bias = False
 
@@ -123,10 +124,33 @@ class AttentionLayer(_MultiHead):
     def _attend(
         self, q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BN: jax.Array
     ) -> jax.Array:
-        return attention(q_BNHK, k_BNHK, v_BNHK, mask_BN, causal=self.causal)
+        raise NotImplementedError
 
 
-class LocalAttentionLayer(AttentionLayer):
+class AttentionLayer(_SoftmaxAttention):
+    """Multi-head softmax attention.
+
+    Attributes:
+      method: how whole sequences are computed, see `ops/attention.py`.
+    """
+
+    method: Literal["auto", "plain", "blocked", "fused"] = "auto"
+
+    definition = (("model.attention.method", "plain"),)
+
+    @classmethod
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
+        head_dim = config.hidden_dim // config.option("attention.num_heads")
+        method, length = config.option("attention.method"), config.max_positions
+        return {"attention": resolve(method, length, head_dim, config.dtype)}
+
+    def _attend(
+        self, q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BN: jax.Array
+    ) -> jax.Array:
+        return attention(q_BNHK, k_BNHK, v_BNHK, mask_BN, causal=self.causal, method=self.method)
+
+
+class LocalAttentionLayer(_SoftmaxAttention):
     """Multi-head softmax attention over a window.
 
     Attributes:

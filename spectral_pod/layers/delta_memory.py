@@ -13,6 +13,7 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.layers.short_convolution import ShortConvolution
+from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.delta_rule import delta_rule, resolve
 from spectral_pod.parallel.sharding import constrain
 
@@ -80,7 +81,7 @@ class DeltaMemoryLayer(Mixer):
         return config.option("memory.short_conv") - 1
 
     @classmethod
-    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         width, heads = config.option("memory.head_dim"), config.option("memory.num_heads")
         method = resolve(config.option("memory.method"), width, width, batch * heads)
         return {"delta_rule": method}

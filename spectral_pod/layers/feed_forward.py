@@ -11,6 +11,7 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
+from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.gelu import gelu
 from spectral_pod.parallel.sharding import constrain
 
@@ -67,7 +68,7 @@ class FrequencyFeedForward(Mixer):
     definition = (("model.long_conv", "real"),)
 
     @classmethod
-    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         return LongConvolution.methods(config, batch)
 
     def setup(self) -> None:

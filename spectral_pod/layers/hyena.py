@@ -12,6 +12,7 @@ from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, Long
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.short_convolution import ShortConvolution
 from spectral_pod.ops import short_conv
+from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.sharding import constrain
 
 
@@ -52,7 +53,7 @@ class HyenaLayer(Mixer):
         return config.option("hyena.short_conv") - 1
 
     @classmethod
-    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         methods = LongConvolution.methods(config, batch)
         if (taps := config.option("hyena.short_conv")) > 1:
             sizes = config.max_positions, config.hidden_dim, taps, config.dtype

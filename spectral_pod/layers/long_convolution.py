@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops import long_conv
+from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.online_conv import FilterBlock, filter_step
 from spectral_pod.parallel.sharding import filter_axis
 
@@ -122,7 +123,7 @@ class LongConvolution(nn.Module):
     skip: bool = False
 
     @classmethod
-    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         """As `Mixer.methods`."""
         n = config.max_positions
         return {"causal_conv": long_conv.resolve(config.long_conv, n, n, config.dtype)}

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from spectral_pod import fields
 from spectral_pod.layers.architecture import Architecture
+from spectral_pod.ops.choice import Choice
 
 State: TypeAlias = Any  # a pytree of arrays; each mixer has a type of its own
 
@@ -136,8 +137,8 @@ class Mixer(nn.Module):
         return 0
 
     @classmethod
-    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
-        """The method that dispatch selects on the current mesh, by operation.
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
+        """The method that dispatch selects on the current mesh, and why, by operation.
 
         `batch` is the number of sequences that the devices compute at once in training.
         """

@@ -14,6 +14,7 @@ from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.layers.spectral import decaying_noise
 from spectral_pod.ops import fft
+from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.sharding import constrain, filter_axis
 
 BLOCK = 64  # valid positions that share a causal context, the mean of all before their block
@@ -53,7 +54,7 @@ class SelectiveLayer(Mixer):
     definition = (("model.long_conv", "real"), ("model.spectral.method", "plain"))
 
     @classmethod
-    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         if config.causal:
             return LongConvolution.methods(config, batch)
         n, width = config.max_positions, config.hidden_dim * (config.option("selective.rank") + 1)

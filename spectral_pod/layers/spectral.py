@@ -12,6 +12,7 @@ from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops import fft
+from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.sharding import constrain, filter_axis, shard_op
 
 
@@ -46,7 +47,7 @@ class SpectralLayer(Mixer):
     definition = (("model.spectral.method", "plain"),)
 
     @classmethod
-    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         circular = config.option("spectral.padding") == "circular"
         fft_length = config.max_positions * (1 if circular else 2)
         sizes = config.max_positions, fft_length, config.dtype, config.hidden_dim

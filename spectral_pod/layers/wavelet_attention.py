@@ -16,6 +16,7 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import Mixer, option, shared
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops import long_conv
+from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.online_conv import ProductBlock, product_step
 from spectral_pod.ops.wavelet import causal_wavedec, reach
 from spectral_pod.parallel.sharding import constrain
@@ -86,7 +87,7 @@ class WaveletAttention(Mixer):
         return reach(config.option("wavelet.name"), config.option("wavelet.levels"))
 
     @classmethod
-    def methods(cls, config: Architecture, batch: int) -> dict[str, str]:
+    def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         return {"causal_product": long_conv.resolve_product(config.long_conv)}
 
     def setup(self) -> None:

@@ -8,6 +8,7 @@ from spectral_pod.models.model import Model
 from spectral_pod.models.spectral_gpt import SpectralGPT
 from spectral_pod.models.spectral_llm import SpectralLLM
 from spectral_pod.models.spectral_model import SpectralModel
+from spectral_pod.ops.choice import Choice
 from spectral_pod.shapes import VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -69,11 +70,11 @@ def build(
     return MODELS[config.model.name](architecture(config, **fields), num_classes)
 
 
-def operations(config: "Config") -> dict[str, str]:
+def operations(config: "Config") -> dict[str, Choice]:
     """The method of each operation in training on the current mesh, for the run's record."""
     described = architecture(config)
     batch = config.data.documents * config.train.global_batch_size // config.train.grad_accumulation
-    methods: dict[str, str] = {}
+    methods: dict[str, Choice] = {}
     for mixer in mixers_of(described).values():
         methods |= mixer.methods(described, batch)
     return methods

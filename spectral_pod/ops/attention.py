@@ -1,19 +1,69 @@
-"""Softmax attention, over all positions or over a local window.
+"""Softmax attention, over all positions or over a local window: dispatch.
 
 Each device attends within its own sequences and heads. Where the mesh splits positions, keys and
 values are all-gathered, or for a window exchanged with the neighbouring devices, with the same
-results. A query with no valid key gets a finite, meaningless result.
+results. Results at invalid positions, and of queries without a valid key, are finite and mean
+nothing.
+
+All methods compute the same function over all positions:
+
+- "plain": `attend`, the definition, which holds the scores of all pairs of positions;
+- "blocked": by blocks of queries and keys, with memory that grows with N (`blocked_attention.py`);
+- "fused": a kernel, on TPUs JAX's (`kernels/flash.py`), on GPUs cuDNN's (`kernels/flash_gpu.py`).
 """
 
+import functools
+import types
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from spectral_pod.ops import blocked_attention, kernels
+from spectral_pod.ops.choice import Choice, configured
 from spectral_pod.ops.halo import following, previous
-from spectral_pod.parallel.sharding import SEQUENCE, num_shards, shard_op
+from spectral_pod.ops.kernels import flash, flash_gpu
+from spectral_pod.parallel.sharding import SEQUENCE, num_shards, platform, shard_op
 
 _Op = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+METHODS = ("plain", "blocked")  # on any platform; a kernel is "fused"
+KERNELS: dict[str, types.ModuleType] = {"tpu": flash, "gpu": flash_gpu}
+_MAX_PLAIN = 128  # positions up to which "plain" is no slower on CPUs (docs/results.md)
+
+
+def choose(platform: str, length: int, head_dim: int, dtype: DTypeLike) -> Choice:
+    """The fastest method: by measurement on CPUs; elsewhere the kernel, if it serves the sizes."""
+    if platform == "cpu" and length <= _MAX_PLAIN:
+        return Choice("plain", f"up to {_MAX_PLAIN} positions measured fastest on CPUs")
+    if platform == "cpu":
+        return Choice("blocked", f"above {_MAX_PLAIN} positions measured fastest on CPUs")
+    if reason := _unserved(head_dim, dtype):
+        return Choice("blocked", f"not 'fused': {reason}")
+    return Choice("fused", "the scores never leave the chip")
+
+
+def resolve(method: str, length: int, head_dim: int, dtype: DTypeLike) -> Choice:
+    """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
+    warning, for a kernel that the mesh, the device or the sizes rule out.
+
+    Args:
+      length: of all devices.
+    """
+    if method not in ("auto", "fused"):
+        return configured(method)
+    chosen = choose(platform(), length, head_dim, dtype)
+    if method == "auto":
+        return chosen
+    reason = _unserved(head_dim, dtype)
+    return kernels.instead_of(method, reason, chosen) if reason else configured(method)
+
+
+def _unserved(head_dim: int, dtype: DTypeLike) -> str | None:
+    if num_shards("position") > 1:
+        return "it needs all positions of a sequence, and they are split over devices"
+    return kernels.unserved(KERNELS, head_dim, dtype)
 
 
 def attend(
@@ -29,7 +79,13 @@ def attend(
 
 
 def attention(
-    q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BN: jax.Array, *, causal: bool
+    q_BNHK: jax.Array,
+    k_BNHK: jax.Array,
+    v_BNHK: jax.Array,
+    mask_BN: jax.Array,
+    *,
+    causal: bool,
+    method: str = "auto",
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(K)) v` over the valid positions; if `causal`, not past the query's own.
 
@@ -37,21 +93,29 @@ def attention(
       q_BNHK, k_BNHK, v_BNHK: arrays of one dtype; the softmax is computed in float32.
       mask_BN: whether a position is valid as a key and value.
       causal: whether queries attend to their own and earlier positions only.
+      method: one of `METHODS`, "fused", or "auto" to let `choose` decide.
 
     Returns:
       o_BNHK in the dtype of the inputs.
     """
-    shards = num_shards("position")
+    split = num_shards("position") > 1
+    method = resolve(method, q_BNHK.shape[1], q_BNHK.shape[3], q_BNHK.dtype).method
+    if method == "fused":
+        compute = functools.partial(KERNELS[platform()].attention, causal=causal)
+        return _on_devices(compute, checked=False)(q_BNHK, k_BNHK, v_BNHK, mask_BN)
 
     def op(q: jax.Array, k: jax.Array, v: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        t_T = jnp.arange(q.shape[1])
-        if shards > 1:
-            t_T += jax.lax.axis_index(SEQUENCE) * len(t_T)
+        t_T = None
+        if split:
+            t_T = jax.lax.axis_index(SEQUENCE) * q.shape[1] + jnp.arange(q.shape[1])
             k, v, mask_BN = (
                 jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True) for x in (k, v, mask_BN)
             )
+        if method == "blocked":
+            return blocked_attention.attention(q, k, v, mask_BN, causal=causal, t_N=t_T)
         seen = mask_BN[:, None, None]
         if causal:
+            t_T = jnp.arange(q.shape[1]) if t_T is None else t_T
             seen &= (t_T[:, None] >= jnp.arange(k.shape[1])[None])[None, None]
         return attend(q, k, v, seen)
 
@@ -103,10 +167,10 @@ def local_attention(
     return _on_devices(op)(q_BNHK, k_BNHK, v_BNHK, mask_BN)
 
 
-def _on_devices(op: _Op) -> _Op:
+def _on_devices(op: _Op, *, checked: bool = True) -> _Op:
     position = "position" if num_shards("position") > 1 else None
     tokens = ("batch", position, "head", None)
-    return shard_op(op, (tokens, tokens, tokens, tokens[:2]), tokens)
+    return shard_op(op, (tokens, tokens, tokens, tokens[:2]), tokens, checked=checked)
 
 
 def _pad(x: jax.Array, before: int, after: int) -> jax.Array:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from spectral_pod.ops import delta_batched, delta_chunks, kernels
+from spectral_pod.ops.choice import Choice, configured
 from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, delta_rule_recurrent
 from spectral_pod.ops.delta_sequence import delta_rule_split
 from spectral_pod.ops.kernels import delta, delta_gpu
@@ -43,7 +44,7 @@ SPLIT: dict[str, _Method] = {
 }
 
 
-def choose(platform: str, key_width: int, value_width: int, heads: int) -> str:
+def choose(platform: str, key_width: int, value_width: int, heads: int) -> Choice:
     """The fastest method for whole sequences.
 
     On CPUs it is the one with small segments, which fit the caches; elsewhere the kernel, if it
@@ -56,14 +57,18 @@ def choose(platform: str, key_width: int, value_width: int, heads: int) -> str:
       heads: of all sequences of a device.
     """
     if platform == "cpu":
-        return "chunked"
-    whole = num_shards("position") == 1
-    enough = platform == "tpu" or heads >= _MIN_HEADS_ON_GPUS
-    served = KERNELS[platform].unserved(key_width, value_width) is None
-    return "fused" if whole and enough and served else "batched"
+        return Choice("chunked", "its small segments fit the caches of CPUs")
+    reason = KERNELS[platform].unserved(key_width, value_width)
+    if num_shards("position") > 1:
+        reason = "positions are split over devices, and it would gather them"
+    elif platform == "gpu" and heads < _MIN_HEADS_ON_GPUS:
+        reason = f"{heads} heads of all sequences of a device are fewer than {_MIN_HEADS_ON_GPUS}"
+    if reason:
+        return Choice("batched", f"not 'fused': {reason}")
+    return Choice("fused", "the states never leave the chip")
 
 
-def resolve(method: str, key_width: int, value_width: int, heads: int) -> str:
+def resolve(method: str, key_width: int, value_width: int, heads: int) -> Choice:
     """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
     warning, for a kernel that the device or the sizes rule out.
 
@@ -71,13 +76,13 @@ def resolve(method: str, key_width: int, value_width: int, heads: int) -> str:
       heads: of all sequences of all devices.
     """
     if method not in ("auto", "fused"):
-        return method
+        return configured(method)
     heads //= num_shards("batch") * num_shards("head")
     chosen = choose(platform(), key_width, value_width, heads)
     if method == "auto":
         return chosen
     reason = kernels.unserved(KERNELS, key_width, value_width)
-    return kernels.instead_of(method, reason, chosen) if reason else method
+    return kernels.instead_of(method, reason, chosen) if reason else configured(method)
 
 
 def delta_rule(
@@ -127,7 +132,7 @@ def delta_rule(
     if state_BHVK is None:
         state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K), jnp.float32)
 
-    method = resolve(method, K, v_BNHV.shape[-1], B * H)
+    method = resolve(method, K, v_BNHV.shape[-1], B * H).method
     split = method in SPLIT and num_shards("position") > 1
     compute = SPLIT[method] if split else _method(method)
 

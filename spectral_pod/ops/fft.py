@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from scipy.fft import next_fast_len
 
 from spectral_pod.ops import kernels, matmul_dft, right_angle, sequence_fft
+from spectral_pod.ops.choice import Choice, configured
 from spectral_pod.ops.kernels import butterfly, toeplitz_gpu
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 from spectral_pod.shapes import Positions, Spectrum
@@ -42,26 +43,32 @@ _MIN_CHANNELS = 64
 _MAX_TOEPLITZ = 1024
 
 
-def choose(platform: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> str:
+def choose(platform: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> Choice:
     """The fastest method for whole sequences: by measurement on CPUs, by compiled cost on TPUs, and
     by a count on GPUs.
 
     "butterfly" is for FFT lengths that are powers of two, for sequences that fit on the chip, and
     for at least 64 `channels` of a device.
     """
+    if platform == "cpu":
+        if 2 * length <= fft_length and fft_length % 2 == 0:
+            return Choice("right_angle", "measured fastest on CPUs")
+        return Choice("real", f"an FFT of {fft_length:,} points wraps around or is odd")
     if platform == "tpu":
-        enough = length >= _MIN_BUTTERFLY and channels >= _MIN_CHANNELS
-        if enough and not butterfly.unserved(length, fft_length, dtype):
-            return "butterfly"
-        return "matmul" if matmul_dft.factors(fft_length) else "real"
-    if platform == "gpu" and length <= _MAX_TOEPLITZ:
-        return "real" if toeplitz_gpu.unserved(length, fft_length, dtype) else "toeplitz"
-    if platform == "cpu" and 2 * length <= fft_length and fft_length % 2 == 0:
-        return "right_angle"
-    return "real"
+        other = "matmul" if matmul_dft.factors(fft_length) else "real"
+        kernel, enough = "butterfly", length >= _MIN_BUTTERFLY and channels >= _MIN_CHANNELS
+        rule = (
+            f"fewer cycles than 'matmul' from {_MIN_BUTTERFLY} positions and {_MIN_CHANNELS} "
+            "channels of a device, as compiled"
+        )
+    else:
+        other, kernel, enough = "real", "toeplitz", length <= _MAX_TOEPLITZ
+        rule = f"cheaper than cuFFT up to {_MAX_TOEPLITZ:,} positions, by a count"
+    reason = KERNELS[kernel].unserved(length, fft_length, dtype) if enough else rule
+    return Choice(other, f"not {kernel!r}: {reason}") if reason else Choice(kernel, rule)
 
 
-def resolve(method: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> str:
+def resolve(method: str, length: int, fft_length: int, dtype: DTypeLike, channels: int) -> Choice:
     """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
     warning, for a kernel that the device or the sizes rule out.
 
@@ -69,13 +76,13 @@ def resolve(method: str, length: int, fft_length: int, dtype: DTypeLike, channel
       channels: of all devices.
     """
     if method != "auto" and method not in KERNELS:
-        return method
+        return configured(method)
     channels //= num_shards("channel") * num_shards("position")
     chosen = choose(platform(), length, fft_length, dtype, channels)
     if method == "auto":
         return chosen
     reason = KERNELS[method].unserved(length, fft_length, dtype)
-    return kernels.instead_of(method, reason, chosen) if reason else method
+    return kernels.instead_of(method, reason, chosen) if reason else configured(method)
 
 
 def spectral_filter(
@@ -106,7 +113,7 @@ def spectral_filter(
             f"a filter of {w_FD.shape[0]} bins and an FFT of {fft_length} points cannot serve "
             f"{length} positions"
         )
-    method = resolve(method, length, fft_length, x_BND.dtype, x_BND.shape[2])
+    method = resolve(method, length, fft_length, x_BND.dtype, x_BND.shape[2]).method
     if method == "plain":
         y_BFD = jnp.fft.rfft(x_BND.astype(jnp.float32), fft_length, axis=1) * w_FD[None]
         return jnp.fft.irfft(y_BFD, fft_length, axis=1)[:, :length].astype(x_BND.dtype)

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from scipy.fft import next_fast_len
 
 from spectral_pod.ops import kernels, matmul_dft, right_angle, sequence_fft
+from spectral_pod.ops.choice import Choice, configured
 from spectral_pod.ops.kernels import toeplitz, toeplitz_gpu
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op, vary_like
 
@@ -27,40 +28,45 @@ _MIN_BLOCK = 256  # points; shorter transforms cost more in overhead than they s
 _MIN_ON_TPUS, _MAX_ON_GPUS = 512, 4096
 
 
-def choose(platform: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
+def choose(platform: str, length: int, num_taps: int, dtype: DTypeLike) -> Choice:
     """The fastest method: by measurement on CPUs, by compiled cost on TPUs, by a count on GPUs.
 
     "toeplitz" is a kernel, on TPUs for sequences that fit on the chip.
     """
     if platform == "cpu":
-        return "right_angle"
-    enough = length >= _MIN_ON_TPUS if platform == "tpu" else length <= _MAX_ON_GPUS
-    if enough and not KERNELS[platform].unserved(length, num_taps, dtype):
-        return "toeplitz"
-    return "matmul" if platform == "tpu" else "real"
+        return Choice("right_angle", "measured fastest on CPUs")
+    if platform == "tpu":
+        other, enough = "matmul", length >= _MIN_ON_TPUS
+        rule = f"fewer cycles than 'matmul' from {_MIN_ON_TPUS:,} positions, as compiled"
+    else:
+        other, enough = "real", length <= _MAX_ON_GPUS
+        rule = f"cheaper than cuFFT up to {_MAX_ON_GPUS:,} positions, by a count"
+    reason = KERNELS[platform].unserved(length, num_taps, dtype) if enough else rule
+    return Choice(other, f"not 'toeplitz': {reason}") if reason else Choice("toeplitz", rule)
 
 
-def choose_product(platform: str) -> str:
+def choose_product(platform: str) -> Choice:
     """As `choose`, for `causal_product`: a kernel serves several sequences with each filter, and
     here each has its own."""
-    return {"tpu": "matmul", "cpu": "right_angle"}.get(platform, "real")
+    method = {"tpu": "matmul", "cpu": "right_angle"}.get(platform, "real")
+    return Choice(method, "every sequence has a filter of its own, which no kernel serves")
 
 
-def resolve(method: str, length: int, num_taps: int, dtype: DTypeLike) -> str:
+def resolve(method: str, length: int, num_taps: int, dtype: DTypeLike) -> Choice:
     """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
     warning, for a kernel that the device or the sizes rule out."""
     if method not in ("auto", "toeplitz"):
-        return method
+        return configured(method)
     chosen = choose(platform(), length, num_taps, dtype)
     if method == "auto":
         return chosen
     reason = kernels.unserved(KERNELS, length, num_taps, dtype)
-    return kernels.instead_of(method, reason, chosen) if reason else method
+    return kernels.instead_of(method, reason, chosen) if reason else configured(method)
 
 
-def resolve_product(method: str) -> str:
+def resolve_product(method: str) -> Choice:
     """As `resolve`, for `causal_product`."""
-    return method if method in METHODS else choose_product(platform())
+    return configured(method) if method in METHODS else choose_product(platform())
 
 
 def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.Array:
@@ -84,7 +90,7 @@ def causal_conv(u_BDN: jax.Array, h_DT: jax.Array, method: str = "auto") -> jax.
     """
     length, h_DT = u_BDN.shape[2], h_DT[:, : u_BDN.shape[2]]
     num_points = block_length(length, h_DT.shape[1])
-    convolve = _method(resolve(method, length, h_DT.shape[1], u_BDN.dtype))
+    convolve = _method(resolve(method, length, h_DT.shape[1], u_BDN.dtype).method)
     shards = num_shards("position")
     channels = u_BDN.shape[1] // num_shards("channel")
     if channels % shards:
@@ -120,7 +126,7 @@ def causal_product(
     Raises:
       ValueError: positions are split and a device's channels are not a multiple of their shards.
     """
-    convolve = _method(resolve_product(method))
+    convolve = _method(resolve_product(method).method)
     shards, channels = num_shards("position"), q_BDN.shape[1] // num_shards("channel")
     if channels % shards:
         raise ValueError(

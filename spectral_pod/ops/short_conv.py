@@ -4,16 +4,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.halo import previous
 from spectral_pod.ops.kernels import short_conv as kernel
 from spectral_pod.parallel.sharding import Axes, num_shards, shard_op, vary_like
 
 
-def choose(length: int, channels: int, num_taps: int, dtype: DTypeLike) -> str:
+def choose(length: int, channels: int, num_taps: int, dtype: DTypeLike) -> Choice:
     """The kernel on TPUs, for sizes that it serves; N and D are those of all devices."""
     channels //= num_shards("channel")
     length //= num_shards("position")
-    return "shifts" if kernel.unserved(length, channels, num_taps, dtype) else "kernel"
+    if reason := kernel.unserved(length, channels, num_taps, dtype):
+        return Choice("shifts", f"not 'kernel': {reason}")
+    return Choice("kernel", "it reads and writes memory once")
 
 
 def short_conv(x: jax.Array, h: jax.Array, axes: Axes, method: str = "auto") -> jax.Array:
@@ -32,7 +35,7 @@ def short_conv(x: jax.Array, h: jax.Array, axes: Axes, method: str = "auto") -> 
     num_taps = len(h)
     if method == "auto":
         sizes = x.shape[1], x.shape[-1], num_taps, x.dtype
-        method = choose(*sizes) if x.ndim == 3 else "shifts"
+        method = choose(*sizes).method if x.ndim == 3 else "shifts"
 
     def op(x: jax.Array, h: jax.Array) -> jax.Array:
         before = previous(x, num_taps - 1)

@@ -61,7 +61,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def shard_op(
-    fn: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Axes | Sequence[Axes]
+    fn: Callable[..., Any],
+    in_axes: Sequence[Axes],
+    out_axes: Axes | Sequence[Axes],
+    *,
+    checked: bool = True,
 ) -> Callable[..., Any]:
     """Wraps `fn` to run on each device's own shard of every argument, under the current mesh.
 
@@ -71,13 +75,16 @@ def shard_op(
       fn: a function of arrays, which may communicate by naming mesh axes.
       in_axes: one tuple of logical axes per argument.
       out_axes: one tuple for a single result, or a sequence of tuples.
+      checked: whether JAX follows over which mesh axes values vary. Kernels of others do not say;
+        for them every argument and result must be split over all axes of the mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return fn
     single = not out_axes or out_axes[0] is None or isinstance(out_axes[0], str)
     out_specs = spec(*out_axes) if single else tuple(spec(*axes) for axes in out_axes)  # type: ignore[misc]
-    return jax.shard_map(fn, in_specs=tuple(spec(*a) for a in in_axes), out_specs=out_specs)
+    in_specs = tuple(spec(*axes) for axes in in_axes)
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
 
 
 def num_shards(axis: str) -> int:

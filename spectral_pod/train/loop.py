@@ -147,7 +147,7 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
         "bytes_per_second": trainer.progress.bytes_per_second(),
         "wall_seconds": time.time() - started,
         "num_params": trainer.num_params,
-        "operations": trainer.operations,
+        "operations": {name: choice.method for name, choice in trainer.operations.items()},
     } | task_facts
     details = objective.details(evaluation, sources.classes)
     if details:

@@ -8,7 +8,7 @@ import json
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ _FREE_TO_CHANGE = (
     "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch",
     "data.copies_", "train.eval_", "train.log_every_steps", "train.compilation_cache",
     "train.stall_", "train.profile_steps", "train.wandb_project", "model.memory.method",
+    "model.attention.method",
 )  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 _LOCAL = ("data.dir", "data.copies_dir")  # folders of a host, whose names may differ between hosts
@@ -137,8 +138,14 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     return config_lib.flat(config | {"data": data})
 
 
-def record_start(workdir: str, mesh: Mesh, step: int) -> list[str]:
-    """Appends to `starts.jsonl`; returns messages on what has changed since the last start."""
+def record_start(
+    workdir: str, mesh: Mesh, step: int, operations: Mapping[str, tuple[str, str]]
+) -> list[str]:
+    """Appends to `starts.jsonl`; returns messages on what has changed since the last start.
+
+    Args:
+      operations: the method of each operation, and why it was chosen.
+    """
     if not runtime.is_leader():
         return []
     file = epath.Path(workdir) / "starts.jsonl"
@@ -154,6 +161,8 @@ def record_start(workdir: str, mesh: Mesh, step: int) -> list[str]:
         "mesh": dict(mesh.shape),
         "code": _code_version(),
         "jax": _version("jax"),
+        "operations": {name: method for name, (method, _) in operations.items()},
+        "reasons": {name: reason for name, (_, reason) in operations.items()},
     }
     lines = [json.dumps(line) + "\n" for line in (*log.lines, start)]
     storage.write_whole(file, "".join(lines))
@@ -162,8 +171,8 @@ def record_start(workdir: str, mesh: Mesh, step: int) -> list[str]:
     last: Any = log.lines[-1]
     return changes + [
         f"{name} changed since the last start: {last[name]} before, {start[name]} now"
-        for name in ("processes", "devices", "mesh", "code", "jax")
-        if last[name] != start[name]
+        for name in ("processes", "devices", "mesh", "code", "jax", "operations")
+        if last.get(name, start[name]) != start[name]
     ]
 
 

@@ -105,12 +105,12 @@ class Trainer:
     def report_start(self) -> None:
         """Prints the model, the first step, and what changed since the last start of this run."""
         logging.info("Parameters:\n%s", self.overview)
-        operations = ", ".join(f"{name} by {how}" for name, how in self.operations.items())
+        operations = (f"\n{name} by {choice}" for name, choice in self.operations.items())
         runtime.print_once(
             f"{self.config.model.name}: {self.num_params:,} parameters, starting at step "
-            f"{self.step}\noperations: {operations}"
+            f"{self.step}" + "".join(operations)
         )
-        for change in starts.record_start(self.workdir, self.mesh, self.step):
+        for change in starts.record_start(self.workdir, self.mesh, self.step, self.operations):
             runtime.print_once(change)
 
     @contextlib.contextmanager

@@ -51,6 +51,17 @@ def test_no_collective_grows(topology, hosts, arguments, tmp_path):
     assert "what was measured on one H100" in done.stdout
 
 
+def test_attention_is_cudnns_kernel_which_compiles_without_a_gpu(tmp_path):
+    path = tmp_path / "step.hlo"
+    fields = {"pattern": "attention", "hidden_dim": 64, "dtype": "bfloat16"}
+    flags = [f"--config.model.{name}={value}" for name, value in fields.items()]
+    preflight(tmp_path, "--topology=h100-2", *flags, f"--hlo={path}")
+    calls = {line.partition('custom_call_target="')[2] for line in path.read_text().splitlines()}
+    assert {call.partition('"')[0] for call in calls} >= {
+        "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward",
+    }  # fmt: skip
+
+
 FORMER = ("--config.model.unroll=1",)
 LISTOPS = (*FORMER, "--config.model.remat=full", "--config.model.spectral.method=real")
 BATCHED = "--config.model.memory.method=batched"

@@ -55,7 +55,7 @@ def compile_all(topology, cases):
             h = array((256, num_taps), "float32", None, None)
             lowered = jax.jit(both).trace(u, h, u).lower(lowering_platforms=("tpu",))
             shapes = (length, num_taps), (2**17, 2**17)
-            chosen = [resolve("auto", *shape, dtype) for shape in shapes]
+            chosen = [resolve("auto", *shape, dtype).method for shape in shapes]
             program = hlo.Program(lowered.compile().as_text())
         calls = [i.name for i, _ in program.runs(lambda i: 1.0) if i.opcode == "custom-call"]
         return {
@@ -170,7 +170,7 @@ def compile_steps(topology, cases):
         })  # fmt: skip
         setup = compiled_step.set_up(config, parsed)
         with on_mesh(setup.mesh):
-            chosen = [fft.resolve("auto", n, fft_length, dtype, 256) for n, fft_length, dtype in (
+            chosen = [fft.resolve("auto", n, size, dtype, 256).method for n, size, dtype in (
                 (length, 2 * length, dtype), (600, 1200, dtype), (length, length, dtype),
                 *((n, 2 * n, kind) for n, kind in [TOO_LARGE[parsed.chip.family]]),
             )]  # fmt: skip
@@ -199,6 +199,65 @@ def test_a_spectral_step_runs_its_kernels_on_activations_as_they_are(topology, c
         assert found["chosen"] == ["butterfly", "matmul", "butterfly", "matmul"], case
         assert not {"copy", "transpose"} & set(found["around"]), case
         assert bool(found["exchanged"]) == (case[-1] > 1), case
+
+
+def compile_attention(topology, cases):
+    """For each case how often attention's kernels run in a real training step, by name: two layers
+    in a scan, rematerialized; and why dispatch chose what it did."""
+    from spectral_pod.analysis import hardware
+
+    parsed = hardware.parse(topology, 1)
+    hardware.prepare(parsed)
+    from collections import Counter
+
+    from spectral_pod import models
+    from spectral_pod.analysis import hlo
+    from spectral_pod.config import default
+    from spectral_pod.parallel.mesh import on_mesh
+    from tools import compiled_step
+
+    def measured(length, fields):
+        config = default()
+        config.update_from_flattened_dict({
+            "data.task": "copy", "data.seq_len": length, "model.name": "spectral_gpt",
+            "train.global_batch_size": 16, "train.eval_batch_size": 16, "model.num_layers": 2,
+            "model.pattern": ("attention",), "model.remat": "full", "model.dtype": "bfloat16",
+        } | fields)  # fmt: skip
+        setup = compiled_step.set_up(config, parsed)
+        with on_mesh(setup.mesh):
+            choice = models.operations(config)["attention"]
+        program = hlo.Program(setup.lowered["train"].compile().as_text())
+        runs = Counter()
+        for call, count in program.runs(lambda i: 1.0):
+            if call.opcode == "custom-call" and call.name.startswith("flash_"):
+                runs[call.name.partition(".")[0].partition("_block")[0]] += count
+        gathered = any(c.kind == "all-gather" for c in hlo.collectives(program))
+        return {"choice": choice, "runs": runs, "gathered": gathered}
+
+    return [measured(*case) for case in cases]
+
+
+ATTENTION = {
+    "v4:2x2x1": [(1000, {})],
+    "v5e:2x2": [(2048, {"mesh.tensor": 2}), (512, {"mesh.sequence": 2})],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "cases"), ATTENTION.items())
+def test_a_step_with_attention_runs_its_kernel_where_a_device_has_all_positions(topology, cases):
+    for case, found in zip(cases, in_a_process("compile_attention", topology, cases), strict=True):
+        method, reason = found["choice"]
+        if "mesh.sequence" in case[1]:
+            assert (method, found["runs"], found["gathered"]) == ("blocked", {}, True)
+            assert "split over devices" in reason
+            continue
+        assert method == "fused"
+        # Those of two layers, and the forward ones again in the backward pass.
+        assert found["runs"] == {
+            "flash_attention": 4, "flash_mha_bwd_dkv": 2, "flash_mha_bwd_dq": 2,
+        }, case  # fmt: skip
+        assert not found["gathered"], case
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from spectral_pod.analysis import hlo
 from spectral_pod.config import default
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.ops import blocked_attention
 from spectral_pod.parallel.sharding import spec, tree_shardings
 from tests.multidevice import fake_devices
 
@@ -94,6 +95,7 @@ def results(name, causal, sizes):
 
 def compare(meshes):
     """By mesh and case: relative errors by result, and collectives."""
+    blocked_attention.BLOCK = 32  # positions, so that attention has several blocks
     on_one, found = {}, {}
     for case, which in CASES.items():
         on_one[case], _ = results(*which, "")

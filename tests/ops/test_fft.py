@@ -86,17 +86,17 @@ def test_any_factors_give_the_same(factors):
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_dispatch_chooses_a_method_that_supports_the_sizes(platform):
     for length, fft_length in SIZES:
-        chosen = choose(platform, length, fft_length, jnp.float32, 128)
+        chosen = choose(platform, length, fft_length, jnp.float32, 128).method
         assert _serves(chosen, length, fft_length)
     # Of TPUs here, where none is: the kernel is chosen in test_kernels_on_tpus.py.
     chosen = {"cpu": "right_angle", "tpu": "matmul", "gpu": "real"}[platform]
-    assert choose(platform, 512, 1024, jnp.bfloat16, 128) == chosen
+    assert choose(platform, 512, 1024, jnp.bfloat16, 128).method == chosen
 
 
 def test_gpus_have_a_kernel_for_short_sequences():
     with mock.patch.object(toeplitz_gpu, "platform", return_value="gpu"):
-        assert choose("gpu", 1024, 2048, jnp.bfloat16, 128) == "toeplitz"
-        assert choose("gpu", 1025, 2050, jnp.bfloat16, 128) == "real"
+        assert choose("gpu", 1024, 2048, jnp.bfloat16, 128).method == "toeplitz"
+        assert choose("gpu", 1025, 2050, jnp.bfloat16, 128).method == "real"
 
 
 def test_the_backward_pass_keeps_only_its_inputs():

@@ -94,4 +94,4 @@ def test_the_cost_is_that_of_reading_and_writing_once():
 
 def test_what_the_kernel_does_not_serve_is_said():
     assert "this is a cpu" in kernel.unserved(32, 128, 3, jnp.bfloat16)
-    assert choose(32, 128, 3, jnp.bfloat16) == "shifts"
+    assert choose(32, 128, 3, jnp.bfloat16).method == "shifts"

@@ -105,8 +105,8 @@ def test_the_cost_is_that_of_its_products_and_of_reading_and_writing_once():
 
 def test_gpus_use_it_up_to_a_length():
     with mock.patch.object(toeplitz_gpu, "platform", return_value="gpu"):
-        assert choose("gpu", 4096, 4096, jnp.bfloat16) == "toeplitz"
-        assert choose("gpu", 4097, 100, jnp.bfloat16) == "real"
+        assert choose("gpu", 4096, 4096, jnp.bfloat16).method == "toeplitz"
+        assert choose("gpu", 4097, 100, jnp.bfloat16).method == "real"
 
 
 def test_what_it_does_not_serve_is_said():

@@ -48,6 +48,7 @@ def test_ops(tmp_path):
         "delta_chunked_vs_scan_2048", "delta_chunked_vs_remat_2048", "delta_temporaries_2048",
         "causal_conv_vs_jnp_1024", "causal_conv_vs_jnp_4096", "causal_conv_vs_jnp_16384",
         "spectral_vs_seed_literal_2048", "spectral_linear_vs_seed_literal_2048",
+        "attention_causal_vs_plain_64", "attention_all_positions_vs_plain_64",
         "wavelet_vs_pywt_1024", "dispatch_vs_best_256", "dispatch_vs_best_1000",
     }  # fmt: skip
     assert expected <= set(data["ratios"])

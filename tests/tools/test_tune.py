@@ -7,6 +7,7 @@ import pytest
 
 from spectral_pod.config import default
 from spectral_pod.errors import ConfigError
+from spectral_pod.ops.choice import Choice
 from tests import trainer
 from tools import tune
 
@@ -63,9 +64,9 @@ def test_the_fastest_computes_every_call():
         row("long", "a", None), row("long", "b", 5.0), row("long", "c", 4.0),
     ]  # fmt: skip
     assert tune.fastest(rows) == "b"
-    *lines, why = tune._table(rows, "b", "c")
+    *lines, why = tune._table(rows, "b", Choice("c", "by a count"))
     assert "it does not fit" in lines[3]
-    assert why.endswith("b: 1.86 times as fast as c; the configuration takes c")
+    assert why.endswith("b: 1.86 times as fast as c; the configuration takes c (by a count)")
 
 
 def test_tune(tmp_path):

@@ -181,7 +181,7 @@ def _delta(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
     cases = [
         _case(method, shape, fn, jnp.float32(weights), *inputs) for method, fn in methods.items()
     ]
-    ours = resolve("auto", K, K, B * H) if _on_gpu() else "fused"
+    ours = resolve("auto", K, K, B * H).method if _on_gpu() else "fused"
     ratios = [
         times_faster(f"delta_vs_chunked_{name}", ours, "chunked", ">= 4"),
         times_faster(f"delta_fused_vs_batched_{name}", "fused", "batched"),

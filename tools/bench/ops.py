@@ -1,7 +1,7 @@
 """Operations compared with their plain implementations: forward and backward, in float32.
 
-Groups: delta_N, causal_conv_N, spectral_N, dense, wavelet, and dispatch_N, where every method of a
-filter runs and the one that dispatch chooses is compared with the fastest.
+Groups: delta_N, causal_conv_N, spectral_N, attention_N, dense, wavelet, and dispatch_N, where every
+method of a filter runs and the one that dispatch chooses is compared with the fastest.
 """
 
 import functools
@@ -16,6 +16,7 @@ import pywt
 
 from spectral_pod.ops import fft, long_conv
 from spectral_pod.ops.affine import affine
+from spectral_pod.ops.attention import attention
 from spectral_pod.ops.delta_rule import delta_rule
 from spectral_pod.ops.fft import spectral_filter
 from spectral_pod.ops.long_conv import causal_conv
@@ -38,6 +39,8 @@ from .timing import (
 
 _DISPATCH_LENGTHS = (256, 512, 1000, 1024, 2048, 3001, 4096, 8192, 12_345, 16_384, 32_768, 65_536)
 
+_ATTENTION_LENGTHS = (128, 256, 512, 2048, 8192)
+
 
 def groups(settings: Settings) -> list[Group]:
     quick, partial = settings.quick, functools.partial
@@ -46,6 +49,8 @@ def groups(settings: Settings) -> list[Group]:
         build = partial(_causal, settings, n, n // 32 if quick else n)
         made.append(Group(f"causal_conv_{n}", n / 3000, build))
     made.append(Group("spectral_2048", 3, partial(_spectral, 64 if quick else 2048)))
+    for n in (64,) if quick else _ATTENTION_LENGTHS:
+        made.append(Group(f"attention_{n}", 0.2 + n / 500, partial(_attention, n)))
     if machine.has_amx() and jax.default_backend() == "cpu":
         made.append(Group("dense", 1, partial(_dense, 16 if quick else 1)))
     made.append(Group("wavelet", 0.3, partial(_wavelet, 64 if quick else 1024)))
@@ -194,6 +199,27 @@ def _spectral(N: int) -> Comparison:
             times_faster(name.format("linear_"), "linear", "seed_literal"),
         ],
     )
+
+
+# ---- attention
+
+
+def _attention(N: int) -> Comparison:
+    """The method that dispatch chooses, and the scores of all pairs, causal and not."""
+    shape = max(1, 4096 // N), N, 4, 64
+    weights, *arguments = _float32(*np.random.default_rng(0).normal(size=(4, *shape)))
+    mask_BN = jnp.ones(shape[:2], bool)
+    cases: list[Case] = []
+    ratios = []
+    for name, causal in (("causal", True), ("all_positions", False)):
+        plain = f"{name}_plain"
+        for named, method in ((name, "auto"), (plain, "plain")):
+            run = functools.partial(attention, mask_BN=mask_BN, causal=causal, method=method)
+            repetition, held = compiled(forward_backward(run), weights, *arguments)
+            what = f"attention, method '{method}'"
+            cases.append(Case(named, what, str(list(shape)), repetition, temporaries=held))
+        ratios.append(times_faster(f"attention_{name}_vs_plain_{N}", name, plain, ">= 0.9"))
+    return Comparison(cases, ratios)
 
 
 # ---- dispatch

@@ -4,6 +4,7 @@ import types
 import warnings
 from typing import Any
 
+from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.sharding import platform
 
 
@@ -19,7 +20,8 @@ def unserved(kernels: dict[str, types.ModuleType], *sizes: Any) -> str | None:
     return kernel.unserved(*sizes)
 
 
-def instead_of(kernel: str, reason: str, method: str) -> str:
-    """The method that is used in place of a kernel, which is said once, with the reason."""
-    warnings.warn(f"{method!r} is used in place of {kernel!r}: {reason}", NotServed, stacklevel=3)
-    return method
+def instead_of(kernel: str, reason: str, chosen: Choice) -> Choice:
+    """What is used in place of a kernel, which is said once, with the reason."""
+    text = f"{chosen.method!r} is used in place of {kernel!r}: {reason}"
+    warnings.warn(text, NotServed, stacklevel=3)
+    return Choice(chosen.method, f"in place of {kernel!r}: {reason}")
