@@ -140,7 +140,7 @@ def check_trainer(arguments: argparse.Namespace) -> None:
     validate(trainer.config.value)
     if arguments.topology:
         topology = hardware.parse(arguments.topology, arguments.num_slices)
-        check_slices(validate_mesh(trainer.config.value, topology.num_chips), topology.num_slices)
+        check_slices(validate_mesh(trainer.config.value, topology.num_devices), topology.num_slices)
     else:
         validate_mesh(trainer.config.value, arguments.gpus_per_node * arguments.num_nodes)
 

@@ -128,7 +128,7 @@ def parse(argv: Sequence[str]) -> Options:
     Raises:
       ConfigError: an option is unknown, misspelt, missing, or at odds with another.
     """
-    ours, trainer = list(argv), ()
+    ours, trainer = list(argv), tuple[str, ...]()
     if "--" in ours:
         ours, trainer = ours[: ours.index("--")], tuple(ours[ours.index("--") + 1 :])
     action = ours.pop(0) if ours and ours[0] in ACTIONS else "up"

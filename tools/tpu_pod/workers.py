@@ -71,7 +71,8 @@ class Workers:
                 if len(words) < 3 or words[1] not in ("running", "ended", "lost", "idle"):
                     continue
                 if (worker := _worker(words[0], *batch)) is not None:
-                    found[worker] = Report(*words[:3], words[3] if words[3:] else "")
+                    host, state, detail, *progress = words
+                    found[worker] = Report(host, state, detail, " ".join(progress))
         return found
 
     def follow(self, worker: Worker) -> "Log":
