@@ -3,19 +3,25 @@
 import re
 import runpy
 import shlex
+import subprocess
 
 import pytest
+import yaml
 
 from spectral_pod.analysis import hardware
 from spectral_pod.validation import get, validate, validate_mesh
+from tests.launch import gcloud
 from tests.trainer import ROOT
+from tools import gke, preflight
 
 GPUS_OF_A_NODE = 8
 
 
 def commands():
     """The lines of code blocks that train or compile a config, with what continues them."""
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/gpus.md"))
+    text = "".join(
+        (ROOT / name).read_text() for name in ("README.md", "docs/gpus.md", "docs/pods.md")
+    )
     text = text.replace("\\\n", " ")
     lines = re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
     return [line.partition(" #")[0] for line in lines if "--config=" in line]
@@ -54,9 +60,53 @@ def config_of(words):
     return config
 
 
+def words_of(command):
+    return shlex.split(re.split(" [|>] ", command)[0].replace("BUCKET", "bucket"))
+
+
 @pytest.mark.parametrize("command", commands())
 def test_its_config_fits_the_devices(command):
-    words = shlex.split(re.split(" [|>] ", command)[0].replace("BUCKET", "bucket"))
+    words = words_of(command)
     config = config_of(words)
     validate(config)
     validate_mesh(config, devices(words))
+
+
+def of(launcher):
+    return [words_of(command) for command in commands() if launcher in command]
+
+
+@pytest.mark.parametrize("words", of("tpu_pod.sh"), ids=" ".join)
+def test_its_slice_would_be_asked_for(words):
+    """All that gcloud would be told, by the launcher itself."""
+    here, *arguments = (word.replace("PROJECT", "project-1") for word in words)
+    arguments.insert(0, "--dry_run")
+    done = subprocess.run([ROOT / here, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (create,) = (line for line in done.stdout.splitlines() if "queued-resources create" in line)
+    gcloud.parse(shlex.split(create)[1:])
+
+
+@pytest.mark.parametrize("words", of("tools.gke"), ids=" ".join)
+def test_its_job_set_would_be_written(words, capsys):
+    assert gke.main(words[words.index("tools.gke") + 1 :]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["kind"] == "JobSet"
+
+
+@pytest.mark.parametrize("words", of("tools.preflight"), ids=" ".join)
+def test_its_steps_would_be_compiled(words, monkeypatch):
+    """Its command line is one; compiling takes minutes."""
+    parsed = []
+    monkeypatch.setattr(preflight, "preflight", parsed.append)
+    assert preflight.main(words[words.index("tools.preflight") + 1 :]) == 0
+    hardware.parse(parsed[0].topology, parsed[0].num_slices)
+
+
+@pytest.mark.parametrize("words", of("docker_gpu.sh"), ids=" ".join)
+def test_its_container_would_be_started(words):
+    here, *arguments = words
+    done = subprocess.run(
+        [ROOT / here, "--dry_run", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'docker' 'run'" in done.stdout

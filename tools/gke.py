@@ -43,6 +43,7 @@ from spectral_pod.errors import ConfigError
 from spectral_pod.fields import NonNegative, Positive
 
 from . import shell
+from .exit_codes import is_curable
 
 _TEMPLATE = pathlib.Path(__file__).with_name("gke_jobset.yaml")
 # cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
@@ -73,9 +74,6 @@ _GIB_VOLUMES = {
     "driver": ("/usr/local/nvidia", {"hostPath": {"path": "/home/kubernetes/bin/nvidia"}}),
     "gib": (_GIB, {"hostPath": {"path": "/home/kubernetes/bin/gib"}}),
 }
-# As exit_is_curable in launch/exit_codes.sh: preempted, lost a peer, stalled, or killed by a signal
-# other than Ctrl-C's. A shell's code for signal N is 128 + N.
-CURABLE_EXIT_CODES = [75, 76, 77, *(code for code in range(129, 193) if code != 130)]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -178,7 +176,7 @@ def render(arguments: argparse.Namespace) -> str:
         "service_account": arguments.service_account,
         "max_restarts": arguments.max_restarts,
         "tolerations": tolerations,
-        "curable_exit_codes": CURABLE_EXIT_CODES,
+        "curable_exit_codes": [code for code in range(256) if is_curable(code)],
         "env": [*env.values()],
         "volumes": [{"name": name} | source for name, (_, source) in volumes],
         "mounts": [{"name": name, "mountPath": path} for name, (path, _) in volumes],

@@ -33,7 +33,7 @@ fi
 rm -f "$HOME/spectral_pod.tar.gz" # which has the environment in it
 
 # TPU VM images ship Python 3.10, which is too old, so uv installs an interpreter. requirements.txt
-# pins the libtpu that preflight compiles with; jax[tpu] would require an older one.
+# pins the libtpu that jax[tpu] of this JAX asks for, with which preflight compiles as well.
 if ! cmp -s "$code/requirements.txt" "$venv/requirements.installed"; then
     persist python3 -m pip install --quiet --user uv==0.13.9
     uv=$HOME/.local/bin/uv

@@ -281,7 +281,7 @@ def test_the_longest_name(capsys):
 MISTAKES = [
     ((), "--topology"),
     ((*TPU, *GPU), "--topology"),
-    (("--topology=v4-100",), "did you mean v4-"),
+    (("--topology=v4-100",), "the nearest: v4-"),
     (("--topology=cpu-8",), "no TPU slice"),
     (("--topology=v6e-4", "--num_slices=2"), "larger --topology"),
     ((*TPU, "--workdir=/runs/1"), "gs://"),

@@ -16,7 +16,8 @@ import pytest
 
 from spectral_pod.errors import ConfigError
 from tests.launch import gcloud
-from tools.tpu_pod import checks, exit_codes, states
+from tools import exit_codes
+from tools.tpu_pod import checks, states
 from tools.tpu_pod.cloud import Node
 from tools.tpu_pod.states import Then
 from tools.tpu_pod.workers import Workers
@@ -25,8 +26,9 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 # What the launcher uses beside its own folders: nothing that would have to be installed.
 CODE = (
-    "tools/__init__.py", "spectral_pod/__init__.py", "spectral_pod/errors.py",
-    "spectral_pod/analysis/__init__.py", "spectral_pod/analysis/hardware.py",
+    "tools/__init__.py", "tools/exit_codes.py", "spectral_pod/__init__.py",
+    "spectral_pod/errors.py", "spectral_pod/analysis/__init__.py",
+    "spectral_pod/analysis/hardware.py",
 )  # fmt: skip
 RUN_GCLOUD = (
     f"import sys; sys.path.append('{HERE}'); import gcloud; sys.exit(gcloud.main(sys.argv[1:]))"
@@ -545,7 +547,7 @@ def test_preflight_warns(pod, code, options):
         (["--spto"], "unknown argument --spto"),
         (["--spot", "--reserved"], "--reserved and --spot exclude each other"),
         (["--spot=yes"], "--spot takes no value"),
-        (["--type=v4-100"], "there is no v4 slice of 100"),
+        (["--type=v4-100"], "Google Cloud has no slice of 100"),
         (["--metadata=startup-script=x"], "this key is the launcher's own"),
         (["--env=1A=b"], "--env: must be NAME=VALUE"),
         (["--", "--workdir=gs://b/r"], "no --config=FILE"),

@@ -11,9 +11,9 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
+from ..exit_codes import meaning, worse
 from .cloud import Cloud, CloudError, Node, Request, Trouble, Worker
 from .code import ROOT, Code
-from .exit_codes import meaning, worse
 from .options import Options
 from .states import Then, node, request
 from .system import System

@@ -1,4 +1,4 @@
-"""The trainer's exit codes, as launch/exit_codes.sh and spectral_pod/errors.py have them."""
+"""The trainer's exit codes (spectral_pod/errors.py), as launch/exit_codes.sh has them for shells."""
 
 _MEANINGS = {
     0: "done",
