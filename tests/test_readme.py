@@ -19,10 +19,8 @@ GPUS_OF_A_NODE = 8
 
 def commands():
     """The lines of code blocks that train or compile a config, with what continues them."""
-    text = "".join(
-        (ROOT / name).read_text() for name in ("README.md", "docs/gpus.md", "docs/pods.md")
-    )
-    text = text.replace("\\\n", " ")
+    files = ("README.md", "docs/gpus.md", "docs/pods.md")
+    text = "".join((ROOT / name).read_text() for name in files).replace("\\\n", " ")
     lines = re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
     return [line.partition(" #")[0] for line in lines if "--config=" in line]
 
@@ -103,7 +101,8 @@ def test_its_steps_would_be_compiled(words, monkeypatch):
 
 
 @pytest.mark.parametrize("words", of("docker_gpu.sh"), ids=" ".join)
-def test_its_container_would_be_started(words):
+def test_its_container_would_be_started(words, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "as a user would have it")
     here, *arguments = words
     done = subprocess.run(
         [ROOT / here, "--dry_run", *arguments], capture_output=True, text=True, cwd=ROOT

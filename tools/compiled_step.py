@@ -30,6 +30,7 @@ from spectral_pod.analysis.kernel_calls import Signature
 from spectral_pod.analysis.kernel_schedule import Schedule
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
+from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import TrainState, abstract_state
@@ -67,6 +68,7 @@ class Setup:
     mesh: Mesh
     abstract: TrainState
     analytic_flops: float  # of a training step on the whole mesh
+    operations: dict[str, Choice]  # the method of each in training, and why
     traced: Any  # the training step
     lowered: dict[str, Any]  # by the names of `STEPS`
 
@@ -105,6 +107,7 @@ def set_up(config: Config, topology: Topology, names: Sequence[str] = STEPS) -> 
         "eval": (jit_eval_step(model, objective, mesh, abstract), abstract.params, eval_batch),
     }
     with on_mesh(mesh):
+        operations = models.operations(config)
         traced = {name: steps[name][0].trace(*steps[name][1:]) for name in names}
         lowered = {
             name: step.lower(lowering_platforms=(_PLATFORMS[devices[0].platform],))
@@ -117,6 +120,7 @@ def set_up(config: Config, topology: Topology, names: Sequence[str] = STEPS) -> 
         mesh=mesh,
         abstract=abstract,
         analytic_flops=flops.train_flops(config, abstract.params, num_classes, vocab_size),
+        operations=operations,
         traced=traced["train"],
         lowered=lowered,
     )

@@ -103,6 +103,7 @@ def make(
         "optimizer_per_chip": bytes_per_chip(setup.abstract.opt_state),
         "tokens_per_second": tokens / bound.step_s if bound else None,
         "eval": {"hbm": hbm.get("eval"), "collectives": rows.get("eval")},
+        "operations": {name: one._asdict() for name, one in setup.operations.items()},
         "notes": sorted(notes),
     }
     if price_per_chip_hour is not None and bound:
@@ -248,6 +249,7 @@ def _text(
         f"parameters {_size(data['parameters_per_chip'])}, optimizer "
         f"{_size(data['optimizer_per_chip'])} {unit}",
     ]
+    lines += [f"{name} by {choice}" for name, choice in setup.operations.items()]
     steps = {"train": data, "eval": data["eval"]}
     for name, hbm in ((name, steps[name]["hbm"]) for name in compiled):
         lines.append(
