@@ -1,4 +1,4 @@
-"""The exit codes of the trainer (spectral_pod/errors.py); launch/exit_codes.sh has them for shells."""
+"""Exit codes of the trainer (spectral_pod/errors.py); launch/exit_codes.sh has them for shells."""
 
 _MEANINGS = {
     0: "done",
