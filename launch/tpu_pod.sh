@@ -10,4 +10,4 @@ if [ "$python" = none ]; then
     echo "launch/tpu_pod.sh: no Python 3.11 or newer is on PATH" >&2
     exit 2
 fi
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m tools.tpu_pod "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -P -m tools.tpu_pod "$@"

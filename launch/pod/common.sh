@@ -1,5 +1,6 @@
 # Sourced by the scripts that run on a worker. Everything is below one folder in the home directory:
 #   code  this checkout    venv  its Python    environment  variables for the trainer
+#   scripts  launch/ of the newest launcher, of which this is a part
 #   run   the trainer's pid, exit_code, command and log    launcher  touched whenever it was here
 # shellcheck disable=SC2034 # the variables are used by the scripts that source this file
 

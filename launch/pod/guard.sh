@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The startup script of every worker, as root, at every boot: sees to it that a slice ends, also
 # without its launcher. Where nothing has run for keep_seconds and no launcher was there, the first
-# worker of each slice deletes the whole request; after max_run_seconds every worker lets its trainer
-# save, and then they do the same. It says what it does in the log of the serial port, and in $state.
+# worker of each slice deletes the whole request, a minute later the second, and so on; after
+# max_run_seconds every worker lets its trainer save, and then they do the same. What it does is in
+# $state/log.
 #
 # It stands alone: nothing else is installed when it starts, and perhaps never will be.
 set -uo pipefail
@@ -12,7 +13,7 @@ every=${GUARD_SECONDS:-30}
 grace=${GUARD_GRACE:-300} # seconds for a launcher to see that a run was stopped, and to end it
 
 metadata() { # PATH
-    curl --silent --show-error --fail --retry 5 --header "Metadata-Flavor: Google" \
+    curl --silent --show-error --fail --max-time 60 --header "Metadata-Flavor: Google" \
         "http://metadata.google.internal/computeMetadata/v1/$1"
 }
 
@@ -20,12 +21,18 @@ call() { # METHOD URL [BODY]: of Google's APIs, as the service account
     local token
     token=$(metadata instance/service-accounts/default/token) || return 1
     token=${token#*\"access_token\":\"}
-    curl --silent --show-error --fail-with-body --request "$1" --header @- \
+    curl --silent --show-error --fail-with-body --max-time 60 --request "$1" --header @- \
         --header "Content-Type: application/json" ${3:+--data "$3"} "$2" \
         <<<"Authorization: Bearer ${token%%\"*}"
 }
 
-say() { echo "spectral_pod guard: $*" >&2; }
+say() { echo "$(date --iso-8601=seconds) $*"; }
+
+told() { # PATH: what the metadata server says, however long it takes to answer
+    local value
+    while ! value=$(metadata "$1"); do sleep 5; done
+    echo "$value"
+}
 
 is_running() { # a trainer, of any user; launch/pod/run.sh holds this lock
     local lock
@@ -60,10 +67,10 @@ stop() { # lets the trainer save
     done
 }
 
-end() { # WHY: deletes the request, from the first worker of a slice
+end() { # WHY: deletes the request; the first worker at once, others if it has not
     say "$1; deleting $name"
-    if [ "$worker" != 0 ]; then return; fi
-    call DELETE "https://tpu.googleapis.com/v2/projects/$project/locations/$zone/queuedResources/$name?force=true" >&2 ||
+    sleep $((worker * 60))
+    call DELETE "https://tpu.googleapis.com/v2/projects/$project/locations/$zone/queuedResources/$name?force=true" ||
         say "that failed; THIS SLICE IS STILL BILLED"
 }
 
@@ -83,22 +90,27 @@ watch() {
     done
 }
 
+start() {
+    touch "$state/boot"
+    if [ ! -s "$state/first_boot" ]; then date +%s >"$state/first_boot"; fi
+    first_boot=$(cat "$state/first_boot")
+    name=$(told instance/attributes/spectral-pod-name)
+    keep=$(told instance/attributes/spectral-pod-keep-seconds)
+    max_run=$(told instance/attributes/spectral-pod-max-run-seconds)
+    worker=$(metadata instance/attributes/agent-worker-number) || worker=0 # a single one has none
+    project=$(told project/project-id)
+    zone=$(told instance/zone)
+    zone=${zone##*/}
+    local answer
+    answer=$(call POST "https://cloudresourcemanager.googleapis.com/v1/projects/$project:testIamPermissions" \
+        '{"permissions": ["tpu.nodes.delete"]}' 2>&1)
+    case $answer in
+    *tpu.nodes.delete*) echo yes ;;
+    *) echo "no: the service account needs roles/tpu.admin, or cannot be asked: ${answer//$'\n'/ }" ;;
+    esac >"$state/allowed"
+    say "may delete $name: $(cat "$state/allowed"); keeps it for $keep s, at most $max_run s in all"
+    watch
+}
+
 mkdir -p "$state"
-touch "$state/boot"
-if [ ! -s "$state/first_boot" ]; then date +%s >"$state/first_boot"; fi
-first_boot=$(cat "$state/first_boot")
-name=$(metadata instance/attributes/spectral-pod-name) || exit 1
-keep=$(metadata instance/attributes/spectral-pod-keep-seconds)
-max_run=$(metadata instance/attributes/spectral-pod-max-run-seconds)
-worker=$(metadata instance/attributes/agent-worker-number || echo 0)
-project=$(metadata project/project-id)
-zone=$(metadata instance/zone)
-zone=${zone##*/}
-answer=$(call POST "https://cloudresourcemanager.googleapis.com/v1/projects/$project:testIamPermissions" \
-    '{"permissions": ["tpu.nodes.delete"]}' 2>&1)
-case $answer in
-*tpu.nodes.delete*) echo yes ;;
-*) echo "no: the service account needs roles/tpu.admin, or cannot be asked: ${answer//$'\n'/ }" ;;
-esac >"$state/allowed"
-say "may delete $name: $(cat "$state/allowed"); keeps it for $keep s, at most $max_run s in all"
-watch </dev/null & # the boot goes on
+start </dev/null >>"$state/log" 2>&1 & # nothing of this script's remains open: the boot goes on

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # On a worker: install.sh REVISION creates ~/spectral_pod/{code,environment,venv} from
-# ~/spectral_pod.tar.gz. Skips what is up to date, and refuses to replace the code of a running
-# trainer.
+# ~/spectral_pod-REVISION.tar.gz. Skips what is up to date, and refuses to replace the code of a
+# running trainer.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 revision=$1
+export PIP_BREAK_SYSTEM_PACKAGES=1 # newer images refuse `pip install --user` otherwise
+
+exec 8>"$base/install.lock" # one launcher at a time
+flock 8
+trap 'rm -f "$HOME"/spectral_pod-*.tar.gz' EXIT # which have the environment in them
 
 persist() { # a command, tried again for some minutes: package indexes fail for a while
     local delay
     for delay in 10 20 40 80 160; do
+        touch "$base/launcher" # it is still being worked on here
         if "$@"; then return; fi
         echo "$(hostname): $1 failed; trying again in $delay s" >&2
         sleep "$delay"
@@ -23,14 +29,13 @@ if [ "$(cat "$code/.revision" 2>/dev/null)" != "$revision" ]; then
     fi
     rm -rf "$base/code.new"
     mkdir "$base/code.new"
-    tar -xzf "$HOME/spectral_pod.tar.gz" -C "$base/code.new"
+    tar -xzf "$HOME/spectral_pod-$revision.tar.gz" -C "$base/code.new"
     mv "$base/code.new/spectral_pod_environment" "$base/environment"
     chmod 600 "$base/environment"
     echo "$revision" >"$base/code.new/.revision"
     rm -rf "$code"
     mv "$base/code.new" "$code"
 fi
-rm -f "$HOME/spectral_pod.tar.gz" # which has the environment in it
 
 # TPU VM images ship Python 3.10, which is too old, so uv installs an interpreter. requirements.txt
 # pins the libtpu that jax[tpu] of this JAX asks for, with which preflight compiles as well.

@@ -43,8 +43,12 @@ CREATE = (
     | {"--labels": True, "--metadata": True, "--metadata-from-file": True, "--data-disk": True}
     | {"--tags": True, "--scopes": True, "--valid-until-duration": True}
 )
-SSH_FLAGS = (1, PLACE | SSH | {"--command": True}, {"--zone", "--command", "--quiet", "--worker"})
-SCP_FLAGS = (2, PLACE | SSH, {"--zone", "--quiet", "--worker"})
+SSH_FLAGS = (
+    1,
+    PLACE | SSH | {"--command": True, "--ssh-flag": True},
+    {"--zone", "--command", "--quiet", "--worker"},
+)
+SCP_FLAGS = (2, PLACE | SSH | {"--scp-flag": True}, {"--zone", "--quiet", "--worker"})
 COMMANDS = {
     f"{RESOURCES} create": (
         1, CREATE, {"--zone", "--accelerator-type", "--runtime-version", "--valid-until-duration"}
@@ -52,6 +56,7 @@ COMMANDS = {
     f"alpha {RESOURCES} create": (1, CREATE | {"--reservation": True}, {"--zone", "--reservation"}),
     f"{RESOURCES} describe": (1, PLACE, {"--zone", "--format"}),
     f"{RESOURCES} list": (0, PLACE, {"--zone", "--format"}),
+    f"alpha {RESOURCES} list": (0, PLACE, {"--zone", "--format"}),
     f"{RESOURCES} delete": (1, PLACE | {"--force": False}, {"--zone", "--quiet"}),
     f"{VMS} list": (0, PLACE, {"--zone", "--format"}),
     f"{VMS} ssh": SSH_FLAGS,
@@ -66,7 +71,7 @@ COMMANDS = {
     "storage ls": (1, {}, set()),
     "iam service-accounts describe": (1, {}, {"--format"}),
 }  # fmt: skip
-REPEATED = ("--data-disk",)
+REPEATED = ("--data-disk", "--ssh-flag", "--scp-flag")
 
 
 def main(argv: list[str]) -> int:
@@ -221,6 +226,7 @@ def tpu_vm_list(cloud, *, format, **flags):
 
 
 def tpu_vm_ssh(cloud, node, *, command, worker="0", **flags):
+    node = node.rpartition("@")[2]
     if "install.sh" in command and cloud.take("lose_at_install"):
         cloud.lose(node)
     hosts = cloud.reach(node, worker)
@@ -243,7 +249,7 @@ def tpu_vm_ssh(cloud, node, *, command, worker="0", **flags):
 
 
 def tpu_vm_scp(cloud, source, destination, *, worker="0", **flags):
-    node, _, path = destination.partition(":")
+    node, _, path = destination.rpartition("@")[2].partition(":")
     for host in cloud.reach(node, worker):
         shutil.copy(source, cloud.home(host) / path)
     return 0

@@ -68,6 +68,7 @@ class Requested:
     by_user: bool = False
     ready_at: float = 0.0
     last_use: float = 0.0
+    last_progress: float = 0.0
     keep: float = 0.0
     max_run: float = 0.0
 
@@ -101,6 +102,7 @@ class Troubles:
     ssh: float = 0.0
     killed: float = 0.0  # the launcher
     interrupted: float = 0.0  # Ctrl-C, and launched again
+    deaf: float = 0.0  # a worker stops for good, and its node is still READY
     by_hand: float = 0.0  # somebody deletes a node
     bug: float = 0.0  # probability that the run ends with a code that no restart can fix
 
@@ -126,7 +128,7 @@ class World(System):
 
         self.hazards = {
             name: times(getattr(troubles, name))
-            for name in ("preempted", "broken", "reboot", "by_hand")
+            for name in ("preempted", "broken", "reboot", "deaf", "by_hand")
         }
         self.due = {name: next(one) for name, one in self.hazards.items()}
         self.kills, self.interrupts = times(troubles.killed), times(troubles.interrupted)
@@ -224,6 +226,7 @@ class World(System):
         if self.trains():
             request.last_use = self.t
             self.progress += step
+            request.last_progress = self.t
             if self.progress - self.saved >= 10 * MINUTE:
                 self.saved = self.progress
             if self.bug_at is not None and self.progress >= self.bug_at:
@@ -231,6 +234,8 @@ class World(System):
             elif self.progress >= self.work:
                 self.complete, self.finished = True, self.finished or self.t
                 self._all_end(0)
+        elif self.t - request.last_progress >= 3 * HOUR:
+            self._all_end(76)  # supervisors of those that wait for a peer give up
         self._guard()
 
     def _all_end(self, code):
@@ -257,7 +262,7 @@ class World(System):
                 request.state, request.next_at = "PROVISIONING", self.t + 3 * MINUTE
         elif request.state == "PROVISIONING":
             request.state = "ACTIVE"
-            request.ready_at = request.last_use = self.t
+            request.ready_at = request.last_use = request.last_progress = self.t
             for node in request.nodes.values():
                 node.state, node.recovers = "CREATING", self.t + self.rng.uniform(0, 5 * MINUTE)
         elif request.state == "SUSPENDING":
@@ -316,6 +321,13 @@ class World(System):
             self.events.append((self.t, "a worker was rebooted"))
             worker.trainer = "lost"
             self.progress = self.saved
+
+    def _deaf(self):
+        worker = self.rng.choice(self.workers())
+        self.events.append((self.t, "a worker is out for good"))
+        worker.reachable = False
+        worker.trainer = "lost" if worker.trainer == "running" else worker.trainer
+        self.progress = self.saved
 
     def _by_hand(self):
         self.events.append((self.t, "somebody deleted the node"))
@@ -381,10 +393,11 @@ class World(System):
         )
 
     def tpu_vm_scp(self, source, target, **flags):
-        self._connect(target.partition(":")[0])
+        self._connect(target.rpartition("@")[2].partition(":")[0])
         return ""
 
     def tpu_vm_ssh(self, node, *, command, worker, **flags):
+        node = node.rpartition("@")[2]
         there = self._connect(node)
         chosen = range(len(there.workers)) if worker == "all" else map(int, worker.split(","))
         script = re.search(r"(\w+)\.sh", command.rpartition("launch/pod/")[2])[1]
@@ -393,7 +406,7 @@ class World(System):
         lines = []
         for index in chosen:
             one, host = there.workers[index], f"t1v-{node}-w-{index}"
-            if self.t in self.no_ssh and self.rng.random() < 0.5:
+            if not one.reachable or (self.t in self.no_ssh and self.rng.random() < 0.5):
                 continue
             if there.state != "READY":
                 break
@@ -459,7 +472,8 @@ class World(System):
         state = worker.trainer
         if state == "ended" and worker.code == 75 and not worker.stopped:
             state, detail = "lost", "-"
-        return f" {state} {detail}", 0
+        step = f" step {self.progress:.0f}" if worker is self.workers()[0] else ""
+        return f" {state} {detail}{step}", 0
 
     def _stop(self, worker, command):
         worker.stopped = True
@@ -476,7 +490,7 @@ class World(System):
 
 MIXED = Troubles(
     preempted=9 * HOUR, broken=20 * HOUR, reboot=25 * HOUR, stockout=20 * HOUR, api=6 * HOUR,
-    credentials=30 * HOUR, index=8 * HOUR, ssh=4 * HOUR, killed=15 * HOUR,
+    credentials=30 * HOUR, index=8 * HOUR, ssh=4 * HOUR, killed=15 * HOUR, deaf=60 * HOUR,
 )  # fmt: skip
 
 
@@ -580,6 +594,7 @@ def table():
         ("preemptions", count("preempted")),
         ("nodes that broke", sum(count(s) for s in BROKEN)),
         ("workers rebooted", count("rebooted")),
+        ("workers out for good", count("out for good")),
         ("launchers killed", sum(codes.count(None) for _, codes in worlds)),
         ("slices that deleted themselves", count("by guard")),
         ("hours from start to end, median", f"{_median(w.finished / HOUR for w, _ in worlds):.1f}"),

@@ -52,11 +52,13 @@ in tmux, or on a small VM. docs/pods.md says more, also what each message means.
 Exits with the trainer's code: 0 done, 1 a bug, 2 a user error, 3 non-finite numbers, 75 stopped;
 its own failures are 1, errors in this command 2, Ctrl-C 130.
 
-Needs the APIs tpu.googleapis.com and compute.googleapis.com. Least privilege:
+Needs the APIs tpu, compute and, for the guard, cloudresourcemanager (.googleapis.com). Least
+privilege:
   you               roles/tpu.admin, roles/iam.serviceAccountUser on the service account, and
                     either roles/compute.osLogin (where OS Login is on) or
                     compute.projects.get (roles/compute.viewer) for ssh; port 22 open to you;
-                    with iap roles/iap.tunnelResourceAccessor
+                    with iap roles/iap.tunnelResourceAccessor; roles/storage.objectViewer on the
+                    bucket, to know whether a run has ended
   --service_account roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket,
                     roles/tpu.admin so that the slice can delete itself; optionally
                     roles/logging.logWriter, roles/monitoring.metricWriter
@@ -87,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     system = System()
-    for number in (signal.SIGHUP, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, _end)
     try:
         options = parse(argv)
@@ -116,7 +118,16 @@ def main(argv: Sequence[str]) -> int:
         system.end()
 
 
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _end(number: int, frame: Any) -> None:
+    _ignore_signals()  # often several arrive; what is being deleted must not stay half deleted
     raise KeyboardInterrupt(number)
 
 
@@ -135,10 +146,7 @@ def _up(options: Options, cloud: Cloud, system: System) -> int:
         system.say(str(end))
         return end.code
     finally:
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-            signal.signal(
-                number, signal.SIG_IGN
-            )  # what is being deleted must not stay half deleted
+        _ignore_signals()
         system.end()
         launcher.leave()
 
@@ -186,9 +194,8 @@ def _act(options: Options, cloud: Cloud, system: System) -> int:
     else:
         found = cloud.request()
         if found is None:
-            if action == "delete":
-                return 0
-            raise End(1, f"there is no {options.name} in {options.zone}")
+            project = options.project or cloud.project()
+            raise End(1, f"there is no {options.name} in {options.zone}, project {project}")
         system.say(f"{options.name} is {found.state}")
         options = dataclasses.replace(options, num_slices=found.num_slices)
         cloud = Cloud(options, system)
@@ -201,11 +208,15 @@ def _act(options: Options, cloud: Cloud, system: System) -> int:
             system.show(f"{node.name} {node.state}")
         for one in workers.reports().values():
             system.show(f"{one.host} {one.state} {one.detail} {one.progress}")
-    elif nodes:
-        workers.run(script("stop.sh"), workers.all, slow=True)
-    if action == "delete":
-        cloud.delete()
-        system.say(f"deleted {options.name}")
+    try:
+        if nodes and action in ("stop", "delete"):
+            system.say("letting the trainers save, which takes up to 5 minutes")
+            workers.run(script("stop.sh"), workers.all, limit=300.0)
+    finally:
+        if action == "delete":
+            system.say(f"deleting {options.name}")
+            cloud.delete()
+            system.say(f"deleted {options.name}")
     return 0
 
 

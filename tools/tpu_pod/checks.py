@@ -39,12 +39,15 @@ def before_renting(options: Options, cloud: Cloud, system: System, code: Code) -
     for flag in ("--workdir=", "--config.data.dir="):
         _check_bucket(options, cloud, system, flag)
     result = f"{options.workdir.rstrip('/')}/result.json"
-    if not options.again and not options.dry_run and cloud.exists(result):
+    ended = _ask(lambda: "yes" if cloud.exists(result) else "", result, system)
+    if not options.again and ended:
         raise ConfigError(
             f"{result} is there: this run has ended. --again goes on with it, for more steps "
             "perhaps; another run needs another --workdir"
         )
     _check_tree(code, system)
+    if options.dry_run:
+        return
     topology = options.topology
     costs = options.costs(60)
     system.say(
@@ -78,7 +81,8 @@ def _check_bucket(options: Options, cloud: Cloud, system: System, flag: str) -> 
     bucket = match[1]
     place = _ask(lambda: cloud.bucket_location(bucket), f"{flag}{options.flag(flag)}", system)
     region = options.zone.rpartition("-")[0]
-    if place and place.lower() not in (region, region.split("-")[0]):
+    continent = {"europe": "eu"}.get(region.split("-")[0], region.split("-")[0])
+    if place and place.lower() not in (region, continent):
         system.say(
             f"{bucket} is in {place.lower()}, the TPUs in {region}: reading there is slower, and "
             "traffic between regions is billed"
@@ -105,7 +109,7 @@ def ssh_environment() -> dict[str, str]:
     """
     key = os.path.expanduser(_KEY)
     if not os.path.exists(key):
-        return {}  # gcloud makes one, without a passphrase
+        return {"SSH_AUTH_SOCK": ""}  # gcloud will make one, without a passphrase
     listed, public = _output("ssh-add", "-l"), _output("ssh-keygen", "-lf", key)
     if public and public.split()[1] in listed:
         return {}

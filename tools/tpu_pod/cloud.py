@@ -43,12 +43,13 @@ def trouble(text: str) -> Trouble:
 
 
 class CloudError(Exception):
-    """What gcloud complains about, of which the last line says most."""
+    """What gcloud complains about, and the line that says most."""
 
     def __init__(self, text: str):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         super().__init__("\n".join(lines))
         self.kind = trouble(text)
+        lines = [line for line in lines if line.startswith("ERROR:")] or lines
         self.line = lines[-1] if lines else "gcloud failed without a message"
 
 
@@ -85,6 +86,10 @@ class Worker:
 
 
 _QUICK, _SLOW = 180.0, 1800.0  # seconds that a call may take
+# Whose home is used on the workers, from whichever machine; with OS Login it is the account's own.
+_USER = "trainer"
+# gcloud tries ten times to connect, and sets no limit of its own. A connection that has died ends.
+_LIMITS = ("-oConnectTimeout=20", "-oServerAliveInterval=30")
 
 
 class Cloud:
@@ -112,7 +117,7 @@ class Cloud:
         return Request(
             state=state.get("state", "STATE_UNSPECIFIED"),
             by_user=state.get("stateInitiator") == "USER",
-            type=spec["node"]["acceleratorType"],
+            type=spec["node"].get("acceleratorType", ""),
             num_slices=int(spec.get("multisliceParams", {}).get("nodeCount", 1)),
             failure=failure.get("message", ""),
             failure_code=int(failure.get("code", 0)),
@@ -143,7 +148,7 @@ class Cloud:
             "--scopes=https://www.googleapis.com/auth/cloud-platform",
             *options.create_flags,
             *guard,
-            track=["alpha"] if options.reservation else [],
+            track=self._create_track(),
             timeout=_SLOW,
         )
 
@@ -160,35 +165,38 @@ class Cloud:
 
     # ------------------------------------------------------------------------------ the workers
 
-    def copy(self, node: str, workers: str, file: str, target: str) -> None:
-        """Copies a file into the home of workers: all, or their numbers."""
+    def copy(self, node: str, workers: str, file: str, target: str, limit: float) -> None:
+        """Copies a file into the home of workers, all or their numbers, within `limit` seconds."""
+        limits = [f"--scp-flag={flag}" for flag in _LIMITS]
         self._tpus(
-            "tpu-vm", "scp", file, f"{node}:{target}", f"--worker={workers}", *self._route(),
-            "--quiet", track=self._track(), timeout=_SLOW,
+            "tpu-vm", "scp", file, f"{_USER}@{node}:{target}", f"--worker={workers}",
+            *self._route(), *limits, "--quiet", track=self._ssh_track(), timeout=limit,
         )  # fmt: skip
 
-    def reach(self, node: str, workers: str, command: str, slow: bool = False) -> str:
+    def reach(self, node: str, workers: str, command: str, limit: float = _QUICK) -> str:
         """What a command prints on workers; lines of several workers are mixed."""
-        done = self._system.run(
-            self.reaching(node, workers, command), timeout=_SLOW if slow else _QUICK
-        )
+        done = self._system.run(self.reaching(node, workers, command), timeout=limit)
         if not done.out and done.code:
             raise CloudError(done.err)
         return done.out
 
     def reaching(self, node: str, workers: str, command: str) -> list[str]:
         """The command line that runs a command on workers."""
+        limits = [f"--ssh-flag={flag}" for flag in _LIMITS]
         return self._argv(
-            "tpu-vm", "ssh", node, f"--worker={workers}", *self._route(), "--quiet",
-            f"--command={command}", track=self._track(),
+            "tpu-vm", "ssh", f"{_USER}@{node}", f"--worker={workers}", *self._route(), *limits,
+            "--quiet", f"--command={command}", track=self._ssh_track(),
         )  # fmt: skip
 
     def _route(self) -> list[str]:
         flags = {"iap": ["--tunnel-through-iap"], "internal": ["--internal-ip"]}
         return flags.get(self._options.ssh, [])
 
-    def _track(self) -> list[str]:
+    def _ssh_track(self) -> list[str]:
         return ["alpha"] if self._options.ssh == "iap" else []
+
+    def _create_track(self) -> list[str]:
+        return ["alpha"] if self._options.reservation else []
 
     # --------------------------------------------------------------------------- before renting
 
@@ -204,8 +212,9 @@ class Cloud:
         self._tpus("tpu-vm", what, "describe", name, "--format=value(name)")
 
     def list_requests(self) -> None:
-        """Fails if the TPU API is not there or not allowed."""
-        self._tpus("queued-resources", "list", "--format=value(name)")
+        """Fails if the TPU API is not there or not allowed, or gcloud lacks a component."""
+        track = self._ssh_track() or self._create_track()
+        self._tpus("queued-resources", "list", "--format=value(name)", track=track)
 
     def bucket_location(self, bucket: str) -> str:
         return self._gcloud(

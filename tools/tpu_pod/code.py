@@ -50,12 +50,13 @@ class Code:
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment]
         self._environment = "".join(lines).encode()
         self.revision = hashlib.sha256(tree.encode() + self._environment).hexdigest()[:40]
-        self._tree = tree
-        self.check_size()
+        self._check_size(tree)
+        # At once: git drops what nothing refers to, and the run may take weeks.
+        self._packed = self._pack(tree)
 
-    def check_size(self) -> None:
+    def _check_size(self, tree: str) -> None:
         sizes = {}
-        for line in self._git("ls-tree", "-r", "--long", "-z", self._tree).split("\0"):
+        for line in self._git("ls-tree", "-r", "--long", "-z", tree).split("\0"):
             if line:
                 about, _, name = line.partition("\t")
                 sizes[name] = int(about.split()[3]) if about.split()[3].isdigit() else 0
@@ -66,25 +67,30 @@ class Code:
                 f"{sizes[name] / 1e6:.0f} MB; what the run does not need belongs into .gitignore"
             )
 
+    def _pack(self, tree: str) -> bytes:
+        """The files of a tree of git and the environment, as a compressed archive."""
+        done = subprocess.run(
+            ["git", "archive", "--format=tar", tree], cwd=self._root, capture_output=True
+        )
+        if done.returncode:
+            raise ConfigError(f"git archive in {self._root}: {done.stderr.decode().strip()}")
+        packed = io.BytesIO()
+        with (
+            tarfile.open(fileobj=io.BytesIO(done.stdout)) as files,
+            tarfile.open(fileobj=packed, mode="w:gz") as both,
+        ):
+            for member in files:
+                both.addfile(member, files.extractfile(member) if member.isreg() else None)
+            secret = tarfile.TarInfo(ENVIRONMENT)
+            secret.size, secret.mode = len(self._environment), 0o600
+            both.addfile(secret, io.BytesIO(self._environment))
+        return packed.getvalue()
+
     @contextlib.contextmanager
     def archive(self) -> Iterator[str]:
-        """A file that only you can read, and that is deleted afterwards."""
-        packed = subprocess.run(
-            ["git", "archive", "--format=tar", self._tree],
-            cwd=self._root,
-            capture_output=True,
-            check=True,
-        )
+        """A file with the archive that only you can read, and that is deleted afterwards."""
         with tempfile.NamedTemporaryFile(prefix="spectral_pod-", suffix=".tar.gz") as file:
-            with (
-                tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tree,
-                tarfile.open(fileobj=file, mode="w:gz") as both,
-            ):
-                for member in tree:
-                    both.addfile(member, tree.extractfile(member) if member.isreg() else None)
-                secret = tarfile.TarInfo(ENVIRONMENT)
-                secret.size, secret.mode = len(self._environment), 0o600
-                both.addfile(secret, io.BytesIO(self._environment))
+            file.write(self._packed)
             file.flush()
             yield file.name
 

@@ -11,7 +11,7 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-from ..exit_codes import meaning, worse
+from ..exit_codes import is_curable, meaning, worse
 from .cloud import Cloud, CloudError, Node, Request, Trouble, Worker
 from .code import ROOT, Code
 from .options import Options
@@ -21,12 +21,15 @@ from .workers import BUSY, Workers, script
 
 T = TypeVar("T")
 
-_ARCHIVE = "spectral_pod.tar.gz"  # in the home of a worker
 _REPORTS = 4  # every fourth look at the slice asks all its workers as well
 # In looks at the slice, which are half a minute apart:
 _ASK_AGAIN = 10  # between requests that are refused for want of capacity
 _REMIND = 60  # between repetitions of the same complaint
 _DELETE_FOR = 20  # for which a deletion that fails is tried again
+_SAY_AGAIN = 20  # between lines about a request that waits as before
+_SILENT = 3  # reports in a row that some worker does not give, before something is done about it
+_SLICES = 2  # on which nothing would train, before it is the run's own fault
+_INSTALL = 1800.0  # seconds that an installation may take at most
 _PASSING_CODES = (0, 4, 8, 10, 13, 14)  # of google.rpc.Code: a later request may be met
 
 
@@ -63,7 +66,11 @@ class Launcher:
         self._phase = Phase.NOTHING
         self._said: dict[str, float] = {}  # complaints, and when they were last made
         self._since: dict[str, tuple[str, float]] = {}  # states of nodes, and since when
+        self._unsure = False  # whether a request of ours may have been received without an answer
         self._unanswered = 0  # reports in a row that some worker did not give
+        self._idle_since: float | None = None  # since when some worker that answers does not train
+        self._progress: list[str] = []  # of the last reports
+        self._gave_up = 0  # slices in a row on which nothing would train
 
     # ---------------------------------------------------------------------------- the whole run
 
@@ -114,14 +121,18 @@ class Launcher:
     def _acquire(self, first: bool) -> None:
         """Returns when all nodes are ready. `first`: this call has not had any TPUs yet."""
         started = self._system.now()
-        refusals = 0
+        refusals, seen = 0, False
+        self._said.clear()
         while True:
             found = self._patiently(self._cloud.request)
             pause = self._poll
             if found is None:
+                if seen:  # it was there, and not we have deleted it
+                    self._gone()
                 pause = self._ask(first) or pause
             else:
                 self._check_same(found)
+                seen = request(found.state).then is not Then.GONE
                 if self._phase is Phase.NOTHING:
                     self._phase = Phase.FOUND
                     self._say(f"{self._name} is there: {found.state}")
@@ -139,7 +150,8 @@ class Launcher:
                     self._say(f"{why}; asking again")
                     self._phase = Phase.ASKED  # by now it is of no use to anybody
                     self._delete()
-                else:
+                    seen = False
+                elif self._often(why, _SAY_AGAIN):
                     self._say(f"{why}, {self._minutes(started):.0f} min")
             if self._minutes(started) >= self._options.wait_minutes:
                 raise End(1, f"no TPUs within --wait_minutes={self._options.wait_minutes}")
@@ -151,9 +163,11 @@ class Launcher:
         try:
             self._cloud.create(self._guard())
         except CloudError as error:
-            if error.kind is Trouble.EXISTS:  # an answer was lost: the next look shows the request
+            if error.kind is Trouble.EXISTS:  # ours, if an answer was lost; else another launcher's
+                self._phase = Phase.ASKED if self._unsure else Phase.FOUND
                 return 0.0
             if error.kind in (Trouble.UNAVAILABLE, Trouble.CREDENTIALS):
+                self._unsure = True
                 self._complain(error)
                 return self._poll
             self._phase = Phase.NOTHING
@@ -219,21 +233,21 @@ class Launcher:
     def _deploy(self) -> None:
         """Installs and starts on all workers, for --keep_minutes with growing pauses."""
         workers = self._workers
-        found, self._phase = self._phase is Phase.FOUND, Phase.IDLE
-        if found:  # a run of an earlier call may train on it
-            states = {one.state for one in self._patiently(workers.reports).values()}
-            if "running" in states:
-                self._phase = Phase.TRAINING
+        if self._phase is Phase.FOUND:
+            self._find_out()
+        else:
+            self._phase = Phase.IDLE
         keep = self._options.keep_minutes
         costs = self._options.costs(keep)
         started, pause = self._system.now(), self._poll / 2
         missing: Sequence[Worker] = workers.all
         while True:
-            missing = self._install(missing) or self._start()
+            left = (keep - self._minutes(started)) * 60
+            missing = self._install(missing, min(left, _INSTALL)) or self._start()
             if not missing:
                 break
             names = ", ".join(map(str, missing[:3])) + (" and others" if missing[3:] else "")
-            if self._minutes(started) >= keep:
+            if self._minutes(started) + pause / 60 >= keep:
                 raise End(1, f"{names} could not be installed or started in --keep_minutes={keep}")
             self._say(
                 f"{names}: not installed or started; trying again in {pause:.0f} s, until "
@@ -246,15 +260,39 @@ class Launcher:
             self._phase = Phase.TRAINING
             self._tell_about_guard()
 
-    def _install(self, workers: Sequence[Worker]) -> list[Worker]:
+    def _find_out(self) -> None:
+        """Whether a run of an earlier call trains on the slice; until it is known, it may."""
+        started = self._system.now()
+        while True:
+            reports = self._patiently(self._workers.reports)
+            if any(one.state == "running" for one in reports.values()):
+                self._phase = Phase.TRAINING
+                return
+            if len(reports) == len(self._workers.all):
+                self._phase = Phase.IDLE
+                return
+            keep = self._options.keep_minutes
+            if self._minutes(started) >= keep:
+                why = f"some worker of {self._name} has not answered for {keep} min"
+                raise _Lost(why) if reports else End(1, why)
+            if self._often("unknown"):
+                self._say("some worker does not answer, and may train; trying again")
+            self._system.sleep(self._poll)
+            self._fail_if_lost()
+
+    def _install(self, workers: Sequence[Worker], limit: float = _INSTALL) -> list[Worker]:
         """The workers that lack the code afterwards."""
+        archive = f"spectral_pod-{self._code.revision}.tar.gz"  # in the home of a worker
+        started = self._system.now()
         with self._code.archive() as file:
-            self._patiently(lambda: self._workers.copy(file, _ARCHIVE, workers))
+            self._patiently(lambda: self._workers.copy(file, archive, workers, limit))
         unpack = (
-            f"mkdir -p spectral_pod/code && tar -xzf {_ARCHIVE} -C spectral_pod/code launch && "
+            "mkdir -p spectral_pod/scripts && "
+            f"tar -xzf {archive} -C spectral_pod/scripts launch && "
         )
         command = unpack + script("install.sh", self._code.revision)
-        codes = self._patiently(lambda: self._workers.run(command, workers, slow=True))
+        limit = max(limit - (self._system.now() - started), 60.0)
+        codes = self._patiently(lambda: self._workers.run(command, workers, limit))
         return self._without(codes, workers)
 
     def _start(self) -> list[Worker]:
@@ -273,7 +311,7 @@ class Launcher:
         """Says whether the slice can end itself."""
         first = [worker for worker in self._workers.all if worker.index == 0]
         codes = self._patiently(lambda: self._workers.run(script("guarded.sh"), first))
-        if any(codes.get(worker) != 0 for worker in first):
+        if not self._options.dry_run and any(codes.get(worker) != 0 for worker in first):
             self._say(
                 "the slice cannot delete itself (above): without this launcher it is billed until "
                 f"you delete it: {self._options.hint('delete')}"
@@ -285,6 +323,7 @@ class Launcher:
         """The trainer's exit code."""
         log = self._workers.follow(self._workers.all[0])
         looks, result = 0, None
+        self._unanswered, self._idle_since = 0, None
         try:
             while result is None:
                 follows = self._system.in_background(lambda: log.follow(self._poll))
@@ -325,8 +364,11 @@ class Launcher:
         """Somebody has deleted the request or its nodes, or the guard has."""
         self._phase = Phase.NOTHING
         result = f"{self._options.workdir.rstrip('/')}/result.json"
-        if not self._options.again and self._patiently(lambda: self._cloud.exists(result)):
-            raise End(0, f"{self._name} was deleted, after the run had ended: {result} is there")
+        with contextlib.suppress(CloudError):
+            if not self._options.again and self._cloud.exists(result):
+                raise End(
+                    0, f"{self._name} was deleted, after the run had ended: {result} is there"
+                )
         raise End(1, f"somebody deleted {self._name}, or its guard did")
 
     def _result(self) -> int | None:
@@ -335,19 +377,25 @@ class Launcher:
         Starts again what a reboot has ended, and stops what cannot continue alone.
         """
         reports = self._patiently(self._workers.reports)
-        if len(reports) < len(self._workers.all):
-            self._unanswered += 1
-            if self._unanswered % 3 == 0:
-                self._revive("some worker does not answer, or")
-            return None
-        self._unanswered = 0
+        silent = len(reports) < len(self._workers.all)
+        self._unanswered = self._unanswered + 1 if silent else 0
         running = [one for one in reports.values() if one.state == "running"]
         ended = [one for one in reports.values() if one.state == "ended"]
         lost = [one for one in reports.values() if one.state in ("lost", "idle")]
+        progress = [one.progress for one in reports.values() if one.progress]
+        moves, self._progress = progress != self._progress, progress
+        if reports:
+            self._give_up_if_idle(trains=len(running) == len(reports) and (moves or not silent))
         code = 0
         for one in ended:
             code = worse(code, int(one.detail))
         failed = next((one for one in ended if int(one.detail) == code != 0), None)
+        if silent and not (failed and self._unanswered >= _SILENT):
+            if self._unanswered % _SILENT == 0:
+                self._revive("some worker does not answer, or")
+            return None
+        if failed and silent and is_curable(code):
+            raise _Lost(f"some worker of {self._name} does not answer, others ended with {code}")
         if failed and running:
             self._say(f"{failed.host} ended with {code} ({meaning(code)}); stopping the others")
             self._stop_all()
@@ -359,6 +407,23 @@ class Launcher:
         if failed:
             self._patiently(lambda: self._workers.run(script("explain.sh"), self._workers.all))
         return code
+
+    def _give_up_if_idle(self, trains: bool) -> None:
+        """Another slice is asked for if, for --keep_minutes, not all workers trained here.
+
+        Not if no worker answered: then it is this machine that has lost its connection.
+        """
+        if trains:
+            self._idle_since, self._gave_up = None, 0
+        elif self._idle_since is None:
+            self._idle_since = self._system.now()
+        elif self._minutes(self._idle_since) >= self._options.keep_minutes:
+            self._gave_up += 1
+            why = f"not all workers of {self._name} train, for {self._options.keep_minutes} min"
+            if self._gave_up > _SLICES:
+                self._phase = Phase.IDLE
+                raise End(1, f"{why}, on {self._gave_up} slices in a row")
+            raise _Lost(why)
 
     def _revive(self, whom: str) -> None:
         self._say(f"{whom} has lost its trainer; installing and starting where that is needed")
@@ -389,6 +454,7 @@ class Launcher:
     def _delete(self) -> bool:
         """Deletes the request, again and again if that fails; whether it is gone."""
         started = self._system.now()
+        self._say(f"deleting {self._name}")
         while True:
             try:
                 self._cloud.delete()
@@ -403,6 +469,7 @@ class Launcher:
                 self._system.sleep(self._poll)
                 continue
             self._since.clear()
+            self._unsure = False
             self._say(f"deleted {self._name}")
             return True
 
@@ -438,11 +505,11 @@ class Launcher:
                     "trains goes on meanwhile; this launcher looks again and again"
                 )
 
-    def _often(self, what: str) -> bool:
-        """Whether a complaint is to be made: not again at once."""
+    def _often(self, what: str, looks: int = _REMIND) -> bool:
+        """Whether something is to be said: not again for so many looks at the slice."""
         last = self._said.get(what)
         now = self._system.now()
-        if last is not None and now - last < _REMIND * self._poll:
+        if last is not None and now - last < looks * self._poll:
             return False
         self._said[what] = now
         return True

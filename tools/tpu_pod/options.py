@@ -42,7 +42,8 @@ _VALUES = {  # option: what its value looks like, and how to say that
     "metadata": (_PAIRS, "KEY=VALUE,..."),
     "data_disk": (r"source=[^,\s]+(,mode=(read-only|read-write))?", "source=DISK[,mode=read-only]"),
     "wait_minutes": (_NUMBER, "a number"),
-    "keep_minutes": (r"[1-9][0-9]{0,4}", "a number, at least 1"),
+    # Installation alone takes some minutes.
+    "keep_minutes": (r"1[5-9]|[2-9][0-9]|[1-9][0-9]{2,4}", "a number, at least 15"),
     "max_run_hours": (r"[0-9]{1,4}(\.[0-9]+)?", "a number"),
     "max_recreations": (_NUMBER, "a number"),
     "price_per_chip_hour": (r"[0-9]+(\.[0-9]+)?", "an amount"),
@@ -141,7 +142,9 @@ def parse(argv: Sequence[str]) -> Options:
             _fail(f"--{name} takes no value")
         if name in _VALUES:
             pattern, meaning = _VALUES[name]
-            if not equals or not re.fullmatch(pattern, value):
+            if not equals:
+                _fail(f"--{name}=VALUE: the value must be {meaning}")
+            if not re.fullmatch(pattern, value):
                 shown = name if name == "env" else f"{name}={value}"  # which may be a secret
                 _fail(f"--{shown}: must be {meaning}")
         given.setdefault(name, []).append(value)
@@ -172,8 +175,8 @@ def _run(one: dict[str, str], given: dict[str, list[str]], trainer: tuple[str, .
     kind, _, size = one["type"].partition("-")
     kind = {"v5e": "v5litepod"}.get(kind, kind)
     topology = hardware.parse(f"{kind}-{size}", int(one.get("num_slices", 1)))
-    if "reserved" in given and "spot" in given:
-        _fail("--reserved and --spot exclude each other")
+    if "spot" in given and given.keys() & {"reserved", "reservation"}:
+        _fail("--spot excludes --reserved and --reservation")
     metadata = one.get("metadata", "")
     for pair in metadata.split(","):
         if pair.partition("=")[0].startswith(RESERVED_METADATA):

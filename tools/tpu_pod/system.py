@@ -132,5 +132,5 @@ def _quoted(word: str) -> str:
 
 
 def _kill(process: "subprocess.Popen[str]") -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says so of a zombie
         os.killpg(process.pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ from .cloud import Cloud, CloudError, Node, Trouble, Worker
 from .system import System
 
 BUSY = 4  # exit code of install.sh and start.sh where they would disturb another run
-POD = "spectral_pod/code/launch/pod"  # below the home of a worker
+POD = "spectral_pod/scripts/launch/pod"  # below the home of a worker
 _BATCH = 64  # connections that one gcloud opens; more at once are prone to fail
 _MARK = re.compile(r"spectral_pod: (\S+) (\d+)\.")  # printed last: the host, and its exit code
 
@@ -34,28 +34,33 @@ class Workers:
     def belong_to(self, nodes: Sequence[Node]) -> None:
         self.all = [Worker(n.name, i) for n in nodes for i in range(max(n.num_workers, 1))]
 
-    def copy(self, file: str, target: str, workers: Sequence[Worker]) -> None:
-        """Copies a file into the home of each. A worker that it does not reach fails later."""
+    def copy(self, file: str, target: str, workers: Sequence[Worker], limit: float) -> None:
+        """Copies a file into the home of each, within `limit` seconds.
+
+        A worker that it does not reach will fail to be installed.
+        """
 
         def send(batch: tuple[str, str]) -> CloudError | None:
             try:
-                self._cloud.copy(*batch, file, target)
+                self._cloud.copy(*batch, file, target, limit)
             except CloudError as error:
                 return error
             return None
 
         self._complain(self._system.map(send, self._batches(workers)))
 
-    def run(self, command: str, workers: Sequence[Worker], slow: bool = False) -> dict[Worker, int]:
-        """Runs a command on each, and shows what it prints.
+    def run(
+        self, command: str, workers: Sequence[Worker], limit: float = 180.0
+    ) -> dict[Worker, int]:
+        """Runs a command on each, within `limit` seconds, and shows what it prints.
 
         Returns:
           The exit codes of those that answered.
         """
         codes: dict[Worker, int] = {}
-        for batch, text in self._ask(command, workers, slow):
+        for batch, text in self._ask(command, workers, limit):
             for host, code in _MARK.findall(text):
-                if (worker := _worker(host, *batch)) is not None:
+                if (worker := self._worker(host, *batch)) is not None:
                     codes[worker] = int(code)
             for line in _MARK.sub("", text).splitlines():
                 if line.strip():
@@ -63,14 +68,17 @@ class Workers:
         return codes
 
     def reports(self) -> dict[Worker, Report]:
-        """What the trainers do, by those that answered."""
+        """What the trainers do, by those that answered; nothing where nothing is installed."""
         found = {}
-        for batch, text in self._ask(script("status.sh"), self.all, slow=False):
+        for batch, text in self._ask(script("status.sh"), self.all, limit=180.0):
+            for host, code in _MARK.findall(text):
+                if (worker := self._worker(host, *batch)) is not None and code == "127":
+                    found[worker] = Report(host, "idle", "-", "")
             for line in _MARK.sub("", text).splitlines():
                 words = line.split(maxsplit=3)
                 if len(words) < 3 or words[1] not in ("running", "ended", "lost", "idle"):
                     continue
-                if (worker := _worker(words[0], *batch)) is not None:
+                if (worker := self._worker(words[0], *batch)) is not None:
                     host, state, detail, *progress = words
                     found[worker] = Report(host, state, detail, " ".join(progress))
         return found
@@ -79,14 +87,14 @@ class Workers:
         return Log(self._cloud, self._system, worker)
 
     def _ask(
-        self, command: str, workers: Sequence[Worker], slow: bool
+        self, command: str, workers: Sequence[Worker], limit: float
     ) -> list[tuple[tuple[str, str], str]]:
         """The answer of each batch, without those that failed."""
         marked = f'{{ {command}; }} 2>&1; code=$?; echo "spectral_pod: $(hostname) $code."'
 
         def ask(batch: tuple[str, str]) -> str | CloudError:
             try:
-                return self._cloud.reach(*batch, marked, slow)
+                return self._cloud.reach(*batch, marked, limit)
             except CloudError as error:
                 return error
 
@@ -107,6 +115,15 @@ class Workers:
                 parts = (chosen[i : i + _BATCH] for i in range(0, len(chosen), _BATCH))
                 batches += [(node, ",".join(map(str, part))) for part in parts]
         return batches
+
+    def _worker(self, host: str, node: str, workers: str) -> Worker | None:
+        """Which worker a host is: TPU VMs are named after their number, t1v-n-1a2b3c4d-w-7."""
+        if match := re.search(r"-w-(\d+)(\.|$)", host):
+            return Worker(node, int(match[1]))
+        chosen = [one.index for one in self.all if one.node == node]
+        if workers != "all":
+            chosen = [int(one) for one in workers.split(",")]
+        return Worker(node, chosen[0]) if len(chosen) == 1 else None
 
     def _complain(self, errors: Iterable[CloudError | None]) -> None:
         """Shows each message once; credentials that have expired are for the caller to handle."""
@@ -156,11 +173,3 @@ def script(name: str, *arguments: str) -> str:
     gcloud splits the text at spaces, and ssh joins it with spaces again.
     """
     return " ".join([f"{POD}/{name}", *map(shlex.quote, arguments)])
-
-
-def _worker(host: str, node: str, workers: str) -> Worker | None:
-    """Which worker a host is: TPU VMs are named after their number, t1v-n-1a2b3c4d-w-7."""
-    if match := re.search(r"-w-(\d+)$", host):
-        return Worker(node, int(match[1]))
-    only = re.fullmatch(r"\d+", workers)
-    return Worker(node, int(workers)) if only else None
