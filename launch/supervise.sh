@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
 # Runs a command and restarts it while its exit code says that this helps (exit_codes.sh):
-#   launch/supervise.sh [--max_quick_restarts=10] [--] COMMAND [ARGUMENT ...]
+#   launch/supervise.sh [--max_quick_restarts=10] [--max_restarts_per_hour=N]
+#       [--] COMMAND [ARGUMENT ...]
 # After a run of less than a minute the pause before the next doubles, from 1 s to 60 s; too many of
 # them in a row end the supervision. TERM, HUP and INT are forwarded to the command, once each; its
-# exit code is then that of the supervisor.
+# exit code is then that of the supervisor. Where idle machines cost much, --max_restarts_per_hour ends
+# it as well when longer runs keep failing.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/exit_codes.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then usage && exit; fi
 
-max_quick_restarts=10
-if [[ ${1:-} == --max_quick_restarts=* ]]; then
-    max_quick_restarts=${1#*=}
+max_quick_restarts=10 max_per_hour=1000000
+while [[ ${1:-} == --max_*=* ]]; do
+    case $1 in
+    --max_quick_restarts=*) max_quick_restarts=${1#*=} ;;
+    --max_restarts_per_hour=*) max_per_hour=${1#*=} ;;
+    *) break ;;
+    esac
     shift
-fi
+done
 if [[ ${1:-} == -- ]]; then shift; fi
-if [[ $# -eq 0 || ${1:-} == -* || ! $max_quick_restarts =~ ^[0-9]+$ ]]; then
+if [[ $# -eq 0 || ${1:-} == -* || ! $max_quick_restarts$max_per_hour =~ ^[0-9]+$ ]]; then
     echo "usage: launch/supervise.sh [--max_quick_restarts=N] [--] COMMAND [ARGUMENT ...]" >&2
     exit 2
 fi
@@ -64,6 +70,7 @@ say() { # with the time and the exit code
 }
 
 quick=0
+restarts=() # when, in seconds; those of the last hour
 while true; do
     started=$SECONDS
     run "$@"
@@ -76,6 +83,12 @@ while true; do
     fi
     if ((quick > max_quick_restarts)); then
         say "giving up: it ended within a minute $quick times in a row"
+        exit "$code"
+    fi
+    restarts+=("$SECONDS")
+    while ((SECONDS - restarts[0] > 3600)); do restarts=("${restarts[@]:1}"); done
+    if ((${#restarts[@]} > max_per_hour)); then
+        say "giving up: it ended ${#restarts[@]} times within an hour"
         exit "$code"
     fi
     say "starting again in $delay s"

@@ -7,7 +7,7 @@ source "$pod/common.sh"
 
 exec 9>"$run/lock"
 flock --timeout 10 9 # `is_running` briefly holds this lock, too
-"$pod/../supervise.sh" -- "$@" 9>&- &
+"$pod/../supervise.sh" --max_restarts_per_hour=6 -- "$@" 9>&- &
 echo $! >"$run/pid"
 result=0
 wait $! || result=$?

@@ -26,6 +26,7 @@ fi
 rm -f "$run/pid" "$run/exit_code" "$run/stopped"
 echo "$command" >"$run/command"
 cd "$code"
+# shellcheck source=/dev/null # it exists on workers only
 source "$base/environment"
 setsid nohup "$pod/run.sh" "$venv/bin/python" -m spectral_pod.main "$@" \
     </dev/null >>"$run/log" 2>&1 8>&- &

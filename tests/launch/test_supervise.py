@@ -92,6 +92,17 @@ def test_gives_up(tmp_path, bin_folder, limit):
     assert last_line.endswith(f"giving up: it ended within a minute {limit + 1} times in a row")
 
 
+def test_gives_up_when_longer_runs_keep_failing(tmp_path, bin_folder):
+    process = supervise(
+        "--max_restarts_per_hour=3",
+        *ending_with(tmp_path, *[76] * 9),
+        env={"PATH": f"{bin_folder}:{os.environ['PATH']}", "SUPERVISE_QUICK_SECONDS": "0"},
+    )
+    last_line = process.communicate()[1].splitlines()[-1]
+    assert (process.returncode, starts(tmp_path)) == (76, 4)
+    assert last_line.endswith("giving up: it ended 4 times within an hour")
+
+
 def test_long_runs_restart_at_once_and_for_ever(tmp_path, bin_folder):
     process = supervise(
         "--max_quick_restarts=0",

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from types import SimpleNamespace
@@ -18,7 +19,9 @@ from spectral_pod.errors import ConfigError
 from tests.launch import gcloud
 from tools import exit_codes
 from tools.tpu_pod import checks, states
-from tools.tpu_pod.cloud import Node
+from tools.tpu_pod import code as code_module
+from tools.tpu_pod.cloud import Node, Worker
+from tools.tpu_pod.code import Code
 from tools.tpu_pod.states import Then
 from tools.tpu_pod.workers import Workers
 
@@ -322,7 +325,7 @@ def test_what_is_installed(pod):
         assert (home / "spectral_pod/code/requirements.txt").exists()
         assert (home / "spectral_pod/code/changed").exists()
         assert not (home / "spectral_pod/code/.venv").exists()  # which git ignores
-        assert not (home / "spectral_pod.tar.gz").exists()
+        assert not list(home.glob("*.tar.gz"))
         assert (home / "pip").read_text() == "-m pip install --quiet --user uv==0.13.9\n"
         venv, install = (home / "uv_calls").read_text().splitlines()
         assert re.search(r"--python 3\.11 .*/spectral_pod/venv$", venv)
@@ -545,7 +548,9 @@ def test_preflight_warns(pod, code, options):
         (["--num_slices=0"], "--num_slices=0: must be a number, at least 1"),
         (["--project=P"], "--project=P"),
         (["--spto"], "unknown argument --spto"),
-        (["--spot", "--reserved"], "--reserved and --spot exclude each other"),
+        (["--spot", "--reserved"], "--spot excludes --reserved and --reservation"),
+        (["--name", "a"], "--name=VALUE: the value must be up to 60"),
+        (["--keep_minutes=3"], "--keep_minutes=3: must be a number, at least 15"),
         (["--spot=yes"], "--spot takes no value"),
         (["--type=v4-100"], "Google Cloud has no slice of 100"),
         (["--metadata=startup-script=x"], "this key is the launcher's own"),
@@ -646,8 +651,95 @@ def test_status_logs_delete(pod):
     read_until(logs, "lost|saved")
     logs.kill()
     assert not pod.exists()
-    assert "there is no tpu in us-central2-b" in pod.run("status", *WHERE, code=1)
-    pod.run("delete", *WHERE)
+    for action in ("status", "delete"):
+        said = pod.run(action, *WHERE, code=1)
+        assert "there is no tpu in us-central2-b, project project-1" in said
+
+
+def test_a_run_of_an_earlier_call_is_not_given_up_as_nobody_answers(pod):
+    """The same command from a place that ssh does not get through from."""
+    pod.plan("run")
+    first = pod.train()
+    read_until(first, "^step 2")
+    first.kill()
+    pod.scenario(unreachable={"tpu-w-0": 10**6, "tpu-w-1": 10**6})
+    again = pod.train()
+    read_until(again, "some worker does not answer, and may train")
+    again.send_signal(signal.SIGINT)
+    assert "the request for tpu stays" in finish(again, 130)
+    pod.scenario()
+    assert pod.run("delete", *WHERE).count("ended 75") == 2
+
+
+def test_another_launchers_request_is_not_deleted(pod):
+    """It asks for the same name between our look and our request."""
+    subprocess.run([pod.root / "bin/gcloud", *CREATE_BY_HAND], check=True, env=pod.environment())
+    pod.scenario(answer={"queued-resources describe": ["NOT_FOUND: tpu", 1]})
+    assert "tpu is a v4-16, not a v4-32" in finish(pod.train("--type=v4-32"), 2)
+    assert pod.exists()
+
+
+def test_a_request_that_somebody_withdraws_is_not_made_again(pod):
+    pod.scenario(states=["WAITING_FOR_RESOURCES"])
+    process = pod.train()
+    read_until(process, "WAITING_FOR_RESOURCES, 0 min")
+    gcloud.queued_resources_delete(pod.cloud, "tpu", force="")
+    assert "somebody deleted tpu" in finish(process, 1)
+    assert len(pod.calls("queued-resources create")) == 1
+
+
+def test_several_signals_at_once(pod):
+    pod.scenario(states=["WAITING_FOR_RESOURCES"])
+    process = pod.train()
+    read_until(process, "WAITING_FOR_RESOURCES, 0 min")
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    process.wait(timeout=60)
+    assert process.returncode in (129, 130, 143)
+    assert not pod.exists()
+
+
+def test_an_archive_that_did_not_arrive_is_not_replaced_by_an_older_one(pod):
+    pod.plan("run 0")
+    first = pod.train()
+    read_until(first, "^step 2")
+    first.kill()
+    (pod.checkout / "file").write_text("new")
+    assert "a trainer of another revision runs here" in finish(pod.train(), 2)
+    assert not list(pod.host("tpu-w-0").glob("*.tar.gz"))
+    pod.run("stop", *WHERE)
+    pod.scenario(answer={"tpu-vm scp": ["Connection timed out", 1]})
+    output = finish(pod.train())
+    assert "not installed or started" in output
+    assert "the trainer ended with 0" in output
+
+
+def test_the_code_of_a_run_outlasts_git(tmp_path):
+    """Its tree is in no commit, and git drops such after two weeks."""
+    for argv in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=a"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *argv], cwd=tmp_path, check=True)
+    (tmp_path / "file").write_text("not committed")
+    code = Code([("KEY", "it's")], tmp_path)
+    assert code.revision != Code([], tmp_path).revision
+    subprocess.run(["git", "gc", "--quiet", "--prune=now"], cwd=tmp_path, check=True)
+    with code.archive() as name, tarfile.open(name) as archive:
+        assert os.stat(name).st_mode & 0o77 == 0
+        assert archive.extractfile("file").read() == b"not committed"
+        assert archive.getmember(code_module.ENVIRONMENT).mode == 0o600
+    assert not os.path.exists(name)
+
+
+@pytest.mark.parametrize(
+    ("host", "index"),
+    [("t1v-n-1a-w-3", 3), ("t1v-n-1a-w-3.us-central2-b.c.p.internal", 3), ("other", None)],
+)
+def test_names_of_hosts(host, index):
+    workers = Workers(None, None)
+    workers.belong_to([Node("a", "READY", 4), Node("b", "READY", 1)])
+    found = workers._worker(host, "a", "all")
+    assert (found and found.index) == index
+    assert workers._worker("anything", "b", "all") == Worker("b", 0)
 
 
 # ---------------------------------------------------------------------------------- --dry_run
@@ -698,7 +790,7 @@ def test_options_that_pods_need(pod):
     options = (
         "--internal_ips", "--reserved", "--labels=team=a,run=b", "--metadata=x=y", "--tags=t",
         "--data_disk=source=projects/p/disk,mode=read-only", "--subnetwork=s", "--reservation=r",
-        "--wait_minutes=7", "--max_run_hours=1.5", "--keep_minutes=3",
+        "--wait_minutes=7", "--max_run_hours=1.5", "--keep_minutes=15",
     )  # fmt: skip
     finish(pod.train(*options))
     (create,) = pod.calls("queued-resources create")
@@ -707,7 +799,7 @@ def test_options_that_pods_need(pod):
         "--internal-ips", "--reserved", "--labels=team=a,run=b", "--tags=t", "--subnetwork=s",
         "--data-disk=source=projects/p/disk,mode=read-only", "--reservation=r",
         "--valid-until-duration=420s",
-        "--metadata=spectral-pod-name=tpu,spectral-pod-keep-seconds=180,"
+        "--metadata=spectral-pod-name=tpu,spectral-pod-keep-seconds=900,"
         "spectral-pod-max-run-seconds=5400,x=y",
     } < set(create)  # fmt: skip
     for call in pod.calls("tpu-vm ssh") + pod.calls("tpu-vm scp"):
@@ -720,7 +812,7 @@ def test_many_workers_are_reached_in_batches():
     asked = []
 
     class Cloud:
-        def reach(self, node, workers, command, slow):
+        def reach(self, node, workers, command, limit):
             asked.append((node, workers))
             hosts = range(2) if workers == "all" else workers.split(",")
             return "".join(f"spectral_pod: {node}-w-{host} 0." for host in hosts)
@@ -742,7 +834,7 @@ def test_ssh_keys(tmp_path, monkeypatch, listed, passphrase, socket):
     """gcloud refuses where an agent has other keys only; without a passphrase it needs no agent."""
     monkeypatch.setenv("HOME", str(tmp_path))
     key = tmp_path / ".ssh" / "google_compute_engine"
-    assert checks.ssh_environment() == {}  # gcloud will make one
+    assert checks.ssh_environment() == {"SSH_AUTH_SOCK": ""}  # gcloud will make one
     key.parent.mkdir()
     subprocess.run(["ssh-keygen", "-q", "-N", passphrase, "-f", key], check=True)
     public = subprocess.run(["ssh-keygen", "-lf", key], capture_output=True, text=True).stdout
@@ -856,7 +948,7 @@ def until_gone(pod):
         if not pod.exists():
             return
         time.sleep(0.02)
-    raise AssertionError((pod.root / "hosts" / "tpu-w-0" / "serial").read_text())
+    raise AssertionError((pod.root / "hosts" / "tpu-w-0" / "guard" / "log").read_text())
 
 
 def test_a_launcher_that_is_killed_while_installing_leaves_nothing(pod):
@@ -877,6 +969,26 @@ def test_a_run_that_ends_without_its_launcher_leaves_nothing(pod):
     assert pod.exists()  # while it trains
     for name in ("tpu-w-0", "tpu-w-1"):
         os.kill(int((pod.host(name) / "spectral_pod/run/pid").read_text()), signal.SIGTERM)
+    until_gone(pod)
+
+
+def test_a_guard_that_starts_before_the_network(pod):
+    """And whose starter is gone: what it says must not end it."""
+    guarded(pod, **{"keep-seconds": 2})
+    subprocess.run([pod.root / "bin/gcloud", *CREATE_BY_HAND], check=True, env=pod.environment())
+    host = pod.root / "hosts" / "tpu-w-0"
+    name = host / "metadata" / "spectral-pod-name"
+    (host / "metadata" / "agent-worker-number").write_text("0")
+    (host / "metadata" / "spectral-pod-max-run-seconds").write_text("0")
+    process = subprocess.Popen(
+        ["bash", host / "startup"], env=pod.cloud.environment(host), stdout=subprocess.PIPE,
+        cwd=host, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.read() == b""  # at once: the boot goes on
+    process.wait()
+    time.sleep(1)
+    assert pod.exists()
+    name.write_text("tpu")
     until_gone(pod)
 
 
@@ -940,6 +1052,7 @@ POSITIONAL = {
 }  # fmt: skip
 VALUES = {
     "--zone": "us-central2-b", "--node-count": "2", "--valid-until-duration": "86400s",
+    "--ssh-flag": "-oConnectTimeout=20", "--scp-flag": "-oConnectTimeout=20",
     "--labels": "a=b,c=d", "--metadata": "a=b,c=d", "--data-disk": "source=a,mode=read-only",
     "--metadata-from-file": f"startup-script={ROOT / 'launch/pod/guard.sh'}",
     "--scopes": "https://www.googleapis.com/auth/cloud-platform", "--worker": "0,1",
