@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU slices; launch/tpu_pod.sh --help says how. It is tools/tpu_pod, and needs
+# Trains on Cloud TPU slices; launch/tpu_pod.sh --help says how. It is launch/tpu_pod, and needs
 # gcloud and Python 3.11 or newer, nothing else.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,4 +10,4 @@ if [ "$python" = none ]; then
     echo "launch/tpu_pod.sh: no Python 3.11 or newer is on PATH" >&2
     exit 2
 fi
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -P -m tools.tpu_pod "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -P -m launch.tpu_pod "$@"

@@ -1,6 +1,6 @@
 """A cloud, the workers of a run and the launcher's machine, in simulated time.
 
-Takes the place of `tools.tpu_pod.system.System`: what the launcher asks of gcloud is checked as
+Takes the place of `launch.tpu_pod.system.System`: what the launcher asks of gcloud is checked as
 strictly as by the stand-in beside this, and answered by a world in which things go wrong at times
 that follow from a seed. The guard on the workers acts as launch/pod/guard.sh does.
 
@@ -16,13 +16,13 @@ import json
 import random
 import re
 
+from launch.tpu_pod import checks
+from launch.tpu_pod.cloud import Cloud
+from launch.tpu_pod.launcher import End, Launcher
+from launch.tpu_pod.options import parse
+from launch.tpu_pod.system import Done, System
 from spectral_pod.errors import ConfigError
 from tests.launch import gcloud
-from tools.tpu_pod import checks
-from tools.tpu_pod.cloud import Cloud
-from tools.tpu_pod.launcher import End, Launcher
-from tools.tpu_pod.options import parse
-from tools.tpu_pod.system import Done, System
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 HORIZON = 60 * DAY

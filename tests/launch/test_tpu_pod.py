@@ -15,15 +15,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from launch.tpu_pod import checks, states
+from launch.tpu_pod import code as code_module
+from launch.tpu_pod.cloud import Node, Worker
+from launch.tpu_pod.code import Code
+from launch.tpu_pod.states import Then
+from launch.tpu_pod.workers import Workers
 from spectral_pod.errors import ConfigError
 from tests.launch import gcloud
 from tools import exit_codes
-from tools.tpu_pod import checks, states
-from tools.tpu_pod import code as code_module
-from tools.tpu_pod.cloud import Node, Worker
-from tools.tpu_pod.code import Code
-from tools.tpu_pod.states import Then
-from tools.tpu_pod.workers import Workers
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -112,8 +112,7 @@ class Pod:
             executable(self.root / "worker_bin" / name, text)
         executable(self.root / "bin" / "gcloud", f'exec {sys.executable} -ISc "{RUN_GCLOUD}" "$@"')
         self.plan("0")
-        for part in ("launch", "tools/tpu_pod"):
-            shutil.copytree(ROOT / part, self.checkout / part)
+        shutil.copytree(ROOT / "launch", self.checkout / "launch")
         for file in CODE:
             (self.checkout / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, self.checkout / file)

@@ -28,11 +28,12 @@ COMMANDS = {
     "tools.bench": [["ops"]],
     "tools.bench.big": [["write", "new", "0.0001"]],
     "tools.bench.scaling": [[CONFIG, "--topologies=cpu-1"]],
+    "tools.bench.slices": [["--configs=quickstart.py", "--topologies=cpu-2"]],
     "tools.bucket": [["create", "gs://bucket", "--location=eu"], ["upload", "text", "gs://b/x"]],
     "tools.contact_sheet": [["--output=new.png", "--columns=1"]],
     "tools.export": [["--workdir=run", "--output=new"]],
     "tools.generate": [["--workdir=run", "--prompt=x", "--num_bytes=2"]],
-    "tools.gke": [["--name=n", "--image=i", "--workdir=gs://b/r", "--topology=v4-8", "--", "-x"]],
+    "tools.gke": [["--name=n", "--image=i", "--workdir=gs://b/r", "--topology=v4-8", "--", CONFIG]],
     "tools.preflight": [[CONFIG, "--topology=cpu-2"]],
     "tools.records": [
         ["write", "--task=records", "--out=new", "--train=set.jsonl"],
@@ -49,7 +50,7 @@ COMMANDS = {
 # network; in the gate of all but the latter.
 LONG = {
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
-    "tools.preflight", "tools.tune",
+    "tools.bench.slices", "tools.preflight", "tools.tune",
 }  # fmt: skip
 SHORT = {"tools.gke", "tools.status"}
 RUN = shell.run

@@ -11,7 +11,8 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-from ..exit_codes import is_curable, meaning, worse
+from tools.exit_codes import is_curable, meaning, worse
+
 from .cloud import Cloud, CloudError, Node, Request, Trouble, Worker
 from .code import ROOT, Code
 from .options import Options
