@@ -78,8 +78,9 @@ from spectral_pod.errors import ConfigError
 from . import checks
 from .cloud import Cloud, CloudError, Node, Worker
 from .code import ROOT, Code
-from .launcher import End, Launcher
+from .launcher import Launcher
 from .options import Options, parse
+from .phases import End
 from .system import DryRun, System
 from .workers import Log, Workers, script
 

@@ -7,7 +7,6 @@ of which no launcher has been heard, or that has lived for longer than allowed.
 """
 
 import contextlib
-import enum
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
@@ -16,6 +15,7 @@ from tools.exit_codes import is_curable, meaning, worse
 from .cloud import Cloud, CloudError, Node, Request, Trouble, Worker
 from .code import ROOT, Code
 from .options import Options
+from .phases import End, Phase
 from .states import Then, node, request
 from .system import System
 from .workers import BUSY, Workers, script
@@ -32,25 +32,6 @@ _SILENT = 3  # reports in a row that some worker does not give, before something
 _SLICES = 2  # on which nothing would train, before it is the run's own fault
 _INSTALL = 1800.0  # seconds that an installation may take at most
 _PASSING_CODES = (0, 4, 8, 10, 13, 14)  # of google.rpc.Code: a later request may be met
-
-
-class End(Exception):
-    """The launcher ends by itself: its exit code, and why."""
-
-    def __init__(self, code: int, why: str):
-        super().__init__(why)
-        self.code = code
-
-
-class Phase(enum.Enum):
-    """What there is in the cloud, and so what is to be done when the launcher ends."""
-
-    NOTHING = "nothing was asked for"
-    ASKED = "a request of ours waits"
-    FOUND = "a request of an earlier call waits"
-    IDLE = "there is a slice on which nothing trains"
-    TRAINING = "there is a slice that trains"
-    OVER = "there is a slice whose run has ended"
 
 
 class _Lost(Exception):

@@ -18,8 +18,9 @@ import re
 
 from launch.tpu_pod import checks
 from launch.tpu_pod.cloud import Cloud
-from launch.tpu_pod.launcher import End, Launcher
+from launch.tpu_pod.launcher import Launcher
 from launch.tpu_pod.options import parse
+from launch.tpu_pod.phases import End
 from launch.tpu_pod.system import Done, System
 from spectral_pod.errors import ConfigError
 from tests.launch import gcloud

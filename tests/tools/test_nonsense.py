@@ -113,7 +113,7 @@ def cases(good, actions):
     positional = [action.dest for action in actions if not action.option_strings]
     places = [i for i, text in enumerate(good) if not text.startswith("-")][-len(positional) :]
     for action in actions:
-        if isinstance(action, argparse._HelpAction) or action.nargs == "+":
+        if isinstance(action, argparse._HelpAction) or action.nargs in ("+", "*"):
             continue
         if not action.option_strings:
             at = places[positional.index(action.dest)]
