@@ -1,7 +1,7 @@
-"""Trains on a Cloud TPU slice, or on several: creates it, installs this checkout, trains, continues
-after preemptions, and deletes it at the end.
+r"""Trains on a Cloud TPU slice, or on several: creates it, installs this checkout, trains,
+continues after preemptions, and deletes it at the end.
 
-  launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v4-32 [options] -- \\
+  launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v4-32 [options] -- \
       --config=configs/lra_listops.py --workdir=gs://BUCKET/RUN [more flags of the trainer]
   launch/tpu_pod.sh status|logs|stop|delete --name=NAME --zone=ZONE [--project=PROJECT]
 
@@ -86,9 +86,6 @@ from .workers import Log, Workers, script
 
 
 def main(argv: Sequence[str]) -> int:
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
     system = System()
     for number in _SIGNALS:
         signal.signal(number, _end)
