@@ -22,7 +22,9 @@ NUM_ITEMS = 7
 def convert(item, log="", broken=-1, takes_over=""):
     if takes_over:
         other = {"id": "other", "pid": 7, "host": "x"}
-        pathlib.Path(takes_over).write_text(json.dumps(other))
+        new = pathlib.Path(f"{takes_over}.{os.getpid()}")
+        new.write_text(json.dumps(other))
+        new.replace(takes_over)  # as a whole, as real writers do
     if item == broken:
         raise DataError(f"item {item} is broken")
     if log:
