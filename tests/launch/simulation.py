@@ -570,8 +570,9 @@ def history(seed, troubles, options, work=20 * HOUR, starts=60):
 def _again(world):
     """Whether a user would start the same command again after reading the last message."""
     last = " ".join(line for _, line in world.said[-3:])
-    passing = "UNAVAILABLE|auth tokens|could not be installed|no TPUs within|its guard did"
-    return bool(re.search(passing, last)) and not world.user_deleted
+    passing = ("UNAVAILABLE", "auth tokens", "could not be installed", "has not answered",
+               "no TPUs within", "its guard did")  # fmt: skip
+    return any(text in last for text in passing) and not world.user_deleted
 
 
 def table():
