@@ -4,8 +4,8 @@
 #       [--] COMMAND [ARGUMENT ...]
 # After a run of less than a minute the pause before the next doubles, from 1 s to 60 s; too many of
 # them in a row end the supervision. TERM, HUP and INT are forwarded to the command, once each; its
-# exit code is then that of the supervisor. Where idle machines cost much, --max_restarts_per_hour ends
-# it as well when longer runs keep failing.
+# exit code is then that of the supervisor. --max_restarts_per_hour ends it as well when longer runs
+# keep failing, for machines that cost much.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/exit_codes.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
@@ -22,8 +22,9 @@ while [[ ${1:-} == --max_*=* ]]; do
     shift
 done
 if [[ ${1:-} == -- ]]; then shift; fi
-if [[ $# -eq 0 || ${1:-} == -* || ! $max_quick_restarts$max_per_hour =~ ^[0-9]+$ ]]; then
-    echo "usage: launch/supervise.sh [--max_quick_restarts=N] [--] COMMAND [ARGUMENT ...]" >&2
+if [[ $# -eq 0 || ${1:-} == -* || ! "$max_quick_restarts $max_per_hour" =~ ^[0-9]+\ [0-9]+$ ]]; then
+    echo "usage: launch/supervise.sh [--max_quick_restarts=N] [--max_restarts_per_hour=N] [--]" \
+        "COMMAND [ARGUMENT ...]" >&2
     exit 2
 fi
 

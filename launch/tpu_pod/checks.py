@@ -63,12 +63,12 @@ def before_renting(options: Options, cloud: Cloud, system: System, code: Code) -
 
 
 def _ask(question: Callable[[], object], what: str, system: System | None = None) -> str:
-    """The answer. With `system`, one that you may not have is only reported."""
+    """The answer. With `system`, one that cannot be had is only reported."""
     try:
         return str(question() or "")
     except CloudError as error:
         if system and error.kind in (Trouble.DENIED, Trouble.UNAVAILABLE):
-            system.say(f"{what}: not checked, as you may not: {error.line}")
+            system.say(f"{what}: not checked: {error.line}")
             return ""
         raise ConfigError(f"{what}: {error.line}") from error
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tests.launch.simulation import HOUR, MIXED, check, history, options
+from tests.launch.histories import HOUR, MIXED, check, history, options
 
 SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 40 else []) for seed in range(200)]
 

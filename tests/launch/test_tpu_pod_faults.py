@@ -196,7 +196,8 @@ def test_what_is_missing_is_known_before(pod, answer, message):
 
 def test_what_may_not_be_looked_at_is_only_reported(pod):
     pod.scenario(answer={"storage buckets describe": "HTTPError 403: me does not have access"})
-    assert "--workdir=gs://bucket/run: not checked, as you may not" in finish(pod.train())
+    said = finish(pod.train())
+    assert re.search("--workdir=gs://bucket/run: not checked: .*HTTPError 403", said)
 
 
 def test_a_run_that_has_ended_is_not_paid_for_again(pod):
