@@ -13,14 +13,18 @@ touch "$base/launcher" # guard.sh looks at it
 
 busy=4 # exit code of install.sh and start.sh if they would disturb a running trainer
 
-is_running() { # run.sh holds this lock while it runs; a pid could have been reused
-    ! flock --shared --nonblock "$run/lock" true
+is_held() { # LOCK: whether a process holds it; a recorded pid could have been reused
+    ! flock --shared --nonblock "$1" true
 }
 
-state() { # running PID, ended CODE, lost (the machine went down), or idle (never started)
+is_running() { is_held "$run/lock"; } # run.sh holds it
+
+state() { # running PID, installing, ended CODE, lost (the machine went down), or idle (never started)
     local ended
     if is_running; then
         echo "running $(cat "$run/pid" 2>/dev/null || true)"
+    elif is_held "$base/install.lock"; then
+        echo "installing -"
     elif [ -s "$run/exit_code" ]; then
         ended=$(cat "$run/exit_code")
         # Nobody asked it to stop, so the machine did, which is going down or has been down.

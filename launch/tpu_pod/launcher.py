@@ -243,22 +243,30 @@ class Launcher:
             self._tell_about_guard()
 
     def _find_out(self) -> None:
-        """Whether a run of an earlier call trains on the slice; until it is known, it may."""
+        """Whether a run of an earlier call trains on the slice; until it is known, it may.
+
+        Another launcher may be installing there, whose slice this is then.
+        """
         started = self._system.now()
         while True:
             reports = self._patiently(self._workers.reports)
-            if any(one.state == "running" for one in reports.values()):
+            states = {one.state for one in reports.values()}
+            if "running" in states:
                 self._phase = Phase.TRAINING
                 return
-            if len(reports) == len(self._workers.all):
+            if "installing" in states:
+                unknown = "another launcher installs on it"
+            elif len(reports) == len(self._workers.all):
                 self._phase = Phase.IDLE
                 return
+            else:
+                unknown = "some worker does not answer, and may train"
             keep = self._options.keep_minutes
             if self._minutes(started) >= keep:
-                why = f"some worker of {self._name} has not answered for {keep} min"
+                why = f"{self._name}: {unknown}, for {keep} min"
                 raise _Lost(why) if reports else End(1, why)
-            if self._often("unknown"):
-                self._say("some worker does not answer, and may train; trying again")
+            if self._often(unknown):
+                self._say(f"{self._name}: {unknown}; trying again")
             self._system.sleep(self._poll)
             self._fail_if_lost()
 
@@ -363,7 +371,8 @@ class Launcher:
         self._unanswered = self._unanswered + 1 if silent else 0
         running = [one for one in reports.values() if one.state == "running"]
         ended = [one for one in reports.values() if one.state == "ended"]
-        lost = [one for one in reports.values() if one.state in ("lost", "idle")]
+        idle = ("lost", "idle", "installing")
+        lost = [one for one in reports.values() if one.state in idle]
         progress = [one.progress for one in reports.values() if one.progress]
         moves, self._progress = progress != self._progress, progress
         if reports:

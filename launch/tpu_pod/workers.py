@@ -10,6 +10,7 @@ from .system import System
 
 BUSY = 4  # exit code of install.sh and start.sh where they would disturb another run
 POD = "spectral_pod/scripts/launch/pod"  # below the home of a worker
+_STATES = ("running", "installing", "ended", "lost", "idle")
 _BATCH = 64  # connections that one gcloud opens; more at once are prone to fail
 _MARK = re.compile(r"spectral_pod: (\S+) (\d+)\.")  # printed last: the host, and its exit code
 
@@ -19,7 +20,7 @@ class Report:
     """The trainer of one host."""
 
     host: str
-    state: str  # running, ended, lost (the host went down), idle (never started)
+    state: str  # running, installing, ended, lost (the host went down), idle (never started)
     detail: str  # pid or exit code
     progress: str
 
@@ -76,7 +77,7 @@ class Workers:
                     found[worker] = Report(host, "idle", "-", "")
             for line in _MARK.sub("", text).splitlines():
                 words = line.split(maxsplit=3)
-                if len(words) < 3 or words[1] not in ("running", "ended", "lost", "idle"):
+                if len(words) < 3 or words[1] not in _STATES:
                     continue
                 if (worker := self._worker(words[0], *batch)) is not None:
                     host, state, detail, *progress = words

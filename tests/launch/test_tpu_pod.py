@@ -1,5 +1,6 @@
 """launch/tpu_pod.sh from end to end, against gcloud.py beside this and folders for workers."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -294,6 +295,17 @@ def test_a_run_of_an_earlier_call_is_not_given_up_as_nobody_answers(pod):
     assert "the request for tpu stays" in finish(again, 130)
     pod.scenario()
     assert pod.run("delete", *WHERE).count("ended 75") == 2
+
+
+def test_a_slice_on_which_another_launcher_installs_is_left_to_it(pod):
+    finish(pod.train("--keep"))
+    with open(pod.host("tpu-w-1") / "spectral_pod/install.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as install.sh does
+        process = pod.train()
+        read_until(process, "tpu: another launcher installs on it; trying again")
+        process.send_signal(signal.SIGINT)
+        assert "the request for tpu stays" in finish(process, 130)
+    assert pod.exists()
 
 
 def test_another_launchers_request_is_not_deleted(pod):
