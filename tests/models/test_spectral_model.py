@@ -191,7 +191,8 @@ def test_half_glus_are_those_of_s5():
     for cls in (HalfGLU, HalfGLU2):
         module = cls(width=4)
         params = nn.unbox(module.init(jax.random.key(0), y_BND))
-        dense, activated = params["params"]["gate"], np.asarray(jax.nn.gelu(y_BND))
+        dense = jax.tree.map(np.asarray, params["params"]["gate"])
+        activated = np.asarray(jax.nn.gelu(y_BND))
         gate = special.expit(activated @ dense["kernel"] + dense["bias"])
         want = gate * (activated if cls is HalfGLU else y_BND)
         np.testing.assert_allclose(module.apply(params, y_BND), want, atol=1e-5)
