@@ -124,11 +124,34 @@ def _check_data(config: Config) -> None:
             f"document{two}"
         )
     stride = models.bytes_per_position(config)
+    if chunk := config.model.chunk:
+        _check_chunks(config, chunk, stride)
     if data.seq_len % stride:
         raise ConfigError(
             f"config.data.seq_len is {data.seq_len}; it must be a multiple of {stride}, the bytes "
             "of a patch (config.model.patch.stride)"
         )
+
+
+def _check_chunks(config: Config, chunk: int, stride: int) -> None:
+    data, model = config.data, config.model
+    if data.seq_len % chunk or chunk % stride:
+        raise ConfigError(
+            f"config.model.chunk is {chunk}; it must be a multiple of {stride}, the bytes of a "
+            f"position, and divide config.data.seq_len = {data.seq_len}"
+        )
+    if data.documents > 1:
+        raise ConfigError(
+            f"config.model.chunk is {chunk}; records of config.data.documents = {data.documents} "
+            "are read whole, with 0"
+        )
+    for field, value in (("positions", "learned"), ("pooling", "last")):
+        used = MODELS[model.name].causal == (field == "positions")
+        if used and model[field] == value:
+            raise ConfigError(
+                f"config.model.{field} is {value!r}, which counts from the start of a row; with "
+                f"config.model.chunk = {chunk} choose another"
+            )
 
 
 def _check_model(config: Config) -> None:

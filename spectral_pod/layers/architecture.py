@@ -27,6 +27,11 @@ class ModelConfig:
     bidirectional: bool = False
     # Bytes that position embeddings and long filters cover, if more than data.seq_len.
     context: NonNegative = 0
+    # Bytes that are read at a time, if rows are longer: memories, Hyena and S5 carry their states
+    # from chunk to chunk, all else sees its own chunk. 0: whole rows.
+    chunk: NonNegative = 0
+    # Whether gradients end at the start of a chunk (truncated backpropagation through time).
+    truncate_gradients: bool = True
     positions: Literal["learned", "none"] = "learned"  # position embeddings of causal models
     # Weight of the spectral consistency loss of spectral_llm.
     consistency_weight: NonNegativeFloat = 0.0

@@ -59,16 +59,23 @@ class Block(nn.Module):
             for i, name in enumerate(classes)
         }
 
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        """[B, N, D] to [B, N, D] in the model's dtype."""
+    def __call__(
+        self, x_BND: jax.Array, mask_BN: jax.Array, carry: Any = None, chunked: bool = False
+    ) -> tuple[jax.Array, Any]:
+        """[B, N, D] to [B, N, D] in the model's dtype, and what is carried on if `chunked`."""
+        after: dict[str, Any] = {}
         for name, mixer in self.mixers.items():
             input_BND = self._input(name, x_BND)
-            y_BND = mixer(input_BND, mask_BN)
+            if chunked:
+                before = carry[name] if carry else None
+                y_BND, after[name] = mixer.extend(input_BND, mask_BN, before)
+            else:
+                y_BND = mixer(input_BND, mask_BN)
             if name in self.reverse:
                 from_end = self.reverse[name](input_BND[:, ::-1], mask_BN[:, ::-1])
                 y_BND += from_end[:, ::-1]
             x_BND = self._residual(name, x_BND, y_BND)
-        return x_BND
+        return x_BND, after
 
     def init_state(self, batch: int) -> State:
         return tuple(mixer.init_state(batch) for mixer in self.mixers.values())
@@ -118,37 +125,61 @@ class BlockGroup(nn.Module):
     config: Architecture
     patterns: tuple[str, ...]
     deterministic: bool
+    chunked: bool
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x_BND: jax.Array, mask_BN: jax.Array, carry: Any
+    ) -> tuple[jax.Array, list[Any]]:
+        after = []
         for i, pattern in enumerate(self.patterns):
-            x_BND = Block(self.config, pattern, self.deterministic, name=f"block_{i}")(
-                x_BND, mask_BN
-            )
-        return x_BND, None
+            block = Block(self.config, pattern, self.deterministic, name=f"block_{i}")
+            before = carry[i] if carry else None
+            x_BND, carried = block(x_BND, mask_BN, before, self.chunked)
+            after.append(carried)
+        return x_BND, after
 
 
 def all_blocks(
-    config: Architecture, x_BND: jax.Array, mask_BN: jax.Array, train: bool
-) -> jax.Array:
+    config: Architecture,
+    x_BND: jax.Array,
+    mask_BN: jax.Array,
+    train: bool,
+    carry: Any = None,
+    chunked: bool = False,
+) -> tuple[jax.Array, Any]:
     """Applies `config.num_layers` blocks, stacked unless `config.decoding`.
 
     To be called in a module's compact method.
+
+    Args:
+      config: the architecture.
+      x_BND: the input.
+      mask_BN: valid positions.
+      train: whether dropout is on.
+      carry: what the blocks carried on from the chunk before; None for the first.
+      chunked: whether x is a chunk of longer sequences.
+
+    Returns:
+      The output [B, N, D], and if `chunked` what is carried on to the next chunk.
     """
+    after = []
     if config.decoding:
-        for block in separate_blocks(config):
-            x_BND = block(x_BND, mask_BN)
-        return x_BND
-    for stack in _stacked_blocks(config, deterministic=not train):
-        x_BND, _ = stack(x_BND, mask_BN)
-    return x_BND
+        for i, block in enumerate(separate_blocks(config)):
+            x_BND, carried = block(x_BND, mask_BN, carry[i] if carry else None, chunked)
+            after.append(carried)
+        return x_BND, after
+    for i, stack in enumerate(_stacked_blocks(config, not train, chunked)):
+        x_BND, carried = stack(x_BND, mask_BN, carry[i] if carry else None)
+        after.append(carried)
+    return x_BND, after
 
 
-def _stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module]:
+def _stacked_blocks(config: Architecture, deterministic: bool, chunked: bool) -> list[nn.Module]:
     """`config.num_layers` blocks that repeat the pattern, scanned and rematerialized.
 
     The group of one repeat is compiled once for all repeats; layers beyond the last whole repeat
-    form a shorter group. Each module returns (x_BND, None).
+    form a shorter group. Each module takes (x_BND, mask_BN, carry) and returns (x_BND, carry).
     """
     group, patterns = BlockGroup, config.pattern
     if config.remat != "none":
@@ -162,14 +193,14 @@ def _stacked_blocks(config: Architecture, deterministic: bool) -> list[nn.Module
             group,
             variable_axes={"params": 0, "metrics": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=repeats,
             unroll=min(config.unroll, repeats),
             metadata_params={nn.PARTITION_NAME: "layer"},
         )
-        stack.append(scanned(config, patterns, deterministic, name="blocks"))
+        stack.append(scanned(config, patterns, deterministic, chunked, name="blocks"))
     if rest:
-        stack.append(group(config, patterns[:rest], deterministic, name="last_blocks"))
+        stack.append(group(config, patterns[:rest], deterministic, chunked, name="last_blocks"))
     return stack
 
 

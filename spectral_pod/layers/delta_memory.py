@@ -105,6 +105,20 @@ class DeltaMemoryLayer(Mixer):
         self.scale = self.param("scale_memory", scale, ())
         self.out = Dense(self.width, ("head", None, "embed"), self.dtype)
 
+    def extend(
+        self, x_BND: jax.Array, mask_BN: jax.Array, carry: DeltaState | None
+    ) -> tuple[jax.Array, DeltaState]:
+        """Carries the memory itself, and the recent inputs of short convolutions."""
+        carry = self.init_state(len(x_BND)) if carry is None else carry
+        qkv, states = self._qkv(x_BND, mask_BN), []
+        for i, (short, before) in enumerate(zip(self._shorts(), carry.short)):
+            states.append(short.recent(qkv[i], before))
+            qkv[i] = short.extend(qkv[i], before)
+        o_BNHV, memory_BHVK = self._memory(
+            x_BND, qkv, mask_BN=mask_BN, state_BHVK=carry.memory_BHVK, method=self.method
+        )
+        return self._read(o_BNHV), DeltaState(memory_BHVK, tuple(states))
+
     def init_state(self, batch: int) -> DeltaState:
         memory_BHVK = jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim), jnp.float32)
         return DeltaState(memory_BHVK, tuple(short.init_state(batch) for short in self._shorts()))

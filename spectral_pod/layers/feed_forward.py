@@ -88,6 +88,12 @@ class FrequencyFeedForward(Mixer):
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
         return self._mixed(x_BND, self.long(self._masked(x_BND, mask_BN)))
 
+    def extend(
+        self, x_BND: jax.Array, mask_BN: jax.Array, carry: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        y_BND, carry = self.long.extend(self._masked(x_BND, mask_BN), carry)
+        return self._mixed(x_BND, y_BND), carry
+
     def init_state(self, batch: int) -> FilterInputs:
         return self.long.init_state(batch)
 

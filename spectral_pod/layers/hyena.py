@@ -1,6 +1,6 @@
 """The causal long-convolution mixer of Hyena (Poli et al. 2023), of orders one to three."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,21 @@ class HyenaLayer(Mixer):
             for name in ("long", "long_2")[: max(1, self.order - 1)]
         ]  # fmt: skip
         self.out = Dense(self.width, ("hidden", "embed"), self.dtype)
+
+    def extend(
+        self, x_BND: jax.Array, mask_BN: jax.Array, carry: Any | None
+    ) -> tuple[jax.Array, Any]:
+        """Carries the recent inputs of all convolutions."""
+        short, longs = carry or (None, [None] * len(self.longs))
+        x_O = [self._projected(x_BND, mask_BN, i) for i in range(self.order + 1)]
+        if self.short_conv > 1:
+            before, short = short, self.short.recent(jnp.stack(x_O, 2), short)
+            x_O = [self.short.extend(y_BND, before, i) for i, y_BND in enumerate(x_O)]
+        y_BND, after = x_O[-1], []
+        for i, long in enumerate(self.longs):
+            y_BND, inputs = long.extend(self._gated(x_O, i, y_BND), longs[i])
+            after.append(inputs)
+        return self._read(x_O, y_BND), (short, after)
 
     def init_state(self, batch: int) -> HyenaState:
         short = self.short.init_state(batch) if self.short_conv > 1 else None

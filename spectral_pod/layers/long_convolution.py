@@ -142,6 +142,17 @@ class LongConvolution(nn.Module):
             return jnp.swapaxes(long_conv.circular_product(v_BDN, h_BDN).astype(v_BND.dtype), 1, 2)
         return jnp.swapaxes(long_conv.causal_conv(v_BDN, h_DT, self.method), 1, 2)
 
+    def extend(self, v_BND: jax.Array, before_BTD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """As a call, where v follows the inputs `before`; also returns those for the next chunk.
+
+        These are as many as the filter has taps, so that it reaches equally far everywhere.
+        """
+        B, N, D = v_BND.shape
+        if before_BTD is None:
+            before_BTD = jnp.zeros((B, self.num_taps, D), v_BND.dtype)
+        longer = jnp.concatenate([before_BTD, v_BND], axis=1)
+        return self(longer)[:, self.num_taps :], longer[:, N:]
+
     def init_state(self, batch: int) -> FilterInputs:
         return FilterInputs(self.filter(self.width), jnp.zeros((batch, 0, self.width), jnp.float32))
 

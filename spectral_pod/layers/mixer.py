@@ -11,6 +11,12 @@ Every mixer maps whole sequences, `mixer(x_BND, mask_BN)`. One that can be causa
     y_B1D, state = mixer.advance(x_B1D, state, position)    # then one position at a time
 
 These return the outputs of the whole sequence. `init_state` is the state before the first position.
+
+A sequence that is too long for this is read in chunks of `max_positions` positions:
+
+    y_BND, carry = mixer.extend(x_BND, mask_BN, carry)      # None before the first chunk
+
+What a mixer carries is of fixed size, whatever the number of chunks, and zero at the start.
 """
 
 import dataclasses
@@ -155,6 +161,15 @@ class Mixer(nn.Module):
         By default this is `prefill`; the compiler removes its state, which is not used.
         """
         return self.prefill(x_BND, mask_BN)[0]
+
+    def extend(
+        self, x_BND: jax.Array, mask_BN: jax.Array, carry: State | None
+    ) -> tuple[jax.Array, State]:
+        """Reads the next chunk of longer sequences; returns its outputs, and what is carried on.
+
+        By default nothing is: positions see those of their own chunk only.
+        """
+        return self(x_BND, mask_BN), None
 
     def init_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first position."""

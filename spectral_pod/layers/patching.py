@@ -109,10 +109,13 @@ class ByteLatentEncoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the patches [B, N, D] in `dtype` and their validity [B, N].
+    def __call__(
+        self, tokens_BL: jax.Array, mask_BL: jax.Array, before_BH: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the patches [B, N, D] in `dtype`, their validity [B, N], and `before_BH`.
 
-        A patch is valid if any of its own bytes is; padding bytes embed to zero.
+        A patch is valid if any of its own bytes is; padding bytes embed to zero. `before_BH` are
+        the last bytes of the chunk before this one, as the call for that chunk returned them.
 
         Raises:
           ValueError: L is not a multiple of the stride.
@@ -130,13 +133,21 @@ class ByteLatentEncoder(nn.Module):
         ids_BL = jnp.where(mask_BL, tokens_BL, VOCAB_SIZE)
         windows = functools.partial(_windows, patches=self.patches)
         windows = shard_op(windows, [("batch", "position")], ("batch", "position", None))
+        halo = self.patches.halo
+        # Counted down from VOCAB_SIZE, so that 0 is no byte.
+        last_BH = VOCAB_SIZE - ids_BL[:, L - halo * stride :]
+        if before_BH is not None:
+            longer_BL = jnp.concatenate([VOCAB_SIZE - before_BH, ids_BL], axis=1)
+            windows_BNT = windows(longer_BL)[:, halo:]
+        else:
+            windows_BNT = windows(ids_BL)
         convolution = ByteConvolution(self.hidden_dim, self.dtype, name="convolution")
-        x_BND = convolution(table_VE, windows(ids_BL))
+        x_BND = convolution(table_VE, windows_BNT)
         x_BND = constrain(x_BND, "batch", "position", None)
         x_BND = Dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
         x_BND = layer_norm(gelu(x_BND), "norm").astype(self.dtype)
         mask_BN = mask_BL.reshape(B, L // stride, stride).any(axis=-1)
-        return constrain(x_BND, "batch", "position", "width"), mask_BN
+        return constrain(x_BND, "batch", "position", "width"), mask_BN, last_BH
 
 
 def _windows(ids_BL: jax.Array, patches: Patches) -> jax.Array:
@@ -149,10 +160,16 @@ def _windows(ids_BL: jax.Array, patches: Patches) -> jax.Array:
     return jnp.concatenate(shifted, axis=2)[:, :, halo * stride - patches.before :]
 
 
-def sinusoidal_positions(length: int, width: int, dtype: Any) -> jax.Array:
-    """[1, N, D]: sines in the first half of D, cosines in the second (Vaswani et al. 2017)."""
+def sinusoidal_positions(
+    length: int, width: int, dtype: Any, start: jax.Array | int = 0
+) -> jax.Array:
+    """[1, N, D]: sines in the first half of D, cosines in the second (Vaswani et al. 2017).
+
+    The first position is the one with the number `start`.
+    """
     rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * rates[None]
+    place_N = (start + jnp.arange(length)).astype(jnp.float32)
+    angles = place_N[:, None] * rates[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[None, :, :width].astype(
         dtype
     )

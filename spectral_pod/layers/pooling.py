@@ -1,6 +1,6 @@
 """Pooling: a sequence to one vector."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,29 +12,54 @@ from spectral_pod.ops.gelu import gelu
 from spectral_pod.shapes import Pooled, PositionMask, Positions
 
 
+class PooledPart(NamedTuple):
+    """What one chunk of a sequence contributes to a pooled vector; `combined` has the formula."""
+
+    top_B: jax.Array  # float32: the largest score of the chunk's valid positions
+    total_BD: jax.Array  # float32: sum_n exp(score_n - top) x_n
+    weight_B: jax.Array  # float32: sum_n exp(score_n - top)
+
+
+def combined(parts: PooledPart) -> jax.Array:
+    """The pooled vectors, float32 [B, D], of the parts of all chunks, stacked in the first axis:
+    the softmax over all positions from those over chunks (Milakov and Gimelshein 2018)."""
+    scale_SB = jnp.exp(parts.top_B - jnp.max(parts.top_B, axis=0, keepdims=True))
+    total_BD = jnp.sum(parts.total_BD * scale_SB[..., None], axis=0)
+    weight_B = jnp.sum(parts.weight_B * scale_SB, axis=0)
+    return total_BD / jnp.maximum(weight_B, jnp.finfo(jnp.float32).tiny)[:, None]
+
+
 class AttentionPooling(nn.Module):
     """`sum_n softmax(x_n . q / sqrt(D)) x_n` over valid positions, with a learned query q."""
 
-    @nn.compact
     def __call__(self, x_BND: Positions, mask_BN: PositionMask) -> Pooled:
         """[B, N, D] to float32 [B, D]; a sequence without a valid position pools to zero."""
         x_BND = x_BND.astype(jnp.float32)
+        weights_BN = _masked_softmax(self._scores(x_BND), mask_BN)
+        return jnp.einsum("bn,bnd->bd", weights_BN, x_BND)
+
+    def part(self, x_BND: Positions, mask_BN: PositionMask) -> PooledPart:
+        """What the chunk [B, N, D] of longer sequences contributes."""
+        x_BND = x_BND.astype(jnp.float32)
+        scores_BN = jnp.where(mask_BN, self._scores(x_BND), jnp.finfo(jnp.float32).min)
+        top_B = jnp.max(scores_BN, axis=1)
+        weights_BN = jnp.where(mask_BN, jnp.exp(scores_BN - top_B[:, None]), 0.0)
+        total_BD = jnp.einsum("bn,bnd->bd", weights_BN, x_BND)
+        return PooledPart(top_B, total_BD, jnp.sum(weights_BN, axis=1))
+
+    @nn.compact
+    def _scores(self, x_BND: jax.Array) -> jax.Array:
         width = x_BND.shape[-1]
         init = parameter(nn.initializers.normal(1.0), "width", group="undecayed")
         query_D = self.param("query", init, (width,))
-        scores_BN = jnp.einsum("bnd,d->bn", x_BND, query_D) / jnp.sqrt(jnp.float32(width))
-        weights_BN = _masked_softmax(scores_BN, mask_BN)
-        return jnp.einsum("bn,bnd->bd", weights_BN, x_BND)
+        return jnp.einsum("bnd,d->bn", x_BND, query_D) / jnp.sqrt(jnp.float32(width))
 
 
-class MeanPooling(nn.Module):
+class MeanPooling(AttentionPooling):
     """The mean over valid positions."""
 
-    @nn.compact
-    def __call__(self, x_BND: Positions, mask_BN: PositionMask) -> Pooled:
-        """[B, N, D] to float32 [B, D]; a sequence without a valid position pools to zero."""
-        weights_BN = _masked_softmax(jnp.zeros(mask_BN.shape, jnp.float32), mask_BN)
-        return jnp.einsum("bn,bnd->bd", weights_BN, x_BND.astype(jnp.float32))
+    def _scores(self, x_BND: jax.Array) -> jax.Array:
+        return jnp.zeros(x_BND.shape[:2], jnp.float32)
 
 
 class LastPooling(nn.Module):

@@ -105,6 +105,17 @@ class S5Layer(Mixer):
         x_BNK = diagonal_scan(self.log_a_K, bu_BNK)
         return self._output(x_BNK, u_BND, None if self.causal else bu_BNK)
 
+    def extend(
+        self, u_BND: jax.Array, mask_BN: jax.Array, carry: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Carries the state x; the scan from the end begins anew in each chunk."""
+        u_BND, bu_BNK = self._input(u_BND, mask_BN)
+        first_BNK = bu_BNK
+        if carry is not None:
+            first_BNK = bu_BNK.at[:, :1].add(jnp.exp(self.log_a_K)[None, None] * carry)
+        x_BNK = diagonal_scan(self.log_a_K, first_BNK)
+        return self._output(x_BNK, u_BND, None if self.causal else bu_BNK), x_BNK[:, -1:]
+
     def init_state(self, batch: int) -> jax.Array:
         return jnp.zeros((batch, 1, self.state_dim), jnp.complex64)
 

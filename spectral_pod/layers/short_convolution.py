@@ -42,12 +42,22 @@ class ShortConvolution(nn.Module):
             return short_conv(x, self.kernel, self.axes)
         return short_conv(x, self.kernel[:, index], self.axes[1:])
 
+    def extend(self, x: jax.Array, recent: jax.Array | None, index: int | None = None) -> jax.Array:
+        """As a call, where x follows other positions: `recent` is the state after these."""
+        if recent is None:
+            return self(x, index)
+        if index is not None:
+            recent = recent[:, :, index]
+        longer = jnp.concatenate([recent, x.astype(self.dtype)], axis=1)
+        return self(longer, index)[:, recent.shape[1] :]
+
     def init_state(self, batch: int) -> jax.Array:
         return jnp.zeros((batch, self.taps - 1, *self.features), self.dtype)
 
-    def recent(self, x: jax.Array) -> jax.Array:
-        """The state after x."""
-        return jnp.concatenate([self.init_state(len(x)), x.astype(self.dtype)], 1)[:, x.shape[1] :]
+    def recent(self, x: jax.Array, before: jax.Array | None = None) -> jax.Array:
+        """The state after x, which follows the positions with the state `before`, if any."""
+        before = self.init_state(len(x)) if before is None else before
+        return jnp.concatenate([before, x.astype(self.dtype)], 1)[:, x.shape[1] :]
 
     def advance(self, x: jax.Array, recent: jax.Array) -> tuple[jax.Array, jax.Array]:
         recent = jnp.concatenate([recent, x], axis=1)

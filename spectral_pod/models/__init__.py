@@ -49,7 +49,8 @@ def architecture(config: "Config", *, seq_len: int = 0, **resolved: Any) -> Arch
       resolved: fields of `Architecture` that the configuration does not have.
     """
     cls, stride = MODELS[config.model.name], bytes_per_position(config)
-    positions = max(seq_len or config.data.seq_len, config.model.context) // stride
+    length = config.model.chunk or seq_len or config.data.seq_len
+    positions = max(length, config.model.context) // stride
     return Architecture.of(
         cast(Any, config.model).to_dict(),
         pattern=pattern(config),

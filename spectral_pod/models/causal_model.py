@@ -1,6 +1,6 @@
 """The base of the causal models: bytes -> embeddings -> causal blocks -> the next byte."""
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -50,6 +50,23 @@ class CausalModel(Model):
         Invalid positions, before or after the valid ones, do not affect valid ones. Dropout uses
         the rng `dropout`. Auxiliary losses, [B] each, are sown into the collection `losses`.
         """
+        return self._read(tokens_BL, mask_BL, train)[0]
+
+    @nn.compact
+    def extend(
+        self, tokens_BL: Tokens, mask_BL: TokenMask, carry: Any, train: bool = False
+    ) -> tuple[SequenceLogits, Any]:
+        """As a call, for the next chunk of longer sequences; see `models/chunks.py`."""
+        return self._read(tokens_BL, mask_BL, train, carry, chunked=True)
+
+    def _read(
+        self,
+        tokens_BL: Tokens,
+        mask_BL: TokenMask,
+        train: bool,
+        carry: Any = None,
+        chunked: bool = False,
+    ) -> tuple[SequenceLogits, Any]:
         config = self.config
         tokens_BL, mask_BL = (constrain(x, "batch", "position") for x in (tokens_BL, mask_BL))
         embedded_BND = self._embed(tokens_BL)
@@ -58,11 +75,11 @@ class CausalModel(Model):
             x_BND = self._with_positions(x_BND, jnp.cumsum(mask_BL, axis=1))
         x_BND = self._masked(x_BND, mask_BL)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
-        x_BND = all_blocks(config, x_BND, mask_BL, train)
+        x_BND, carry = all_blocks(config, x_BND, mask_BL, train, carry, chunked)
         x_BND = layer_norm(x_BND, "norm")
         if train:
             self.sow_losses(x_BND, embedded_BND, mask_BL)
-        return self._logits(x_BND)
+        return self._logits(x_BND), carry
 
     @nn.compact
     def init_state(self, batch: int) -> DecodeState:

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from clu.metrics import Collection
 from jax.sharding import Mesh
 
+from spectral_pod.models import chunks
+from spectral_pod.models.model import Model
 from spectral_pod.objectives import Objective
 from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
 from spectral_pod.seeds import random_key
@@ -28,7 +29,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    model: nn.Module,
+    model: Model,
     optimizer: Optimizer,
     objective: type[Objective],
     config: "Config",
@@ -45,20 +46,14 @@ def train_step(
     total_valid, total_rows = _count(batch["valid"]), _count(_valid_rows(batch["valid"]))
 
     def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        tokens_BL, valid = micro["tokens"], micro["valid"]
-        logits, sown = model.apply(
-            {"params": params},
-            tokens_BL,
-            tokens_BL != PAD,
-            train=True,
-            rngs={"dropout": key},
-            mutable=["losses", "metrics"],
+        valid = micro["valid"]
+        outputs, _, sown = forward(
+            params, micro, model, objective, config.train.label_smoothing, train=True, key=key
         )
         layers = _mean_by_name(sown.pop("metrics", {}))
-        outputs = objective.outputs(logits, micro["labels"], valid, config.train.label_smoothing)
         total = jnp.sum(jnp.where(valid, outputs["loss"], 0.0)) / total_valid
         if sown:
-            auxiliary_B = sum(jax.tree.leaves(sown), jnp.zeros(len(tokens_BL), jnp.float32))
+            auxiliary_B = sum(jax.tree.leaves(sown), jnp.zeros(len(valid), jnp.float32))
             outputs["auxiliary"] = jnp.where(_valid_rows(valid), auxiliary_B, 0.0)
             total += jnp.sum(outputs["auxiliary"]) / total_rows
         return total, (outputs, layers)
@@ -135,22 +130,58 @@ def _whole_batch(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def eval_step(
-    params: Any, batch: Batch, *, model: nn.Module, objective: type[Objective]
-) -> Collection:
+def forward(
+    params: Any,
+    batch: Batch,
+    model: Model,
+    objective: type[Objective],
+    smoothing: float = 0.0,
+    *,
+    train: bool = False,
+    key: jax.Array | None = None,
+) -> tuple[dict[str, jax.Array], jax.Array | None, Any]:
+    """What the model makes of a batch, read in chunks if it is configured so.
+
+    Returns:
+      The objective's outputs; the logits, or None where those of all positions would be of several
+      chunks; and what layers have sown.
+    """
+    tokens_BL, labels, valid = batch["tokens"], batch["labels"], batch["valid"]
+    mask_BL, variables = tokens_BL != PAD, {"params": params}
+    if not model.config.chunk:
+        rngs = {} if key is None else {"dropout": key}
+        logits, sown = model.apply(
+            variables, tokens_BL, mask_BL, train=train, rngs=rngs, mutable=["losses", "metrics"]
+        )
+        return objective.outputs(logits, labels, valid, smoothing), logits, dict(sown)
+    rows = {"tokens": tokens_BL, "mask": mask_BL}
+    if objective.by_position:
+        rows |= {"labels": labels, "valid": valid}
+
+    def of_chunk(output: Any, part: Any) -> Any:
+        if not objective.by_position:
+            return output
+        return objective.outputs(output, part["labels"], part["valid"], smoothing)
+
+    found, sown = chunks.read(model, variables, rows, of_chunk, train=train, key=key)
+    # One value a row or a layer, as of whole rows: the mean over chunks.
+    sown = jax.tree.map(lambda x: jnp.mean(x, axis=0), dict(sown))
+    if objective.by_position:
+        return jax.tree.map(chunks.joined, found), None, sown
+    logits = model.apply(variables, found, method="pooled")
+    return objective.outputs(logits, labels, valid, smoothing), logits, sown
+
+
+def eval_step(params: Any, batch: Batch, *, model: Model, objective: type[Objective]) -> Collection:
     """The `evaluation_metrics` of one batch."""
-    tokens_BL, labels = batch["tokens"], batch["labels"]
-    logits = model.apply({"params": params}, tokens_BL, tokens_BL != PAD)
+    outputs, logits, _ = forward(params, batch, model, objective)
     return Collection.create(**objective.evaluation_metrics).single_from_model_output(
-        **objective.outputs(logits, labels, batch["valid"]),
-        logits=logits,
-        tokens=tokens_BL,
-        labels=labels,
+        **outputs, logits=logits, tokens=batch["tokens"], labels=batch["labels"]
     )
 
 
 def jit_train_step(
-    model: nn.Module,
+    model: Model,
     optimizer: Optimizer,
     objective: type[Objective],
     config: "Config",
@@ -168,7 +199,7 @@ def jit_train_step(
 
 
 def jit_eval_step(
-    model: nn.Module, objective: type[Objective], mesh: Mesh, abstract: TrainState
+    model: Model, objective: type[Objective], mesh: Mesh, abstract: TrainState
 ) -> Callable[[Any, Batch], Collection]:
     """`eval_step` jitted for the mesh; its metrics are on every device."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
