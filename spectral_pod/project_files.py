@@ -110,6 +110,23 @@ class Seal(_Closed):
     files: dict[str, FileDigest]
 
 
+class PackPart(_Closed):
+    name: Annotated[str, pydantic.Field(pattern="^part-[0-9]{5}$")]
+    bytes: _Count
+    sha256: _Sha256
+
+
+class Pack(_Closed):
+    """PACK/manifest.json, written last; see `tools/pack.py`."""
+
+    format: Literal["spectral_pod.pack/1"]
+    run: _Sha256  # its identity
+    step: _Count  # of its newest checkpoint
+    bytes: _Count
+    sha256: _Sha256  # of all parts in a row
+    parts: Annotated[list[PackPart], pydantic.Field(min_length=1)]
+
+
 class Arrays(TypedDict):
     bytes: _Sha256
     offsets: _Sha256
@@ -259,6 +276,7 @@ SEAL: Kind[Seal] = Kind(Seal, "its checkpoint cannot be trusted")
 MANIFEST: Kind[Manifest] = Kind(Manifest, "delete the store to have it written again")
 ITEM: Kind[Item] = Kind(Item, _WRITTEN_AGAIN)
 EXPORT: Kind[Export] = Kind(Export, "get or export the model again")
+PACK: Kind[Pack] = Kind(Pack, "copy it again from where the run was packed, or pack the run again")
 START: Kind[Start] = Kind(Start, "")
 METRICS: Kind[dict[str, float]] = Kind(
     Annotated[dict[str, float], pydantic.BeforeValidator(_has_step)], ""
