@@ -86,7 +86,10 @@ def test_a_run_that_moves_twice_ends_as_if_it_had_not(stopped, tmp_path):
         }  # fmt: skip
         shutil.rmtree(workdir)
         workdir = moved
-    assert "starting at step 32\n" in trainer.run(trainer.command(workdir)).stdout
+    elsewhere = trainer.command(workdir, f"data.dir={tmp_path}/data")  # which it makes anew
+    said = trainer.run(elsewhere).stdout
+    assert "writing the listops data" in said
+    assert "starting at step 32\n" in said
     trainer.assert_same_run(workdir, trainer.uninterrupted())
     trained = [line["step"] for line in trainer.metrics(workdir) if "train/loss" in line]
     assert trained == sorted(set(trained))
