@@ -110,8 +110,8 @@ class Seal(_Closed):
     files: dict[str, FileDigest]
 
 
-class PackPart(_Closed):
-    name: Annotated[str, pydantic.Field(pattern="^part-[0-9]{5}$")]
+class PackPart(TypedDict):
+    name: Annotated[str, pydantic.Field(pattern="^part-[0-9]{5,9}$")]
     bytes: _Count
     sha256: _Sha256
 
@@ -198,7 +198,7 @@ class Kind(Generic[T]):
     """A kind of file: its schema, and what a user can do about a damaged one."""
 
     def __init__(self, schema: Any, remedy: str):
-        self._schema, self._remedy = schema, remedy
+        self._schema, self.remedy = schema, remedy
 
     def read(self, file: Any) -> T:
         """The content of an `epath.Path`, without its checksum.
@@ -212,7 +212,7 @@ class Kind(Generic[T]):
         except (IsADirectoryError, FileNotFoundError) as error:
             is_folder = isinstance(error, IsADirectoryError)
             raise DataError(
-                f"{file} is {'a folder' if is_folder else 'missing'}; {self._remedy}"
+                f"{file} is {'a folder' if is_folder else 'missing'}; {self.remedy}"
             ) from error
         except OSError as error:
             error.filename = error.filename or str(file)  # a failed read does not name it
@@ -224,7 +224,7 @@ class Kind(Generic[T]):
         try:
             return self.content(raw)
         except ValueError as error:
-            raise DataError(f"{name} cannot be used: {error}; {self._remedy}") from error
+            raise DataError(f"{name} cannot be used: {error}; {self.remedy}") from error
 
     def content(self, raw: bytes) -> T:
         """The content of the bytes of a file, or of a line of one.

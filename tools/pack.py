@@ -8,7 +8,8 @@ had stayed: config.json, starts.jsonl, metrics.jsonl, the event files, result.js
 Weights & Biases run, and the newest sound checkpoint with its seal. Without the best checkpoint the
 run ends with the same numbers, but cannot keep that one any longer: --keep_best=N adds the N best,
 as many as config.checkpoint.keep_best. Compiled programs, traces, reports of stalls, quarantined
-checkpoints and what Weights & Biases has not uploaded stay behind, and so do the data.
+checkpoints and what Weights & Biases has not uploaded stay behind, and so do the data. No run can
+start in WORKDIR meanwhile.
 
 DIR gets one archive (tar) cut into part-00000, part-00001, ... and manifest.json with the size and
 the sha256 of each part and of the whole. The latter is printed; it is the same whenever the same
@@ -35,8 +36,8 @@ MANIFEST = "manifest.json"
 FORMAT = "spectral_pod.pack/1"
 _FILES = ("starts.jsonl", "metrics.jsonl", "result.json", "wandb_run_id.txt")
 _SPLITS = ("train", "validation", "test")  # the folders of the event files
-_UNFINISHED = re.compile(r"part-\d{5}(\.tmp)?|manifest\.json\.tmp")
-_PartMb = Annotated[float, fields.Bound(0.001, 4096, "from 0.001 to 4096")]
+_UNFINISHED = re.compile(r"part-\d{5,9}(\.tmp)?|manifest\.json\.tmp")
+_PartMb = Annotated[float, fields.Bound(0.001, 4096, "at least 0.001 and below 4096")]
 
 
 def main(argv: Sequence[str]) -> int:

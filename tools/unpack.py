@@ -26,7 +26,6 @@ from .pack import MANIFEST
 # Neither JAX nor Orbax is imported here, directly or indirectly: they take seconds.
 
 _MARK = "UNPACKING"  # a file in a workdir that is being restored
-_REMEDY = "copy it again from where the run was packed, or pack the run again"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,7 +90,7 @@ def _verify(folder: Any, manifest: project_files.Pack) -> None:
     if not faults and whole.hexdigest() != manifest["sha256"]:
         faults.append(f"{folder}: the parts are not those of one run")
     if faults:
-        raise DataError(f"{'; '.join(faults)}; {_REMEDY}")
+        raise DataError(f"{'; '.join(faults)}; {project_files.PACK.remedy}")
 
 
 def _check_empty(workdir: Any) -> None:
@@ -114,7 +113,9 @@ def _files(folder: Any, manifest: project_files.Pack) -> Iterator[tuple[str, byt
                     raise DataError(f"{folder} holds {info.name!r}, which is no file of a run")
                 yield info.name, reader.read()
     except tarfile.TarError as error:
-        raise DataError(f"{folder} holds no archive of a run ({error}); {_REMEDY}") from error
+        raise DataError(
+            f"{folder} holds no archive of a run ({error}); {project_files.PACK.remedy}"
+        ) from error
 
 
 class _Joined(io.RawIOBase):

@@ -277,14 +277,14 @@ class Preemption:
     in any case, and at once if there are no unsaved steps. A thread receives the signal, as the
     main thread may spend minutes in a compilation or waiting for data.
 
-    The clock of process 0 can end the run likewise, but nothing then ends a step that takes long.
+    `stop_after` ends the run likewise; no machine goes then, and a step may take its time.
     """
 
     def __init__(self) -> None:
         self.seconds = 25.0  # of the 30 that a machine has left when it is reclaimed
         self.has_unsaved_steps = False
         self.received = threading.Event()
-        self.by_clock = threading.Event()
+        self.by_clock = threading.Event()  # `stop_after` is the reason, not a signal
         self._calls = 0
 
     def listen(self) -> None:
@@ -319,7 +319,7 @@ class Preemption:
             self.on_signal()
 
     def stop_after(self, minutes: float) -> None:
-        """Ends the run this long after now."""
+        """Ends the run this long after now, by the clock of process 0."""
         timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), self._on_time)
         timer.daemon = True
         timer.start()
