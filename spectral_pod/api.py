@@ -26,6 +26,8 @@ from spectral_pod.generate.restore import Trained, fitted, one_device, restore_f
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations
 from spectral_pod.layers.block import unstack
+from spectral_pod.models import chunks
+from spectral_pod.models.model import Model as Module
 from spectral_pod.models.model import abstract_params, init_params
 from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import AXES, on_mesh
@@ -358,5 +360,5 @@ def _checked_mesh(mesh: Any) -> Mesh | None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(module: nn.Module, params: Any, tokens_BL: jax.Array) -> jax.Array:
-    return module.apply({"params": params}, tokens_BL, tokens_BL != PAD)
+def _apply(module: Module, params: Any, tokens_BL: jax.Array) -> jax.Array:
+    return chunks.logits(module, {"params": params}, tokens_BL, tokens_BL != PAD)

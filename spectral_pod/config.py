@@ -254,6 +254,11 @@ def row_len(config: Config) -> int:
     return config.data.seq_len * config.data.documents
 
 
+def read_len(config: Config) -> int:
+    """Tokens of a row that the model reads at a time: all, or those of a chunk."""
+    return int(config.model.chunk) or row_len(config)
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested mappings by their dotted names."""
     fields: dict[str, Any] = {}

@@ -147,7 +147,7 @@ def _check_chunks(config: Config, chunk: int, stride: int) -> None:
         )
     for field, value in (("positions", "learned"), ("pooling", "last")):
         used = MODELS[model.name].causal == (field == "positions")
-        if used and model[field] == value:
+        if used and get(config, f"model.{field}") == value:
             raise ConfigError(
                 f"config.model.{field} is {value!r}, which counts from the start of a row; with "
                 f"config.model.chunk = {chunk} choose another"

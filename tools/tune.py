@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectral_pod import models
-from spectral_pod.config import Config, row_len
+from spectral_pod.config import Config, read_len
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Positive
@@ -144,7 +144,7 @@ def called(config: Config) -> list[Call]:
     shares = sizes["data"] * sizes["fsdp"] * config.train.grad_accumulation
     task = tasks.make(config.data.task, config.data.options)
     model = models.build(config, num_classes=task.num_classes, vocab_size=task.vocab_size)
-    shape = max(1, config.train.global_batch_size // shares), row_len(config)
+    shape = max(1, config.train.global_batch_size // shares), read_len(config)
     found: list[Call] = []
     with on_mesh(one_device()), contextlib.ExitStack() as stack:
         params = nn.unbox(abstract_params(model, one_device()))

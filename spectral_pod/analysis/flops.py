@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from spectral_pod import config as config_lib
 from spectral_pod import models
 from spectral_pod.analysis.hardware import CHIPS
-from spectral_pod.config import Config, row_len
+from spectral_pod.config import Config, read_len, row_len
 from spectral_pod.layers.block import mixers_of
 from spectral_pod.shapes import VOCAB_SIZE
 
@@ -42,7 +42,9 @@ def train_flops(
     for mixer in mixers_of(models.architecture(config)).values():
         cast(ConfigDict, defined).update_from_flattened_dict(dict(mixer.definition))
     model = models.build(defined, num_classes=num_classes, vocab_size=vocab_size)
-    tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, row_len(config)), jnp.int32)
+    length = read_len(config)
+    chunks = row_len(config) // length  # what reaches from chunk to chunk does not count
+    tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, length), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
     unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
@@ -50,7 +52,7 @@ def train_flops(
         return model.apply({"params": params}, tokens, mask)
 
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return 3.0 * forward_flops(forward, unsharded, tokens, mask)
+        return 3.0 * chunks * forward_flops(forward, unsharded, tokens, mask)
 
 
 def forward_flops(fn: Callable[..., Any], *args: Any) -> float:

@@ -47,7 +47,7 @@ class Block(nn.Module):
             if both and cls.one_directional
         }
         channel_mixer = CHANNEL_MIXERS[config.channel_mixer]
-        self.gates = {}
+        self.gates: dict[str, Any] = {}
         if channel_mixer.within_branch:
             self.gates = {name: self._make(channel_mixer, f"{name}_gate") for name in classes}
         else:

@@ -131,8 +131,8 @@ class ByteLatentEncoder(nn.Module):
         )
         table_VE = constrain(table_VE.astype(self.dtype), None, None)
         ids_BL = jnp.where(mask_BL, tokens_BL, VOCAB_SIZE)
-        windows = functools.partial(_windows, patches=self.patches)
-        windows = shard_op(windows, [("batch", "position")], ("batch", "position", None))
+        of_device = functools.partial(_windows, patches=self.patches)
+        windows = shard_op(of_device, [("batch", "position")], ("batch", "position", None))
         halo = self.patches.halo
         # Counted down from VOCAB_SIZE, so that 0 is no byte.
         last_BH = VOCAB_SIZE - ids_BL[:, L - halo * stride :]

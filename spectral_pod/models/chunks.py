@@ -62,9 +62,25 @@ def read(
     return cast(tuple[Any, Any], found)
 
 
+def logits(
+    model: Model, variables: Mapping[str, Any], tokens_BL: jax.Array, mask_BL: jax.Array
+) -> jax.Array:
+    """The logits of rows of any length, [B, C] or [B, L, C], in chunks if they are longer."""
+    chunk, length = model.config.chunk, tokens_BL.shape[1]
+    if not chunk or length <= chunk:
+        return cast(jax.Array, model.apply(variables, tokens_BL, mask_BL))
+    missing = (0, 0), (0, -length % chunk)
+    rows = {"tokens": jnp.pad(tokens_BL, missing), "mask": jnp.pad(mask_BL, missing)}
+    found, _ = read(model, variables, rows, lambda output, _: output)
+    if model.pools:
+        return cast(jax.Array, model.apply(variables, found, method="pooled"))
+    return joined(found)[:, :length]
+
+
 def joined(x: jax.Array) -> jax.Array:
-    """[S, B, M] of chunks to [B, S * M]."""
-    return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
+    """[S, B, M, ...] of chunks to [B, S * M, ...]."""
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _split(x_BL: jax.Array, chunk: int) -> jax.Array:

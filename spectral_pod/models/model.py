@@ -30,6 +30,11 @@ class Model(nn.Module):
     max_documents: ClassVar[int] = 1  # per record
     has_consistency_loss: ClassVar[bool] = False
 
+    @property
+    def pools(self) -> bool:
+        """Whether there is one vector of logits a row, rather than one a position."""
+        return not self.causal and self.config.pooling != "none"
+
 
 def init_params(model: Model, key: jax.Array, rows: int = 1) -> Any:
     """The initial parameters of training, boxed; the batch's shards must divide `rows`."""

@@ -48,7 +48,7 @@ class SpectralModel(Model):
         if config.documents == 2:
             tokens_BL, mask_BL = _split_documents(tokens_BL), _split_documents(mask_BL)
         x_BND, mask_BN, _ = self._read(tokens_BL, mask_BL, train)
-        if config.pooling == "none":
+        if not self.pools:
             return constrain(self._logits(x_BND), "batch", "position", None)
         pooling: Any = POOLING[config.pooling](name="pooling")
         pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)
@@ -67,7 +67,7 @@ class SpectralModel(Model):
           makes logits of; and what is carried on.
         """
         x_BND, mask_BN, carry = self._read(tokens_BL, mask_BL, train, carry, chunked=True)
-        if self.config.pooling == "none":
+        if not self.pools:
             return constrain(self._logits(x_BND), "batch", "position", None), carry
         pooling: Any = POOLING[self.config.pooling](name="pooling")
         return pooling.part(x_BND, mask_BN), carry

@@ -211,7 +211,7 @@ class AverageState(NamedTuple):
 
     inner: Any
     average: Any  # as the parameters
-    count: jax.Array  # int32 []: updates so far
+    updates: jax.Array  # int32 []: how many there were
 
 
 def averaged(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
@@ -230,14 +230,14 @@ def averaged(inner: optax.GradientTransformation, decay: float) -> optax.Gradien
     ) -> tuple[Any, AverageState]:
         tx = optax.with_extra_args_support(inner)
         updates, after = tx.update(updates, state.inner, params, **extra)
-        count = state.count.astype(jnp.float32)
+        count = state.updates.astype(jnp.float32)
         rate = jnp.minimum(decay, (1 + count) / (10 + count))
         average = jax.tree.map(
             lambda old, new: old + (1 - rate) * (new - old),
             state.average,
             optax.apply_updates(params, updates),
         )
-        return updates, AverageState(after, average, optax.safe_increment(state.count))
+        return updates, AverageState(after, average, optax.safe_increment(state.updates))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

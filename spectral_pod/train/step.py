@@ -155,18 +155,18 @@ def forward(
         )
         return objective.outputs(logits, labels, valid, smoothing), logits, dict(sown)
     rows = {"tokens": tokens_BL, "mask": mask_BL}
-    if objective.by_position:
+    if not model.pools:
         rows |= {"labels": labels, "valid": valid}
 
     def of_chunk(output: Any, part: Any) -> Any:
-        if not objective.by_position:
+        if model.pools:
             return output
         return objective.outputs(output, part["labels"], part["valid"], smoothing)
 
     found, sown = chunks.read(model, variables, rows, of_chunk, train=train, key=key)
     # One value a row or a layer, as of whole rows: the mean over chunks.
     sown = jax.tree.map(lambda x: jnp.mean(x, axis=0), dict(sown))
-    if objective.by_position:
+    if not model.pools:
         return jax.tree.map(chunks.joined, found), None, sown
     logits = model.apply(variables, found, method="pooled")
     return objective.outputs(logits, labels, valid, smoothing), logits, sown

@@ -95,6 +95,20 @@ def test_chunks_give_the_losses_and_gradients_of_whole_rows(name):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()))
 
 
+@pytest.mark.parametrize("name", ["delta", "encoder", "tagger"])
+def test_logits_of_rows_of_any_length(name):
+    whole, of_chunks, params = make(name)
+    params = jax.tree.map(jnp.asarray, params)
+    tokens = batch_of(by_position=False)["tokens"]
+    for length in (12, 52, LENGTH):
+        rows = tokens[:, :length]
+        want = whole.apply({"params": params}, rows, rows != PAD)
+        got = chunks.logits(of_chunks, {"params": params}, rows, rows != PAD)
+        if want.ndim == 3:  # elsewhere they mean nothing
+            got, want = (x[np.asarray(rows != PAD)] for x in (got, want))
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_truncated_gradients_end_at_the_start_of_a_chunk():
     """A gradient with respect to the embedded bytes, of the loss of the last chunk alone."""
     for truncated in (True, False):

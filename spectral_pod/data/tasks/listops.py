@@ -28,7 +28,7 @@ from spectral_pod.data.byte_store import Split
 from spectral_pod.data.tasks.task import StoredTask, added, execution
 from spectral_pod.errors import ConfigError
 from spectral_pod.fields import NonNegative, Positive
-from spectral_pod.objectives import Classification, Count, LabelledPositions
+from spectral_pod.objectives import Classification, Count, LabelledPositions, Objective
 from spectral_pod.shapes import PAD
 
 if TYPE_CHECKING:
@@ -330,7 +330,7 @@ class ListOps(StoredTask):
 
     name = "listops"
     version = 1
-    objective = Answer
+    objective: ClassVar[type[Objective]] = Answer
     num_classes = len(CLASSES)
 
     seed: int = 0
