@@ -124,7 +124,7 @@ def transformer(
     c.model.pooling = pooling
     c.model.dropout = dropout
     c.train.global_batch_size = batch
-    schedule(c, total=steps, every=steps // 20, warmup=warmup)
+    schedule(c, total=steps, every=min(steps // 20, 2_500), warmup=warmup)
     learning_rates(c, rate)
     c.optimizer.weight_decay = decay
     c.optimizer.clip_norm = 0.0
