@@ -177,7 +177,7 @@ class Model:
         """
         if not isinstance(tokens_BL, jax.Array):
             tokens_BL = self._checked_tokens(tokens_BL)
-        multiple = models.MODELS[self.name].bytes_per_position
+        multiple = self.module.config.stride
         shape = tokens_BL.shape
         is_batch = len(shape) == 2 and min(shape) > 0 and shape[1] % multiple == 0
         if not is_batch or not jnp.issubdtype(tokens_BL.dtype, jnp.integer):
@@ -226,7 +226,8 @@ class SpectralModel(Model):
     def classify(self, *documents: bytes) -> np.ndarray:
         """float32 logits [C] of one record; a document has at most `config.data.seq_len` bytes.
 
-        For a batch, call the model with int tokens [B, L], L a multiple of 4: it returns [B, C].
+        For a batch, call the model with int tokens [B, L], L a multiple of the patch stride (4 by
+        default): it returns [B, C].
 
         Raises:
           DataError: a document is no bytes, is empty or too long, or the number of documents is

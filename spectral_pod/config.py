@@ -17,6 +17,7 @@ from spectral_pod.fields import Fraction, NonNegative, NonNegativeFloat, Positiv
 from spectral_pod.layers.architecture import ModelConfig
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.layers.patching import Patches
 from spectral_pod.storage import Folder, LocalFolder
 
 
@@ -43,8 +44,9 @@ class DataConfig:
 if TYPE_CHECKING:
 
     class ModelSections(ModelConfig):
-        """`ModelConfig` with the sections of this project's mixers (`Mixer.section`)."""
+        """`ModelConfig` with the sections of the encoder and of the mixers (`Mixer.section`)."""
 
+        patch: Patches
         spectral: Any
         hyena: Any
         wavelet: Any
@@ -133,7 +135,7 @@ class Config:
 
 
 def default() -> Config:
-    """A configuration with every field at its default, those of all mixers included."""
+    """A configuration with every field at its default, those of all sections included."""
 
     def config_dict(section: Any) -> ConfigDict:
         values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
@@ -141,7 +143,7 @@ def default() -> Config:
         return ConfigDict({k: config_dict(v) if nested(v) else v for k, v in values.items()})
 
     config = config_dict(Config())
-    for name, options in mixer_options().items():
+    for name, options in model_sections().items():
         config.model[name] = ConfigDict({option: value for option, (_, value) in options.items()})
     return cast(Config, config)
 
@@ -194,21 +196,23 @@ def annotations() -> dict[str, Any]:
     sections = types_of(Config) | {"model": ModelConfig}
     held: dict[str, Any] = {"seed": sections.pop("seed")}
     held |= flat({name: types_of(section) for name, section in sections.items()})
-    for name, options in mixer_options().items():
+    for name, options in model_sections().items():
         held |= {f"model.{name}.{option}": kind for option, (kind, _) in options.items()}
     del held["data.options"]
     return held
 
 
-def mixer_options() -> dict[str, dict[str, tuple[Any, Any]]]:
-    """(annotation, default) of the options of all mixers, by section and name.
+def model_sections() -> dict[str, dict[str, tuple[Any, Any]]]:
+    """(annotation, default) of the fields of the sections of `config.model`, by section and name:
+    of the encoder, and of all mixers.
 
     Raises:
       ConfigError: a mixer's section has the name of a field, or two mixers state an option
         differently.
     """
-    sections: dict[str, dict[str, tuple[Any, Any]]] = {}
-    taken = types_of(ModelConfig)
+    types, patch = types_of(Patches), Patches()
+    sections = {"patch": {name: (kind, getattr(patch, name)) for name, kind in types.items()}}
+    taken = types_of(ModelConfig).keys() | sections.keys()
     for mixer in (*MIXERS.values(), *CHANNEL_MIXERS.values()):
         name, options = mixer.section, mixer.options()
         if (options and not name) or name in taken:
@@ -223,7 +227,7 @@ def mixer_options() -> dict[str, dict[str, tuple[Any, Any]]]:
                     f"{mixer.__name__} states config.model.{name}.{option} otherwise than another "
                     "mixer of this section: give it a section of its own"
                 )
-    del sections[""]
+    sections.pop("", None)
     return sections
 
 

@@ -11,6 +11,7 @@ from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.block import mixers_of
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.layers.patching import Patches
 from spectral_pod.models import MODELS
 from spectral_pod.parallel.mesh import AXES
 from spectral_pod.train.optim import OPTIMIZERS
@@ -110,10 +111,11 @@ def _check_data(config: Config) -> None:
             f"config.data.documents is {data.documents}; a record of {config.model.name} is one "
             f"document{two}"
         )
-    if data.seq_len % model.bytes_per_position:
+    stride = models.bytes_per_position(config)
+    if data.seq_len % stride:
         raise ConfigError(
-            f"config.data.seq_len is {data.seq_len}; it must be a multiple of "
-            f"{model.bytes_per_position}, the bytes of a patch"
+            f"config.data.seq_len is {data.seq_len}; it must be a multiple of {stride}, the bytes "
+            "of a patch (config.model.patch.stride)"
         )
 
 
@@ -121,9 +123,15 @@ def _check_model(config: Config) -> None:
     model, scales = MODELS[config.model.name], config.model.coarser_scales
     if any(ratio < 2 for ratio in scales):
         raise ConfigError(f"config.model.coarser_scales is {scales}; a ratio is 2 or more")
-    if scales and model.bytes_per_position == 1:
+    if scales and not model.reads_patches:
         raise ConfigError(
             f"config.model.coarser_scales is {scales}; {config.model.name} has no patches"
+        )
+    patch = config.model.patch
+    if 0 < patch.kernel < patch.stride:
+        raise ConfigError(
+            f"config.model.patch.kernel is {patch.kernel}, less than the bytes of a patch, "
+            f"config.model.patch.stride = {patch.stride}"
         )
     if int(config.model.mlp_expansion * config.model.hidden_dim) < 1:
         raise ConfigError(
@@ -180,12 +188,15 @@ def validate_mesh(config: Config, num_devices: int) -> dict[str, int]:
         hint = f". The nearest that are: {' '.join(flags)}" if flags else ""
         raise ConfigError("; ".join(faults) + hint)
     sequence = sizes["sequence"]
-    patches = config.data.seq_len // MODELS[config.model.name].bytes_per_position
-    for name, mixer in sorted(mixers_of(described).items()):
-        if sequence > 1 and patches // sequence < mixer.halo(described):
+    patches = config.data.seq_len // described.stride
+    looks_back = {name: mixer.halo(described) for name, mixer in mixers_of(described).items()}
+    if MODELS[config.model.name].reads_patches:
+        looks_back["the patch encoder"] = Patches(**described.sections["patch"]).halo
+    for name, halo in sorted(looks_back.items()):
+        if sequence > 1 and patches // sequence < halo:
             raise ConfigError(
                 f"config.mesh.sequence is {sequence}, which leaves a device "
-                f"{patches // sequence} positions; {name} looks {mixer.halo(described)} back"
+                f"{patches // sequence} positions; {name} looks {halo} back"
             )
     channels = config.model.hidden_dim // sizes["tensor"]
     linear = config.model.spectral.padding == "linear"
@@ -226,7 +237,7 @@ def _divisions(
     """The divisibility constraints: (field, its value, the divisor, the fields that give it)."""
     train, model = config.train, config.model
     rows, sequence = sizes["data"] * sizes["fsdp"], sizes["sequence"]
-    stride, scales = MODELS[model.name].bytes_per_position, model.coarser_scales
+    stride, scales = described.stride, model.coarser_scales
     divisions = [
         ("train.global_batch_size", train.global_batch_size, rows * train.grad_accumulation,
          "mesh.data x mesh.fsdp x train.grad_accumulation"),

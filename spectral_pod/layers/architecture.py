@@ -20,8 +20,11 @@ class ModelConfig:
     # The mixers of each block, repeated over the layers, as in ('hyena', 'hyena+delta'). (): the
     # model's default mixer, with a delta memory in every `memory_interval`-th block.
     pattern: tuple[str, ...] = ()
-    # 'gated' is GEGLU; 'frequency' mixes it with a causal convolution as long as the sequence.
+    # 'gated' is GEGLU; 'frequency' mixes it with a causal convolution as long as the sequence;
+    # 'half_glu1' and 'half_glu2' are those of S5.
     channel_mixer: str = "gated"
+    # Runs memories, hyena and wavelet in both directions in models that are not causal.
+    bidirectional: bool = False
     # Bytes that position embeddings and long filters cover, if more than data.seq_len.
     context: NonNegative = 0
     positions: Literal["learned", "none"] = "learned"  # position embeddings of causal models
@@ -55,6 +58,7 @@ class Architecture(ModelConfig):
       sections: the options of mixers, by section and name.
       pattern: as in `ModelConfig`, but never empty.
       max_positions: N, the number of positions that the blocks are built for.
+      stride: bytes that a position stands for.
       causal: whether positions must not see later ones.
       documents: documents per record; two are encoded separately and then compared.
       vocab_size: rows of the embedding table.
@@ -64,6 +68,7 @@ class Architecture(ModelConfig):
     sections: FrozenConfigDict
     max_positions: int
     causal: bool
+    stride: int = 1
     documents: int = 1
     vocab_size: int = 0
     decoding: bool = False

@@ -38,34 +38,47 @@ class Block(nn.Module):
     deterministic: bool
 
     def setup(self) -> None:
-        config, deterministic = self.config, self.deterministic
+        config = self.config
         classes = {name: MIXERS[name] for name in self.pattern.split("+")}
-        classes["feed_forward"] = CHANNEL_MIXERS[config.channel_mixer]
-        self.mixers = [
-            cls.from_config(config, deterministic=deterministic, name=name)
+        both = config.bidirectional and not config.causal
+        self.reverse = {
+            name: self._make(cls, f"{name}_reverse")
             for name, cls in classes.items()
-        ]
-        self.norms = [LayerNorm(name=f"{name}_norm") for name in classes]
-        self.drops = [
-            nn.Dropout(config.dropout, deterministic=deterministic, name=f"Dropout_{i}")
-            for i in range(len(classes))
-        ]
+            if both and cls.one_directional
+        }
+        channel_mixer = CHANNEL_MIXERS[config.channel_mixer]
+        self.gates = {}
+        if channel_mixer.within_branch:
+            self.gates = {name: self._make(channel_mixer, f"{name}_gate") for name in classes}
+        else:
+            classes["feed_forward"] = channel_mixer
+        self.mixers = {name: self._make(cls, name) for name, cls in classes.items()}
+        self.norms = {name: LayerNorm(name=f"{name}_norm") for name in classes}
+        self.drops = {
+            name: nn.Dropout(config.dropout, deterministic=self.deterministic, name=f"Dropout_{i}")
+            for i, name in enumerate(classes)
+        }
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
         """[B, N, D] to [B, N, D] in the model's dtype."""
-        for i, mixer in enumerate(self.mixers):
-            x_BND = self._residual(i, x_BND, mixer(self._input(i, x_BND), mask_BN))
+        for name, mixer in self.mixers.items():
+            input_BND = self._input(name, x_BND)
+            y_BND = mixer(input_BND, mask_BN)
+            if name in self.reverse:
+                from_end = self.reverse[name](input_BND[:, ::-1], mask_BN[:, ::-1])
+                y_BND += from_end[:, ::-1]
+            x_BND = self._residual(name, x_BND, y_BND)
         return x_BND
 
     def init_state(self, batch: int) -> State:
-        return tuple(mixer.init_state(batch) for mixer in self.mixers)
+        return tuple(mixer.init_state(batch) for mixer in self.mixers.values())
 
     def prefill(self, x_BPD: jax.Array, mask_BP: jax.Array) -> tuple[jax.Array, State]:
         """See `layers/mixer.py`."""
         states = []
-        for i, mixer in enumerate(self.mixers):
-            y_BPD, state = mixer.prefill(self._input(i, x_BPD), mask_BP)
-            x_BPD = self._residual(i, x_BPD, y_BPD)
+        for name, mixer in self.mixers.items():
+            y_BPD, state = mixer.prefill(self._input(name, x_BPD), mask_BP)
+            x_BPD = self._residual(name, x_BPD, y_BPD)
             states.append(state)
         return x_BPD, tuple(states)
 
@@ -74,22 +87,27 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, State]:
         """See `layers/mixer.py`."""
         states = []
-        for i, mixer in enumerate(self.mixers):
-            y_B1D, after = mixer.advance(self._input(i, x_B1D), state[i], position)
-            x_B1D = self._residual(i, x_B1D, y_B1D)
+        for (name, mixer), before in zip(self.mixers.items(), state):
+            y_B1D, after = mixer.advance(self._input(name, x_B1D), before, position)
+            x_B1D = self._residual(name, x_B1D, y_B1D)
             states.append(after)
         return x_B1D, tuple(states)
 
-    def _input(self, i: int, x_BND: jax.Array) -> jax.Array:
-        pre_norm = self.config.norm == "pre"
-        return self.norms[i](x_BND).astype(x_BND.dtype) if pre_norm else x_BND
+    def _make(self, cls: type[Mixer], name: str) -> Mixer:
+        return cls.from_config(self.config, deterministic=self.deterministic, name=name)
 
-    def _residual(self, i: int, x_BND: jax.Array, y_BND: jax.Array) -> jax.Array:
+    def _input(self, name: str, x_BND: jax.Array) -> jax.Array:
+        pre_norm = self.config.norm == "pre"
+        return self.norms[name](x_BND).astype(x_BND.dtype) if pre_norm else x_BND
+
+    def _residual(self, name: str, x_BND: jax.Array, y_BND: jax.Array) -> jax.Array:
         """Pre-norm `x + layer(norm(x))` or post-norm `norm(x + layer(x))`, with dropout."""
         dtype = x_BND.dtype
-        x_BND = x_BND + self.drops[i](y_BND)
+        if name in self.gates:
+            y_BND = self.gates[name](y_BND)
+        x_BND = x_BND + self.drops[name](y_BND)
         if self.config.norm == "post":
-            x_BND = self.norms[i](x_BND).astype(dtype)
+            x_BND = self.norms[name](x_BND).astype(dtype)
         # Left to itself, XLA would split the width over `tensor` and gather it for every product.
         return constrain(x_BND, "batch", "position", "width")
 

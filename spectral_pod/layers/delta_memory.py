@@ -60,6 +60,7 @@ class DeltaMemoryLayer(Mixer):
     method: Literal["auto", "chunked", "batched", "fused", "recurrent"] = "auto"
 
     section = "memory"
+    one_directional = True
     divisible = (("model.memory.num_heads", "mesh.tensor"),)
     definition = (("model.memory.method", "recurrent"),)
 

@@ -1,6 +1,6 @@
 """Channel mixers by name: mixers (`layers/mixer.py`) that may treat each position on its own."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -112,7 +112,36 @@ class FrequencyFeedForward(Mixer):
         return (1 - alpha) * self.mlp(x_BND) + alpha * y_BND
 
 
+class HalfGLU(Mixer):
+    """`gelu(y) * sigmoid(W gelu(y) + b)` of a mixer's output y, before its residual (S5's program:
+    'half_glu1')."""
+
+    dropout: float = shared("dropout", 0.0)
+
+    within_branch = True
+    gates_activated: ClassVar[bool] = True
+
+    def setup(self) -> None:
+        self.gate = Dense(self.width, ("embed", "width"), self.dtype)
+        self.drop = nn.Dropout(self.dropout, deterministic=self.deterministic, name="Dropout_0")
+
+    def __call__(self, y_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
+        """[B, N, D] to [B, N, D] in `dtype`; per position, so that the mask has no effect."""
+        activated_BND = self.drop(gelu(y_BND.astype(self.dtype)))
+        gate_BND = jax.nn.sigmoid(self.gate(activated_BND))
+        y_BND = activated_BND if self.gates_activated else y_BND.astype(self.dtype)
+        return constrain(y_BND * gate_BND, "batch", "position", "width")
+
+
+class HalfGLU2(HalfGLU):
+    """`y * sigmoid(W gelu(y) + b)` of a mixer's output y, before its residual ('half_glu2')."""
+
+    gates_activated = False
+
+
 CHANNEL_MIXERS: dict[str, type[Mixer]] = {
     "gated": GatedFeedForward,
     "frequency": FrequencyFeedForward,
+    "half_glu1": HalfGLU,
+    "half_glu2": HalfGLU2,
 }

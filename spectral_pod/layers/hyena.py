@@ -46,6 +46,7 @@ class HyenaLayer(Mixer):
     method: str = shared("long_conv", "auto")
 
     section = "hyena"
+    one_directional = True
     definition = (("model.long_conv", "real"),)
 
     @classmethod

@@ -69,6 +69,11 @@ class Mixer(nn.Module):
     section: ClassVar[str] = ""
     # If False, positions see the whole sequence, whatever `causal` is.
     can_be_causal: ClassVar[bool] = True
+    # If True, positions see earlier ones only, whatever `causal` is; `model.bidirectional` adds
+    # another such mixer for later ones.
+    one_directional: ClassVar[bool] = False
+    # Of a channel mixer: it follows every mixer, within the mixer's residual branch.
+    within_branch: ClassVar[bool] = False
     # Pairs of configuration fields, of which the second must divide the first.
     divisible: ClassVar[tuple[tuple[str, str], ...]] = ()
     # Configuration fields and values with which positions see later ones, which rules out decoding.

@@ -1,12 +1,14 @@
 """Bytes to patches: the byte-latent encoder, and sinusoidal position embeddings."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spectral_pod.fields import NonNegative, Positive
 from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.affine import affine
@@ -15,8 +17,31 @@ from spectral_pod.ops.halo import previous
 from spectral_pod.parallel.sharding import constrain, shard_op
 from spectral_pod.shapes import VOCAB_SIZE
 
-STRIDE = 4
-KERNEL = 6  # with padding 2 on both sides: patch p sees bytes 4p - 2 .. 4p + 3
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """How the encoder reads bytes: the fields of `config.model.patch`.
+
+    Attributes:
+      stride: s, bytes of a patch. Bytes 4p .. 4p + 3 are patch p by default; with 1 each byte is a
+        position of its own, as in published models.
+      kernel: bytes that a patch sees, its own and those just before; 0 is s + 2.
+      positions: sinusoidal embeddings of the patches' positions, or none.
+    """
+
+    stride: Positive = 4
+    kernel: NonNegative = 0
+    positions: Literal["sinusoidal", "none"] = "sinusoidal"
+
+    @property
+    def before(self) -> int:
+        """How many bytes before its own a patch sees."""
+        return (self.kernel or self.stride + 2) - self.stride
+
+    @property
+    def halo(self) -> int:
+        """How many patches hold these."""
+        return -(-self.before // self.stride)
 
 
 class ByteConvolution(nn.Module):
@@ -76,8 +101,9 @@ _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
 class ByteLatentEncoder(nn.Module):
-    """Embed -> strided convolution -> Dense + GELU -> LayerNorm: [B, L] bytes to [B, L/4, D]."""
+    """Embed -> strided convolution -> Dense + GELU -> LayerNorm: [B, L] bytes to [B, L/s, D]."""
 
+    patches: Patches
     hidden_dim: int
     embed_dim: int
     dtype: Any
@@ -86,14 +112,14 @@ class ByteLatentEncoder(nn.Module):
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the patches [B, N, D] in `dtype` and their validity [B, N].
 
-        A patch is valid if any of its own four bytes is; padding bytes embed to zero.
+        A patch is valid if any of its own bytes is; padding bytes embed to zero.
 
         Raises:
-          ValueError: L is not a multiple of 4.
+          ValueError: L is not a multiple of the stride.
         """
-        B, L = tokens_BL.shape
-        if L % STRIDE:
-            raise ValueError(f"sequence length {L} is not a multiple of the patch stride {STRIDE}")
+        (B, L), stride = tokens_BL.shape, self.patches.stride
+        if L % stride:
+            raise ValueError(f"sequence length {L} is not a multiple of the patch stride {stride}")
         tokens_BL, mask_BL = (constrain(x, "batch", "position") for x in (tokens_BL, mask_BL))
         table_VE = self.param(
             "embedding",
@@ -102,25 +128,25 @@ class ByteLatentEncoder(nn.Module):
         )
         table_VE = constrain(table_VE.astype(self.dtype), None, None)
         ids_BL = jnp.where(mask_BL, tokens_BL, VOCAB_SIZE)
-        windows = shard_op(_windows, [("batch", "position")], ("batch", "position", None))
+        windows = functools.partial(_windows, patches=self.patches)
+        windows = shard_op(windows, [("batch", "position")], ("batch", "position", None))
         convolution = ByteConvolution(self.hidden_dim, self.dtype, name="convolution")
         x_BND = convolution(table_VE, windows(ids_BL))
         x_BND = constrain(x_BND, "batch", "position", None)
         x_BND = Dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
         x_BND = layer_norm(gelu(x_BND), "norm").astype(self.dtype)
-        mask_BN = mask_BL.reshape(B, L // STRIDE, STRIDE).any(axis=-1)
+        mask_BN = mask_BL.reshape(B, L // stride, stride).any(axis=-1)
         return constrain(x_BND, "batch", "position", "width"), mask_BN
 
 
-def _windows(ids_BL: jax.Array) -> jax.Array:
-    """The bytes 4p - 2 .. 4p + 3 of every patch p, [B, N, 6]; VOCAB_SIZE before the first byte."""
-    B, L = ids_BL.shape
-    before = KERNEL - STRIDE
-    own_BNT = ids_BL.reshape(B, L // STRIDE, STRIDE)
+def _windows(ids_BL: jax.Array, patches: Patches) -> jax.Array:
+    """The bytes that each patch sees, its own last: [B, N, T]; VOCAB_SIZE before the first byte."""
+    (B, L), stride, halo = ids_BL.shape, patches.stride, patches.halo
     # `previous` gives 0 before a sequence; counted down from VOCAB_SIZE, this stands for no byte.
-    first_BNT = VOCAB_SIZE - previous(VOCAB_SIZE - ids_BL, before)[:, None]
-    before_BNT = jnp.concatenate([first_BNT, own_BNT[:, :-1, STRIDE - before :]], axis=1)
-    return jnp.concatenate([before_BNT, own_BNT], axis=2)
+    first_BL = VOCAB_SIZE - previous(VOCAB_SIZE - ids_BL, halo * stride)
+    own_BPT = jnp.concatenate([first_BL, ids_BL], axis=1).reshape(B, -1, stride)
+    shifted = [own_BPT[:, i : i + L // stride] for i in range(halo + 1)]
+    return jnp.concatenate(shifted, axis=2)[:, :, halo * stride - patches.before :]
 
 
 def sinusoidal_positions(length: int, width: int, dtype: Any) -> jax.Array:

@@ -12,7 +12,12 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
-from spectral_pod.layers.spectral import decaying_noise
+from spectral_pod.layers.spectral import (
+    gate_parameters,
+    initial_kernels,
+    rms_gated,
+    transfer_functions,
+)
 from spectral_pod.ops import fft
 from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.sharding import constrain, filter_axis
@@ -39,16 +44,22 @@ class SelectiveLayer(Mixer):
       form: 'low_rank', or 'broadcast' (the original design), where W[b] is one number per channel
         for all frequencies, which is a gain rather than a filter.
       rank: R.
+      energy_gate: 'rms' multiplies the result y by `sigmoid(a log rms(y) + b)`, as `SpectralLayer`
+        does; of 'low_rank' only.
       filter, decay, long_conv: of the causal filters, see `LongConvolution`.
-      method: of the filters that are not causal, see `ops/fft.py`.
+      method, initial, tau_min, tau_max: of the filters that are not causal, see `SpectralLayer`.
     """
 
     form: Literal["low_rank", "broadcast"] = "low_rank"
     rank: Positive = 8
+    energy_gate: Literal["rms", "none"] = "none"
     filter: str = shared("hyena.filter", "explicit")
     decay: str = shared("hyena.decay", "learned")
     long_conv: str = shared("long_conv", "auto")
     method: str = shared("spectral.method", "auto")
+    initial: str = shared("spectral.initial", "noise")
+    tau_min: float = shared("spectral.tau_min", 1.0)
+    tau_max: float = shared("spectral.tau_max", 0.0)
 
     section = "selective"
     definition = (("model.long_conv", "real"), ("model.spectral.method", "plain"))
@@ -67,6 +78,8 @@ class SelectiveLayer(Mixer):
         self.context_out = Dense(features, ("hidden", None), self.dtype)
         if self.form == "broadcast":
             return
+        if self.energy_gate == "rms":
+            self.gate = gate_parameters(self, self.width)
         width, points = self.width * (self.rank + 1), 2 * self.max_positions
         if self.causal:
             self.long = LongConvolution(
@@ -74,7 +87,8 @@ class SelectiveLayer(Mixer):
             )
         else:
             axes = (None, "frequency", filter_axis(width))
-            init = parameter(decaying_noise, *axes, group="dynamics")
+            kernels = initial_kernels(self.initial, self.tau_min, self.tau_max)
+            init = parameter(transfer_functions(kernels), *axes, group="dynamics")
             self.transfer = self.param("filter", init, (2, points // 2 + 1, width))
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
@@ -164,4 +178,6 @@ class SelectiveLayer(Mixer):
         u_BNDR = u_BNC.reshape(*u_BNC.shape[:2], self.width, self.rank + 1)
         c_BNR = jnp.pad(c_BNR, ((0, 0), (0, 0), (1, 0)), constant_values=1)
         y_BND = jnp.sum(u_BNDR * c_BNR[:, :, None], axis=-1, dtype=jnp.float32)
+        if self.energy_gate == "rms":
+            y_BND = rms_gated(y_BND, *self.gate)
         return constrain(y_BND.astype(self.dtype), "batch", "position", "width")

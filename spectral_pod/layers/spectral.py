@@ -1,5 +1,6 @@
 """The bidirectional spectral mixer: a learned filter per channel, and an energy gate."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -7,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.fields import Fraction, NonNegativeFloat
+from spectral_pod.errors import ConfigError
+from spectral_pod.fields import Fraction, NonNegativeFloat, PositiveFloat
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
@@ -27,6 +29,7 @@ class SpectralLayer(Mixer):
       parametrization: 'frequency' learns W itself; 'time' learns the kernel, to which soft
         thresholding and dropout are applied before its transform.
       method: how the filter is computed, see `ops/fft.py`.
+      initial, tau_min, tau_max: the initial kernels, see `initial_kernels`.
       energy_gate: 'rms' is `sigmoid(a log rms(u) + b)` with a, b learned per channel; 'norm' is
         `sigmoid(|u|)` (the original design: at least 0.999999 for unit variance and D = 256);
         'none'.
@@ -38,6 +41,9 @@ class SpectralLayer(Mixer):
     method: Literal["auto", "right_angle", "real", "matmul", "butterfly", "toeplitz", "plain"] = (
         "auto"
     )
+    initial: Literal["noise", "smooth", "small"] = "noise"
+    tau_min: PositiveFloat = 1.0
+    tau_max: NonNegativeFloat = 0.0
     energy_gate: Literal["rms", "norm", "none"] = "rms"
     kernel_dropout: Fraction = 0.0
     kernel_threshold: NonNegativeFloat = 0.0
@@ -45,6 +51,15 @@ class SpectralLayer(Mixer):
     section = "spectral"
     can_be_causal = False
     definition = (("model.spectral.method", "plain"),)
+
+    @classmethod
+    def check(cls, config: Architecture) -> None:
+        low, high = config.option("spectral.tau_min"), config.option("spectral.tau_max")
+        if high and high < low:
+            raise ConfigError(
+                f"config.model.spectral.tau_max is {high}, less than tau_min = {low}; 0 is the "
+                "whole context"
+            )
 
     @classmethod
     def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
@@ -66,14 +81,14 @@ class SpectralLayer(Mixer):
     def _transfer(self, fft_length: int, width: int) -> jax.Array:
         """complex64 [F, D]: the filter's transfer function."""
         channels = filter_axis(width)
+        kernels = initial_kernels(self.initial, self.tau_min, self.tau_max)
         if self.parametrization == "frequency":
             axes = (None, "frequency", channels)
             shape = (2, fft_length // 2 + 1, width)
-            init = parameter(decaying_noise, *axes, group="dynamics")
+            init = parameter(transfer_functions(kernels), *axes, group="dynamics")
             real_imag = self.param("filter", init, shape)
             return jax.lax.complex(real_imag[0], real_imag[1])
-        normal = nn.initializers.normal(0.002)
-        init = parameter(normal, "frequency", channels, group="dynamics")
+        init = parameter(kernels, "frequency", channels, group="dynamics")
         kernel = self.param("filter", init, (fft_length, width))
         shrunk = jnp.maximum(jnp.abs(kernel) - self.kernel_threshold, 0.0) * jnp.sign(kernel)
         shrunk = nn.Dropout(self.kernel_dropout, deterministic=self.deterministic)(shrunk)
@@ -85,11 +100,18 @@ class SpectralLayer(Mixer):
             return u_BND
         if self.energy_gate == "norm":
             return norm_gate(u_BND) * u_BND
-        shape = (u_BND.shape[-1],)
-        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        slope_D = self.param("energy_slope", parameter(ones, "width", group="dynamics"), shape)
-        bias_D = self.param("energy_bias", parameter(zeros, "width", group="dynamics"), shape)
-        return rms_gated(u_BND, slope_D, bias_D)
+        return rms_gated(u_BND, *gate_parameters(self, u_BND.shape[-1]))
+
+
+def gate_parameters(module: nn.Module, width: int) -> tuple[jax.Array, jax.Array]:
+    """The slope and the bias of a module's energy gate, float32 [D] each."""
+    ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+    slope = parameter(ones, "width", group="dynamics")
+    bias = parameter(zeros, "width", group="dynamics")
+    return (
+        module.param("energy_slope", slope, (width,)),
+        module.param("energy_bias", bias, (width,)),
+    )
 
 
 def rms_gate(u_BND: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.Array:
@@ -141,22 +163,51 @@ def norm_gate(u_BND: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(jnp.sqrt(jnp.sum(jnp.square(u_BND), axis=-1, keepdims=True) + 1e-12))
 
 
-def decaying_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """An initializer: transfer functions [2, F, D] (real, imaginary) of decaying noise.
+Initializer = Callable[..., jax.Array]  # of a key, a shape and a dtype
 
-    The kernels have unit energy on average and envelopes `exp(-|lag| / tau_d)`, with tau_d
-    log-spaced over the channels from one position to the whole context, so that there are local and
-    global filters from the start.
+
+def initial_kernels(kind: str, tau_min: float = 1.0, tau_max: float = 0.0) -> Initializer:
+    """An initializer of circular kernels [T, D]: lag t at t, lag -t at T - t.
+
+    Args:
+      kind: 'noise' is white noise and 'smooth' one random number for all earlier positions and one
+        for all later ones, under envelopes `exp(-|lag| / tau_d)`; their energy is 1 on average.
+        'small' is white noise of standard deviation 0.002 without an envelope, as long-convolution
+        models start (Fu et al. 2023, "Simple Hardware-Efficient Long Convolutions").
+      tau_min, tau_max: time constants in positions, log-spaced over the channels, so that there are
+        local and global filters from the start; a `tau_max` of 0 is T / 2, the whole context.
     """
-    _, num_bins, width = shape
-    fft_length = 2 * (num_bins - 1)
-    axes = ("frequency", filter_axis(width))
-    time = jnp.arange(fft_length, dtype=dtype)
-    lag_T = jnp.minimum(time, fft_length - time)
-    tau_D = jnp.exp(jnp.linspace(0.0, jnp.log(jnp.asarray(fft_length / 2, dtype)), width))
-    envelope_TD = jnp.exp(-lag_T[:, None] / tau_D[None])
-    envelope_TD /= jnp.linalg.norm(envelope_TD, axis=0, keepdims=True)
-    noise_TD = constrain(envelope_TD * jax.random.normal(key, envelope_TD.shape, dtype), *axes)
-    # Each device transforms its own channels only, so that no device holds all of the filters.
-    w_FD = shard_op(partial(jnp.fft.rfft, axis=0), [axes], axes)(noise_TD)
-    return jnp.stack([w_FD.real, w_FD.imag])
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        fft_length, width = shape
+        axes = ("frequency", filter_axis(width))
+        if kind == "small":
+            return constrain(0.002 * jax.random.normal(key, shape, dtype), *axes)
+        time_T = jnp.arange(fft_length, dtype=dtype)
+        lag_T = jnp.minimum(time_T, fft_length - time_T)
+        low, high = (jnp.log(jnp.asarray(x, dtype)) for x in (tau_min, tau_max or fft_length / 2))
+        tau_D = jnp.exp(jnp.linspace(low, high, width))
+        envelope_TD = jnp.exp(-lag_T[:, None] / tau_D[None])
+        envelope_TD /= jnp.linalg.norm(envelope_TD, axis=0, keepdims=True)
+        if kind == "noise":
+            factor_TD = jax.random.normal(key, shape, dtype)
+        else:
+            past_D, future_D = jax.random.normal(key, (2, width), dtype)
+            factor_TD = jnp.where((time_T <= fft_length // 2)[:, None], past_D, future_D)
+        return constrain(envelope_TD * factor_TD, *axes)
+
+    return init
+
+
+def transfer_functions(kernels: Initializer) -> Initializer:
+    """An initializer of transfer functions [2, F, D] (real, imaginary), those of `kernels`."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        _, num_bins, width = shape
+        axes = ("frequency", filter_axis(width))
+        kernel_TD = kernels(key, (2 * (num_bins - 1), width), dtype)
+        # Each device transforms its own channels only, so that no device holds all of the filters.
+        w_FD = shard_op(partial(jnp.fft.rfft, axis=0), [axes], axes)(kernel_TD)
+        return jnp.stack([w_FD.real, w_FD.imag])
+
+    return init

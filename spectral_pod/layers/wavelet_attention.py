@@ -72,6 +72,7 @@ class WaveletAttention(Mixer):
     method: str = shared("long_conv", "auto")
 
     section = "wavelet"
+    one_directional = True
     divisible = (("model.hidden_dim", "model.wavelet.num_heads"),)
     sees_future = (("model.wavelet.padding", "circular"),)
     definition = (("model.long_conv", "real"),)

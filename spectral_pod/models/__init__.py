@@ -34,6 +34,12 @@ def pattern(config: "Config") -> tuple[str, ...]:
     return (mixer,) * (interval - 1) + (f"{mixer}+{memory}",)
 
 
+def bytes_per_position(config: "Config") -> int:
+    """How many bytes one position of a configuration's model stands for."""
+    model = config.model
+    return int(model.patch.stride) if MODELS[model.name].reads_patches else 1
+
+
 def architecture(config: "Config", *, seq_len: int = 0, **resolved: Any) -> Architecture:
     """The resolved architecture of a configuration's model, for sequences of up to `seq_len` bytes.
 
@@ -42,12 +48,13 @@ def architecture(config: "Config", *, seq_len: int = 0, **resolved: Any) -> Arch
       seq_len: 0 means `config.data.seq_len`; `config.model.context` applies if it is longer.
       resolved: fields of `Architecture` that the configuration does not have.
     """
-    cls = MODELS[config.model.name]
-    positions = max(seq_len or config.data.seq_len, config.model.context) // cls.bytes_per_position
+    cls, stride = MODELS[config.model.name], bytes_per_position(config)
+    positions = max(seq_len or config.data.seq_len, config.model.context) // stride
     return Architecture.of(
         cast(Any, config.model).to_dict(),
         pattern=pattern(config),
         max_positions=positions,
+        stride=stride,
         causal=cls.causal,
         documents=config.data.documents,
         **resolved,

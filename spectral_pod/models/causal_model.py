@@ -39,7 +39,6 @@ class CausalModel(Model):
 
     embedding: ClassVar[type[Embedding | HarmonicEmbedding]]
 
-    bytes_per_position: ClassVar[int] = 1
     causal: ClassVar[bool] = True
 
     @nn.compact

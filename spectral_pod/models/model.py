@@ -25,7 +25,7 @@ class Model(nn.Module):
     num_classes: int
 
     mixer: ClassVar[str]  # the mixer of its blocks, unless the configuration has a pattern
-    bytes_per_position: ClassVar[int]
+    reads_patches: ClassVar[bool] = False  # of `model.patch.stride` bytes each, rather than bytes
     causal: ClassVar[bool]
     max_documents: ClassVar[int] = 1  # per record
     has_consistency_loss: ClassVar[bool] = False
@@ -34,7 +34,7 @@ class Model(nn.Module):
 def init_params(model: Model, key: jax.Array, rows: int = 1) -> Any:
     """The initial parameters of training, boxed; the batch's shards must divide `rows`."""
     config = model.config
-    shape = rows, config.documents * config.max_positions * model.bytes_per_position
+    shape = rows, config.documents * config.max_positions * config.stride
     tokens_BL = jnp.zeros(shape, jnp.int32)
     return model.init(key, tokens_BL, jnp.ones(shape, bool))["params"]
 

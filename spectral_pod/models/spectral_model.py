@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from spectral_pod.layers.block import all_blocks
 from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.multi_scale import MultiScale
-from spectral_pod.layers.patching import STRIDE, ByteLatentEncoder, sinusoidal_positions
+from spectral_pod.layers.patching import ByteLatentEncoder, Patches, sinusoidal_positions
 from spectral_pod.layers.pooling import POOLING, Comparison
 from spectral_pod.models.model import Model
 from spectral_pod.parallel.sharding import constrain
@@ -20,7 +20,7 @@ class SpectralModel(Model):
     """A classifier of byte sequences."""
 
     mixer = "spectral"
-    bytes_per_position = STRIDE
+    reads_patches = True
     causal = False
     max_documents = 2  # which are compared
 
@@ -32,17 +32,21 @@ class SpectralModel(Model):
         separately.
 
         Padding does not affect logits: [B, L] and [B, L'] with the same valid bytes give the same
-        ones, for L and L' any multiples of 4 up to 4 * max_positions. Dropout uses the rng
-        `dropout`.
+        ones, for L and L' any multiples of the patch stride up to max_positions patches. Dropout
+        uses the rng `dropout`.
         """
         config, dtype = self.config, self.config.activation_dtype
         if config.documents == 2:
             tokens_BL, mask_BL = _split_documents(tokens_BL), _split_documents(mask_BL)
-        encoder = ByteLatentEncoder(config.hidden_dim, config.embed_dim, dtype, name="encoder")
-        x_BND, mask_BN = encoder(tokens_BL, mask_BL)
+        patches = Patches(**config.sections["patch"])
+        widths = config.hidden_dim, config.embed_dim
+        x_BND, mask_BN = ByteLatentEncoder(patches, *widths, dtype, name="encoder")(
+            tokens_BL, mask_BL
+        )
         if config.coarser_scales:
             x_BND = MultiScale(config.coarser_scales, dtype, name="scales")(x_BND, mask_BN)
-        x_BND += sinusoidal_positions(x_BND.shape[1], config.hidden_dim, dtype)
+        if patches.positions == "sinusoidal":
+            x_BND += sinusoidal_positions(x_BND.shape[1], config.hidden_dim, dtype)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
         x_BND = all_blocks(config, x_BND, mask_BN, train)
         x_BND = layer_norm(x_BND, "norm")

@@ -127,10 +127,12 @@ def differences(recorded: project_files.Run, config: Config, file: str) -> list[
 
 
 def _unread_sections(config: Config) -> list[str]:
-    """Prefixes of the fields of mixers that the model does not have: they change nothing."""
+    """Prefixes of the fields of what the model does not have: they change nothing."""
     mixers = mixers_of(models.architecture(config)).values()
     read: set[str] = set().union(*(mixer.sections() for mixer in mixers))
-    return [f"model.{section}." for section in config_lib.mixer_options().keys() - read]
+    if models.MODELS[config.model.name].reads_patches:
+        read.add("patch")
+    return [f"model.{section}." for section in config_lib.model_sections().keys() - read]
 
 
 def _resolved(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,17 @@
-"""The hand-written gradient of the energy gate against JAX's."""
+"""The spectral mixer: initial kernels, and the hand-written gradient of its energy gate."""
 
 import functools
 
 import jax
 import numpy as np
+import pytest
 
-from spectral_pod.layers.spectral import rms_gate, rms_gated
+from spectral_pod.layers.spectral import (
+    initial_kernels,
+    rms_gate,
+    rms_gated,
+    transfer_functions,
+)
 
 
 def test_the_gated_output_equals_gate_times_input_with_its_gradients():
@@ -23,3 +29,27 @@ def test_the_gated_output_equals_gate_times_input_with_its_gradients():
     expected = with_gradients(lambda u, a, b: rms_gate(u, a, b) * u, dy, u, slope, bias)
     for got, truth in zip(found, map(np.asarray, expected), strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-4, atol=1e-5 * np.abs(truth).max())
+
+
+@pytest.mark.parametrize(("kind", "energy"), [("noise", 1.0), ("smooth", 1.0), ("small", 512e-6)])
+def test_initial_kernels_have_the_energy_that_is_documented(kind, energy):
+    kernel_TD = np.asarray(initial_kernels(kind)(jax.random.key(0), (128, 4000)))
+    np.testing.assert_allclose(np.mean(np.sum(kernel_TD**2, axis=0)), energy, rtol=0.1)
+
+
+def test_smooth_kernels_are_exponentials_to_each_side():
+    length, width = 64, 5
+    init = initial_kernels("smooth", tau_min=0.5, tau_max=8.0)
+    kernel_TD = np.asarray(init(jax.random.key(0), (length, width)))
+    ratio_D = np.exp(-1 / np.geomspace(0.5, 8.0, width))
+    past_TD, future_TD = kernel_TD[: length // 2 + 1], kernel_TD[: length // 2 : -1]
+    for side_TD in (past_TD[:12], future_TD[:12]):
+        np.testing.assert_allclose(side_TD[1:], side_TD[:-1] * ratio_D, rtol=1e-4)
+    assert (np.abs(past_TD[1] - future_TD[0]) > 1e-3 * np.abs(past_TD[1])).all()
+
+
+def test_transfer_functions_are_the_spectra_of_the_kernels():
+    key, kernels = jax.random.key(0), initial_kernels("smooth", 1.0, 4.0)
+    re, im = np.asarray(transfer_functions(kernels)(key, (2, 17, 3)))
+    kernel_TD = np.fft.irfft(re + 1j * im, 32, axis=0)
+    np.testing.assert_allclose(kernel_TD, kernels(key, (32, 3)), atol=1e-6)

@@ -39,6 +39,7 @@ OTHERS = {
     "model.memory.clip": (0.2, 0.0), "model.memory.beta_min": (0.1,),
     "model.hyena.short_conv": (1,),
     "model.spectral.kernel_threshold": (0.01,), "model.spectral.kernel_dropout": (0.2,),
+    "model.patch.stride": (1,), "model.patch.kernel": (9,),
     "model.wavelet.name": ("haar",), "model.coarser_scales": ((2, 3),),
 }  # fmt: skip
 KERNELS = ("toeplitz", "butterfly", "fused")  # for accelerators; `tests/ops` has their gradients
@@ -74,11 +75,20 @@ def cases():
             for value in values_of(field):
                 case = mixer | WITH.get(field, {}) | {"model.name": of_models[-1], field: value}
                 found[f"{name} {field} {value}"] = case
-    for field in ("model.norm", "model.pooling", "model.coarser_scales"):
+    fields = (
+        "norm",
+        "pooling",
+        "coarser_scales",
+        "patch.stride",
+        "patch.kernel",
+        "patch.positions",
+    )
+    for field in (f"model.{name}" for name in fields):
         for value in values_of(field):
             found[f"spectral_model {field} {value}"] = {field: value}
     return found | {
         "two documents": {"data.documents": 2},
+        "both directions": {"model.pattern": ("hyena", "delta"), "model.bidirectional": True},
         "no positions": {"model.name": "spectral_gpt", "model.positions": "none"},
         # Without the consistency loss, whose targets are constants to the gradient.
         "spectral_llm": {"model.name": "spectral_llm"},

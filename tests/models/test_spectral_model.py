@@ -2,13 +2,17 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from spectral_pod import models
 from spectral_pod.config import default
+from spectral_pod.layers.feed_forward import HalfGLU, HalfGLU2
+from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.spectral import norm_gate, rms_gate
 from spectral_pod.models import pattern
@@ -61,6 +65,10 @@ def rows():
         {"coarser_scales": (4, 3)},
         {"pattern": ("spectral+local_attention", "spectral"), "attention.window": 8},
         {"memory.num_heads": 2, "memory.method": "chunked", "memory.gated": True, "remat": "full"},
+        {"patch.stride": 1, "patch.positions": "none", "channel_mixer": "half_glu1"},
+        {"patch.stride": 2, "patch.kernel": 7, "channel_mixer": "half_glu2", "norm": "post"},
+        {"bidirectional": True, "pattern": ("hyena", "wavelet+delta"), "memory.short_conv": 3},
+        {"pattern": ("selective",), "selective.energy_gate": "rms"},
     ],
     ids=str,
 )
@@ -160,6 +168,34 @@ def test_memory_stands_where_the_interval_says():
     _, params = make(memory_interval=2, num_layers=3)
     assert "delta" in params["blocks"]["block_1"]
     assert "delta" not in params["last_blocks"]["block_0"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, m in MIXERS.items() if m.one_directional))
+def test_bidirectional_mixers_treat_both_directions_alike(rows, name):
+    """Exchanging the parameters of the two directions reverses the model in time."""
+    overrides = {"pattern": (name,), "num_layers": 1, "patch.stride": 1, "patch.kernel": 1}
+    overrides |= {"patch.positions": "none", "pooling": "mean"}
+    model, params = make(bidirectional=True, **overrides)
+    block = params["blocks"]["block_0"]
+    exchanged = block | {name: block[f"{name}_reverse"], f"{name}_reverse": block[name]}
+    want = logits(model, params, rows, 64)
+    got = logits(
+        model, params | {"blocks": {"block_0": exchanged}}, [row[::-1] for row in rows], 64
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(got - logits(model, params, [row[::-1] for row in rows], 64)).max() > 1e-3
+
+
+def test_half_glus_are_those_of_s5():
+    y_BND = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
+    for cls in (HalfGLU, HalfGLU2):
+        module = cls(width=4)
+        params = nn.unbox(module.init(jax.random.key(0), y_BND))
+        dense = jax.tree.map(np.asarray, params["params"]["gate"])
+        activated = np.asarray(jax.nn.gelu(y_BND))
+        gate = special.expit(activated @ dense["kernel"] + dense["bias"])
+        want = gate * (activated if cls is HalfGLU else y_BND)
+        np.testing.assert_allclose(module.apply(params, y_BND), want, atol=1e-5)
 
 
 def test_coarser_scales_see_further():
