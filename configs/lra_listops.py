@@ -60,7 +60,8 @@ def get_config(presets: str = "symbol") -> Config:
     if model == "s5":  # run_lra_listops.sh
         s5(
             c, layers=8, width=128, state=16, blocks=8, c_init="lecun_normal", dropout=0.0,
-            records=96_000, batch=50, epochs=40, rate=3e-3, dynamics_rate=1e-3, decay=0.04,
+            glu="half_glu2", records=96_000, batch=50, epochs=40,
+            rate=3e-3, dynamics_rate=1e-3, decay=0.04,
         )  # fmt: skip
 
     if size in ("cpu", "overfit"):

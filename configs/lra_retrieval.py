@@ -29,6 +29,7 @@ from spectral_pod.recipes import (
     chosen,
     learning_rates,
     long_range,
+    patches,
     s5,
     schedule,
     transformer,
@@ -75,6 +76,7 @@ def get_config(presets: str = "full") -> Config:
         )  # fmt: skip
 
     if size == "cpu":
+        patches(c)
         c.data.options.update(window=1024, train=20_000)
         c.data.seq_len = 1024
         c.model.dtype = "float32"  # CPUs are faster in float32

@@ -27,6 +27,7 @@ from spectral_pod.recipes import (
     TRANSFORMERS,
     chosen,
     long_range,
+    patches,
     s5,
     schedule,
     transformer,
@@ -65,11 +66,12 @@ def get_config(presets: str = "full") -> Config:
     if model == "s5":  # run_lra_imdb.sh, which trains on 25,000 and chooses by the test split
         s5(
             c, layers=6, width=256, state=192, blocks=12, c_init="lecun_normal", dropout=0.1,
-            records=22_500, batch=50, epochs=35, warmup_epochs=0,
+            glu="half_glu2", records=22_500, batch=50, epochs=35, warmup_epochs=0,
             rate=4e-3, dynamics_rate=1e-3, decay=0.07, dt_global=True,
         )  # fmt: skip
 
     if size == "cpu":
+        patches(c)
         c.data.seq_len = 1024
         c.model.num_layers = 2
         c.model.hidden_dim = 128

@@ -73,13 +73,19 @@ def long_range() -> Config:
 
 
 def small_long_range(c: Config) -> None:
-    """Makes the model of `long_range` small enough for CPUs: 4 layers of width 64."""
+    """Makes the model of `long_range` small enough for CPUs: 4 layers of width 64 on patches."""
+    patches(c)
     c.model.num_layers = 4
     c.model.hidden_dim = 64
     c.model.embed_dim = 64
     c.model.mlp_expansion = 2.0
     c.model.memory.head_dim = 32
     c.model.dropout = 0.0
+
+
+def patches(c: Config) -> None:
+    """Patches of 4 bytes for all models: on CPUs, single ones would take baselines hours."""
+    c.model.patch.stride, c.model.patch.kernel = 4, 0
 
 
 def transformer(
@@ -116,6 +122,7 @@ def transformer(
       rank: of Linformer.
     """
     c.model.pattern = (TRANSFORMERS[preset],)
+    c.model.patch.stride = c.model.patch.kernel = 1
     c.model.num_layers = c.model.unroll = layers
     c.model.hidden_dim = c.model.embed_dim = width
     c.model.mlp_expansion = round(8 * hidden / width * 2 / 3) / 8
@@ -148,6 +155,7 @@ def s5(
     warmup_epochs: int = 1,
     dt_min: float = 0.001,
     dt_global: bool = False,
+    glu: str = "half_glu1",
 ) -> None:
     """Makes the model of `long_range` S5, with a recipe of its authors.
 
@@ -155,17 +163,21 @@ def s5(
     rounded up to a power of two, for the same number of epochs, and learning rates grow with the
     square root of the batch, as for Adam: ListOps' 50 records at 3e-3 become 64 at 3.39e-3.
 
-    What differs here: sinusoidal positions are added to the input; B is trained as dynamics without
-    weight decay, also where the recipe has `opt_config` BfastandCdecay (ListOps, Image) or
-    BandCdecay (Path-X); biases are not decayed; pixels are embedded as the 256 values of a byte.
+    What differs here: B is trained as dynamics without weight decay, also where the recipe has
+    `opt_config` BfastandCdecay (ListOps, Image) or BandCdecay (Path-X); biases are not decayed;
+    bytes are embedded, also those that are pixels, and pass a layer with GELU and a norm before the
+    blocks.
 
     Args:
       state: the number of real states, twice that of the complex ones.
       records: of the training split.
       rate, dynamics_rate: `lr_factor * ssm_lr_base` and `ssm_lr_base`.
     """
-    # Not expressed: single symbols rather than patches of 4 bytes, BatchNorm, half-GLU.
+    # Not expressed: BatchNorm, in place of which there is LayerNorm.
     c.model.pattern = ("s5",)
+    c.model.channel_mixer = glu
+    c.model.patch.stride = c.model.patch.kernel = 1
+    c.model.patch.positions = "none"
     c.model.num_layers = c.model.unroll = layers
     c.model.hidden_dim = c.model.embed_dim = width
     c.model.s5.state_dim = state // 2
