@@ -6,6 +6,7 @@ can import only what is installed.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from spectral_pod.config import Config, default
 
@@ -102,7 +103,7 @@ def transformer(
     warmup: int,
     rate: float,
     decay: float,
-    pooling: str = "attention",
+    pooling: Literal["attention", "mean"] = "attention",
     rank: int = 16,
 ) -> None:
     """Makes the model of `long_range` one of TRANSFORMERS, with a recipe of its baselines.

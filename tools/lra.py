@@ -13,7 +13,7 @@ on where it was saved.
 
 Fields of the configuration: --set=NAME:FIELD=VALUE for the cells of one task or model, repeatable,
 and for all of them after --, as in `-- --config.train.total_steps=100`. Text and Image come from
-TFDS, Retrieval from a substitute, unless their options name files (configs/lra_TASK.py); a task
+TFDS, Retrieval from a substitute, unless their options name files (see configs/lra_text.py); a task
 without data says so, and its other cells are left out.
 
 --launcher=COMMAND gives each cell's flags to a launcher, in place of `python -m spectral_pod.main`:

@@ -147,7 +147,7 @@ class Session:
         lines = log.read_bytes()[start:].decode(errors="replace").rstrip().splitlines()
         has_begun = cell.state != "not run"
         faults = [line for line in lines if line.startswith("DataError: ")]
-        if code == UserError.exit_code and faults and not has_begun:
+        if code == UserError.exit_code and faults and not has_begun:  # a run begins with its data
             self._without_data.add(cell.task)
             cell.state = "no data"
             shell.say(f"{cell.task} has no data: {faults[-1]}")
@@ -174,7 +174,8 @@ class Session:
         total = left / max(1 - facts["step"] / facts["total_steps"], 1e-6)
         known = self._seconds | {(cell.task, cell.model): total}
         usual = sum(known.values()) / len(known)
-        left += sum(known.get((c.task, c.model), usual) for c in rest[1:])
+        later = [(c.task, c.model) for c in rest[1:] if c.task not in self._without_data]
+        left += sum(known.get(one, usual) for one in later)
         return f"{text}; all cells in about {status.duration(left)}"
 
     def _write_tables(self) -> None:

@@ -242,6 +242,24 @@ def test_a_cell_that_does_not_end_is_killed(stage, monkeypatch):
     assert cells[0].state == "not run"
 
 
+def test_the_time_that_is_left(stage):
+    """10 s a step: 6,970 s for 697 steps, 7,000 s in all. Of the cells to come one was seen to take
+    100 s, and one is taken to take as long as these on average."""
+    stage.interrupted("listops-spectral-0")
+    file, now = stage.out / "listops-spectral-0" / "metrics.jsonl", time.time()
+    lines = [{"step": i, "wall_time": now - 10 * (3 - i), "train/loss": 1.0} for i in (1, 2, 3)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = Cell("listops", "s5", 0, "done", {"seconds": 100.0})
+    rest = [Cell("listops", "spectral", 0), Cell("listops", "s5", 1), Cell("text", "fnet", 0)]
+    session = lra_session.Session(
+        str(stage.out), [done, *rest], lambda cell: [], budget_minutes=1.0, waits=False
+    )
+    assert session._progress(rest[0], rest) == (
+        "step 3 of 700, done in 1:56 h; all cells in about 2:57 h"
+    )
+    assert session._progress(rest[1], rest[1:]) == "no metrics yet"
+
+
 def wait_for(file, process):
     for _ in range(1200):
         if file.exists():
