@@ -114,6 +114,7 @@ class Objective:
 
     Attributes:
       by_position: labels are [B, L], one for every position, rather than [B], one for every row.
+      for_causal_models: of labels by position: positions must not see later ones.
       is_language_model: the labels are the bytes that follow, in windows of a stream of documents.
       training_metrics: CLU metrics by name, computed from `loss` and `correct` (float32) and `mask`
         (bool), all of the labels' shape.
@@ -127,6 +128,7 @@ class Objective:
     """
 
     by_position: ClassVar[bool]
+    for_causal_models: ClassVar[bool] = True
     is_language_model: ClassVar[bool] = False
     training_metrics: ClassVar[dict[str, type[metrics.Metric]]] = {
         "loss": metrics.Average.from_output("loss"),

@@ -86,12 +86,24 @@ def _check_training(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data, model, task = config.data, MODELS[config.model.name], TASKS[config.data.task]
-    if model.causal != task.objective.by_position:
+    objective, pooling = task.objective, config.model.pooling
+    if model.causal != (objective.by_position and objective.for_causal_models):
         fitting = sorted(name for name, other in MODELS.items() if other.causal != model.causal)
         raise ConfigError(
             f"config.model.name is {config.model.name!r}, which predicts "
             f"{'every next token' if model.causal else 'one class a record'}; task "
             f"{data.task!r} needs one of {fitting}"
+        )
+    if not model.causal and (pooling == "none") != objective.by_position:
+        labelled = "every byte has a label" if objective.by_position else "every record has a label"
+        raise ConfigError(
+            f"config.model.pooling is {pooling!r}; in task {data.task!r} {labelled}, which "
+            + ("needs 'none'" if objective.by_position else "needs another")
+        )
+    if not model.causal and pooling == "none" and config.model.patch.stride > 1:
+        raise ConfigError(
+            f"config.model.patch.stride is {config.model.patch.stride}; in task {data.task!r} "
+            "every byte has a label, which needs 1"
         )
     for entry in data.stores:
         match store_and_weight(entry):

@@ -11,8 +11,11 @@ from typing import TypeVar
 
 from spectral_pod.data import workers
 from spectral_pod.data.progress import Progress
+from spectral_pod.errors import ConfigError
 
 Example = TypeVar("Example")
+
+_PATIENCE = 100  # chunks without an example that is new
 
 
 def distinct(
@@ -32,12 +35,17 @@ def distinct(
       what: the name in the progress report.
       num_workers: processes that draw (`workers.pool`), by default one a core; they change nothing
         else.
+
+    Raises:
+      ConfigError: many chunks in a row hold nothing new.
     """
     num_workers = min(num_workers or os.cpu_count() or 1, math.ceil(num_examples / chunk))
     seen: set[bytes] = set()
     progress = Progress(what, num_examples, "examples")
+    in_vain = 0
     with contextlib.closing(_chunks(draw, num_workers)) as chunks:
         for examples in chunks:
+            before = len(seen)
             for example in examples:
                 digest = hashlib.blake2b(content(example), digest_size=16).digest()
                 if digest not in seen:
@@ -46,6 +54,12 @@ def distinct(
                 if len(seen) == num_examples:
                     progress.end()
                     return
+            in_vain = in_vain + 1 if len(seen) == before else 0
+            if in_vain == _PATIENCE:
+                raise ConfigError(
+                    f"config.data.options ask for {num_examples:,} distinct examples of {what}, "
+                    f"and there seem to be no more than {len(seen):,}"
+                )
             progress.at(len(seen))
 
 

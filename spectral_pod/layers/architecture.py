@@ -39,7 +39,8 @@ class ModelConfig:
     mlp_expansion: PositiveFloat = 1.0
     memory_interval: NonNegative = 2  # every n-th block has a delta memory; 0: none
     norm: Literal["pre", "post"] = "pre"  # x + f(norm(x)) or norm(x + f(x))
-    pooling: Literal["attention", "mean", "last"] = "attention"  # over positions, in spectral_model
+    # Over positions, in spectral_model; 'none' predicts a label for every position.
+    pooling: Literal["attention", "mean", "last", "none"] = "attention"
     dropout: Fraction = 0.0  # of embeddings, feed-forward hidden layers and residual branches
     # Repeats of the pattern per iteration of the scan over layers: higher values are faster on CPUs
     # and slower to compile.

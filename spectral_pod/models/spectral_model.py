@@ -13,7 +13,7 @@ from spectral_pod.layers.patching import ByteLatentEncoder, Patches, sinusoidal_
 from spectral_pod.layers.pooling import POOLING, Comparison
 from spectral_pod.models.model import Model
 from spectral_pod.parallel.sharding import constrain
-from spectral_pod.shapes import Logits, TokenMask, Tokens
+from spectral_pod.shapes import Logits, SequenceLogits, TokenMask, Tokens
 
 
 class SpectralModel(Model):
@@ -25,11 +25,13 @@ class SpectralModel(Model):
     max_documents = 2  # which are compared
 
     @nn.compact
-    def __call__(self, tokens_BL: Tokens, mask_BL: TokenMask, train: bool = False) -> Logits:
+    def __call__(
+        self, tokens_BL: Tokens, mask_BL: TokenMask, train: bool = False
+    ) -> Logits | SequenceLogits:
         """int tokens and their validity, [B, L], to float32 logits [B, C].
 
-        If a record is two documents, the inputs are [B, 2 * L] and each document is encoded
-        separately.
+        Without pooling the logits are those of every position, [B, L, C]. If a record is two
+        documents, the inputs are [B, 2 * L] and each document is encoded separately.
 
         Padding does not affect logits: [B, L] and [B, L'] with the same valid bytes give the same
         ones, for L and L' any multiples of the patch stride up to max_positions patches. Dropout
@@ -50,11 +52,14 @@ class SpectralModel(Model):
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
         x_BND = all_blocks(config, x_BND, mask_BN, train)
         x_BND = layer_norm(x_BND, "norm")
+        head = Dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")
+        if config.pooling == "none":
+            return constrain(head(x_BND), "batch", "position", None)
         pooling: Any = POOLING[config.pooling](name="pooling")
         pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)
         if config.documents == 2:
             pooled_BD = Comparison(dtype, name="comparison")(pooled_BD)
-        return Dense(self.num_classes, ("embed", "class"), jnp.float32, name="head")(pooled_BD)
+        return head(pooled_BD)
 
 
 def _split_documents(x_BL: jax.Array) -> jax.Array:

@@ -5,14 +5,24 @@ import itertools
 import random
 import statistics
 
+import jax
 import numpy as np
 import pytest
+from clu.metrics import Collection
 from scipy import stats
 
+from spectral_pod.config import default
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import listops
-from spectral_pod.data.tasks.listops import ListOps
+from spectral_pod.data.tasks.listops import (
+    ByRoot,
+    LastAccuracy,
+    ListOps,
+    ListOpsSubtrees,
+    Subtrees,
+)
 from spectral_pod.errors import ConfigError
+from spectral_pod.shapes import PAD
 
 OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]
 PUBLISHED_RUNGS = [0.363, 0.590, 0.739, 0.834, 0.904, 0.940]
@@ -213,10 +223,96 @@ def test_encodings_by_hand():
     assert listops.encode(symbols, "raw") == b"( ( ( [MAX 3 ) ( ( ( [SM 7 ) 8 ) ] ) ) ] )"
 
 
-def test_examples_are_distinct(monkeypatch):
-    monkeypatch.setattr(listops, "MIN_LENGTH", 0)  # allows single digits, which often repeat
-    symbols = [e.symbols for e in ListOps(num_workers=1).generate(300)]
+def test_examples_are_distinct():
+    # Single digits, which are allowed here, often repeat.
+    symbols = [e.symbols for e in ListOps(num_workers=1, min_length=0).generate(300)]
     assert len(symbols) == len(set(symbols)) == 300
+
+
+def test_values_of_subtrees(examples):
+    """At each bracket the value of what it ends, evaluated as an expression of its own."""
+    for symbols, answer in examples[:200]:
+        found = listops.subtree_values(symbols)
+        starts, expected = [], np.full(len(symbols), -1)
+        for i, symbol in enumerate(symbols):
+            if symbol in b"<>=+":
+                starts.append(i)
+            elif symbol == ord("]"):
+                expected[i] = listops.evaluate(symbols[starts.pop() : i + 1])
+        np.testing.assert_array_equal(found, expected)
+        assert found[-1] == answer
+
+
+def test_batches_of_subtrees_are_those_of_answers_with_labels_by_position(tmp_path):
+    options = {"train": 40, "validation": 5, "test": 5, "num_workers": 1}
+    ListOps(**options).build(f"{tmp_path}/store")
+    split, config = ByteStore(f"{tmp_path}/store").split("train"), default().data
+    arguments = {"batch_size": 16, "num_records": 0, "shuffle_seed": 3}
+    answers = ListOps(**options).read(split, config, **arguments).rows(1, np.arange(16))
+    subtrees = ListOpsSubtrees(**options).read(split, config, **arguments).rows(1, np.arange(16))
+    np.testing.assert_array_equal(subtrees["tokens"], answers["tokens"])
+    np.testing.assert_array_equal(subtrees["valid"], answers["tokens"] == ord("]"))
+    last = subtrees["labels"][np.arange(16), (answers["tokens"] != PAD).sum(axis=1) - 1]
+    np.testing.assert_array_equal(last, answers["labels"])
+
+
+@pytest.mark.parametrize("encoding", listops.ENCODINGS)
+def test_accuracy_by_root(encoding):
+    rows = [b"<3]", b">34]", b"=1<23]]", b"+99]", b"+12]", b"7"]
+    texts = [listops.encode(symbols, encoding) for symbols in rows]
+    tokens = np.full((7, 64), PAD, np.int32)
+    for row, text in zip(tokens, texts, strict=False):
+        row[: len(text)] = list(text)
+    correct, mask = np.float32([1, 0, 1, 1, 0, 1, 1]), np.arange(7) < 6
+    half = [
+        ByRoot.from_model_output(tokens[s], correct[s], mask[s]) for s in (np.s_[:3], np.s_[3:])
+    ]
+    found = half[0].merge(half[1]).compute()
+    assert found == {
+        "accuracy_min": 1.0, "accuracy_max": 0.0, "accuracy_med": 1.0, "accuracy_sm": 0.5
+    }  # fmt: skip
+
+
+def test_accuracy_of_whole_expressions_among_those_of_all_operators():
+    mask = np.array([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    correct = np.float32([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    assert LastAccuracy.from_model_output(correct=correct, mask=mask).compute() == 0.5
+    outputs = {"loss": correct, "correct": correct, "mask": mask}
+    metrics = Collection.create(**Subtrees.training_metrics).single_from_model_output(**outputs)
+    metrics = jax.device_get(metrics).compute()
+    np.testing.assert_allclose(metrics["subtree_accuracy"], 2 / 3)
+
+
+def test_bounds_are_kept():
+    short = {"min_length": 20, "max_length": 40, "max_depth": 3}
+    examples = list(ListOps(num_workers=1, **short).generate(500))
+    for symbols, answer in examples:
+        depths = np.cumsum([(s in b"<>=+") - (s == ord("]")) for s in symbols])
+        assert 20 < len(symbols) < 40
+        assert depths.max() <= 2  # operators; digits are one deeper
+        assert answer == listops.evaluate(symbols)
+    assert {len(e.symbols) for e in examples} == set(range(21, 40))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"max_length": 400}, "of 100 expressions drawn none was longer than min_length = 500"),
+        ({"min_length": 0, "max_depth": 1}, "no more than 10"),
+    ],
+)
+def test_bounds_that_leave_too_few_expressions_are_an_error(monkeypatch, bounds, message):
+    monkeypatch.setattr(listops, "_PATIENCE", 100)
+    with pytest.raises(ConfigError, match=message):
+        list(ListOps(num_workers=1, **bounds).generate(300))
+
+
+def test_bounds_at_their_defaults_leave_the_names_of_stores():
+    options = {"encoding": "symbol", "num_workers": 1, "seed": 0}
+    sizes = {"train": 96_000, "validation": 2_000, "test": 2_000}
+    assert ListOps(min_length=500).identity().keys() == sizes.keys() | {"seed", "encoding"}
+    assert ListOps(min_length=20).identity()["min_length"] == 20
+    assert ListOps(**options).store_path("/a") != ListOps(max_length=96).store_path("/a")
 
 
 def test_workers_do_not_change_the_examples(examples):

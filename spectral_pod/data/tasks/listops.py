@@ -3,6 +3,7 @@
 Trees are drawn as by the official generator (`lra_benchmarks/data/listops.py`): a node is an
 operator with probability 1/4, with 2 to 10 arguments, and else a digit; nodes at depth 10 are
 digits; trees of 500 < length < 2000 are kept, where length counts operators, digits and `]`.
+Options set other bounds, for trees that small models learn in minutes.
 
 An example is held as its *symbols*, one byte each: `<` MIN, `>` MAX, `=` MED, `+` SM, `0` to `9`,
 and `]`, which ends the arguments of an operator. `[MAX 3 [SM 7 8 ] ]` is `>3+78]]`.
@@ -13,17 +14,27 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics
 
 from spectral_pod import fields
-from spectral_pod.data import byte_store, generated
-from spectral_pod.data.tasks.task import StoredTask, execution
-from spectral_pod.fields import Positive
+from spectral_pod.data import byte_store, generated, pipeline
+from spectral_pod.data.byte_store import Split
+from spectral_pod.data.tasks.task import StoredTask, added, execution
+from spectral_pod.errors import ConfigError
+from spectral_pod.fields import NonNegative, Positive
+from spectral_pod.objectives import Classification, Count, LabelledPositions
+from spectral_pod.shapes import PAD
 
-MAX_DEPTH = 10
+if TYPE_CHECKING:
+    from spectral_pod.config import DataConfig
+
 MAX_ARGS = 10
-MIN_LENGTH = 500  # exclusive, as is the next
-MAX_LENGTH = 2000
 CLASSES = tuple("0123456789")
 Encoding = Literal["raw", "stripped", "symbol"]
 ENCODINGS: tuple[str, ...] = get_args(Encoding)
@@ -31,6 +42,7 @@ RUNGS = range(6)
 
 _MIN, _MAX, _MED, _SM = _OPERATORS = b"<>=+"
 _CLOSE = ord("]")
+_NAMES = ("min", "max", "med", "sm")  # of the operators
 _DIGITS = b"0123456789"
 _TOKENS = {
     **dict(zip(_OPERATORS, (b"[MIN", b"[MAX", b"[MED", b"[SM"), strict=True)),
@@ -44,6 +56,7 @@ _NODES = [(op, n) for op in _OPERATORS for n in range(2, MAX_ARGS + 1) for _ in 
 _NODES += [(digit, 0) for digit in _DIGITS for _ in range(54)]
 OPERATOR_PROBABILITY = sum(num_args > 0 for _, num_args in _NODES) / len(_NODES)
 
+_PATIENCE = 1_000_000  # trees drawn without one to keep
 _CHUNK = 250  # examples drawn from one random stream; part of what a seed means
 
 
@@ -93,6 +106,24 @@ def evaluate(symbols: bytes, levels: float = math.inf) -> int:
     return value
 
 
+def subtree_values(symbols: bytes) -> np.ndarray:
+    """int32 [n]: at every `]` the value of the operator that it ends, elsewhere -1."""
+    found_N = np.full(len(symbols), -1, np.int32)
+    outer: list[tuple[int, list[int]]] = []
+    operator, values = 0, list[int]()
+    for i, symbol in enumerate(symbols):
+        if symbol in _APPLY:
+            outer.append((operator, values))
+            operator, values = symbol, []
+        elif symbol == _CLOSE:
+            found_N[i] = value = _APPLY[operator](values)
+            operator, values = outer.pop()
+            values.append(value)
+        else:
+            values.append(symbol - _DIGITS[0])
+    return found_N
+
+
 def encode(symbols: bytes, encoding: str) -> bytes:
     """The symbols of an expression as the bytes that a model reads.
 
@@ -138,7 +169,15 @@ def decode(data: bytes, encoding: str) -> bytes:
     return bytes(_SYMBOLS[token] for token in data.split() if token not in (b"(", b")"))
 
 
-def _draw(uniform: Callable[[], float]) -> bytes | None:
+class Bounds(NamedTuple):
+    """Which trees are kept; both lengths are exclusive."""
+
+    min_length: int = 500
+    max_length: int = 2000
+    max_depth: int = 10  # of a node, the root being at depth 1; nodes there are digits
+
+
+def _draw(uniform: Callable[[], float], bounds: Bounds) -> bytes | None:
     """The symbols of one tree, or None for one too short or too long; `uniform` draws from [0, 1).
 
     A tree starts as one leaf and each operator with n arguments adds n + 1 to its length, so the
@@ -149,14 +188,14 @@ def _draw(uniform: Callable[[], float]) -> bytes | None:
     missing: list[int] = []  # arguments to come, of every open operator
     length, num_nodes = 1, len(_NODES)
     while True:
-        if len(missing) < MAX_DEPTH - 1:
+        if len(missing) < bounds.max_depth - 1:
             symbol, num_args = _NODES[int(uniform() * num_nodes)]
         else:
             symbol, num_args = _DIGITS[int(uniform() * len(_DIGITS))], 0
         symbols.append(symbol)
         if num_args:
             length += num_args + 1
-            if length >= MAX_LENGTH:
+            if length >= bounds.max_length:
                 return None
             missing.append(num_args)
             continue
@@ -167,16 +206,24 @@ def _draw(uniform: Callable[[], float]) -> bytes | None:
             missing.pop()
             symbols.append(_CLOSE)
         if not missing:
-            return bytes(symbols) if length > MIN_LENGTH else None
+            return bytes(symbols) if length > bounds.min_length else None
 
 
-def _chunk(seed: int, index: int) -> list[Example]:
+def _chunk(seed: int, bounds: Bounds, index: int) -> list[Example]:
     # Python promises that random() keeps its stream for a seed in every version.
     uniform = random.Random(f"ListOps {seed} {index}").random
     examples: list[Example] = []
+    in_vain = 0
     while len(examples) < _CHUNK:
-        if symbols := _draw(uniform):
+        if symbols := _draw(uniform, bounds):
             examples.append(Example(symbols, evaluate(symbols)))
+            in_vain = 0
+        elif (in_vain := in_vain + 1) == _PATIENCE:
+            raise ConfigError(
+                f"config.data.options: of {_PATIENCE:,} expressions drawn none was longer than "
+                f"min_length = {bounds.min_length} symbols and shorter than max_length = "
+                f"{bounds.max_length}, with max_depth = {bounds.max_depth}; widen these"
+            )
     return examples
 
 
@@ -206,12 +253,84 @@ def ladder_rung(accuracy: float, ladder: Mapping[str, float]) -> str:
     return f"accuracy {accuracy:.1%} stands {place}"
 
 
+@flax.struct.dataclass
+class ByRoot(metrics.Metric):
+    """The accuracy of the expressions of each root operator: "accuracy_min", ..., "accuracy_sm"."""
+
+    right_O: jax.Array  # float32 [4], of the operators in the order of `_OPERATORS`
+    total_O: jax.Array  # float32 [4]
+
+    @classmethod
+    def from_model_output(
+        cls, tokens: jax.Array, correct: jax.Array, mask: jax.Array, **_: Any
+    ) -> Self:
+        # As text the root follows the first bracket: [MIN, [MAX, [MED, [SM differ in the next but
+        # one byte. Symbols have no such bracket, and begin with the root.
+        is_bracket_BL = tokens == ord("[")
+        first_B = jnp.argmax(is_bracket_BL, axis=1)
+        place_B = jnp.where(jnp.any(is_bracket_BL, axis=1), first_B + 2, 0)
+        root_B = jnp.take_along_axis(tokens, place_B[:, None], axis=1)[:, 0]
+        names_2O = jnp.asarray([list(_OPERATORS), list(b"IAEM")])
+        is_root_BO = jnp.any(root_B[:, None, None] == names_2O[None], axis=1) & mask[:, None]
+        is_root_BO = is_root_BO.astype(jnp.float32)
+        return cls(jnp.einsum("b,bo->o", correct, is_root_BO), jnp.sum(is_root_BO, axis=0))
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.right_O + other.right_O, self.total_O + other.total_O)
+
+    def compute(self) -> dict[str, float]:  # type: ignore[override]
+        counts = zip(_NAMES, np.asarray(self.right_O), np.asarray(self.total_O))
+        return {f"accuracy_{name}": float(r / n) for name, r, n in counts if n}
+
+
+class Answer(Classification):
+    """The value of an expression, also by its root operator."""
+
+    evaluation_metrics: ClassVar = Classification.evaluation_metrics | {"by_root": ByRoot}
+    formats: ClassVar = Classification.formats | {f"accuracy_{name}": "" for name in _NAMES}
+    descriptions: ClassVar = Classification.descriptions | {
+        f"accuracy_{name}": f"Accuracy on expressions whose root is {name.upper()}, in [0, 1]"
+        for name in _NAMES
+    }
+
+
+@flax.struct.dataclass
+class LastAccuracy(metrics.Average):
+    """The accuracy at the last valid position of each row: of whole expressions."""
+
+    @classmethod
+    def from_model_output(cls, correct: jax.Array, mask: jax.Array, **_: Any) -> Self:
+        place_BL = jnp.where(mask, jnp.arange(1, mask.shape[1] + 1)[None], 0)
+        is_last_BL = mask & (place_BL == jnp.max(place_BL, axis=1, keepdims=True))
+        last = is_last_BL.astype(jnp.float32)
+        return cls(total=jnp.sum(correct * last), count=jnp.sum(last))
+
+
+class Subtrees(LabelledPositions):
+    """The value of every operator, at the bracket that ends it. "accuracy" is that of the whole
+    expressions, comparable with other objectives; "subtree_accuracy" is of all operators."""
+
+    for_causal_models = False
+    training_metrics: ClassVar = {
+        "loss": metrics.Average.from_output("loss"),
+        "accuracy": LastAccuracy,
+        "subtree_accuracy": metrics.Average.from_output("correct"),
+    }
+    evaluation_metrics: ClassVar = training_metrics | {"positions": Count}
+    formats: ClassVar = LabelledPositions.formats | {"subtree_accuracy": "subtrees {:.2%}"}
+    descriptions: ClassVar = LabelledPositions.descriptions | {
+        "accuracy": "Accuracy of the values of whole expressions, in [0, 1]",
+        "subtree_accuracy": "Accuracy of the values of all operators, in [0, 1]",
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class ListOps(StoredTask):
     """Expressions; the class is the value, a digit."""
 
     name = "listops"
     version = 1
+    objective = Answer
     num_classes = len(CLASSES)
 
     seed: int = 0
@@ -219,12 +338,19 @@ class ListOps(StoredTask):
     train: Positive = 96_000  # distinct examples; likewise validation and test
     validation: Positive = 2_000
     test: Positive = 2_000
+    min_length: NonNegative = added(500)  # symbols of an expression, exclusive
+    max_length: Positive = added(2000)  # likewise
+    max_depth: Positive = added(10)  # of a node, the root being at depth 1; nodes there are digits
     num_workers: int | None = execution(None)  # processes that draw; None is one per core
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.min_length, self.max_length, self.max_depth)
 
     def generate(self, num_examples: int) -> Iterator[Example]:
         """Distinct examples, drawn by workers, some 2,000 a second each: `generated.distinct`."""
         return generated.distinct(
-            functools.partial(_chunk, self.seed),
+            functools.partial(_chunk, self.seed, self.bounds),
             lambda example: example.symbols,
             num_examples,
             chunk=_CHUNK,
@@ -255,10 +381,8 @@ class ListOps(StoredTask):
                 "generator": {
                     "seed": self.seed,
                     "operator_probability": OPERATOR_PROBABILITY,
-                    "max_depth": MAX_DEPTH,
                     "max_args": MAX_ARGS,
-                    "min_length": MIN_LENGTH,
-                    "max_length": MAX_LENGTH,
+                    **self.bounds._asdict(),
                 },
                 "encoding": self.encoding,
                 "ladder": ladder(examples["test"]),
@@ -276,3 +400,51 @@ class ListOps(StoredTask):
         if not rungs:
             return {}, []
         return {"ladder": rungs}, [ladder_rung(evaluation["accuracy"], rungs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOpsSubtrees(ListOps):
+    """The same expressions; each operator's value is a label, at the bracket that ends it.
+
+    The generator knows these values: a model that learns from them is process-supervised, and its
+    results are to be reported apart.
+    """
+
+    name = "listops_subtrees"
+    stored_as = "listops"
+    objective = Subtrees
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoding != "symbol":
+            raise ConfigError(
+                f"config.data.options.encoding is {self.encoding!r}; labels of subtrees stand at "
+                "symbols: 'symbol'"
+            )
+
+    def report(
+        self, evaluation: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """As for `ListOps`; also says how the model was supervised."""
+        facts, lines = super().report(evaluation, provenance)
+        return facts | {"supervision": "subtrees"}, [f"process-supervised: {x}" for x in lines]
+
+    def read(self, split: Split, data: "DataConfig", **arguments: Any) -> pipeline.Source:
+        """See `StoredTask.read`."""
+        if data.truncate:
+            raise ConfigError("config.data.truncate would cut off the answer of an expression")
+        return _Labelled(split, seq_len=data.seq_len, documents=data.documents, **arguments)
+
+
+class _Labelled(pipeline.Batches):
+    """Batches with the labels of subtrees, by position."""
+
+    def rows(self, step: int, rows: np.ndarray) -> pipeline.Batch:
+        tokens = super().rows(step, rows)["tokens"]
+        labels = np.zeros(tokens.shape, np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        for row, symbols in enumerate(tokens):
+            values = subtree_values(symbols[symbols != PAD].astype(np.uint8).tobytes())
+            valid[row, : len(values)] = values >= 0
+            labels[row, : len(values)] = np.maximum(values, 0)
+        return {"tokens": tokens, "labels": labels, "valid": valid}

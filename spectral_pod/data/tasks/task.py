@@ -46,6 +46,12 @@ def execution(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"identifies": False})
 
 
+def added(default: Any) -> Any:
+    """A field that a released task got later. At its default it does not identify the data, so that
+    stores from before are still found."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def renamed(option: str, default: Any) -> Any:
     """A field whose option has another name, one that the class uses for something else."""
     return dataclasses.field(default=default, metadata={"option": option})
@@ -146,6 +152,7 @@ class Task(abc.ABC):
             _option(field): getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.metadata.get("identifies", True)
+            and not (field.metadata.get("added") and getattr(self, field.name) == field.default)
         }
 
     def forms(self, given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -165,6 +172,7 @@ class StoredTask(Task):
     """A task that writes its records once, to a byte store. By default a record has a class."""
 
     objective: ClassVar[type[objectives.Objective]] = objectives.Classification
+    stored_as: ClassVar[str] = ""  # the task whose stores it reads, if not its own
 
     @abc.abstractmethod
     def build(self, path: str) -> None:
@@ -227,7 +235,8 @@ class StoredTask(Task):
     def _path(self, directory: str, options: Mapping[str, Any]) -> str:
         key = hashlib.sha256(byte_store.FORMAT.encode() + _meaning(self, options)).hexdigest()[:8]
         return os.path.join(
-            storage.place(directory, "config.data.dir", root=True), f"{self.name}-{key}"
+            storage.place(directory, "config.data.dir", root=True),
+            f"{self.stored_as or self.name}-{key}",
         )
 
 
