@@ -80,18 +80,26 @@ class Cell:
         if (folder / "result.json").exists():
             self.state = "done"
             self.facts = _facts(project_files.RESULT.read(folder / "result.json"), folder)
+            if self.task == "retrieval" and not _config(folder)["data"]["options"].get("source"):
+                self.facts["notes"].append("substitute for AAN")
         elif (folder / "config.json").exists():
-            config: Any = project_files.RUN.read(folder / "config.json")["config"]
+            config = _config(folder)
             log = project_files.Log(folder / "metrics.jsonl", project_files.METRICS)
             step = max((line["step"] for line in log.lines), default=0)
             self.state = f"step {step:,.0f} of {config['train']['total_steps']:,}"
+
+
+def _config(folder: epath.Path) -> Any:
+    """The configuration of a run."""
+    return project_files.RUN.read(folder / "config.json")["config"]
 
 
 def _facts(result: Any, folder: epath.Path) -> dict[str, Any]:
     """Of a result: accuracy in percent, memory in GB, time in seconds; None where not recorded.
 
     `memory` is the peak of a device, or without that (on CPUs) the highest of the process's memory
-    whenever metrics were written; `memory_of` says which.
+    whenever metrics were written; `memory_of` says which. `notes` are what makes the accuracy
+    another one than the published.
     """
     evaluation = result["eval"]
     if "accuracy" not in evaluation:
@@ -113,6 +121,7 @@ def _facts(result: Any, folder: epath.Path) -> dict[str, Any]:
         "memory": memory.get(kind) if kind else None,
         "memory_of": kind and kind.partition("_")[0],
         "seconds": result.get("wall_seconds"),
+        "notes": ["process-supervised"] if "supervision" in result else [],
     }
 
 
@@ -162,6 +171,7 @@ def _of_seeds(cells: Sequence[Cell]) -> dict[str, Any]:
         "standard_error": error,
         "ladder": ladder,
         "rung": ladder and _rung(mean, ladder),
+        "notes": _distinct(note for facts in done for note in facts["notes"]),
         "parameters": done[0]["parameters"],
         "steps": done[0]["steps"],
         "memory": max(memory, default=None),
@@ -225,7 +235,7 @@ def _accuracy(figures: Mapping[str, Any]) -> str:
     text = _number(figures["accuracy"])
     if figures["standard_error"] is not None:
         text += f" ± {figures['standard_error']:.2f}"
-    notes = [figures["rung"]] if figures["rung"] else []
+    notes = [*([figures["rung"]] if figures["rung"] else []), *figures["notes"]]
     if figures["seeds"] < figures["asked"]:
         notes.append(f"{figures['seeds']} of {figures['asked']} seeds")
     return f"{text} ({', '.join(notes)})" if notes else text
@@ -236,7 +246,8 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     splits = _distinct(cell["split"] for cell in found["cells"] if "split" in cell)
     lines = [
         f"Accuracy in percent on the {' and '.join(splits or ['test'])} split, ± the standard "
-        "error of the mean over seeds. Published figures are of full sizes; their means count "
+        "error of the mean over seeds. Published figures are of full sizes and their data "
+        "(configs/lra_*.py say what cpu presets change); their means count "
         f"{_CHANCE:.0f} where a model is not above chance. Sources: `tools/lra_report.py`."
     ]
     models = found["models"].values()

@@ -332,8 +332,9 @@ def test_tables_by_hand(tmp_path, capfd):
         "| mega, published | 63.14 | 97.98 | 80.56 |\n"
         "\n"
         "Accuracy in percent on the test split, ± the standard error of the mean over seeds. "
-        "Published figures are of full sizes; their means count 50 where a model is not above "
-        "chance. Sources: `tools/lra_report.py`.\n"
+        "Published figures are of full sizes and their data (configs/lra_*.py say what cpu presets "
+        "change); their means count 50 where a model is not above chance. "
+        "Sources: `tools/lra_report.py`.\n"
         "\n"
         "ListOps: rung k is what evaluating the top k levels of each expression exactly earns "
         "(0: 35.0, 1: 61.3, 2: 74.0).\n"
@@ -359,6 +360,22 @@ def test_tables_by_hand(tmp_path, capfd):
     assert "| **spectral** | 62.00 ± 2.00 (rung 1) | 86.00 ± 6.00 | 74.00 |" in (
         capfd.readouterr().out
     )
+
+
+def test_what_is_not_comparable_says_so(stage, capfd):
+    """A model that learns from the values of subtrees, and pairs that are not of papers."""
+    write_result(stage.out, "listops-s5-0", 0.9, [], supervision="subtrees")
+    for name, flags in (
+        ("retrieval-s5-0", ()), ("retrieval-fnet-0", ("--config.data.options.source=/papers",)),
+    ):  # fmt: skip
+        stage.interrupted(name, flags)
+        (stage.out / name / "result.json").write_text(
+            json.dumps({"step": 1, "eval": {"split": "test", "accuracy": 0.5}})
+        )
+    assert lra.main([f"--out={stage.out}", "--report"]) == 0
+    table = capfd.readouterr().out
+    assert "| **s5** | 90.00 (process-supervised) | 50.00 (substitute for AAN) |" in table
+    assert "| **fnet** | not run | 50.00 | — |" in table
 
 
 def test_published_means_are_those_of_the_papers():
