@@ -71,6 +71,8 @@ class OptimizerConfig:
     b1: Fraction = 0.9  # decay rates of the averages of gradients and of their squares
     b2: Fraction = 0.98
     clip_norm: NonNegativeFloat = 1.0  # the largest global norm of a gradient; 0: no clipping
+    # Decay of an exponential average of the parameters, which is then what is evaluated and used.
+    average: Fraction = 0.0
 
 
 @dataclasses.dataclass

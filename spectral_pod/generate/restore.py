@@ -124,7 +124,7 @@ def _restored(
     module = build(decoding=True)
     shardings = tree_shardings(abstract_params(module, mesh), mesh)
     with on_mesh(mesh):
-        params = saved.restore_params(step, stacked)
+        params = saved.restore_params(step, stacked, averaged=config.optimizer.average > 0)
         check_finite(params, f"checkpoint {saved.directory / str(step)}")
         params = jax.jit(unstack, out_shardings=shardings)(params)
     return Trained(

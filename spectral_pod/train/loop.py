@@ -19,6 +19,7 @@ from spectral_pod.train import starts
 from spectral_pod.train.checkpoint import Checkpointer
 from spectral_pod.train.event_files import how_to_view
 from spectral_pod.train.goodput import Stopwatch
+from spectral_pod.train.optim import evaluated
 from spectral_pod.train.sealed_steps import SealedSteps
 from spectral_pod.train.sources import open_sources
 from spectral_pod.train.state import check_finite, params_digest
@@ -118,7 +119,7 @@ def _evaluate_only(trainer: Trainer) -> dict[str, Any]:
     """
     if not trainer.restore():
         raise DataError(f"{trainer.workdir} holds no sound checkpoint to evaluate; train first")
-    check_finite(trainer.state.params, f"step {trainer.step} of {trainer.workdir}")
+    check_finite(evaluated(trainer.state), f"step {trainer.step} of {trainer.workdir}")
     split, objective = trainer.config.train.eval_split, trainer.sources.objective
     with on_mesh(trainer.mesh):
         evaluation = trainer.evaluate_only(split)

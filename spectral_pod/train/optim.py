@@ -1,5 +1,5 @@
-"""Optimizers by name, with two learning rates, warm-up and cosine decay, global-norm clipping, and
-a guard against bad steps.
+"""Optimizers by name, with two learning rates, warm-up and cosine decay, global-norm clipping, a
+guard against bad steps, and an average of the parameters.
 
 Each parameter declares its group where it is created (`layers/parameter.py`): 'dynamics' has its
 own peak learning rate and no weight decay; 'decayed' and 'undecayed' share the other rate.
@@ -36,7 +36,8 @@ class Optimizer(NamedTuple):
 
 def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
     """The optimizer of a configuration: clipping by global norm, `config.optimizer.name`, then
-    weight decay and learning rate by group; guarded unless `config.train.on_bad_step` is 'stop'.
+    weight decay and learning rate by group; guarded unless `config.train.on_bad_step` is 'stop';
+    with an average of the parameters if `config.optimizer.average` says so.
 
     Raises:
       ValueError: a parameter declares no group.
@@ -51,6 +52,8 @@ def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
     )
     if config.train.on_bad_step != "stop":
         tx = guard(tx, config.train.spike_factor)
+    if options.average:
+        tx = averaged(tx, options.average)
     return Optimizer(tx, group_of, rates)
 
 
@@ -192,3 +195,58 @@ def guard(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def guard_state(opt_state: Any) -> GuardState | None:
+    """The state of `guard` within that of an optimizer, if it has one."""
+    inner = opt_state.inner if isinstance(opt_state, AverageState) else opt_state
+    return inner if isinstance(inner, GuardState) else None
+
+
+# ---- Averages of parameters -----------------------------------------------------------------
+
+
+class AverageState(NamedTuple):
+    """The state of `averaged`."""
+
+    inner: Any
+    average: Any  # as the parameters
+    count: jax.Array  # int32 []: updates so far
+
+
+def averaged(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Also keeps an exponential average of the parameters after each update.
+
+    At update t, from 0, its decay is min(decay, (1 + t) / (10 + t)), so that it soon forgets the
+    initial parameters (as in TensorFlow's ExponentialMovingAverage).
+    """
+
+    def init(params: Any) -> AverageState:
+        copies = jax.tree.map(jnp.copy, params)  # the parameters themselves are donated
+        return AverageState(inner.init(params), copies, jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any, state: AverageState, params: Any = None, **extra: Any
+    ) -> tuple[Any, AverageState]:
+        tx = optax.with_extra_args_support(inner)
+        updates, after = tx.update(updates, state.inner, params, **extra)
+        count = state.count.astype(jnp.float32)
+        rate = jnp.minimum(decay, (1 + count) / (10 + count))
+        average = jax.tree.map(
+            lambda old, new: old + (1 - rate) * (new - old),
+            state.average,
+            optax.apply_updates(params, updates),
+        )
+        return updates, AverageState(after, average, optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def evaluated(state: Any) -> Any:
+    """The parameters of a training state that are evaluated and used: the average, if there is one.
+
+    Args:
+      state: a `TrainState`.
+    """
+    average = isinstance(state.opt_state, AverageState)
+    return state.opt_state.average if average else state.params

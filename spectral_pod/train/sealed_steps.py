@@ -115,25 +115,29 @@ class SealedSteps:
             name: tuple(leaf.shape) for name, leaf in _named_leaves(self._metadata(step)).items()
         }
 
-    def restore_params(self, step: int, abstract_params: Any) -> Any:
+    def restore_params(self, step: int, abstract_params: Any, *, averaged: bool = False) -> Any:
         """Restores the parameters alone of a step returned by `choose`.
 
         Args:
           step: the step.
           abstract_params: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto.
+          averaged: whether to restore their average, which the run has kept.
 
         Raises:
           CheckpointError: the parameters are another model's; the message lists the differences.
             Or they are of another step.
         """
-        expected = {"params": abstract_params}
+        expected: dict[str, Any] = {"params": abstract_params}
+        prefix = "params/"
+        if averaged:
+            expected, prefix = {"opt_state": {"average": abstract_params}}, "opt_state/average/"
         metadata = self._metadata(step)
-        found = {name: x for name, x in described(metadata).items() if _is_param(name)}
+        found = {name: x for name, x in described(metadata).items() if name.startswith(prefix)}
         check_same_model(self.directory / str(step), found, described(expected))
         number = {"step": np.zeros((), np.int32)} if "step" in _named_leaves(metadata) else {}
         state = self._restore(step, expected | number)
         self._check_number(step, state)
-        return state["params"]
+        return state["opt_state"]["average"] if averaged else state["params"]
 
     def _check_number(self, step: int, state: Any) -> None:
         """Compares the step that a state is of, if it says that, with the name of its folder."""
@@ -290,10 +294,6 @@ def check_same_model(path: Any, found: Mapping[str, str], expected: Mapping[str,
             f"checkpoint {path} is of another model; restore it with the configuration that wrote "
             "it, or choose another workdir:\n" + "\n".join(differences)
         )
-
-
-def _is_param(name: str) -> bool:
-    return name.startswith("params/")
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from spectral_pod.objectives import Objective
 from spectral_pod.parallel.sharding import batch_sharding, constrain, replicated
 from spectral_pod.seeds import random_key
 from spectral_pod.shapes import PAD
-from spectral_pod.train.optim import GuardState, Optimizer, norms
+from spectral_pod.train.optim import Optimizer, guard_state, norms
 from spectral_pod.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def train_step(
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
     }
     scalars |= layers
-    if isinstance(opt_state, GuardState):
-        scalars["bad_steps"] = opt_state.bad
+    if (guard := guard_state(opt_state)) is not None:
+        scalars["bad_steps"] = guard.bad
     if "auxiliary" in outputs:
         scalars["auxiliary_loss"] = jnp.sum(outputs.pop("auxiliary")) / total_rows
     state = TrainState(state.step + 1, params, opt_state)

@@ -27,7 +27,7 @@ from spectral_pod.shapes import PAD
 from spectral_pod.train import examples, starts
 from spectral_pod.train.evaluate import evaluate
 from spectral_pod.train.goodput import Stopwatch
-from spectral_pod.train.optim import make_optimizer
+from spectral_pod.train.optim import evaluated, make_optimizer
 from spectral_pod.train.profile import Profiler
 from spectral_pod.train.progress import BadStepError, Progress
 from spectral_pod.train.sources import Sources
@@ -241,7 +241,7 @@ class Trainer:
         self, split: str, before_batch: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
         """The metrics of the current parameters on a split; see `evaluate.evaluate`."""
-        sources, params = self.eval_sources[split], self.state.params
+        sources, params = self.eval_sources[split], evaluated(self.state)
         return evaluate(
             self.eval_step, params, sources, self.mesh, before_batch=before_batch, **self._loading
         )
@@ -253,7 +253,7 @@ class Trainer:
             config=config,
             mesh=self.mesh,
             module=self._build(decoding=True),
-            params=unstack(self.state.params),
+            params=unstack(evaluated(self.state)),
             step=self.step,
             num_classes=sources.num_classes,
             vocab_size=sources.vocab_size,

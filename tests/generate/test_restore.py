@@ -6,7 +6,9 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from spectral_pod import models
 from spectral_pod.errors import CheckpointError, ConfigError, DataError, NonFiniteError
@@ -15,6 +17,7 @@ from spectral_pod.generate.text import UntilStop, continuations, decoded
 from spectral_pod.layers.block import unstack
 from spectral_pod.objectives import Classification, NextByte
 from spectral_pod.shapes import PAD
+from spectral_pod.train.sources import open_sources
 from tests import tiny_run, trainer
 from tests.models.drawn import drawn_state
 from tests.tiny_run import DIGEST, tiny_config, write_run
@@ -69,6 +72,27 @@ def test_logits_are_those_of_the_trained_model(request, fixture):
         for module, p in ((stacked, params), (trained.module, trained.params))
     ]
     np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def test_an_average_of_parameters_is_what_is_used(tmp_path):
+    """By inference and by evaluations; the run itself goes on with the parameters."""
+    averaged = ["optimizer.average=0.9", "train.total_steps=10", "train.eval_every_steps=10"]
+    trainer.run(trainer.command(tmp_path, *averaged))
+    folder = tmp_path / "checkpoints/10/default"
+    state = ocp.PyTreeCheckpointHandler().restore(epath.Path(folder))
+    trained = restore_for_inference(str(tmp_path))
+    average = unstack(state["opt_state"]["average"])
+    jax.tree.map(np.testing.assert_array_equal, trained.params, average)
+    raw = np.concatenate([x.ravel() for x in jax.tree.leaves(unstack(state["params"]))])
+    used = np.concatenate([x.ravel() for x in jax.tree.leaves(trained.params)])
+    assert np.abs(raw - used).max() > 1e-4
+    source = open_sources(trainer.config()).evaluation("test")["listops"]
+    batch = source.rows(0, np.arange(16))
+    tokens = jnp.asarray(batch["tokens"])
+    logits = trained.module.apply({"params": trained.params}, tokens, tokens != PAD)
+    loss = Classification.outputs(logits, jnp.asarray(batch["labels"]), batch["valid"])["loss"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    np.testing.assert_allclose(np.mean(loss), result["eval"]["loss"], rtol=1e-4)
 
 
 def test_bfloat16_when_asked(run):

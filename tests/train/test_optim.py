@@ -1,5 +1,7 @@
 """Optimizers: the group of every parameter, what decays, and every optimizer by its name."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -169,3 +171,27 @@ def test_an_optimizer_is_added_by_one_line(monkeypatch):
     for group, update in zip(jax.tree.leaves(group_of), jax.tree.leaves(updates)):
         assert group in ("dynamics", "decayed", "undecayed")
         np.testing.assert_allclose(update, -1e-3, rtol=1e-6)
+
+
+def test_the_average_of_parameters():
+    """Against the definition in float64; after a bad step the same parameters count again."""
+    config = config_of(**{
+        "optimizer.average": 0.9, "train.on_bad_step": "skip", "model.memory_interval": 0
+    })  # fmt: skip
+    model = model_of(config)
+    tx = make_optimizer(config, model, one_device()).tx
+    params = drawn_params(model)
+    state, step = tx.init(params), jax.jit(tx.update)
+    average = jax.tree.map(np.float64, params)
+    for t, loss in enumerate((1.0, 1.0, np.nan, 1.0)):
+        gradients = jax.tree.map(lambda x, t=t: jnp.sin(x + t), params)
+        updates, state = step(gradients, state, params, loss=jnp.float32(loss))
+        params = optax.apply_updates(params, updates)
+        decay = min(0.9, (1 + t) / (10 + t))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.average, average)
+    assert optim.guard_state(state).bad == 0
+    held = types.SimpleNamespace(opt_state=state, params=params)
+    assert optim.evaluated(held) is state.average
+    held.opt_state = state.inner
+    assert optim.evaluated(held) is params
