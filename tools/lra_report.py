@@ -80,8 +80,10 @@ class Cell:
         if (folder / "result.json").exists():
             self.state = "done"
             self.facts = _facts(project_files.RESULT.read(folder / "result.json"), folder)
-            if self.task == "retrieval" and not _config(folder)["data"]["options"].get("source"):
-                self.facts["notes"].append("substitute for AAN")
+            if self.task == "retrieval":
+                data = _config(folder)["data"]
+                if not (data["options"].get("source") or data.get("stores")):
+                    self.facts["notes"].append("substitute for AAN")
         elif (folder / "config.json").exists():
             config = _config(folder)
             log = project_files.Log(folder / "metrics.jsonl", project_files.METRICS)
