@@ -16,6 +16,7 @@ name_exit() { # CODE; sets its $meaning
     75) meaning="preempted, state saved" ;;
     76) meaning="lost a peer" ;;
     77) meaning="stalled" ;;
+    78) meaning="its time is up, state saved" ;;
     126 | 127) meaning="the command cannot be run" ;;
     130) meaning="interrupted" ;;
     *) if is_signal "$1"; then meaning="killed by signal $(($1 - 128))"; else meaning="unknown"; fi ;;

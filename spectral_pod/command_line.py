@@ -25,10 +25,16 @@ class TrainerFlags:
     config: flags.FlagHolder
     workdir: flags.FlagHolder
     eval_only: flags.FlagHolder
+    stop_after_minutes: flags.FlagHolder
     coordinator_address: flags.FlagHolder
     coordinator_bind_address: flags.FlagHolder
     num_processes: flags.FlagHolder
     process_id: flags.FlagHolder
+
+
+class _Minutes(flags.ArgumentParser):
+    def parse(self, argument: str) -> float:
+        return fields.parse(fields.PositiveFloat, argument, "--stop_after_minutes")
 
 
 def trainer_flags(values: flags.FlagValues = flags.FLAGS) -> TrainerFlags:
@@ -46,6 +52,13 @@ def trainer_flags(values: flags.FlagValues = flags.FLAGS) -> TrainerFlags:
         config=config_flag(values),
         eval_only=flags.DEFINE_bool(
             "eval_only", False, "Evaluate the newest sound checkpoint.", flag_values=values
+        ),
+        stop_after_minutes=flags.DEFINE(
+            _Minutes(),
+            "stop_after_minutes",
+            None,
+            "Save and end this many minutes after the start, to be continued elsewhere.",
+            flag_values=values,
         ),
         **{n: flags.DEFINE_string(n, None, text, flag_values=values) for n, text in texts.items()},
         **{n: flags.DEFINE_integer(n, None, t, flag_values=values) for n, t in numbers.items()},

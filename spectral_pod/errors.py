@@ -7,6 +7,7 @@
     75   preempted, the state is saved: Preempted           restart to continue
     76   another process of the run is lost: LostPeerError  restart
     77   no progress for too long; stacks were written      restart
+    78   --stop_after_minutes is over, the state is saved: TimeUp
     130  Ctrl-C
 
 JAX's runtime aborts a process (134) when the coordinator dies. That, and any other death by a
@@ -60,6 +61,15 @@ class Preempted(UserError):
     """SIGTERM was received; the current state, or else the last checkpoint, is saved."""
 
     exit_code = 75
+
+
+class TimeUp(Preempted):
+    """`--stop_after_minutes` is over; the current state, or else the last checkpoint, is saved.
+
+    The run was to end here, so that only a person continues it: a restart would not.
+    """
+
+    exit_code = 78
 
 
 class LostPeerError(UserError):

@@ -39,6 +39,11 @@ class InUseError(UserError):
     """Another process holds the lease."""
 
 
+def of_workdir(workdir: str, say: Callable[[str], None]) -> "Lease":
+    """The lease on a run's workdir, a path or a gs:// URL."""
+    return Lease(f"{workdir}/lease.json", f"workdir {workdir}", say=say)
+
+
 class Claim(NamedTuple):
     """A lease as processes know it that write for its holder, to which it can be sent."""
 

@@ -23,6 +23,8 @@ flags.adopt_module_key_flags(command_line)  # --help lists them
 def main(argv: list[str]) -> None:
     command_line.refuse_positional(argv[1:])
     runtime.preemption.listen()
+    if _FLAGS.stop_after_minutes.value:
+        runtime.preemption.stop_after(_FLAGS.stop_after_minutes.value)
     runtime.initialize(
         _FLAGS.coordinator_address.value,
         _FLAGS.num_processes.value,

@@ -110,6 +110,23 @@ class Seal(_Closed):
     files: dict[str, FileDigest]
 
 
+class PackPart(TypedDict):
+    name: Annotated[str, pydantic.Field(pattern="^part-[0-9]{5,9}$")]
+    bytes: _Count
+    sha256: _Sha256
+
+
+class Pack(_Closed):
+    """PACK/manifest.json, written last; see `tools/pack.py`."""
+
+    format: Literal["spectral_pod.pack/1"]
+    run: _Sha256  # its identity
+    step: _Count  # of its newest checkpoint
+    bytes: _Count
+    sha256: _Sha256  # of all parts in a row
+    parts: Annotated[list[PackPart], pydantic.Field(min_length=1)]
+
+
 class Arrays(TypedDict):
     bytes: _Sha256
     offsets: _Sha256
@@ -181,7 +198,7 @@ class Kind(Generic[T]):
     """A kind of file: its schema, and what a user can do about a damaged one."""
 
     def __init__(self, schema: Any, remedy: str):
-        self._schema, self._remedy = schema, remedy
+        self._schema, self.remedy = schema, remedy
 
     def read(self, file: Any) -> T:
         """The content of an `epath.Path`, without its checksum.
@@ -195,7 +212,7 @@ class Kind(Generic[T]):
         except (IsADirectoryError, FileNotFoundError) as error:
             is_folder = isinstance(error, IsADirectoryError)
             raise DataError(
-                f"{file} is {'a folder' if is_folder else 'missing'}; {self._remedy}"
+                f"{file} is {'a folder' if is_folder else 'missing'}; {self.remedy}"
             ) from error
         except OSError as error:
             error.filename = error.filename or str(file)  # a failed read does not name it
@@ -207,7 +224,7 @@ class Kind(Generic[T]):
         try:
             return self.content(raw)
         except ValueError as error:
-            raise DataError(f"{name} cannot be used: {error}; {self._remedy}") from error
+            raise DataError(f"{name} cannot be used: {error}; {self.remedy}") from error
 
     def content(self, raw: bytes) -> T:
         """The content of the bytes of a file, or of a line of one.
@@ -259,6 +276,7 @@ SEAL: Kind[Seal] = Kind(Seal, "its checkpoint cannot be trusted")
 MANIFEST: Kind[Manifest] = Kind(Manifest, "delete the store to have it written again")
 ITEM: Kind[Item] = Kind(Item, _WRITTEN_AGAIN)
 EXPORT: Kind[Export] = Kind(Export, "get or export the model again")
+PACK: Kind[Pack] = Kind(Pack, "copy it again from where the run was packed, or pack the run again")
 START: Kind[Start] = Kind(Start, "")
 METRICS: Kind[dict[str, float]] = Kind(
     Annotated[dict[str, float], pydantic.BeforeValidator(_has_step)], ""

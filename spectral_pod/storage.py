@@ -195,6 +195,16 @@ def failures() -> tuple[type[Exception], ...]:
     return tuple(kinds)
 
 
+def files_below(folder: Any) -> list[Any]:
+    """Every file below an `epath.Path`, in no order."""
+    files: list[Any] = []
+    pending = [folder]
+    while pending:
+        for path in pending.pop().iterdir():
+            (pending if path.is_dir() else files).append(path)
+    return files
+
+
 def modified(file: Any) -> float:
     """The modification time of an `epath.Path`, in seconds since 1970.
 

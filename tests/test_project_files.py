@@ -5,6 +5,8 @@ it is asked. A change may be harmless, as that of white space; it may not be a t
 the file has a checksum it may not be another result.
 """
 
+import argparse
+import itertools
 import json
 import pathlib
 import random
@@ -25,7 +27,7 @@ from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train import starts, writers
 from spectral_pod.train.sealed_steps import SealedSteps, file_digests
 from tests import trainer
-from tools import status
+from tools import pack, status, unpack
 
 DIGEST = "0" * 64
 VALUES = (
@@ -231,6 +233,26 @@ class SealOfStep(Case):
         return step, sealed.metrics(step)
 
 
+class Pack(Case):
+    def write(self, folder):
+        run = folder.with_name("run")
+        seal = SealOfStep(run).file
+        identity = project_files.run_id(project_files.RUN.read(epath.Path(run / "config.json")))
+        trainer.edit(seal, lambda content: content.update(run=identity))
+        assert pack.main([str(run), f"--out={folder}", "--part_mb=0.004"]) == 0
+        self.reads = itertools.count()
+        return folder / "manifest.json"
+
+    def read(self):
+        workdir = self.folder.with_name(f"unpacked-{next(self.reads)}")
+        try:
+            unpack.unpack(argparse.Namespace(pack=str(self.folder), workdir=str(workdir)))
+        except UserError:
+            assert not (workdir / "config.json").exists()
+            raise
+        return {path.relative_to(workdir): raw for path, raw in trainer.contents(workdir).items()}
+
+
 class ResultOfRun(Configuration):
     def write(self, folder):
         super().write(folder)
@@ -320,7 +342,7 @@ def exported_once():
     return folder
 
 
-CASES = (Configuration, Manifest, Note, SealOfStep, ResultOfRun, Metrics, Starts)
+CASES = (Configuration, Manifest, Note, SealOfStep, Pack, ResultOfRun, Metrics, Starts)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

@@ -8,11 +8,12 @@ import subprocess
 import pytest
 import yaml
 
+from spectral_pod import command_line
 from spectral_pod.analysis import hardware
 from spectral_pod.validation import get, validate, validate_mesh
 from tests.launch import gcloud
 from tests.trainer import ROOT
-from tools import gke, preflight
+from tools import gke, pack, preflight, unpack
 
 GPUS_OF_A_NODE = 8
 
@@ -98,6 +99,20 @@ def test_its_steps_would_be_compiled(words, monkeypatch):
     monkeypatch.setattr(preflight, "preflight", parsed.append)
     assert preflight.main(words[words.index("tools.preflight") + 1 :]) == 0
     hardware.parse(parsed[0].topology, parsed[0].num_slices)
+
+
+def test_a_run_would_be_moved(monkeypatch):
+    """By the commands for a GPU without internet, up to the files."""
+    text, calls = (ROOT / "docs/gpus.md").read_text(), []
+    for name, module in (("pack", pack), ("unpack", unpack)):
+        monkeypatch.setattr(module, name, calls.append)
+        (rest,) = re.findall(rf"^ {{4}}python -m spectral_pod\.tools\.{name} (.*)$", text, re.M)
+        assert module.main(shlex.split(rest, comments=True)) == 0
+    assert calls[0].workdir == calls[1].workdir
+    (flags,) = re.findall(r"^ {4}spectral-pod (.*)$", text, re.M)
+    trainer = command_line.parse_trainer(shlex.split(flags))
+    assert trainer.workdir.value == calls[0].workdir
+    assert trainer.stop_after_minutes.value == 12
 
 
 @pytest.mark.parametrize("words", of("docker_gpu.sh"), ids=" ".join)

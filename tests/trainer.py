@@ -26,6 +26,8 @@ ROOT = processes.ROOT
 
 
 def get_config() -> ConfigDict:
+    if step := os.environ.get("TIME_IS_UP_AT"):
+        _time_is_up_at(int(step))
     c = default()
     c.data.task = "listops"
     c.data.options = ConfigDict({"train": 64, "validation": 16, "test": 16, "num_workers": 1})
@@ -48,6 +50,22 @@ def get_config() -> ConfigDict:
     c.checkpoint.every_steps = 5
     c.optimizer.warmup_steps = 5
     return c
+
+
+def _time_is_up_at(step):
+    """The clock of --stop_after_minutes strikes once this many steps of the run are taken."""
+    from spectral_pod.data import pipeline
+    from spectral_pod.parallel import runtime
+
+    load = pipeline.load
+
+    def timed_load(source, sharding, start, stop, **options):
+        for i, batch in enumerate(load(source, sharding, start, stop, **options), start):
+            if i == step:
+                runtime.preemption._on_time()
+            yield batch
+
+    pipeline.load = timed_load
 
 
 def config(**fields):

@@ -8,6 +8,7 @@ _MEANINGS = {
     75: "preempted, state saved",
     76: "lost a peer",
     77: "stalled",
+    78: "its time is up, state saved",
     126: "the command cannot be run",
     127: "the command cannot be run",
     130: "interrupted",

@@ -25,7 +25,7 @@ One that returns before its run ends, such as sbatch without --wait, is given al
 must be given none of them again before they end; --report shows how far they are.
 
 stdout has the tables, and DIR/table.md and DIR/table.json. Ctrl-C, SIGTERM and the end of the
-budget let the running cell save. Exits with 0 if every cell is done, or left to a launcher; 75 if
+budget let the running cell save. Exits with 0 if every cell is done, or left to a launcher; 78 if
 the budget ended before; 130 after Ctrl-C; and otherwise with the code of the worst cell, as the
 trainer has them (spectral_pod/errors.py).
 """

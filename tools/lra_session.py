@@ -14,7 +14,7 @@ from typing import IO
 from etils import epath
 
 from spectral_pod import project_files, storage
-from spectral_pod.errors import Preempted, UserError
+from spectral_pod.errors import TimeUp, UserError
 
 from . import exit_codes, lra_report, shell, status
 from .lra_report import Cell
@@ -49,6 +49,7 @@ class Session:
         self._deadline = time.monotonic() + 60 * budget_minutes
         self._code = 0  # the worst of the cells
         self._budget_ended = False
+        self._stopped = False  # a cell by its own --stop_after_minutes
         self._without_data: set[str] = set()  # tasks
         # Seconds of cells that are done, by task and model.
         self._seconds = {
@@ -77,10 +78,9 @@ class Session:
                     self._run(cell, missing[i:])
         finally:
             self._write_tables()
-        if not self._budget_ended:
-            return self._code
-        shell.say(f"The budget ended; {len(self._missing())} cell(s) are not done")
-        return exit_codes.worse(Preempted.exit_code, self._code)
+        if self._budget_ended:
+            shell.say(f"The budget ended; {len(self._missing())} cell(s) are not done")
+        return self._code or (TimeUp.exit_code if self._budget_ended or self._stopped else 0)
 
     def _missing(self) -> list[Cell]:
         return [cell for cell in self._cells if not cell.is_done]
@@ -99,6 +99,9 @@ class Session:
             shell.say(f"{position} {cell.name}: {cell.facts['accuracy']:.2f}%")
         elif code == 0:
             shell.say(f"{position} {cell.name}: the launcher has ended, and there is no result yet")
+        elif code == TimeUp.exit_code:
+            self._stopped = True
+            shell.say(f"{position} {cell.name}: {exit_codes.meaning(code)}")
         elif not (self._budget_ended and exit_codes.is_curable(code)):
             self._report_failure(cell, code, log, start)
 

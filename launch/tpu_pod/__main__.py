@@ -49,8 +49,8 @@ on it for --keep_minutes, or after --max_run_hours. Its service account must be 
 launcher says so if it is not. A preempted slice is only replaced while a launcher watches: leave it
 in tmux, or on a small VM. docs/pods.md says more, also what each message means.
 
-Exits with the trainer's code: 0 done, 1 a bug, 2 a user error, 3 non-finite numbers, 75 stopped;
-its own failures are 1, errors in this command 2, Ctrl-C 130.
+Exits with the trainer's code: 0 done, 1 a bug, 2 a user error, 3 non-finite numbers, 75 stopped,
+78 --stop_after_minutes is over; its own failures are 1, errors in this command 2, Ctrl-C 130.
 
 Needs the APIs tpu, compute and, for the guard, cloudresourcemanager (.googleapis.com). Least
 privilege:

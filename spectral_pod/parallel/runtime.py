@@ -24,7 +24,7 @@ import jax
 from jax._src import cloud_tpu_init, distributed  # the key-value store has no public API
 from jax.experimental import multihost_utils
 
-from spectral_pod.errors import ConfigError, LostPeerError, Preempted
+from spectral_pod.errors import ConfigError, LostPeerError, Preempted, TimeUp
 from spectral_pod.parallel import gpu_driver
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")  # TPUs and GPUs
@@ -104,7 +104,7 @@ def initialize(
         ) from error
     atexit.register(_disconnect)
     _client().key_value_set(f"{_KEYS}/host/{this_process()}", socket.gethostname())
-    _watch_key(_PREEMPTION_KEY, lambda _: preemption.on_signal())
+    _watch_key(_PREEMPTION_KEY, lambda _: preemption.on_notice())
     on_broadcast("ended", _exit_with_peer)
 
 
@@ -276,12 +276,15 @@ class Preemption:
     The processes agree to stop at the same call of `reached`. They exit `seconds` after the signal
     in any case, and at once if there are no unsaved steps. A thread receives the signal, as the
     main thread may spend minutes in a compilation or waiting for data.
+
+    `stop_after` ends the run likewise; no machine goes then, and a step may take its time.
     """
 
     def __init__(self) -> None:
         self.seconds = 25.0  # of the 30 that a machine has left when it is reclaimed
         self.has_unsaved_steps = False
         self.received = threading.Event()
+        self.by_clock = threading.Event()  # `stop_after` is the reason, not a signal
         self._calls = 0
 
     def listen(self) -> None:
@@ -308,6 +311,25 @@ class Preemption:
         timer.daemon = True
         timer.start()
 
+    def on_notice(self) -> None:
+        """To be called when JAX tells all processes of a SIGTERM to one, or of the clock's."""
+        if self._is_by_clock():
+            self.received.set()
+        else:
+            self.on_signal()
+
+    def stop_after(self, minutes: float) -> None:
+        """Ends the run this long after now, by the clock of process 0."""
+        timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), self._on_time)
+        timer.daemon = True
+        timer.start()
+
+    def why(self) -> tuple[type[Preempted], str]:
+        """Why `reached` has become true."""
+        if self._is_by_clock():
+            return TimeUp, "--stop_after_minutes is over"
+        return Preempted, "SIGTERM came"
+
     def reached(self, *, together: bool = True) -> bool:
         """Whether to save and exit here.
 
@@ -321,6 +343,25 @@ class Preemption:
             return False
         self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)
+
+    def _on_time(self) -> None:
+        if this_process() != 0 or self.received.is_set() or _closing.is_set():
+            return
+        self.by_clock.set()
+        if not self.has_unsaved_steps:
+            message = "TimeUp: --stop_after_minutes is over; there is nothing new to save"
+            _tell_why(TimeUp.exit_code, message)
+            exit_now(TimeUp.exit_code, message)
+        if num_processes() == 1:
+            self.received.set()
+        else:
+            share("by_clock", "")
+            os.kill(os.getpid(), signal.SIGTERM)  # of which JAX tells all processes
+
+    def _is_by_clock(self) -> bool:
+        if num_processes() > 1 and not self.by_clock.is_set() and shared("by_clock"):
+            self.by_clock.set()
+        return self.by_clock.is_set()
 
     def _exit(self, why: str) -> NoReturn:
         exit_now(Preempted.exit_code, f"Preempted: SIGTERM came; {why}")
@@ -390,11 +431,17 @@ def end(code: int, message: str) -> NoReturn:
     if code == LostPeerError.exit_code:
         time.sleep(_BROADCAST_SECONDS)  # if the peer sent its reason, `_exit_with_peer` ends this
         if preemption.received.is_set():
-            code = Preempted.exit_code  # the peer exited first, by the same signal
-    elif code != Preempted.exit_code:  # to which all processes agreed
-        reason = {"process": this_process(), "code": code, "message": message}
-        broadcast("ended", json.dumps(reason))
+            # The peer exited first, for the same reason.
+            code = (TimeUp if preemption.by_clock.is_set() else Preempted).exit_code
+    elif code not in (Preempted.exit_code, TimeUp.exit_code):  # to which all processes agreed
+        _tell_why(code, message)
     exit_now(code, message)
+
+
+def _tell_why(code: int, message: str) -> None:
+    """Tells the other processes, which then exit likewise."""
+    reason = {"process": this_process(), "code": code, "message": message}
+    broadcast("ended", json.dumps(reason))
 
 
 def exit_now(code: int, message: str) -> NoReturn:

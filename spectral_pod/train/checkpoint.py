@@ -16,7 +16,6 @@ step.
 """
 
 import contextlib
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -229,14 +228,8 @@ class Checkpointer(SealedSteps):
 
     def _delete_old(self) -> None:
         """Deletes steps that are neither new nor among the best: the step first, then its seal."""
-        scores: dict[int, float] = {}  # a step with a damaged seal is neither counted nor deleted
-        for step in sorted(self._sealed_steps(), reverse=True):
-            if seal := self._read_seal(step):
-                scores[step] = (seal["metrics"] or {}).get(self._best_metric, math.nan)
-        rated = [step for step in scores if not math.isnan(scores[step])]
-        best = sorted(rated, key=scores.__getitem__, reverse=True)  # the newest first among equals
-        keep = {*list(scores)[: self._keep_latest], *best[: self._keep_best]}
-        for step in scores.keys() - keep:
+        newest, best = self.ranked(self._best_metric)
+        for step in {*newest} - {*newest[: self._keep_latest], *best[: self._keep_best]}:
             self._check_lease()
             (self.directory / str(step)).rmtree()
             self._seal_path(step).unlink()

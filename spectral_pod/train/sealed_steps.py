@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,18 @@ class SealedSteps:
                 f"{self.directory}"
             )
         return step
+
+    def ranked(self, metric: str) -> tuple[list[int], list[int]]:
+        """The sealed steps from the newest on, and those that have a metric from the best on.
+
+        Of equally good ones the newest is first. One whose seal is damaged is in neither list.
+        """
+        scores: dict[int, float] = {}
+        for step in sorted(self._sealed_steps(), reverse=True):
+            if seal := self._read_seal(step):
+                scores[step] = (seal["metrics"] or {}).get(metric, math.nan)
+        rated = [step for step in scores if not math.isnan(scores[step])]
+        return list(scores), sorted(rated, key=scores.__getitem__, reverse=True)
 
     def restore(self, abstract_state: Any) -> Any | None:
         """Restores the newest sound step; None if there is none.
@@ -260,11 +273,7 @@ class SealedSteps:
 
 def file_digests(directory: Any) -> dict[str, dict[str, Any]]:
     """The size (bytes) and sha256 of every file below `directory`, by relative name."""
-    files: list[Any] = []
-    pending = [directory]
-    while pending:
-        for path in pending.pop().iterdir():
-            (pending if path.is_dir() else files).append(path)
+    files = storage.files_below(directory)
 
     def digest(path: Any) -> dict[str, Any]:
         with path.open("rb") as file:

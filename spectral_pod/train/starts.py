@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 
 import spectral_pod
 from spectral_pod import config as config_lib
-from spectral_pod import models, project_files, storage
+from spectral_pod import lease, models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import mixers_of
-from spectral_pod.lease import Lease
 from spectral_pod.parallel import runtime
 
 # Where a restart may differ: none changes the numbers of a run beyond float rounding.
@@ -54,8 +53,8 @@ def hold(workdir: str) -> Iterator[Callable[[], None]]:
     if not runtime.is_leader():
         yield lambda: None
         return
-    with Lease(f"{workdir}/lease.json", f"workdir {workdir}", say=runtime.print_once) as lease:
-        yield lease.check
+    with lease.of_workdir(workdir, runtime.print_once) as held:
+        yield held.check
 
 
 def claim_workdir(

@@ -174,7 +174,7 @@ class Trainer:
         """Runs the remaining steps, with validation and checkpoints when they are due.
 
         Raises:
-          Preempted: SIGTERM came, to this or to another process.
+          Preempted: SIGTERM came, to this or to another process, or the run's time is up.
           NonFiniteError: a loss, a gradient or a parameter is not finite.
         """
         evals, saves = self.config.train.eval_every_steps, self.config.checkpoint.every_steps
@@ -311,7 +311,7 @@ class Trainer:
         """Saves the state of a preempted run.
 
         Raises:
-          Preempted: always; names the step that is saved.
+          Preempted: always; says why, and names the step that is saved.
         """
         saved = "the newest checkpoint"
         with contextlib.suppress(BadStepError):  # then this state is not to be saved
@@ -321,9 +321,8 @@ class Trainer:
         self.writer.flush()  # after the state, which is worth more if there is no time for both
         self.checkpointer.wait_until_finished()
         runtime.barrier("saved")  # and sealed, by the leader
-        raise Preempted(
-            f"SIGTERM came; {saved} is saved, and the same command continues from it"
-        ) from None
+        error, why = runtime.preemption.why()
+        raise error(f"{why}; {saved} is saved, and the same command continues from it") from None
 
     def report_stall(self, stacks: Mapping[str, str]) -> None:
         """Writes the stacks of all threads; the process exits after it."""

@@ -48,7 +48,7 @@ def starts(tmp_path):
     return len((tmp_path / "starts").read_text().splitlines())
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 126, 127, 130, 193, 255])
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 78, 126, 127, 130, 193, 255])
 def test_codes_that_end_it(tmp_path, code):
     process = supervise(*ending_with(tmp_path, code, 0))
     assert process.communicate() == (None, "")

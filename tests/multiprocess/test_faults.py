@@ -56,6 +56,22 @@ def test_sigterm_to_one_saves_the_step_of_all_and_one_process_goes_on(cluster, t
     assert lines == sorted(set(lines))  # every step once
 
 
+def test_the_clock_of_the_first_ends_both_at_one_step(tmp_path):
+    env = {"TIME_IS_UP_AT": "12"}
+    with Cluster(tmp_path, tmp_path / "run", *OPTIONS, env=env) as two:
+        two.start(supervised=True, env_of_one={"SLOW_HOST": "0.05"})
+        assert two.wait() == [78, 78]  # once: a supervisor starts neither again
+        said = [
+            re.findall(r"^TimeUp: --stop_after_minutes is over; step (\d+) is saved", text, re.M)
+            for text in map(two.text, range(2))
+        ]
+    (saved,), theirs = said
+    assert theirs == [saved]
+    assert int(saved) >= 12
+    assert (tmp_path / f"run/seals/{saved}.json").exists()
+    assert [start["step"] for start in starts(tmp_path / "run")] == [0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_survivor_leaves_the_dead(cluster, victim):

@@ -212,7 +212,7 @@ def test_the_budget(stage, capfd):
     stage.interrupted("pathfinder-spectral-0")
     stage.plan({"pathfinder-spectral-0": "wait"})
     code, started = stage.run("--budget_minutes=0.05")
-    assert (code, started) == (75, ["listops-spectral-0", "pathfinder-spectral-0"])
+    assert (code, started) == (78, ["listops-spectral-0", "pathfinder-spectral-0"])
     assert (stage.folder / "saved").read_text() == "pathfinder-spectral-0"
     assert "The budget ended; 3 cell(s) are not done\n" in capfd.readouterr().err
     table = stage.table()
@@ -227,6 +227,16 @@ def test_the_budget(stage, capfd):
     assert (code, started) == (0, ["pathfinder-spectral-0", "listops-s5-0", "pathfinder-s5-0"])
 
 
+def test_a_cell_whose_own_time_is_up_has_not_failed(stage, capfd):
+    """By `-- --stop_after_minutes=`; the others go on."""
+    stage.interrupted("listops-spectral-0")
+    stage.plan({"listops-spectral-0": "fail 78"})
+    code, started = stage.run(tasks="listops")
+    assert (code, started) == (78, ["listops-spectral-0", "listops-s5-0"])
+    assert "| **spectral** | step 3 of 700 | — |" in stage.table()
+    assert "its time is up, state saved\n" in capfd.readouterr().err
+
+
 def test_a_cell_that_does_not_end_is_killed(stage, monkeypatch):
     monkeypatch.setattr(lra_session, "_SAVE_SECONDS", 0.5)
     stage.plan({"listops-s5-0": "wait stubborn"})
@@ -238,7 +248,7 @@ def test_a_cell_that_does_not_end_is_killed(stage, monkeypatch):
         return [*script, f"--workdir={stage.out}/{cell.name}"]
 
     session = lra_session.Session(str(stage.out), cells, command, budget_minutes=0.05, waits=False)
-    assert session.run() == 75
+    assert session.run() == 78
     assert cells[0].state == "not run"
 
 

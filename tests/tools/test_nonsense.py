@@ -19,7 +19,7 @@ from spectral_pod.train import starts
 from tests import trainer
 from tests.tiny_run import DIGEST, tiny_config, write_run
 from tests.tools.test_shell import tools
-from tools import preflight, shell
+from tools import pack, preflight, shell
 
 CONFIG = f"--config={trainer.ROOT}/tests/tools/tiny.py"
 # A command line of each tool that works, from a folder with what `folder` writes.
@@ -35,6 +35,7 @@ COMMANDS = {
     "tools.generate": [["--workdir=run", "--prompt=x", "--num_bytes=2"]],
     "tools.gke": [["--name=n", "--image=i", "--workdir=gs://b/r", "--topology=v4-8", "--", CONFIG]],
     "tools.lra": [["--out=new", "--tasks=listops", "--models=fnet", "--dry_run"]],
+    "tools.pack": [["run", "--out=new"]],
     "tools.preflight": [[CONFIG, "--topology=cpu-2"]],
     "tools.records": [
         ["write", "--task=records", "--out=new", "--train=set.jsonl"],
@@ -46,6 +47,7 @@ COMMANDS = {
     ],
     "tools.status": [["run"]],
     "tools.tune": [[CONFIG]],
+    "tools.unpack": [["packed", "--workdir=new"]],
 }
 # What tools do with values that they accept is left out: of these always, as it takes long or a
 # network; in the gate of all but the latter.
@@ -142,8 +144,11 @@ def test_every_tool_is_tried():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_nonsense_in_a_flag(name, part, folder, monkeypatch, capfd):
     main = importlib.import_module(f"{name}.__main__" if name == "tools.bench" else name).main
-    if part and name in ("tools.generate", "tools.export"):
+    if part and name in ("tools.generate", "tools.export", "tools.pack", "tools.unpack"):
         write_run(folder / "run", tiny_config())
+        if name == "tools.unpack":
+            assert pack.main(["run", "--out=packed"]) == 0
+            capfd.readouterr()
     failure = preflight.INVALID if name == "tools.preflight" else 2
     works = name not in LONG if part else name in SHORT
     for good in COMMANDS[name]:

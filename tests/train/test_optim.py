@@ -185,7 +185,8 @@ def test_the_average_of_parameters():
     average = jax.tree.map(np.float64, params)
     for t, loss in enumerate((1.0, 1.0, np.nan, 1.0)):
         gradients = jax.tree.map(lambda x, t=t: jnp.sin(x + t), params)
-        updates, state = step(gradients, state, params, loss=jnp.float32(loss))
+        with jax.numpy_dtype_promotion("standard"):  # as in a training step
+            updates, state = step(gradients, state, params, loss=jnp.float32(loss))
         params = optax.apply_updates(params, updates)
         decay = min(0.9, (1 + t) / (10 + t))
         average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)

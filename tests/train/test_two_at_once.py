@@ -59,6 +59,10 @@ def test_a_run_is_alone_in_its_workdir(tmp_path):
         before = trainer.contents(workdir)
         second = trainer.run(trainer.command(workdir), code=2).stderr.strip().splitlines()[-1]
         assert re.search(rf"workdir {workdir} is in use by process {child.pid} on host", second)
+        command = [sys.executable, "-m", "tools.pack", str(workdir), f"--out={tmp_path}/packed"]
+        packing = trainer.run(command, code=2).stderr.strip().splitlines()[-1]
+        assert re.search(rf"workdir {workdir} is in use by process {child.pid} on host", packing)
+        assert not (tmp_path / "packed").exists()
         evaluated = trainer.run([*trainer.command(workdir), "--eval_only"]).stdout
         assert re.search(r"^step \d+ test", evaluated, re.MULTILINE)
         assert trainer.contents(workdir) == before
