@@ -6,6 +6,10 @@ Command:  python -m spectral_pod.main --config=configs/lra_listops.py --workdir=
           --config=configs/lra_listops.py:multi_scale         with pooled views of 4, 16 patches
           --config=configs/lra_listops.py:cpu                 a preset for 15 minutes on 2 cores
           --config=configs/lra_listops.py:overfit             memorises 100 examples in 500 steps
+          --config=configs/lra_listops.py:s5                  a baseline: transformer,
+                                                linear_transformer, linformer, fnet or s5
+
+Presets combine, one of each kind: `:cpu,s5`, `:raw,transformer`.
 
 The full preset is 6 layers of width 256 (about 3.5M parameters), 40 epochs, for one accelerator or
 a slice. Accuracy is reported beside a ladder of baselines that evaluate the top k levels exactly.
@@ -14,16 +18,26 @@ a slice. Accuracy is reported beside a ladder of baselines that evaluate the top
 from ml_collections import ConfigDict
 
 from spectral_pod.config import Config
-from spectral_pod.recipes import long_range, schedule, small_long_range
+from spectral_pod.recipes import (
+    BASELINES,
+    TRANSFORMERS,
+    chosen,
+    long_range,
+    s5,
+    schedule,
+    small_long_range,
+    transformer,
+)
 
 # The longest record is below 2,000 symbols; as text it has at most about 4,900 and 13,000 bytes.
 SEQ_LEN = {"symbol": 2048, "stripped": 5120, "raw": 16384}
-PRESETS = ("hybrid", "multi_scale", "cpu", "overfit")
+SIZES = ("full", "cpu", "overfit")
+MODELS = ("spectral", "hybrid", "multi_scale", *BASELINES)
 
 
-def get_config(preset: str = "symbol") -> Config:
+def get_config(presets: str = "symbol") -> Config:
+    encoding, size, model = chosen(presets, tuple(SEQ_LEN), SIZES, MODELS)
     c = long_range()
-    encoding = preset if preset in SEQ_LEN else "symbol"
     c.data.task = "listops"
     c.data.options = ConfigDict(
         {"encoding": encoding, "seed": 0, "train": 96_000, "validation": 2_000, "test": 2_000}
@@ -33,24 +47,34 @@ def get_config(preset: str = "symbol") -> Config:
     c.optimizer.learning_rate = 3e-3
     c.optimizer.weight_decay = 0.04
 
-    if preset == "hybrid":
+    if model == "hybrid":
         c.model.pattern = ("spectral+local_attention", "spectral+delta")
         c.model.attention.window = 64
-    if preset == "multi_scale":
+    if model == "multi_scale":
         c.model.coarser_scales = (4, 4)
-    if preset in ("cpu", "overfit"):
+    if model in TRANSFORMERS:  # base_listops_config.py
+        transformer(
+            c, model, layers=4, width=512, heads=8, hidden=1024, dropout=0.1,
+            batch=32, steps=5_000, warmup=1_000, rate=0.05 / 1_000**0.5, decay=0.1,
+        )  # fmt: skip
+    if model == "s5":  # run_lra_listops.sh
+        s5(
+            c, layers=8, width=128, state=16, blocks=8, c_init="lecun_normal", dropout=0.0,
+            glu="half_glu2", records=96_000, batch=50, epochs=40,
+            rate=3e-3, dynamics_rate=1e-3, decay=0.04,
+        )  # fmt: skip
+
+    if size in ("cpu", "overfit"):
         small_long_range(c)
         c.model.dtype = "float32"  # CPUs are faster in float32
         c.train.global_batch_size = 32
-    if preset == "cpu":
+    if size == "cpu":
         schedule(c, total=700, every=175, warmup=70)
-    if preset == "overfit":
+    if size == "overfit":
         c.data.train_records = 100
         c.train.global_batch_size = 25
         c.train.log_every_steps = 25
         c.train.eval_split = "train"
         schedule(c, total=500, every=500, warmup=25)
         c.optimizer.weight_decay = 0.0
-    if preset not in (*SEQ_LEN, *PRESETS):
-        raise ValueError(f"unknown preset {preset!r}; there are {[*SEQ_LEN, *PRESETS]}")
     return c

@@ -3,6 +3,8 @@
 Command:  python -m spectral_pod.main --config=configs/lra_retrieval.py --workdir=DIR
               --config.data.options.source=lra_release/lra_release/tsv_data
           --config=configs/lra_retrieval.py:cpu      the substitute, for 2 CPU cores
+          --config=configs/lra_retrieval.py:s5       a baseline: transformer, linear_transformer,
+                                                     linformer, fnet or s5; `:cpu,s5` is small
 
 The folder holds the published pairs of papers, new_aan_pairs.train.tsv, .eval.tsv and .test.tsv:
 147,086, 18,090 and 17,437 of them. Without a source, a substitute for AAN is used: do two windows
@@ -21,14 +23,24 @@ of this size were still at 50 to 52% after 600 to 700 steps. The whole preset ha
 from ml_collections import ConfigDict
 
 from spectral_pod.config import Config
-from spectral_pod.recipes import learning_rates, long_range, schedule
+from spectral_pod.recipes import (
+    BASELINES,
+    TRANSFORMERS,
+    chosen,
+    learning_rates,
+    long_range,
+    patches,
+    s5,
+    schedule,
+    transformer,
+)
 
-PRESETS = ("full", "cpu")
+SIZES = ("full", "cpu")
+MODELS = ("spectral", *BASELINES)
 
 
-def get_config(preset: str = "full") -> Config:
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {PRESETS}")
+def get_config(presets: str = "full") -> Config:
+    size, model = chosen(presets, SIZES, MODELS)
     c = long_range()
     c.data.task = "retrieval"
     c.data.options = ConfigDict(
@@ -51,7 +63,20 @@ def get_config(preset: str = "full") -> Config:
     c.train.log_every_steps = 100
     schedule(c, total=92_000, every=4_600)  # 20 epochs of 147,086
 
-    if preset == "cpu":
+    if model in TRANSFORMERS:  # base_match_config.py, whose warm-up of 8,000 steps does not end
+        transformer(
+            c, model, layers=4, width=128, heads=4, hidden=512, dropout=0.1, batch=32,
+            steps=5_000, warmup=2_500, rate=0.05 / 8_000**0.5 * 5_000 / 8_000, decay=0.1,
+        )  # fmt: skip
+    if model == "s5":  # run_lra_aan.sh
+        s5(
+            c, layers=6, width=128, state=256, blocks=16, c_init="trunc_standard_normal",
+            dropout=0.0, records=147_086, batch=32, epochs=20,
+            rate=2e-3, dynamics_rate=1e-3, decay=0.05, dt_global=True,
+        )  # fmt: skip
+
+    if size == "cpu":
+        patches(c)
         c.data.options.update(window=1024, train=20_000)
         c.data.seq_len = 1024
         c.model.dtype = "float32"  # CPUs are faster in float32
@@ -62,5 +87,6 @@ def get_config(preset: str = "full") -> Config:
         c.model.memory_interval = 0
         c.model.dropout = 0.0
         schedule(c, total=6_000, every=600, warmup=100)  # 10 epochs of 20,000
-        learning_rates(c, 2e-3)
+        if model == "spectral":
+            learning_rates(c, 2e-3)
     return c

@@ -2,6 +2,8 @@
 
 Command:  python -m spectral_pod.main --config=configs/lra_text.py --workdir=DIR
           --config=configs/lra_text.py:cpu      a preset for 30 minutes on 2 cores
+          --config=configs/lra_text.py:s5       a baseline: transformer, linear_transformer,
+                                                linformer, fnet or s5; `:cpu,s5` is its small one
 
 The reviews are those of IMDb (25,000 for training, 25,000 for testing), which TensorFlow Datasets
 downloads. To use your own files, in any format that `spectral_pod/data/formats.py` reads:
@@ -20,14 +22,23 @@ bytes for 6 epochs and reaches 75.8% on half of the test reviews (docs/results.m
 from ml_collections import ConfigDict
 
 from spectral_pod.config import Config
-from spectral_pod.recipes import long_range, schedule
+from spectral_pod.recipes import (
+    BASELINES,
+    TRANSFORMERS,
+    chosen,
+    long_range,
+    patches,
+    s5,
+    schedule,
+    transformer,
+)
 
-PRESETS = ("full", "cpu")
+SIZES = ("full", "cpu")
+MODELS = ("spectral", *BASELINES)
 
 
-def get_config(preset: str = "full") -> Config:
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {PRESETS}")
+def get_config(presets: str = "full") -> Config:
+    size, model = chosen(presets, SIZES, MODELS)
     c = long_range()
     c.data.task = "records"
     c.data.options = ConfigDict(
@@ -47,12 +58,26 @@ def get_config(preset: str = "full") -> Config:
     c.data.truncate = True
     schedule(c, total=11_250, every=375)  # 32 epochs of 22,500
 
-    if preset == "cpu":
+    if model in TRANSFORMERS:  # base_tc_config.py, linformer_base.py
+        transformer(
+            c, model, layers=4, width=256, heads=4, hidden=1024, dropout=0.1, rank=32,
+            batch=32, steps=20_000, warmup=8_000, rate=0.05 / 8_000**0.5, decay=0.1,
+        )  # fmt: skip
+    if model == "s5":  # run_lra_imdb.sh, which trains on 25,000 and chooses by the test split
+        s5(
+            c, layers=6, width=256, state=192, blocks=12, c_init="lecun_normal", dropout=0.1,
+            glu="half_glu2", records=22_500, batch=50, epochs=35, warmup_epochs=0,
+            rate=4e-3, dynamics_rate=1e-3, decay=0.07, dt_global=True,
+        )  # fmt: skip
+
+    if size == "cpu":
+        patches(c)
         c.data.seq_len = 1024
         c.model.num_layers = 2
         c.model.hidden_dim = 128
         c.model.embed_dim = 64
         c.train.global_batch_size = 32
         schedule(c, total=4_400, every=1_100, warmup=140)  # 6 epochs
-        c.optimizer.learning_rate = 3e-3
+        if model == "spectral":
+            c.optimizer.learning_rate = 3e-3
     return c

@@ -185,7 +185,9 @@ def _format_error(error: BaseException, argv: list[str]) -> str:
     if isinstance(error, OSError):
         return f"the config file cannot be read: {str(error).splitlines()[-1].strip()}"
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    ours = [f for f in frames if not re.search("site-packages|<frozen|/command_line.py$", f[0])]
+    # A mistake in a preset is raised by recipes.py, for the config file that takes it.
+    others = "site-packages|<frozen|/(command_line|recipes).py$"
+    ours = [f for f in frames if not re.search(others, f[0])]
     if ours:
         return f"{ours[-1][0]}:{ours[-1][1]}: {type(error).__name__}: {error}"
     field = re.findall(r"\w+", str(error))[0]

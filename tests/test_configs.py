@@ -1,6 +1,7 @@
 """Every shipped config, in each of its presets, passes the checks and builds a model."""
 
 import importlib.util
+import itertools
 import pathlib
 
 import jax
@@ -15,21 +16,25 @@ from spectral_pod.train.sources import open_sources
 from spectral_pod.validation import validate, validate_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+BASELINES = ("transformer", "linear_transformer", "linformer", "fnet", "s5")
 FORMS = {
     "quickstart": [()],
-    "lra_listops": ["symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit"],
-    "lra_text": ["full", "cpu"],
-    "lra_image": ["full", "cpu"],
-    "lra_retrieval": ["full", "cpu"],
+    "lra_listops": [
+        "symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit", *BASELINES,
+        "s5,raw,cpu",
+    ],
+    "lra_text": ["full", "cpu", *BASELINES],
+    "lra_image": ["full", "cpu", *BASELINES],
+    "lra_retrieval": ["full", "cpu", *BASELINES],
     "dna": ["full", "cpu"],
-    "lra_pathfinder": ["pathfinder", "path_x", "cpu"],
+    "lra_pathfinder": ["pathfinder", "path_x", "cpu", *BASELINES, "path_x,s5"],
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],
     "lm_wikitext": ["cpu", "gpu"],
     "lm_pod": ["125m", "350m", "1b", "7b", "125m_32k", "350m_32k", "1b_32k", "7b_32k"],
     "memory": ["copy", "recall", "overwrite"],
     "mqar": ["zoology", "bytes"],
-}
+}  # fmt: skip
 
 
 def load(name):
@@ -62,6 +67,56 @@ def test_a_config_is_sound(name, form):
     tokens = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
     assert jax.eval_shape(model.init, jax.random.key(0), tokens, mask)["params"]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name.startswith("lra_")])
+def test_presets_combine(name):
+    """Every choice of one preset of each kind, in any order, is valid and has what each of them has
+    alone."""
+    module = load(name)
+    kinds = [tuple(getattr(module, kind, {})) for kind in ("SEQ_LEN", "TASKS", "SIZES", "MODELS")]
+    kinds = [kind for kind in kinds if kind]
+    for choice in itertools.product(*kinds):
+        config = module.get_config(",".join(choice))
+        validate(config)
+        assert config.to_dict() == module.get_config(",".join(reversed(choice))).to_dict()
+        size, model = choice[-2:]
+        alone = module.get_config(model)
+        assert config.model.pattern == alone.model.pattern
+        if size != "full":
+            assert config.train.total_steps == module.get_config(size).train.total_steps
+            assert config.train.global_batch_size == module.get_config(size).train.global_batch_size
+        for kind, taken in zip(kinds, choice, strict=True):
+            for other in set(kind) - {taken}:
+                with pytest.raises(ValueError, match=f"'{taken}' and '{other}' exclude each other"):
+                    module.get_config(",".join([*choice, other]))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "states", "blocks", "steps", "batch", "rates", "decay"),
+    [
+        # The published programs' own arguments: epochs * records // batch, sqrt(batch / theirs).
+        ("lra_listops:s5", 8, 128, 8, 8, 40 * 1500, 64, (3e-3, 1e-3, 50), 0.04),
+        ("lra_text:s5", 6, 256, 96, 12, 35 * 351, 64, (4e-3, 1e-3, 50), 0.07),
+        ("lra_retrieval:s5", 6, 128, 128, 16, 20 * 4596, 32, (2e-3, 1e-3, 32), 0.05),
+        ("lra_image:s5", 6, 512, 192, 3, 250 * 703, 64, (4.5e-3, 1e-3, 50), 0.07),
+        ("lra_pathfinder:s5", 6, 192, 128, 8, 200 * 2500, 64, (4.5e-3, 0.9e-3, 64), 0.03),
+        ("lra_pathfinder:path_x,s5", 6, 128, 128, 16, 75 * 5000, 32, (1.8e-3, 0.6e-3, 32), 0.06),
+    ],
+)
+def test_s5_has_its_published_recipe(
+    name, layers, width, states, blocks, steps, batch, rates, decay
+):
+    name, form = name.split(":")
+    c = load(name).get_config(form)
+    assert (c.model.num_layers, c.model.hidden_dim) == (layers, width)
+    assert (c.model.s5.state_dim, c.model.s5.blocks) == (states, blocks)
+    assert (c.train.total_steps, c.train.global_batch_size) == (steps, batch)
+    *rates, theirs = rates
+    scaled = [rate * (batch / theirs) ** 0.5 for rate in rates]
+    assert [c.optimizer.learning_rate, c.optimizer.dynamics_learning_rate] == pytest.approx(scaled)
+    assert c.optimizer.weight_decay == decay
+    assert (c.model.patch.stride, c.model.patch.positions) == (1, "none")
 
 
 @pytest.mark.parametrize("name", ["lm_library:gpt", "lm_library:llm", "lm_shakespeare:cpu"])

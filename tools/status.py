@@ -146,7 +146,7 @@ def _state(
     if started > newest:
         age = now - started
         state = "starting" if age < _START_SECONDS else "stopped"
-        return {"state": state, "why": f"started {_duration(age)} ago, and no metrics since"}
+        return {"state": state, "why": f"started {duration(age)} ago, and no metrics since"}
     intervals = [
         after - before
         for before, after in itertools.pairwise(_times(lines))
@@ -156,8 +156,8 @@ def _state(
     patience = max(_PATIENCE, 10 * usual, 2 * longest)
     age = now - newest
     state = "running" if age <= patience else "stalled" if age <= 10 * patience else "stopped"
-    rhythm = f"; they come every {_duration(usual)}, at most {_duration(longest)} apart"
-    why = f"last metrics {_duration(age)} ago{rhythm if intervals else ''}"
+    rhythm = f"; they come every {duration(usual)}, at most {duration(longest)} apart"
+    why = f"last metrics {duration(age)} ago{rhythm if intervals else ''}"
     return {"state": state, "why": why}
 
 
@@ -252,7 +252,7 @@ def _faults(
             reason = text.partition("\n")[0]
             yield f"checkpoint {file.stem} is in quarantine: {reason}"
     if stalls:
-        age = _duration(now - storage.modified(stalls[-1]))
+        age = duration(now - storage.modified(stalls[-1]))
         yield f"{len(stalls)} report(s) of a stall, the newest of {age} ago: {stalls[-1]}"
     checkpoint, free = found["checkpoint"], found["disk_free_gb"]
     if checkpoint is None and lines and found["state"] != "running":
@@ -294,7 +294,7 @@ def _progress(found: Mapping[str, Any]) -> Iterator[_Line]:
     yield "state", [f"{found['state']}: {found['why']}"]
     share = found["step"] / found["total_steps"]
     steps = f"{found['step']:,} of {found['total_steps']:,} ({share:.1%})"
-    yield "step", [steps, eta is not None and f"done in {_duration(eta)}"]
+    yield "step", [steps, eta is not None and f"done in {duration(eta)}"]
     if start := found["last_start"]:
         starts = f"{found['starts']}, the last at step {start['step']:,}"
         yield "starts", [starts, f"{start['devices']} of {start['processes']} process(es)"]
@@ -315,7 +315,7 @@ def _progress(found: Mapping[str, Any]) -> Iterator[_Line]:
         "goodput",
         [fraction is not None and f"{fraction:.1%}"]
         + [
-            f"{name.removesuffix('_seconds').replace('_', ' ')} {_duration(spent)}"
+            f"{name.removesuffix('_seconds').replace('_', ' ')} {duration(spent)}"
             for name, spent in lost
             if spent
         ],
@@ -338,7 +338,7 @@ def _results(found: Mapping[str, Any]) -> Iterator[_Line]:
             "checkpoint",
             [
                 step is not None
-                and f"step {step:,}, sealed {_duration(checkpoint['age_seconds'])} ago",
+                and f"step {step:,}, sealed {duration(checkpoint['age_seconds'])} ago",
                 unsealed and f"not sealed: {', '.join(map(str, unsealed))}",
                 best and f"best is step {best['step']:,} ({_scores(best)})",
             ],
@@ -433,7 +433,7 @@ def _files(folder: epath.Path) -> list[epath.Path]:
     return sorted(folder.iterdir()) if folder.exists() else []
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """0.4 s, 12 s, 3:04 min, 5:12 h, 3.2 days."""
     if not math.isfinite(seconds) or seconds > 1e12:
         return "an unknown time"

@@ -82,24 +82,15 @@ def claim_workdir(
       DataError: the record is damaged, or with `read_only` missing.
     """
     file = epath.Path(workdir) / "config.json"
-    mine = config_lib.to_dict(config)
     if not file.exists():
         if read_only:
             raise DataError(f"{workdir} is no workdir of a run: it has no config.json")
         file.parent.mkdir(parents=True, exist_ok=True)
+        mine = config_lib.to_dict(config)
         facts = {"config": mine, "data_digest": data_digest, "classes": list(classes)}
         project_files.RUN.write(file, facts)
     recorded = project_files.RUN.read(file)
-    fields: Any = copy.deepcopy(recorded["config"])
-    config_lib.fill(fields, json.loads(json.dumps(config_lib.defaults_of(fields, str(file)))))
-    theirs, ours = _resolved(fields), _resolved(json.loads(json.dumps(mine)))
-    free = (*_FREE_TO_CHANGE, *_unread_sections(config))
-    changed = [
-        f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and not key.startswith(free)
-    ]
-    if changed:
+    if changed := differences(recorded, config, str(file)):
         raise ConfigError(
             f"workdir {workdir} belongs to a run of another configuration ("
             + "; ".join(changed)
@@ -118,6 +109,20 @@ def claim_workdir(
             "--workdir"
         )
     return project_files.run_id(recorded)
+
+
+def differences(recorded: project_files.Run, config: Config, file: str) -> list[str]:
+    """What in a configuration makes it another run's than the one that is recorded in `file`."""
+    fields: Any = copy.deepcopy(recorded["config"])
+    config_lib.fill(fields, json.loads(json.dumps(config_lib.defaults_of(fields, file))))
+    mine = json.loads(json.dumps(config_lib.to_dict(config)))
+    theirs, ours = _resolved(fields), _resolved(mine)
+    free = (*_FREE_TO_CHANGE, *_unread_sections(config))
+    return [
+        f"config.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not key.startswith(free)
+    ]
 
 
 def _unread_sections(config: Config) -> list[str]:

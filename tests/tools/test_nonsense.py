@@ -34,6 +34,7 @@ COMMANDS = {
     "tools.export": [["--workdir=run", "--output=new"]],
     "tools.generate": [["--workdir=run", "--prompt=x", "--num_bytes=2"]],
     "tools.gke": [["--name=n", "--image=i", "--workdir=gs://b/r", "--topology=v4-8", "--", CONFIG]],
+    "tools.lra": [["--out=new", "--tasks=listops", "--models=fnet", "--dry_run"]],
     "tools.pack": [["run", "--out=new"]],
     "tools.preflight": [[CONFIG, "--topology=cpu-2"]],
     "tools.records": [
