@@ -1,15 +1,22 @@
 """The device mesh: axes data, fsdp, sequence, tensor."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jaxlib
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from spectral_pod.errors import ConfigError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
+
+# Of jaxlib, since openxla/xla#46347: an FFT that runs on a thread of XLA's pool on CPUs hands its
+# parts to that pool and blocks until they are done. When each thread does so, none is left.
+_DEADLOCKS = ("0.11.1", "0.11.2")
+_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -23,9 +30,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       devices: all devices of the run by default.
 
     Raises:
-      ConfigError: `data` is not a multiple of the number of slices.
+      ConfigError: `data` is not a multiple of the number of slices, or this version of jaxlib does
+        not serve these devices.
     """
     devices = jax.devices() if devices is None else devices
+    _check_version(devices[0].platform)
     shape = tuple(sizes[axis] for axis in AXES)
     slices = num_slices(devices)
     check_slices(sizes, slices)
@@ -40,6 +49,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             allow_split_physical_axes=True,
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_version(platform: str) -> None:
+    version = jaxlib.__version__
+    if (
+        platform == "cpu"
+        and version in _DEADLOCKS
+        and _ONE_THREAD not in os.environ.get("XLA_FLAGS", "")
+    ):
+        raise ConfigError(
+            f"jaxlib {version} is installed, whose FFTs can wait for each other for ever on CPUs: "
+            "install another (pip install 'jax!=0.11.1,!=0.11.2'), or set "
+            f"XLA_FLAGS={_ONE_THREAD}, with which it is slower"
+        )
 
 
 def check_slices(sizes: Mapping[str, int], slices: int) -> None:

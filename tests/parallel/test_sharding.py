@@ -8,6 +8,9 @@ from jax.sharding import PartitionSpec
 
 from spectral_pod import models
 from spectral_pod.config import default
+from spectral_pod.errors import ConfigError
+from spectral_pod.generate.restore import one_device
+from spectral_pod.parallel import mesh as mesh_lib
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.parallel.sharding import RULES, shard_op, spec
 from spectral_pod.train.optim import make_optimizer
@@ -62,3 +65,12 @@ def test_a_sharded_operation_is_the_plain_one():
     with jax.set_mesh(mesh):
         y = shard_op(jnp.sin, [("batch", "channel")], ("batch", "channel"))(x)
     np.testing.assert_array_equal(y, jnp.sin(x))
+
+
+def test_versions_that_deadlock_on_cpus_are_refused(monkeypatch):
+    monkeypatch.setattr(mesh_lib.jaxlib, "__version__", "0.11.2")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with pytest.raises(ConfigError, match=r"jaxlib 0\.11\.2 is installed, whose FFTs can wait"):
+        one_device()
+    monkeypatch.setenv("XLA_FLAGS", "--a --xla_cpu_multi_thread_eigen=false")
+    assert one_device().size == 1
