@@ -20,8 +20,8 @@ BASELINES = ("transformer", "linear_transformer", "linformer", "fnet", "s5")
 FORMS = {
     "quickstart": [()],
     "lra_listops": [
-        "symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit", *BASELINES,
-        "s5,raw,cpu",
+        "symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit", "short",
+        "short,subtrees", *BASELINES, "s5,raw,cpu",
     ],
     "lra_text": ["full", "cpu", *BASELINES],
     "lra_image": ["full", "cpu", *BASELINES],
