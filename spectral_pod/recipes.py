@@ -174,9 +174,9 @@ def s5(
       records: of the training split.
       rate, dynamics_rate: `lr_factor * ssm_lr_base` and `ssm_lr_base`.
     """
-    # Not expressed: BatchNorm, in place of which there is LayerNorm.
     c.model.pattern = ("s5",)
     c.model.channel_mixer = glu
+    c.model.normalization = "batch"
     c.model.patch.stride = c.model.patch.kernel = 1
     c.model.patch.positions = "none"
     c.model.num_layers = c.model.unroll = layers

@@ -173,6 +173,11 @@ def _check_model(config: Config) -> None:
             f"config.model.mlp_expansion is {config.model.mlp_expansion}, which leaves no hidden "
             f"channel of model.hidden_dim = {config.model.hidden_dim}"
         )
+    if model.causal and config.model.normalization == "batch":
+        raise ConfigError(
+            "config.model.normalization is 'batch', by which positions see later ones in training; "
+            f"{config.model.name} is causal"
+        )
     if config.model.consistency_weight and not model.has_consistency_loss:
         raise ConfigError(
             f"config.model.consistency_weight is {config.model.consistency_weight}, and "

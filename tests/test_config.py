@@ -83,6 +83,8 @@ def test_the_defaults_pass():
          "pooling is 'attention'; in task 'listops_subtrees' every byte has a label, which needs"),
         ({"model__pooling": "none"}, "pooling is 'none'; in task 'listops' every record has a"),
         ({"data__task": "listops_subtrees", "model__pooling": "none"}, "stride is 4; .*needs 1"),
+        ({"model__normalization": "batch", "model__name": "spectral_gpt", "data__task": "lm"},
+         "normalization is 'batch', by which positions see later ones"),
         ({"model__chunk": 1000}, "chunk is 1000; it must be a multiple of 4.*seq_len = 2048"),
         ({"model__chunk": 512, "data__documents": 2, "data__task": "retrieval"}, "are read whole"),
         ({"model__chunk": 512, "model__pooling": "last"}, "'last', which counts from the start"),

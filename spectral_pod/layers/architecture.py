@@ -44,6 +44,9 @@ class ModelConfig:
     mlp_expansion: PositiveFloat = 1.0
     memory_interval: NonNegative = 2  # every n-th block has a delta memory; 0: none
     norm: Literal["pre", "post"] = "pre"  # x + f(norm(x)) or norm(x + f(x))
+    # Of blocks: over the channels of a position, or of each channel over batch and positions, as S5
+    # does, in models that are not causal.
+    normalization: Literal["layer", "batch"] = "layer"
     # Over positions, in spectral_model; 'none' predicts a label for every position.
     pooling: Literal["attention", "mean", "last", "none"] = "attention"
     dropout: Fraction = 0.0  # of embeddings, feed-forward hidden layers and residual branches

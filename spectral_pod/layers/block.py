@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from spectral_pod.layers.architecture import Architecture
-from spectral_pod.layers.dense import LayerNorm
+from spectral_pod.layers.dense import BatchNorm, LayerNorm
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixer import Mixer, State
 from spectral_pod.layers.mixers import MIXERS
@@ -53,7 +53,7 @@ class Block(nn.Module):
         else:
             classes["feed_forward"] = channel_mixer
         self.mixers = {name: self._make(cls, name) for name, cls in classes.items()}
-        self.norms = {name: LayerNorm(name=f"{name}_norm") for name in classes}
+        self.norms: dict[str, nn.Module] = {name: self._norm(f"{name}_norm") for name in classes}
         self.drops = {
             name: nn.Dropout(config.dropout, deterministic=self.deterministic, name=f"Dropout_{i}")
             for i, name in enumerate(classes)
@@ -65,7 +65,7 @@ class Block(nn.Module):
         """[B, N, D] to [B, N, D] in the model's dtype, and what is carried on if `chunked`."""
         after: dict[str, Any] = {}
         for name, mixer in self.mixers.items():
-            input_BND = self._input(name, x_BND)
+            input_BND = self._input(name, x_BND, mask_BN)
             if chunked:
                 before = carry[name] if carry else None
                 y_BND, after[name] = mixer.extend(input_BND, mask_BN, before)
@@ -74,7 +74,7 @@ class Block(nn.Module):
             if name in self.reverse:
                 from_end = self.reverse[name](input_BND[:, ::-1], mask_BN[:, ::-1])
                 y_BND += from_end[:, ::-1]
-            x_BND = self._residual(name, x_BND, y_BND)
+            x_BND = self._residual(name, x_BND, y_BND, mask_BN)
         return x_BND, after
 
     def init_state(self, batch: int) -> State:
@@ -103,18 +103,28 @@ class Block(nn.Module):
     def _make(self, cls: type[Mixer], name: str) -> Mixer:
         return cls.from_config(self.config, deterministic=self.deterministic, name=name)
 
-    def _input(self, name: str, x_BND: jax.Array) -> jax.Array:
-        pre_norm = self.config.norm == "pre"
-        return self.norms[name](x_BND).astype(x_BND.dtype) if pre_norm else x_BND
+    def _norm(self, name: str) -> nn.Module:
+        if self.config.normalization == "batch":
+            return BatchNorm(self.deterministic, name=name)
+        return LayerNorm(name=name)
 
-    def _residual(self, name: str, x_BND: jax.Array, y_BND: jax.Array) -> jax.Array:
+    def _normalized(self, name: str, x_BND: jax.Array, mask_BN: jax.Array | None) -> jax.Array:
+        of_batch = self.config.normalization == "batch"
+        y_BND = self.norms[name](x_BND, mask_BN) if of_batch else self.norms[name](x_BND)
+        return y_BND.astype(x_BND.dtype)
+
+    def _input(self, name: str, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
+        return self._normalized(name, x_BND, mask_BN) if self.config.norm == "pre" else x_BND
+
+    def _residual(
+        self, name: str, x_BND: jax.Array, y_BND: jax.Array, mask_BN: jax.Array | None = None
+    ) -> jax.Array:
         """Pre-norm `x + layer(norm(x))` or post-norm `norm(x + layer(x))`, with dropout."""
-        dtype = x_BND.dtype
         if name in self.gates:
             y_BND = self.gates[name](y_BND)
         x_BND = x_BND + self.drops[name](y_BND)
         if self.config.norm == "post":
-            x_BND = self.norms[name](x_BND).astype(dtype)
+            x_BND = self._normalized(name, x_BND, mask_BN)
         # Left to itself, XLA would split the width over `tensor` and gather it for every product.
         return constrain(x_BND, "batch", "position", "width")
 
@@ -191,7 +201,7 @@ def _stacked_blocks(config: Architecture, deterministic: bool, chunked: bool) ->
     if repeats:
         scanned = nn.scan(
             group,
-            variable_axes={"params": 0, "metrics": 0},
+            variable_axes={"params": 0, "metrics": 0, "statistics": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),
             length=repeats,

@@ -80,6 +80,47 @@ class LayerNorm(nn.Module):
         return op.layer_norm(x_BND, scale_D, bias_D)
 
 
+class BatchNorm(nn.Module):
+    """Normalises each channel over batch and positions, in float32 (Ioffe and Szegedy 2015).
+
+    In training by the mean and variance of the valid positions of the batch, of all devices; where
+    gradients are accumulated, of the micro-batch. Else by their running averages, which are
+    parameters of the group 'statistics': what training sows into the collection of this name
+    replaces them (`train/step.py`).
+    """
+
+    deterministic: bool
+    momentum: float = 0.95  # of the running averages, as in S5's program
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
+        """[B, N, D] to the same in float32; the mask is needed in training only."""
+        shape, x_BND = (x_BND.shape[-1],), x_BND.astype(jnp.float32)
+        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        scale_D = self.param("scale", parameter(ones, "width", group="undecayed"), shape)
+        bias_D = self.param("bias", parameter(zeros, "width", group="undecayed"), shape)
+        mean_D = self.param("mean", parameter(zeros, "width", group="statistics"), shape)
+        var_D = self.param("variance", parameter(ones, "width", group="statistics"), shape)
+        if not self.deterministic:
+            assert mask_BN is not None
+            weight_BN = mask_BN.astype(jnp.float32)
+            weight_BN /= jnp.maximum(jnp.sum(weight_BN), 1.0)
+            running = mean_D, var_D
+            mean_D = jnp.einsum("bnd,bn->d", x_BND, weight_BN, precision="highest")
+            square_BND = jnp.square(x_BND - mean_D[None, None])
+            var_D = jnp.einsum("bnd,bn->d", square_BND, weight_BN, precision="highest")
+            for name, old_D, new_D in zip(("mean", "variance"), running, (mean_D, var_D)):
+                value_D = self.momentum * old_D + (1 - self.momentum) * new_D
+                value_D = jax.lax.stop_gradient(value_D)
+                self.sow("statistics", name, value_D, reduce_fn=_latest, init_fn=lambda: None)
+        rate_D = scale_D * jax.lax.rsqrt(var_D + 1e-5)
+        return (x_BND - mean_D[None, None]) * rate_D[None, None] + bias_D[None, None]
+
+
+def _latest(_: Any, value: jax.Array) -> jax.Array:
+    return value
+
+
 def layer_norm(x_BND: jax.Array, name: str) -> jax.Array:
     """Applies a `LayerNorm` that is a submodule of the calling module, under this name."""
     return LayerNorm(name=name)(x_BND)

@@ -11,7 +11,8 @@ from spectral_pod.parallel.sharding import spec
 
 # 'dynamics' are filters, decays, gates and memory scales: they have their own learning rate and no
 # weight decay, as in the recipes of S4 and S5. Of the others, kernels and embeddings are decayed.
-Group = Literal["dynamics", "decayed", "undecayed"]
+# 'statistics' are not trained: they are running averages of what layers have seen.
+Group = Literal["dynamics", "decayed", "undecayed", "statistics"]
 
 
 class Parameter(nn.LogicallyPartitioned):

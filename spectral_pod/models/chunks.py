@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from spectral_pod.models.model import Model
 from spectral_pod.parallel.sharding import constrain
 
+# The collections into which layers sow: auxiliary losses, scalars to be plotted, and the running
+# averages that replace parameters of the same name.
+SOWN = ["losses", "metrics", "statistics"]
+
 
 def read(
     model: Model,
@@ -34,8 +38,8 @@ def read(
       train: whether dropout is on; each chunk has its own, from `key`.
 
     Returns:
-      What `of_chunk` returned, and what layers have sown into the collections `losses` and
-      `metrics`, both stacked along a first axis of chunks.
+      What `of_chunk` returned, and what layers have sown into the collections SOWN, both stacked
+      along a first axis of chunks.
     """
     chunk = model.config.chunk
     parts = {name: _split(x, chunk) for name, x in rows.items()}
@@ -44,7 +48,7 @@ def read(
         rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
         return model.apply(
             variables, part["tokens"], part["mask"], carry, train=train, rngs=rngs,
-            mutable=["losses", "metrics"], method="extend",
+            mutable=SOWN, method="extend",
         )  # fmt: skip
 
     def step(carry: Any, index_and_part: Any) -> tuple[Any, Any]:

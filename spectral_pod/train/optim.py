@@ -2,7 +2,8 @@
 guard against bad steps, and an average of the parameters.
 
 Each parameter declares its group where it is created (`layers/parameter.py`): 'dynamics' has its
-own peak learning rate and no weight decay; 'decayed' and 'undecayed' share the other rate.
+own peak learning rate and no weight decay; 'decayed' and 'undecayed' share the other rate;
+'statistics' are left as they are.
 """
 
 from collections.abc import Callable
@@ -129,6 +130,8 @@ def _decay_and_rate_by_group(
         rate = {group: schedule(state.count) for group, schedule in rates.items()}
 
         def one(group: str, u: jax.Array, p: jax.Array) -> jax.Array:
+            if group == "statistics":
+                return jnp.zeros_like(u)
             decay = weight_decay if group == "decayed" else 0.0
             return -rate["dynamics" if group == "dynamics" else "weights"] * (u + decay * p)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu.metrics import Collection
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from spectral_pod.models import chunks
@@ -51,16 +52,17 @@ def train_step(
             params, micro, model, objective, config.train.label_smoothing, train=True, key=key
         )
         layers = _mean_by_name(sown.pop("metrics", {}))
+        statistics = sown.pop("statistics", {})
         total = jnp.sum(jnp.where(valid, outputs["loss"], 0.0)) / total_valid
         if sown:
             auxiliary_B = sum(jax.tree.leaves(sown), jnp.zeros(len(valid), jnp.float32))
             outputs["auxiliary"] = jnp.where(_valid_rows(valid), auxiliary_B, 0.0)
             total += jnp.sum(outputs["auxiliary"]) / total_rows
-        return total, (outputs, layers)
+        return total, (outputs, layers, statistics)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_micro == 1:
-        grads, (outputs, layers) = grad_fn(state.params, batch, key)
+        grads, (outputs, layers, statistics) = grad_fn(state.params, batch, key)
     else:
 
         def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Any]:
@@ -70,15 +72,18 @@ def train_step(
 
         micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, (outputs, layers) = jax.lax.scan(accumulate, zeros, micros)
+        grads, (outputs, layers, statistics) = jax.lax.scan(accumulate, zeros, micros)
         outputs, layers = jax.tree.map(_whole_batch, outputs), jax.tree.map(jnp.mean, layers)
+        statistics = jax.tree.map(lambda x: jnp.mean(x, axis=0), statistics)
 
     loss = jnp.sum(jnp.where(batch["valid"], outputs["loss"], 0.0)) / total_valid
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
         tx = optax.with_extra_args_support(optimizer.tx)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
         rates = {group: rate(state.step) for group, rate in optimizer.schedules.items()}
+    guard = guard_state(opt_state)
     params = optax.apply_updates(state.params, updates)
+    params = _with_statistics(params, statistics, keep=None if guard is None else guard.bad > 0)
     # Of the new parameters: finite gradients can still end in an update that overflows.
     measured = {"grad_norm": grads, "param_norm": params}
     scalars = {
@@ -90,13 +95,23 @@ def train_step(
         f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
     }
     scalars |= layers
-    if (guard := guard_state(opt_state)) is not None:
+    if guard is not None:
         scalars["bad_steps"] = guard.bad
     if "auxiliary" in outputs:
         scalars["auxiliary_loss"] = jnp.sum(outputs.pop("auxiliary")) / total_rows
     state = TrainState(state.step + 1, params, opt_state)
     averages = Collection.create(**objective.training_metrics).single_from_model_output(**outputs)
     return state, (averages, scalars)
+
+
+def _with_statistics(params: Any, statistics: Any, keep: jax.Array | None) -> Any:
+    """The parameters with those in `statistics` replaced, unless `keep`, after a bad step."""
+    if not statistics:
+        return params
+    old, new = traverse_util.flatten_dict(params), traverse_util.flatten_dict(statistics)
+    if keep is not None:
+        new = {path: jnp.where(keep, old[path], x) for path, x in new.items()}
+    return traverse_util.unflatten_dict(old | new)
 
 
 def _mean_by_name(sown: Any) -> dict[str, jax.Array]:
@@ -151,7 +166,7 @@ def forward(
     if not model.config.chunk:
         rngs = {} if key is None else {"dropout": key}
         logits, sown = model.apply(
-            variables, tokens_BL, mask_BL, train=train, rngs=rngs, mutable=["losses", "metrics"]
+            variables, tokens_BL, mask_BL, train=train, rngs=rngs, mutable=chunks.SOWN
         )
         return objective.outputs(logits, labels, valid, smoothing), logits, dict(sown)
     rows = {"tokens": tokens_BL, "mask": mask_BL}

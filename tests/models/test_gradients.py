@@ -77,6 +77,7 @@ def cases():
                 found[f"{name} {field} {value}"] = case
     fields = (
         "norm",
+        "normalization",
         "pooling",
         "coarser_scales",
         "patch.stride",
