@@ -41,29 +41,89 @@ def read(
       What `of_chunk` returned, and what layers have sown into the collections SOWN, both stacked
       along a first axis of chunks.
     """
-    chunk = model.config.chunk
-    parts = {name: _split(x, chunk) for name, x in rows.items()}
-
-    def extend(index: jax.Array, part: Mapping[str, jax.Array], carry: Any) -> Any:
-        rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
-        return model.apply(
-            variables, part["tokens"], part["mask"], carry, train=train, rngs=rngs,
-            mutable=SOWN, method="extend",
-        )  # fmt: skip
 
     def step(carry: Any, index_and_part: Any) -> tuple[Any, Any]:
         index, part = index_and_part
         if model.config.truncate_gradients:
             carry = jax.lax.stop_gradient(carry)
-        (output, carry), sown = extend(index, part, carry)
+        (output, carry), sown = _extend(model, variables, part, carry, index, train, key)
         return carry, (of_chunk(output, part), sown)
 
-    first = jax.tree.map(lambda x: x[0], parts)
-    (_, carry), _ = jax.eval_shape(lambda: extend(jnp.int32(0), first, None))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
-    indices = jnp.arange(len(next(iter(parts.values()))))
-    _, found = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, (indices, parts))
+    parts = _split(rows, model.config.chunk)
+    start = _start(model, variables, parts[1], train)
+    _, found = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, parts)
     return cast(tuple[Any, Any], found)
+
+
+def truncated_gradients(
+    model: Model,
+    params: Any,
+    rows: Mapping[str, jax.Array],
+    loss_of_chunk: Callable[[Any, Any, Mapping[str, jax.Array]], tuple[jax.Array, Any]],
+    *,
+    key: jax.Array,
+) -> tuple[Any, Any]:
+    """The gradients of a sum of losses of chunks, which end at the start of each chunk.
+
+    Those of a chunk are taken before the next is read, so nothing of it is kept: `read` would keep
+    what each chunk carries on, which of Hyena is as much as an activation.
+
+    Args:
+      model, rows: as for `read`.
+      params: the model's parameters.
+      loss_of_chunk: from the output of `extend`, what layers have sown and the chunk's part of
+        `rows` to a loss, and what else is kept of the chunk.
+      key: of dropout.
+
+    Returns:
+      The gradients of `params`, and what was kept, stacked along a first axis of chunks.
+    """
+
+    def step(carry: Any, index_and_part: Any) -> tuple[Any, Any]:
+        (grads, before), (index, part) = carry, index_and_part
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            (output, after), sown = _extend(
+                model, {"params": params}, part, before, index, True, key
+            )
+            total, kept = loss_of_chunk(output, sown, part)
+            return total, (kept, after)
+
+        more, (kept, after) = jax.grad(loss, has_aux=True)(params)
+        return (jax.tree.map(jnp.add, grads, more), after), kept
+
+    parts = _split(rows, model.config.chunk)
+    start = _start(model, {"params": params}, parts[1], True)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (grads, _), kept = jax.lax.scan(step, (zeros, start), parts)
+    return grads, kept
+
+
+def _extend(
+    model: Model,
+    variables: Mapping[str, Any],
+    part: Mapping[str, jax.Array],
+    carry: Any,
+    index: jax.Array,
+    train: bool,
+    key: jax.Array | None,
+) -> Any:
+    rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
+    inputs = part["tokens"], part["mask"], carry
+    return model.apply(
+        variables, *inputs, train=train, rngs=rngs, mutable=SOWN, method="extend"
+    )  # fmt: skip
+
+
+def _start(
+    model: Model, variables: Mapping[str, Any], parts: Mapping[str, jax.Array], train: bool
+) -> Any:
+    """What is carried into the first chunk: zeros."""
+    first, key = {name: x[0] for name, x in parts.items()}, jax.random.key(0)
+    (_, carry), _ = jax.eval_shape(
+        lambda: _extend(model, variables, first, None, jnp.int32(0), train, key)
+    )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
 
 
 def logits(
@@ -87,7 +147,12 @@ def joined(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _split(x_BL: jax.Array, chunk: int) -> jax.Array:
-    """[B, L] to [S, B, M]."""
-    x_BSM = x_BL.reshape(x_BL.shape[0], -1, chunk)
-    return constrain(jnp.swapaxes(x_BSM, 0, 1), None, "batch", "position")
+def _split(rows: Mapping[str, jax.Array], chunk: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The numbers of the chunks, and [B, L] to [S, B, M]."""
+
+    def split(x_BL: jax.Array) -> jax.Array:
+        x_BSM = x_BL.reshape(x_BL.shape[0], -1, chunk)
+        return constrain(jnp.swapaxes(x_BSM, 0, 1), None, "batch", "position")
+
+    parts = {name: split(x_BL) for name, x_BL in rows.items()}
+    return jnp.arange(len(parts["tokens"])), parts

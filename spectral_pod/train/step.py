@@ -46,11 +46,10 @@ def train_step(
     # Normalised by the whole batch, so that the losses of micro-batches add up.
     total_valid, total_rows = _count(batch["valid"]), _count(_valid_rows(batch["valid"]))
 
-    def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        valid = micro["valid"]
-        outputs, _, sown = forward(
-            params, micro, model, objective, config.train.label_smoothing, train=True, key=key
-        )
+    smoothing = config.train.label_smoothing
+
+    def measured(outputs: dict[str, jax.Array], sown: Any, valid: jax.Array) -> Any:
+        """The share of the batch's loss, and (outputs, scalars of layers, running averages)."""
         layers = _mean_by_name(sown.pop("metrics", {}))
         statistics = sown.pop("statistics", {})
         total = jnp.sum(jnp.where(valid, outputs["loss"], 0.0)) / total_valid
@@ -60,15 +59,37 @@ def train_step(
             total += jnp.sum(outputs["auxiliary"]) / total_rows
         return total, (outputs, layers, statistics)
 
+    def loss_fn(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        outputs, _, sown = forward(params, micro, model, objective, smoothing, train=True, key=key)
+        return measured(outputs, sown, micro["valid"])
+
+    def grads_of_chunks(params: Any, micro: Batch, key: jax.Array) -> tuple[Any, Any]:
+        def loss_of_chunk(logits: Any, sown: Any, part: Any) -> Any:
+            outputs = objective.outputs(logits, part["labels"], part["valid"], smoothing)
+            # An auxiliary loss is one of whole rows: the mean over their chunks.
+            share = model.config.chunk / micro["tokens"].shape[1]
+            sown = dict(sown)
+            if "losses" in sown:
+                sown["losses"] = jax.tree.map(lambda x: x * share, sown["losses"])
+            return measured(outputs, sown, part["valid"])
+
+        rows = micro | {"mask": micro["tokens"] != PAD}
+        grads, kept = chunks.truncated_gradients(model, params, rows, loss_of_chunk, key=key)
+        outputs, *others = kept
+        others = jax.tree.map(lambda x: jnp.mean(x, axis=0), others)
+        return grads, (jax.tree.map(chunks.joined, outputs), *others)
+
     grad_fn = jax.grad(loss_fn, has_aux=True)
+    if model.config.chunk and model.config.truncate_gradients and not model.pools:
+        grad_fn = grads_of_chunks
     if num_micro == 1:
         grads, (outputs, layers, statistics) = grad_fn(state.params, batch, key)
     else:
 
         def accumulate(grads: Any, micro_and_index: Any) -> tuple[Any, Any]:
             micro, index = micro_and_index
-            more, measured = grad_fn(state.params, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, grads, more), measured
+            more, kept = grad_fn(state.params, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, grads, more), kept
 
         micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -85,10 +106,10 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     params = _with_statistics(params, statistics, keep=None if guard is None else guard.bad > 0)
     # Of the new parameters: finite gradients can still end in an update that overflows.
-    measured = {"grad_norm": grads, "param_norm": params}
+    by_kind = {"grad_norm": grads, "param_norm": params}
     scalars = {
         f"{kind}/{group}": norm
-        for kind, tree in measured.items()
+        for kind, tree in by_kind.items()
         for group, norm in norms(tree, optimizer.groups).items()
     }
     scalars |= {

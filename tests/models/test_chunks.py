@@ -147,10 +147,40 @@ def test_chunks_see_each_other_through_what_is_carried_only(pattern, reached):
     np.testing.assert_array_equal(np.flatnonzero(moved_SBMC.max(axis=(1, 2, 3)) > 1e-6), reached)
 
 
-@pytest.mark.parametrize("name", ["delta", "encoder"])
+@pytest.mark.parametrize("name", ["hyena", "tagger"])
+def test_gradients_taken_chunk_by_chunk_are_those_of_all_chunks(name):
+    """The training step takes them so; `read` keeps all chunks, and stops their gradients."""
+    config = config_of(CHUNK, **EXACT[name] | {"truncate_gradients": True})
+    model, (_, _, params) = models.build(config, num_classes=CLASSES), make(name)
+    batch = batch_of(by_position=True)
+
+    def loss_of(outputs, valid):
+        return jnp.sum(jnp.where(valid, outputs["loss"], 0.0))
+
+    @jax.jit
+    def both(params):
+        def loss(params):
+            outputs, _, _ = step.forward(params, batch, model, LabelledPositions)
+            return loss_of(outputs, batch["valid"])
+
+        def loss_of_chunk(logits, sown, part):
+            outputs = LabelledPositions.outputs(logits, part["labels"], part["valid"])
+            return loss_of(outputs, part["valid"]), outputs["loss"]
+
+        rows = batch | {"mask": batch["tokens"] != PAD}
+        key = jax.random.key(0)
+        grads, _ = chunks.truncated_gradients(model, params, rows, loss_of_chunk, key=key)
+        return jax.grad(loss)(params), grads
+
+    want, got = (jax.tree.leaves(grads) for grads in both(params))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", ["hyena", "encoder"])
 def test_the_memory_of_a_step_does_not_grow_with_the_number_of_chunks(name):
-    config = config_of(64, **EXACT[name])
-    objective = LabelledPositions if name == "delta" else Classification
+    config = config_of(64, **EXACT[name] | {"truncate_gradients": True})
+    objective = LabelledPositions if name == "hyena" else Classification
     mesh, sizes = one_device(), []
     for num_chunks in (4, 64):
         length = config.data.seq_len = 64 * num_chunks
