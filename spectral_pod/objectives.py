@@ -91,7 +91,8 @@ class Confusion(metrics.Metric):
 
 @flax.struct.dataclass
 class FirstPredictions(metrics.Metric):
-    """The predicted classes of the first rows: int32 [n], those of the first batch."""
+    """The predicted classes of the first rows of the first batch: int32 [NUM_SHOWN], whatever the
+    size of the batch, as all devices exchange them; 0 beyond its rows."""
 
     predicted: jax.Array
 
@@ -99,7 +100,7 @@ class FirstPredictions(metrics.Metric):
     def from_model_output(cls, logits: jax.Array, **_: Any) -> Self:
         predicted_B = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         # A sum rather than a slice: rows are spread over devices, which would exchange them.
-        is_row_Bn = jnp.eye(len(predicted_B), min(len(predicted_B), NUM_SHOWN), dtype=bool)
+        is_row_Bn = jnp.eye(len(predicted_B), NUM_SHOWN, dtype=bool)
         return cls(jnp.sum(jnp.where(is_row_Bn, predicted_B[:, None], 0), axis=0))
 
     def merge(self, other: Self) -> Self:

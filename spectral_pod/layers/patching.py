@@ -14,7 +14,7 @@ from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.affine import affine
 from spectral_pod.ops.gelu import gelu
 from spectral_pod.ops.halo import previous
-from spectral_pod.parallel.sharding import constrain, shard_op
+from spectral_pod.parallel.sharding import SEQUENCE, constrain, num_shards, shard_op
 from spectral_pod.shapes import VOCAB_SIZE
 
 
@@ -132,17 +132,14 @@ class ByteLatentEncoder(nn.Module):
         table_VE = constrain(table_VE.astype(self.dtype), None, None)
         ids_BL = jnp.where(mask_BL, tokens_BL, VOCAB_SIZE)
         of_device = functools.partial(_windows, patches=self.patches)
-        windows = shard_op(of_device, [("batch", "position")], ("batch", "position", None))
-        halo = self.patches.halo
+        sequence = ("batch", "position")
+        windows = shard_op(of_device, [sequence, ("batch", None)], (*sequence, None))
         # Counted down from VOCAB_SIZE, so that 0 is no byte.
-        last_BH = VOCAB_SIZE - ids_BL[:, L - halo * stride :]
-        if before_BH is not None:
-            longer_BL = jnp.concatenate([VOCAB_SIZE - before_BH, ids_BL], axis=1)
-            windows_BNT = windows(longer_BL)[:, halo:]
-        else:
-            windows_BNT = windows(ids_BL)
+        halo = self.patches.halo * stride
+        last_BH = VOCAB_SIZE - ids_BL[:, L - halo :]
+        before_BH = jnp.zeros((B, halo), ids_BL.dtype) if before_BH is None else before_BH
         convolution = ByteConvolution(self.hidden_dim, self.dtype, name="convolution")
-        x_BND = convolution(table_VE, windows_BNT)
+        x_BND = convolution(table_VE, windows(ids_BL, before_BH))
         x_BND = constrain(x_BND, "batch", "position", None)
         x_BND = Dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
         x_BND = layer_norm(gelu(x_BND), "norm").astype(self.dtype)
@@ -150,12 +147,20 @@ class ByteLatentEncoder(nn.Module):
         return constrain(x_BND, "batch", "position", "width"), mask_BN, last_BH
 
 
-def _windows(ids_BL: jax.Array, patches: Patches) -> jax.Array:
-    """The bytes that each patch sees, its own last: [B, N, T]; VOCAB_SIZE before the first byte."""
+def _windows(ids_BL: jax.Array, before_BH: jax.Array, patches: Patches) -> jax.Array:
+    """The bytes that each patch sees, its own last: [B, N, T].
+
+    Args:
+      ids_BL: this device's bytes.
+      before_BH: `VOCAB_SIZE - id` of those before the first device's; 0 for none.
+      patches: stride and kernel.
+    """
     (B, L), stride, halo = ids_BL.shape, patches.stride, patches.halo
-    # `previous` gives 0 before a sequence; counted down from VOCAB_SIZE, this stands for no byte.
-    first_BL = VOCAB_SIZE - previous(VOCAB_SIZE - ids_BL, halo * stride)
-    own_BPT = jnp.concatenate([first_BL, ids_BL], axis=1).reshape(B, -1, stride)
+    first_BH = previous(VOCAB_SIZE - ids_BL, halo * stride)  # zeros on the first device
+    if num_shards("position") > 1:
+        before_BH = jnp.where(jax.lax.axis_index(SEQUENCE) == 0, before_BH, 0)
+    first_BH += before_BH
+    own_BPT = jnp.concatenate([VOCAB_SIZE - first_BH, ids_BL], axis=1).reshape(B, -1, stride)
     shifted = [own_BPT[:, i : i + L // stride] for i in range(halo + 1)]
     return jnp.concatenate(shifted, axis=2)[:, :, halo * stride - patches.before :]
 

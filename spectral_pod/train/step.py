@@ -185,10 +185,14 @@ def forward(
     tokens_BL, labels, valid = batch["tokens"], batch["labels"], batch["valid"]
     mask_BL, variables = tokens_BL != PAD, {"params": params}
     if not model.config.chunk:
-        rngs = {} if key is None else {"dropout": key}
-        logits, sown = model.apply(
-            variables, tokens_BL, mask_BL, train=train, rngs=rngs, mutable=chunks.SOWN
-        )
+        sown: Any = {}
+        if train:
+            logits, sown = model.apply(
+                variables, tokens_BL, mask_BL, train=True, rngs={"dropout": key},
+                mutable=chunks.SOWN,
+            )  # fmt: skip
+        else:
+            logits = model.apply(variables, tokens_BL, mask_BL)
         return objective.outputs(logits, labels, valid, smoothing), logits, dict(sown)
     rows = {"tokens": tokens_BL, "mask": mask_BL}
     if not model.pools:

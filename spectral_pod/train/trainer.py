@@ -223,7 +223,7 @@ class Trainer:
             return
         with self.stopwatch.time("eval"):
             source, task = next(iter(self.eval_sources[split].values())), self.sources.task
-            predicted = predicted[: source.num_records]
+            predicted = predicted[: min(source.num_records, source.batch_size)]
             batch = source.rows(0, np.arange(len(predicted)))
             records = (row[row != PAD].astype(np.uint8) for row in batch["tokens"])
             pictures = [x for row in records if (x := task.picture(row)) is not None]

@@ -33,6 +33,15 @@ MODELS = {
         # Without the consistency loss, whose logarithms amplify rounding errors of empty bins.
         "model.channel_mixer": "frequency",
     },
+    "bytes in both directions": {
+        "model.patch.stride": 1, "model.patch.kernel": 4, "model.pattern": ("hyena", "delta"),
+        "model.num_layers": 2, "model.bidirectional": True, "model.normalization": "batch",
+        "model.channel_mixer": "half_glu1",
+    },
+    "chunks of documents": {"model.num_layers": 1, "model.memory_interval": 1, "model.chunk": 64},
+    "chunks of text": {
+        "model.name": "spectral_gpt", "model.positions": "none", "model.chunk": 64,
+    },
 } | {
     name: {"model.pattern": (name,), "model.num_layers": 1, "model.memory_interval": 0}
     for name in MIXERS
@@ -58,6 +67,11 @@ SLOW = (
     ("data=8", 1),
     ("sequence=8", 1),
     *(("data=2 fsdp=2 tensor=2", 1, name) for name in sorted(MIXERS)),
+    ("data=2 sequence=2", 1, "bytes in both directions"),
+    ("fsdp=2 tensor=2", 1, "bytes in both directions"),
+    ("data=2 sequence=2", 2, "chunks of documents"),
+    ("data=2 sequence=2", 2, "chunks of text"),
+    ("fsdp=2 tensor=2", 1, "chunks of text"),
 )
 
 

@@ -3,6 +3,7 @@
 import collections
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,13 @@ import pytest
 from spectral_pod import objectives
 from spectral_pod.data.document_writer import count_words
 from spectral_pod.data.windows import Windows
-from spectral_pod.objectives import Classification, LabelledPositions, NextByte, computed
+from spectral_pod.objectives import (
+    NUM_SHOWN,
+    Classification,
+    LabelledPositions,
+    NextByte,
+    computed,
+)
 from spectral_pod.train import step
 from tests import trainer
 from tests.data.test_windows import MemorySplit, stream_of
@@ -20,6 +27,8 @@ from tests.data.test_windows import MemorySplit, stream_of
 
 class Echo:
     """A model that predicts each token itself, or the first token of a row."""
+
+    config = types.SimpleNamespace(chunk=0)
 
     def __init__(self, by_position):
         self.by_position = by_position
@@ -46,7 +55,7 @@ def test_classification():
         "accuracy": 0.5,
         "records": 2,
         "confusion": confusion,
-        "first_predictions": [0, 3],
+        "first_predictions": [0, 3, *[0] * (NUM_SHOWN - 2)],
     }
     assert all(isinstance(count, int) for row in values["confusion"] for count in row)
     values |= {"loss": 0.25, "records": 1200}
@@ -123,6 +132,7 @@ def test_next_byte():
 class Bigrams:
     """A model of random logits for every token."""
 
+    config = types.SimpleNamespace(chunk=0)
     logits = np.random.default_rng(0).normal(size=(260, 257)).astype(np.float32)
 
     def apply(self, _, tokens_BL, mask_BL):
