@@ -1,6 +1,6 @@
 """Objectives: the layout of the labels, the loss, the metrics, and how results are reported.
 
-A task names its objective by class. A new metric is one entry in `training_metrics` or in
+A task names its objective by class. A new metric of it is one entry in `training_metrics` or in
 `evaluation_metrics`, and in `descriptions` a sentence on it; it is then reported wherever metrics
 are: numbers in `metrics.jsonl`, in TensorBoard, in the printed lines and in `result.json`, arrays
 in `result.json` and, as `details` of the last evaluation, in print and in TensorBoard.

@@ -53,7 +53,7 @@ class Block(nn.Module):
         else:
             classes["feed_forward"] = channel_mixer
         self.mixers = {name: self._make(cls, name) for name, cls in classes.items()}
-        self.norms: dict[str, nn.Module] = {name: self._norm(f"{name}_norm") for name in classes}
+        self.norms = {name: self._norm(f"{name}_norm") for name in classes}
         self.drops = {
             name: nn.Dropout(config.dropout, deterministic=self.deterministic, name=f"Dropout_{i}")
             for i, name in enumerate(classes)
@@ -103,28 +103,25 @@ class Block(nn.Module):
     def _make(self, cls: type[Mixer], name: str) -> Mixer:
         return cls.from_config(self.config, deterministic=self.deterministic, name=name)
 
-    def _norm(self, name: str) -> nn.Module:
+    def _norm(self, name: str) -> LayerNorm | BatchNorm:
         if self.config.normalization == "batch":
             return BatchNorm(self.deterministic, name=name)
         return LayerNorm(name=name)
 
-    def _normalized(self, name: str, x_BND: jax.Array, mask_BN: jax.Array | None) -> jax.Array:
-        of_batch = self.config.normalization == "batch"
-        y_BND = self.norms[name](x_BND, mask_BN) if of_batch else self.norms[name](x_BND)
-        return y_BND.astype(x_BND.dtype)
-
     def _input(self, name: str, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
-        return self._normalized(name, x_BND, mask_BN) if self.config.norm == "pre" else x_BND
+        pre_norm = self.config.norm == "pre"
+        return self.norms[name](x_BND, mask_BN).astype(x_BND.dtype) if pre_norm else x_BND
 
     def _residual(
         self, name: str, x_BND: jax.Array, y_BND: jax.Array, mask_BN: jax.Array | None = None
     ) -> jax.Array:
         """Pre-norm `x + layer(norm(x))` or post-norm `norm(x + layer(x))`, with dropout."""
+        dtype = x_BND.dtype
         if name in self.gates:
             y_BND = self.gates[name](y_BND)
         x_BND = x_BND + self.drops[name](y_BND)
         if self.config.norm == "post":
-            x_BND = self._normalized(name, x_BND, mask_BN)
+            x_BND = self.norms[name](x_BND, mask_BN).astype(dtype)
         # Left to itself, XLA would split the width over `tensor` and gather it for every product.
         return constrain(x_BND, "batch", "position", "width")
 

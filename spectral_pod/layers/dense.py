@@ -72,7 +72,8 @@ class LayerNorm(nn.Module):
     """LayerNorm over the model width, computed and returned in float32 for any input dtype."""
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array) -> jax.Array:
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
+        """[B, N, D] to the same; per position, so that the mask has no effect."""
         shape = (x_BND.shape[-1],)
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         scale_D = self.param("scale", parameter(ones, "width", group="undecayed"), shape)

@@ -7,9 +7,10 @@ from tests import trainer
 
 
 def get_config() -> ConfigDict:
-    from spectral_pod.objectives import Classification
+    from spectral_pod.data.tasks.listops import ListOps
 
-    Classification.evaluation_metrics["squared_loss"] = Average.from_fun(lambda loss, **_: loss**2)
+    metrics = ListOps.objective.evaluation_metrics
+    metrics["squared_loss"] = Average.from_fun(lambda loss, **_: loss**2)
     c = trainer.get_config()
     c.train.total_steps = c.train.eval_every_steps = 2
     return c
