@@ -427,7 +427,7 @@ class ListOpsSubtrees(ListOps):
     ) -> tuple[dict[str, Any], list[str]]:
         """As for `ListOps`; also says how the model was supervised."""
         facts, lines = super().report(evaluation, provenance)
-        return facts | {"supervision": "subtrees"}, [f"process-supervised: {x}" for x in lines]
+        return {"supervision": "subtrees"} | facts, [f"process-supervised: {x}" for x in lines]
 
     def read(self, split: Split, data: "DataConfig", **arguments: Any) -> pipeline.Source:
         """See `StoredTask.read`."""
