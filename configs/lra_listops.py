@@ -15,7 +15,7 @@ Presets combine, one of each kind: `:cpu,s5`, `:raw,transformer`.
 
 The full preset is 6 layers of width 256 (about 3.5M parameters), 40 epochs, for one accelerator or
 a slice. Accuracy is reported beside a ladder of baselines that evaluate the top k levels exactly.
-What learns from the values of subtrees is process-supervised, and its results are no others' peers.
+A model that learns the values of subtrees is process-supervised; its results are reported apart.
 """
 
 from ml_collections import ConfigDict

@@ -110,9 +110,7 @@ def _extend(
 ) -> Any:
     rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
     inputs = part["tokens"], part["mask"], carry
-    return model.apply(
-        variables, *inputs, train=train, rngs=rngs, mutable=SOWN, method="extend"
-    )  # fmt: skip
+    return model.apply(variables, *inputs, train=train, rngs=rngs, mutable=SOWN, method="extend")
 
 
 def _start(
