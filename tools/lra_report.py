@@ -1,15 +1,13 @@
 """What `tools.lra` prints: the states of its cells, and their tables beside published figures."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from spectral_pod import project_files
-from spectral_pod.errors import DataError
+from . import study
 
 # Neither JAX nor TensorFlow is imported here, directly or indirectly: they take seconds.
 
@@ -35,31 +33,22 @@ PUBLISHED: dict[str, tuple[float | None, ...]] = {
     "mega": (63.14, 90.43, 91.25, 90.44, 96.01, 97.98),
 }
 _CHANCE = 50.0  # what the published means count where a model is not above chance, on Path-X
-_CHECKED = ("device_memory_peak_gb", "host_memory_gb")  # the first that a run has recorded
 
 
 @dataclasses.dataclass
-class Cell:
-    """One run: a model on a task from a seed.
-
-    Attributes:
-      state: "done", or why there is no figure: "step 350 of 700", "not run", "failed (1)".
-      facts: of a run that is done: what `read` finds.
-    """
+class Cell(study.Cell):
+    """A model on a task from a seed."""
 
     task: str
     model: str
-    seed: int
-    state: str = "not run"
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def name(self) -> str:
-        return f"{self.task}-{self.model}-{self.seed}"
+    def kind(self) -> tuple[str, ...]:
+        return self.task, self.model
 
     @property
-    def is_done(self) -> bool:
-        return self.state == "done"
+    def data(self) -> str:
+        return self.task
 
     @classmethod
     def parse(cls, name: str) -> "Cell | None":
@@ -67,64 +56,14 @@ class Cell:
         task, _, rest = name.partition("-")
         model, _, seed = rest.partition("-")
         named = task in TASKS and model and seed.isdecimal()
-        return cls(task, model, int(seed)) if named else None
+        return cls(task, model, seed=int(seed)) if named else None
 
     def read(self, out: str) -> None:
-        """Sets `state` and `facts` from the cell's workdir.
-
-        Raises:
-          DataError: a file there is damaged.
-        """
-        folder = epath.Path(out) / self.name
-        self.state, self.facts = "not run", {}
-        if (folder / "result.json").exists():
-            self.state = "done"
-            self.facts = _facts(project_files.RESULT.read(folder / "result.json"), folder)
-            if self.task == "retrieval":
-                data = _config(folder)["data"]
-                if not (data["options"].get("source") or data.get("stores")):
-                    self.facts["notes"].append("substitute for AAN")
-        elif (folder / "config.json").exists():
-            config = _config(folder)
-            log = project_files.Log(folder / "metrics.jsonl", project_files.METRICS)
-            step = max((line["step"] for line in log.lines), default=0)
-            self.state = f"step {step:,.0f} of {config['train']['total_steps']:,}"
-
-
-def _config(folder: epath.Path) -> Any:
-    """The configuration of a run."""
-    return project_files.RUN.read(folder / "config.json")["config"]
-
-
-def _facts(result: Any, folder: epath.Path) -> dict[str, Any]:
-    """Of a result: accuracy in percent, memory in GB, time in seconds; None where not recorded.
-
-    `memory` is the peak of a device, or without that (on CPUs) the highest of the process's memory
-    whenever metrics were written; `memory_of` says which. `notes` are what makes the accuracy
-    another one than the published.
-    """
-    evaluation = result["eval"]
-    if "accuracy" not in evaluation:
-        raise DataError(f"{folder}/result.json has no accuracy; delete it to evaluate again")
-    log = project_files.Log(folder / "metrics.jsonl", project_files.METRICS)
-    memory = {
-        name: max(line[f"system/{name}"] for line in log.lines if f"system/{name}" in line)
-        for name in _CHECKED
-        if any(f"system/{name}" in line for line in log.lines)
-    }
-    kind = next(iter(memory), None)
-    return {
-        "split": evaluation["split"],
-        "accuracy": 100 * evaluation["accuracy"],
-        "ladder": result.get("ladder"),
-        "parameters": result.get("num_params"),
-        "steps": result["step"],
-        "bytes_per_second": result.get("bytes_per_second"),
-        "memory": memory.get(kind) if kind else None,
-        "memory_of": kind and kind.partition("_")[0],
-        "seconds": result.get("wall_seconds"),
-        "notes": ["process-supervised"] if "supervision" in result else [],
-    }
+        super().read(out)
+        if self.is_done and self.task == "retrieval":
+            data = study.config(epath.Path(out) / self.name)["data"]
+            if not (data["options"].get("source") or data.get("stores")):
+                self.facts["notes"].append("substitute for AAN")
 
 
 def found(out: str) -> list[Cell]:
@@ -157,10 +96,8 @@ def _of_seeds(cells: Sequence[Cell]) -> dict[str, Any]:
     """The figures of a model on a task: the mean of its seeds, with its standard error."""
     done = [cell.facts for cell in cells if cell.is_done]
     if not done:
-        return {"seeds": 0, "asked": len(cells), "states": _distinct(c.state for c in cells)}
-    accuracies = [facts["accuracy"] for facts in done]
-    mean = statistics.fmean(accuracies)
-    error = statistics.stdev(accuracies) / math.sqrt(len(done)) if len(done) > 1 else None
+        return {"seeds": 0, "asked": len(cells), "states": study.distinct(c.state for c in cells)}
+    mean, error = study.mean_and_error([facts["accuracy"] for facts in done])
     of_all = {
         name: [facts[name] for facts in done if facts[name] is not None]
         for name in ("bytes_per_second", "seconds", "memory")
@@ -173,7 +110,7 @@ def _of_seeds(cells: Sequence[Cell]) -> dict[str, Any]:
         "standard_error": error,
         "ladder": ladder,
         "rung": ladder and _rung(mean, ladder),
-        "notes": _distinct(note for facts in done for note in facts["notes"]),
+        "notes": study.distinct(note for facts in done for note in facts["notes"]),
         "parameters": done[0]["parameters"],
         "steps": done[0]["steps"],
         "memory": max(memory, default=None),
@@ -207,9 +144,7 @@ def tables(found: Mapping[str, Any]) -> str:
     if not found["cells"]:
         return "There are no cells.\n"
     parts = [_accuracies(found), *_notes(found), _costs(found)]
-    missing = [f"- {c['name']}: {c['state']}" for c in found["cells"] if c["state"] != "done"]
-    if missing:
-        parts.append("\n".join(["Cells without a result:", "", *missing]))
+    parts.append(study.missing(found["cells"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -224,7 +159,7 @@ def _accuracies(found: Mapping[str, Any]) -> str:
     others = found["published"].keys() - found["models"].keys()
     for model in (name for name in PUBLISHED if name in others):
         rows.append(_published_row(found["published"][model], f"{model}, published"))
-    return _table(rows)
+    return study.table(rows)
 
 
 def _published_row(row: Mapping[str, Any], name: str) -> list[str]:
@@ -245,7 +180,7 @@ def _accuracy(figures: Mapping[str, Any]) -> str:
 
 def _notes(found: Mapping[str, Any]) -> list[str]:
     """What the first table means."""
-    splits = _distinct(cell["split"] for cell in found["cells"] if "split" in cell)
+    splits = study.distinct(cell["split"] for cell in found["cells"] if "split" in cell)
     lines = [
         f"Accuracy in percent on the {' and '.join(splits or ['test'])} split, ± the standard "
         "error of the mean over seeds. Published figures are of full sizes and their data "
@@ -267,8 +202,8 @@ def _costs(found: Mapping[str, Any]) -> str:
     head = ["model", "task", "parameters", "steps", "bytes/s", "peak memory", "hours"]
     rows = [
         [
-            model, TASKS[task], _count(x["parameters"]), _count(x["steps"]),
-            _count(x["bytes_per_second"]), _memory(x),
+            model, TASKS[task], study.count(x["parameters"]), study.count(x["steps"]),
+            study.count(x["bytes_per_second"]), study.memory(x),
             "—" if x["seconds"] is None else f"{x['seconds'] / 3600:.2f}",
         ]
         for model, row in found["models"].items()
@@ -277,27 +212,8 @@ def _costs(found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     if not rows:
         return ""
-    return _table([head, *rows]) + "\n\nHours are those of each run's last start."
-
-
-def _memory(figures: Mapping[str, Any]) -> str:
-    if figures["memory"] is None:
-        return "—"
-    return f"{figures['memory']:.2f} GB ({figures['memory_of']})"
+    return study.table([head, *rows]) + "\n\nHours are those of each run's last start."
 
 
 def _number(value: float | None) -> str:
     return "—" if value is None else f"{value:.2f}"
-
-
-def _count(value: float | None) -> str:
-    return "—" if value is None else f"{value:,.0f}"
-
-
-def _distinct(values: Any) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -16,42 +16,9 @@ from etils import epath
 from spectral_pod import command_line, project_files
 from spectral_pod.config import to_dict
 from tests import trainer
-from tools import lra, lra_report, lra_session
+from tests.tools.stand_in import TRAINER, write_result
+from tools import lra, lra_report, session
 from tools.lra_report import Cell
-
-# Does what the first word of PLAN[CELL] says, and appends the cell's name to `started`.
-TRAINER = """
-import json, pathlib, signal, sys, time
-home = pathlib.Path(__file__).parent
-flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
-workdir = pathlib.Path(flags["workdir"])
-with open(home / "started", "a") as file:
-    file.write(workdir.name + chr(10))
-does, _, value = json.loads((home / "plan").read_text()).get(workdir.name, "done 50").partition(" ")
-if does == "done":
-    workdir.mkdir(exist_ok=True)
-    (workdir / "result.json").write_text(json.dumps({
-        "step": 7, "eval": {"split": "test", "accuracy": float(value) / 100}, "num_params": 1000,
-        "bytes_per_second": 2000.0, "wall_seconds": 36.0,
-    }))
-if does == "fail":
-    print("a line before", "ConfigError: it is broken", sep=chr(10), file=sys.stderr)
-    sys.exit(int(value))
-if does == "no_data":
-    print("DataError: /files: there is no such file", file=sys.stderr)
-    sys.exit(2)
-if does == "wait":
-    def end(*_):
-        if value == "stubborn":
-            return
-        (home / "saved").write_text(workdir.name)
-        sys.exit(75)
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, lambda *_: (home / "interrupted").write_text(""))
-    (home / "waits").write_text("")
-    while True:
-        time.sleep(0.05)
-"""
 
 
 class Stage:
@@ -85,7 +52,7 @@ class Stage:
     def interrupted(self, name, flags=(), step=3):
         """Writes the workdir of a run of the trainer that has ended at a step."""
         cell, workdir = Cell.parse(name), self.out / name
-        matrix = lra.Matrix(str(self.out), [cell], "cpu", (), (), tuple(flags))
+        matrix = lra.Matrix(out=str(self.out), cells=[cell], size="cpu", flags=tuple(flags))
         config = command_line.parse_trainer(matrix.trainer_flags(cell)).config.value
         workdir.mkdir(parents=True)
         run = {"config": to_dict(config), "data_digest": "", "classes": []}
@@ -96,7 +63,7 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(lra_session, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(session, "_LOOK_SECONDS", 0.02)
     return Stage(tmp_path)
 
 
@@ -238,18 +205,19 @@ def test_a_cell_whose_own_time_is_up_has_not_failed(stage, capfd):
 
 
 def test_a_cell_that_does_not_end_is_killed(stage, monkeypatch):
-    monkeypatch.setattr(lra_session, "_SAVE_SECONDS", 0.5)
+    monkeypatch.setattr(session, "_SAVE_SECONDS", 0.5)
     stage.plan({"listops-s5-0": "wait stubborn"})
     stage.out.mkdir()
-    cells = [Cell("listops", "s5", 0)]
+    cell = Cell("listops", "s5", seed=0)
 
-    def command(cell):
-        script = [sys.executable, str(stage.folder / "trainer.py")]
-        return [*script, f"--workdir={stage.out}/{cell.name}"]
+    class Stubborn(lra.Matrix):
+        def command(self, cell):
+            script = [sys.executable, str(stage.folder / "trainer.py")]
+            return [*script, f"--workdir={self.workdir(cell)}"]
 
-    session = lra_session.Session(str(stage.out), cells, command, budget_minutes=0.05, waits=False)
-    assert session.run() == 78
-    assert cells[0].state == "not run"
+    matrix = Stubborn(out=str(stage.out), cells=[cell])
+    assert session.Session(matrix, budget_minutes=0.05).run() == 78
+    assert cell.state == "not run"
 
 
 def test_the_time_that_is_left(stage):
@@ -259,15 +227,15 @@ def test_the_time_that_is_left(stage):
     file, now = stage.out / "listops-spectral-0" / "metrics.jsonl", time.time()
     lines = [{"step": i, "wall_time": now - 10 * (3 - i), "train/loss": 1.0} for i in (1, 2, 3)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = Cell("listops", "s5", 0, "done", {"seconds": 100.0})
-    rest = [Cell("listops", "spectral", 0), Cell("listops", "s5", 1), Cell("text", "fnet", 0)]
-    session = lra_session.Session(
-        str(stage.out), [done, *rest], lambda cell: [], budget_minutes=1.0, waits=False
-    )
-    assert session._progress(rest[0], rest) == (
-        "step 3 of 700, done in 1:56 h; all cells in about 2:57 h"
-    )
-    assert session._progress(rest[1], rest[1:]) == "no metrics yet"
+    done = Cell("listops", "s5", seed=0, state="done", facts={"seconds": 100.0})
+    names = [("listops", "spectral", 0), ("listops", "s5", 1), ("text", "fnet", 0)]
+    first, *rest = [Cell(task, model, seed=seed) for task, model, seed in names]
+    matrix = lra.Matrix(out=str(stage.out), cells=[done, first, *rest])
+    one = session.Session(matrix, budget_minutes=1.0)
+    said = "step 3 of 700, done in 1:56 h; all cells in about "
+    assert one._progress(first, [first], rest) == f"{said}2:57 h"
+    assert one._progress(first, [first, first], rest) == f"{said}2:26 h"  # (2 x 6,970 + 3,650) / 2
+    assert one._progress(rest[0], rest[:1], rest[1:]) == "no metrics yet"
 
 
 def wait_for(file, process):
@@ -300,15 +268,6 @@ def test_ctrl_c_lets_the_cell_save_and_prints_the_tables(stage):
 
 
 # ---- tables
-
-
-def write_result(out, name, accuracy, memory, **more):
-    """A finished run, whose memory is reported under several names, in GB."""
-    (out / name).mkdir(parents=True)
-    result = {"step": 700, "eval": {"split": "test", "accuracy": accuracy}} | more
-    (out / name / "result.json").write_text(json.dumps(result))
-    lines = [{"step": i} | values for i, values in enumerate(memory)]
-    (out / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
 def test_tables_by_hand(tmp_path, capfd):
@@ -392,7 +351,7 @@ def test_published_means_are_those_of_the_papers():
     """Which count 50% where a model is not above chance; two are known without Path-X only."""
     means = {"transformer": 53.66, "fnet": 54.42, "s4": 86.09, "s5": 87.46, "mega": 88.21}
     means |= {"linformer": (5 * 51.36 + 50) / 6, "linear_transformer": (5 * 50.55 + 50) / 6}
-    cells = [Cell(task, "spectral", 0) for task in lra_report.TASKS]
+    cells = [Cell(task, "spectral", seed=0) for task in lra_report.TASKS]
     found = lra_report.summary(cells)["published"]
     assert {name: row["mean"] for name, row in found.items()} == pytest.approx(means, abs=0.011)
 
