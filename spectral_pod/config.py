@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         s5: Any
         selective: Any
         memory: Any
+        scales: Any
 else:
     ModelSections = ModelConfig
 

@@ -278,20 +278,23 @@ def _divisions(
     train, model = config.train, config.model
     rows, sequence = sizes["data"] * sizes["fsdp"], sizes["sequence"]
     stride, scales = described.stride, model.coarser_scales
+    patches = f"data.seq_len in patches of {stride}", config.data.seq_len // stride
     divisions = [
         ("train.global_batch_size", train.global_batch_size, rows * train.grad_accumulation,
          "mesh.data x mesh.fsdp x train.grad_accumulation"),
         ("train.eval_batch_size", train.eval_batch_size, rows, "mesh.data x mesh.fsdp"),
         ("model.hidden_dim", model.hidden_dim, sizes["tensor"] * sizes["fsdp"],
          "mesh.fsdp x mesh.tensor"),
-        (f"data.seq_len in patches of {stride}", config.data.seq_len // stride,
-         sequence * (math.prod(scales) if sequence > 1 else 1),
+        (*patches, sequence * (math.prod(scales) if sequence > 1 else 1),
          "mesh.sequence" + (" x model.coarser_scales" if scales else "")),
         ("model.embed_dim", model.embed_dim, sizes["fsdp"], "mesh.fsdp"),
         ("model.hidden_dim x model.mlp_expansion", int(model.hidden_dim * model.mlp_expansion),
          sizes["tensor"], "mesh.tensor"),
     ]  # fmt: skip
-    for mixer in mixers_of(described).values():
+    for name, mixer in mixers_of(described).items():
+        if sequence > 1 and (merged := mixer.merges(described)) > 1:
+            why = f"mesh.sequence x the {merged} that {name} merges to one"
+            divisions.append((*patches, sequence * merged, why))
         for field, by in mixer.divisible:
             if by.startswith("mesh."):
                 size = sizes[by.removeprefix("mesh.")]

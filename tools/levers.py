@@ -19,7 +19,8 @@ LEVERS: dict[str, dict[str, Fields]] = {
         "stride_4": {"model.patch.stride": "4"},
         "stride_8": {"model.patch.stride": "8"},
         "no_positions": {"model.patch.positions": "none"},
-        "multi_scale": {"model.coarser_scales": "(4, 4)"},
+        "scales": {"model.coarser_scales": "(4, 4)"},
+        "scales_in_blocks": {"model.pattern": "('spectral+multi_scale',)"},
     },
     "filter": {
         "noise": {"model.spectral.initial": "noise"},

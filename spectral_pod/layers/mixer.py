@@ -148,6 +148,11 @@ class Mixer(nn.Module):
         return 0
 
     @classmethod
+    def merges(cls, config: Architecture) -> int:
+        """How many positions it merges to one; if they are split, each device has whole ones."""
+        return 1
+
+    @classmethod
     def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         """The method that dispatch selects on the current mesh, and why, by operation.
 

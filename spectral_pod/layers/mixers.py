@@ -10,6 +10,7 @@ from spectral_pod.layers.delta_memory import DeltaMemoryLayer, GatedDeltaMemoryL
 from spectral_pod.layers.fnet import FNetLayer
 from spectral_pod.layers.hyena import HyenaLayer
 from spectral_pod.layers.mixer import Mixer
+from spectral_pod.layers.multi_scale import MultiScaleLayer
 from spectral_pod.layers.s5 import S5Layer
 from spectral_pod.layers.selective import SelectiveLayer
 from spectral_pod.layers.spectral import SpectralLayer
@@ -28,4 +29,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "fnet": FNetLayer,
     "s5": S5Layer,
     "wavelet": WaveletAttention,
+    "multi_scale": MultiScaleLayer,
 }

@@ -94,7 +94,7 @@ class SpectralModel(Model):
         encoder = ByteLatentEncoder(patches, *widths, dtype, name="encoder")
         x_BND, mask_BN, last_BH = encoder(tokens_BL, mask_BL, before_BH)
         if config.coarser_scales:
-            x_BND = MultiScale(config.coarser_scales, dtype, name="scales")(x_BND, mask_BN)
+            x_BND += MultiScale(config.coarser_scales, dtype, name="scales")(x_BND, mask_BN)
         length = x_BND.shape[1]
         if patches.positions == "sinusoidal":
             x_BND += sinusoidal_positions(length, config.hidden_dim, dtype, start)

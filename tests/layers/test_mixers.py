@@ -25,6 +25,7 @@ SMALL = {
     "s5.state_dim": 6,
     "s5.blocks": 3,
     "selective.rank": 3,
+    "scales.ratios": (4, 3),
     "memory.num_heads": HEADS,
     "memory.head_dim": 4,
     "memory.method": "recurrent",  # compiles fastest; both methods agree (tests/ops)

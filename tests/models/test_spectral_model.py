@@ -199,7 +199,7 @@ def test_half_glus_are_those_of_s5():
 
 
 def test_coarser_scales_see_further():
-    """Without mixers a patch depends on its bytes only, and with scales on its coarse patch."""
+    """Without mixers a patch depends on its bytes only; what scales add, on its coarse patch."""
     rng = np.random.default_rng(0)
     x_BND = np.float32(rng.normal(size=(2, 13, 8)))
     other_BND = x_BND + np.float32(np.arange(13) == 7)[:, None]
