@@ -1,17 +1,16 @@
 """enwik8, the first 100 MB of a dump of Wikipedia, or any such file, as bytes.
 
-    mkdir enwik8 && unzip enwik8.zip    from mattmahoney.net/dc/enwik8.zip
-    head -c 90000000 enwik8.raw > enwik8/train
-    tail -c +90000001 enwik8.raw | head -c 5000000 > enwik8/valid
-    tail -c 5000000 enwik8.raw > enwik8/test
+    head -c 90000000 enwik8 > enwik8.train
+    tail -c +90000001 enwik8 | head -c 5000000 > enwik8.valid
+    tail -c 5000000 enwik8 > enwik8.test
     launch/local.sh --config=configs/lm_enwik8.py --workdir=DIR
 
-(where enwik8.raw is what the archive holds.) The three files are the defaults of
-`--config.data.options.train`, `.validation` and `.test`, and the split is the usual one. Evaluations
-report bits per byte. Published, on the test part: 1.11 with 44M parameters (Al-Rfou et al. 2019, 12
-layers), 1.06, 1.03 and 0.99 with 41M, 88M and 277M (Dai et al. 2019, "Transformer-XL"), 1.02 with
-39M (Ma et al. 2022, "Mega"). These models see bytes before the window that is evaluated; here each
-window of `data.seq_len` bytes starts without any, which costs a little.
+These are the defaults of `--config.data.options.train`, `.validation` and `.test`, and the usual
+split (the file is in mattmahoney.net/dc/enwik8.zip). Evaluations report bits per byte. Published,
+on the test part: 1.11 with 44M parameters (Al-Rfou et al. 2019, 12 layers), 1.06, 1.03 and 0.99
+with 41M, 88M and 277M (Dai et al. 2019, "Transformer-XL"), 1.02 with 39M (Ma et al. 2022, "Mega").
+These models see bytes before the window that is evaluated; here each window of `data.seq_len` bytes
+starts without any, which costs a little.
 
 `:cpu` (the default) trains SpectralGPT with 0.7M parameters on two CPU cores; `:gpu` one of 40M on
 windows of 2,048 bytes, 20 epochs, for a GPU or a slice. Neither has been trained on enwik8 yet.
@@ -28,7 +27,7 @@ def get_config(size: str = "cpu") -> Config:
         raise ValueError(f"unknown size {size!r}; there are {SIZES}")
     c = small_language_model()
     for split, name in {"train": "train", "validation": "valid", "test": "test"}.items():
-        c.data.options[split] = f"enwik8/{name}"
+        c.data.options[split] = f"enwik8.{name}"
     c.train.eval_split = "test"
     c.train.sample_prompt = "    <title>"
     if size == "gpu":
