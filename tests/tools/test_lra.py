@@ -232,10 +232,11 @@ def test_the_time_that_is_left(stage):
     first, *rest = [Cell(task, model, seed=seed) for task, model, seed in names]
     matrix = lra.Matrix(out=str(stage.out), cells=[done, first, *rest])
     one = session.Session(matrix, budget_minutes=1.0)
+    one._waiting = rest
     said = "step 3 of 700, done in 1:56 h; all cells in about "
-    assert one._progress(first, [first], rest) == f"{said}2:57 h"
-    assert one._progress(first, [first, first], rest) == f"{said}2:26 h"  # (2 x 6,970 + 3,650) / 2
-    assert one._progress(rest[0], rest[:1], rest[1:]) == "no metrics yet"
+    assert one._progress(first, [first]) == f"{said}2:57 h"
+    assert one._progress(first, [first, first]) == f"{said}2:26 h"  # (2 x 6,970 + 3,650) / 2
+    assert one._progress(rest[0], rest[:1]) == "no metrics yet"
 
 
 def wait_for(file, process):

@@ -1,0 +1,123 @@
+"""What `tools.sweep` prints and writes: a table, plots, and the best configuration."""
+
+import io
+import warnings
+from typing import Any
+
+import optuna
+from etils import epath
+
+from spectral_pod import config as config_lib
+from spectral_pod import storage
+
+from . import shell, study
+
+
+def table(sweep: optuna.Study) -> str:
+    """The Markdown of all trials, the best first."""
+    trials = sorted(sweep.get_trials(deepcopy=False), key=lambda trial: _rank(sweep, trial))
+    if not trials:
+        return "There are no trials.\n"
+    names = study.distinct(name for trial in trials for name in trial.params)
+    rows = [["trial", "value", *names, "state", "minutes"]]
+    for trial in trials:
+        value = trial.value if trial.state.is_finished() and trial.value is not None else None
+        rows.append([
+            str(trial.number), "—" if value is None else f"{value:.4f}",
+            *(_shown(trial.params.get(name)) for name in names), _state(trial),
+            "—" if trial.duration is None else f"{trial.duration.total_seconds() / 60:.1f}",
+        ])  # fmt: skip
+    direction = "highest" if _maximizes(sweep) else "lowest"
+    return f"{study.table(rows)}\n\nValues are of the validation split; the {direction} is best.\n"
+
+
+def _maximizes(sweep: optuna.Study) -> bool:
+    return sweep.direction == optuna.study.StudyDirection.MAXIMIZE
+
+
+def _rank(sweep: optuna.Study, trial: optuna.trial.FrozenTrial) -> tuple[bool, float, int]:
+    """Orders trials: complete ones by their value, then the others."""
+    complete = trial.state == optuna.trial.TrialState.COMPLETE
+    value = (trial.value or 0.0) if complete else 0.0
+    return not complete, -value if _maximizes(sweep) else value, trial.number
+
+
+def _state(trial: optuna.trial.FrozenTrial) -> str:
+    steps = trial.intermediate_values
+    if trial.state == optuna.trial.TrialState.PRUNED and steps:
+        return f"pruned at {max(steps):,}"
+    return trial.state.name.lower()
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(sweep: optuna.Study, out: str) -> None:
+    """Writes the table, and if there are results the plots and the best configuration."""
+    folder = epath.Path(out)
+    storage.write_whole(folder / "table.md", table(sweep))
+    complete = (optuna.trial.TrialState.COMPLETE,)
+    trials = sweep.get_trials(deepcopy=False, states=complete)
+    if not trials:
+        return
+    best = sweep.best_trial
+    recorded = study.config(folder / f"trial-{best.number:04d}")
+    storage.write_whole(folder / "best.py", config_file(recorded, best, out))
+    for name, picture in _pictures(sweep, len(trials)).items():
+        storage.write_whole(folder / name, picture)
+
+
+def config_file(recorded: dict[str, Any], best: optuna.trial.FrozenTrial, out: str) -> str:
+    """The text of a config file that has the fields of a recorded configuration.
+
+    Its last evaluation is on the validation split, as that of the trials; the test split is
+    --config.train.eval_split=test.
+    """
+    defaults = config_lib.flat(config_lib.to_dict(config_lib.default()))
+    options = recorded["data"].pop("options")
+    lines = [f"    c.data.options = ConfigDict({options!r})"]
+    for name, value in sorted(config_lib.flat(recorded).items()):
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in defaults or value != defaults[name]:
+            lines.append(f"    c.{name} = {value!r}")
+    body = "\n".join(lines)
+    return f'''"""The best of the sweep {out}: trial {best.number}.
+
+It reached {best.value:.4f} on the validation split, on which its last evaluation is here, too:
+--config.train.eval_split=test is the other.
+"""
+
+from ml_collections import ConfigDict
+
+from spectral_pod.config import Config, default
+
+
+def get_config() -> Config:
+    c = default()
+{body}
+    return c
+'''
+
+
+def _pictures(sweep: optuna.Study, number: int) -> dict[str, bytes]:
+    """The values in the order of trials and, of several, the importance of each field."""
+    try:
+        import matplotlib.figure
+    except ModuleNotFoundError:
+        shell.say("No plots: they need matplotlib; pip install 'spectral-pod[plots]'")
+        return {}
+    from optuna.visualization import matplotlib as plots
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        drawn = {"history.png": plots.plot_optimization_history(sweep)}
+        if number > 1:
+            drawn["importance.png"] = plots.plot_param_importances(sweep)
+    found = {}
+    for name, axes in drawn.items():
+        figure: matplotlib.figure.Figure = axes.figure
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+        found[name] = file.getvalue()
+    return found
