@@ -3,12 +3,14 @@
 import importlib
 from typing import Any
 
-__all__ = ["Config", "SpectralGPT", "SpectralLLM", "SpectralModel"]
+_PLACES = {"SpectralTrainer": "spectral_trainer"}  # of what is not in `api.py`
+
+__all__ = ["Config", "SpectralGPT", "SpectralLLM", "SpectralModel", "SpectralTrainer"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # of PEP 562, so that the operations can be imported by themselves
-        return getattr(importlib.import_module("spectral_pod.api"), name)
+        return getattr(importlib.import_module(f"spectral_pod.{_PLACES.get(name, 'api')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

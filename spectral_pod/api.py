@@ -6,7 +6,7 @@ A thin wrapper around `models` and `generate`: each class holds the Linen module
 
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, AnyStr, Self
 
 import flax.linen as nn
@@ -43,23 +43,54 @@ def Config(**values: Any) -> Any:
     """`config.default()` with some fields changed.
 
     Keywords are fields of `config.model` or sections of the configuration. The value of a section
-    is a mapping, and names may be dotted.
+    is a mapping, and names may be dotted. These are other names of fields:
+
+    - `harmonic_bases` of `harmonics`, `wavelet_type` and `wavelet_levels` of `wavelet.name` and
+      `wavelet.levels`, and `num_heads` of the number of heads of all mixers that have any;
+    - `embed_dim` without `hidden_dim` is the width of everything;
+    - `vocab_size` can be 256 only, as models read bytes.
 
     >>> config = Config(num_layers=2, memory={"head_dim": 32}, data={"seq_len": 512})
     >>> config.model.num_layers, config.model.memory.head_dim, config.data.seq_len
     (2, 32, 512)
     >>> Config(**{"model.wavelet.levels": 4}).model.wavelet.levels
     4
+    >>> Config(embed_dim=64, wavelet_levels=4).model.hidden_dim
+    64
 
     Raises:
       ConfigError: there is no such field, or its value is of another type.
     """
     config: Any = config_lib.default()
-    for name, value in values.items():
+    for name, value in _by_their_names(values):
         first = name.partition(".")[0]
         section = config if first in config and first not in config.model else config.model
         _set(section, name, value)
     return config
+
+
+_NAMES = {
+    "harmonic_bases": ("harmonics",),
+    "wavelet_type": ("wavelet.name",),
+    "wavelet_levels": ("wavelet.levels",),
+    "num_heads": ("wavelet.num_heads", "memory.num_heads", "attention.num_heads"),
+}
+
+
+def _by_their_names(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Fields and values, without the other names of fields."""
+    for name, value in values.items():
+        if name == "vocab_size":
+            if value != 256:
+                raise ConfigError(
+                    f"Config field 'vocab_size' is {shown(value)}; models read bytes, of which "
+                    "there are 256: leave it out"
+                )
+            continue
+        for field in _NAMES.get(name, (name,)):
+            yield field, value
+        if name == "embed_dim" and "hidden_dim" not in values:
+            yield "hidden_dim", value
 
 
 def _set(section: ConfigDict, name: str, value: Any) -> None:
@@ -123,9 +154,10 @@ class Model:
 
         with on_mesh(mesh):
             params = jax.jit(init, out_shardings=shardings)(random_key(config.seed))
-        self._use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, "", []))
+        self.use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, "", []))
 
-    def _use(self, trained: Trained) -> None:
+    def use(self, trained: Trained) -> None:
+        """Makes this model a trained one."""
         self._trained = trained
         self.config, self.mesh = trained.config, trained.mesh
         self.module, self.params = trained.module, trained.params
@@ -168,7 +200,7 @@ class Model:
                 f"{origin} holds a {name}; load it with spectral_pod.{models.MODELS[name].__name__}"
             )
         model = cls.__new__(cls)
-        model._use(trained)
+        model.use(trained)
         return model
 
     def __call__(self, tokens_BL: Any) -> jax.Array:
@@ -202,6 +234,15 @@ class Model:
                 f"[0, {top})"
             )
         return array
+
+    @property
+    def is_trained(self) -> bool:
+        return self._trained.step > 0
+
+    @property
+    def num_classes(self) -> int:
+        """Of the logits."""
+        return self._trained.num_classes
 
     def count_parameters(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.params))

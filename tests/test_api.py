@@ -108,11 +108,30 @@ def test_fields_by_every_name():
     assert config.model.pattern == ("hyena",)
 
 
+def test_other_names_of_fields():
+    config = Config(
+        vocab_size=256, embed_dim=512, num_heads=8, num_layers=12, harmonic_bases=24,
+        wavelet_type="db4", wavelet_levels=3,
+    ).model  # fmt: skip
+    assert (config.embed_dim, config.hidden_dim, config.num_layers) == (512, 512, 12)
+    heads = (config.wavelet.num_heads, config.memory.num_heads, config.attention.num_heads)
+    assert heads == (8, 8, 8)
+    assert (config.harmonics, config.wavelet.name, config.wavelet.levels) == (24, "db4", 3)
+    assert Config(embed_dim=8, hidden_dim=16).model.hidden_dim == 16
+
+
+def test_the_number_of_harmonics():
+    small = {"num_layers": 1, "hidden_dim": 16, "data": {"seq_len": 64}}
+    model = SpectralLLM(Config(**small, harmonic_bases=5))
+    table = model.params["embedding"]
+    assert {x.shape[1] for x in jax.tree.leaves(table)} == {5}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"hiden_dim": 3}, "'hiden_dim'; did you mean 'hidden_dim'"),
-        ({"vocab_size": 50257}, "no field 'vocab_size'"),
+        ({"vocab_size": 50257}, "'vocab_size' is 50257; models read bytes"),
         ({"memory": {"heads": 3}}, "no field 'heads'"),
         ({"train.steps": 3}, "no field 'steps'"),
         ({"num_layers": "three"}, "'num_layers'"),

@@ -33,6 +33,7 @@ class ModelConfig:
     # Whether gradients end at the start of a chunk (truncated backpropagation through time).
     truncate_gradients: bool = True
     positions: Literal["learned", "none"] = "learned"  # position embeddings of causal models
+    harmonics: Positive = 16  # sines of an embedding of spectral_llm
     # Weight of the spectral consistency loss of spectral_llm.
     consistency_weight: NonNegativeFloat = 0.0
     num_layers: Positive = 6  # number of blocks

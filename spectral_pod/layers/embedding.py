@@ -39,7 +39,7 @@ class HarmonicEmbedding(nn.Module):
     vocab_size: int
     width: int
     dtype: Any
-    num_harmonics: int = 16
+    num_harmonics: int
 
     @nn.compact
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:

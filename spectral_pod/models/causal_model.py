@@ -32,12 +32,7 @@ class CausalModel(Model):
     """A model whose logits at a position depend on the tokens up to it, and on no later one.
 
     A language model has 257 classes: the byte values, and last the end of a document.
-
-    Attributes:
-      embedding: the module that maps tokens to vectors.
     """
-
-    embedding: ClassVar[type[Embedding | HarmonicEmbedding]]
 
     causal: ClassVar[bool] = True
 
@@ -136,8 +131,15 @@ class CausalModel(Model):
 
     def _embed(self, tokens_BL: Tokens) -> jax.Array:
         config = self.config
-        arguments = config.vocab_size, config.hidden_dim, config.activation_dtype
-        return self.embedding(*arguments, name="embedding")(tokens_BL)
+        return self.make_embedding(config.vocab_size, config.hidden_dim, config.activation_dtype)(
+            tokens_BL
+        )
+
+    def make_embedding(
+        self, vocab_size: int, width: int, dtype: Any
+    ) -> Embedding | HarmonicEmbedding:
+        """The module `embedding`, which maps tokens to vectors."""
+        return Embedding(vocab_size, width, dtype, name="embedding")
 
     def _with_positions(self, x_BND: jax.Array, count_BN: jax.Array) -> jax.Array:
         """Adds the embeddings of positions, which are counted from the first valid one of a row.

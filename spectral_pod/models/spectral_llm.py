@@ -4,6 +4,8 @@ All of it is causal. The published design is not: its full-length FFTs, in atten
 feed-forward, let every position see the bytes that it has to predict.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,9 +18,12 @@ from spectral_pod.shapes import Positions, TokenMask
 class SpectralLLM(CausalModel):
     """Harmonic embeddings, wavelet attention, and a spectral consistency loss."""
 
-    embedding = HarmonicEmbedding
     mixer = "wavelet"
     has_consistency_loss = True
+
+    def make_embedding(self, vocab_size: int, width: int, dtype: Any) -> HarmonicEmbedding:
+        harmonics = self.config.harmonics
+        return HarmonicEmbedding(vocab_size, width, dtype, harmonics, name="embedding")
 
     def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:
         """Sows the spectral consistency loss, which is `consistency_weight` times the distance

@@ -14,7 +14,7 @@ from spectral_pod.shapes import VOCAB_SIZE
 
 @functools.cache
 def make(width, dtype="float32"):
-    module = HarmonicEmbedding(VOCAB_SIZE, width, jnp.dtype(dtype))
+    module = HarmonicEmbedding(VOCAB_SIZE, width, jnp.dtype(dtype), 16)
     tokens = jnp.arange(VOCAB_SIZE).reshape(4, -1)
     embedded, params = jax.jit(module.init_with_output)(jax.random.key(0), tokens)
     return np.asarray(embedded), nn.unbox(params)["params"]
