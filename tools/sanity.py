@@ -55,7 +55,7 @@ from .sanity_checks import Check
 EXAMPLES, STEPS = 100, 300
 QUICK_EXAMPLES, QUICK_STEPS = 16, 100
 _PROBES = 10  # of the first training
-_ROWS = 4  # of the trained models' probes
+_ROWS = 8  # of the trained models' probes
 _HELD_OUT = 256  # examples; as many training examples give the label frequencies
 
 

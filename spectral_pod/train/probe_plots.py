@@ -17,6 +17,7 @@ Probes = Mapping[int, Mapping[str, np.ndarray]]  # by step, arrays by name: `tra
 
 _PANELS = 8  # that a figure has room for
 _COLUMNS = 4
+_LABELS = 12  # of lines, that a panel has room for
 _DPI = 80
 
 # Figures with a line for each layer: the last parts of the names that each of their panels draws.
@@ -109,7 +110,7 @@ def _norms(history: Probes, kind: str, title: str) -> "Figure | None":
             steps, values = series(history, name)
             axes.plot(steps, values, color=colour, label=name.partition("/")[0])
         axes.set(title=group, xlabel="step", yscale="log")
-        axes.legend(fontsize=6)
+        _legend(axes)
     return figure
 
 
@@ -182,7 +183,7 @@ def _lines(history: Probes, title: str, kinds: Sequence[str]) -> "Figure | None"
                 steps, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15
             )
         axes.set(title=kind, xlabel="step")
-        axes.legend(fontsize=6)
+        _legend(axes)
     return figure
 
 
@@ -199,6 +200,12 @@ def _grid(count: int, title: str) -> tuple["Figure", list[Any]]:
     figure.suptitle(title, fontsize=10)
     panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     return figure, panels
+
+
+def _legend(axes: Any) -> None:
+    """Names the lines, if there is room; their colours go from dark to light by layer."""
+    if len(axes.get_lines()) <= _LABELS:
+        axes.legend(fontsize=6)
 
 
 def _some(names: list[str]) -> tuple[list[str], str]:

@@ -162,6 +162,11 @@ class Trainer:
         config, sources, mesh = self.config, self.sources, self.mesh
         rows, row_len = config.train.global_batch_size, config_lib.row_len(config)
         batch = abstract_batch(rows, row_len, mesh, by_position=sources.objective.by_position)
+        if config.train.probe_every_steps:
+            self.prober = Prober(
+                self.workdir, self.model, self.optimizer, sources.objective, config, mesh,
+                self.abstract, self.step,
+            )  # fmt: skip
         with self.stopwatch.time("compile"):
             lowered = jit_train_step(
                 self.model, self.optimizer, sources.objective, config, mesh, self.abstract
@@ -169,11 +174,6 @@ class Trainer:
             program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
             runtime.compare("program and data", {"program": program, "data": sources.digest})
             self._compiled_step = lowered.compile()
-        if config.train.probe_every_steps:
-            self.prober = Prober(
-                self.workdir, self.model, self.optimizer, sources.objective, config, mesh,
-                self.abstract, self.step,
-            )  # fmt: skip
         self.batches = self._batches_from(self.step)
 
     # ---- steps
