@@ -10,8 +10,8 @@ batch what that step will do, without doing it:
     layer_0/param_norm/GROUP    the same of the parameters
 
 The arrays are kept in WORKDIR/probes/STEP.npz. Of each, `probes/NAME` or its mean, least and
-largest value are metrics, and `probe_plots.py` draws them over training. A probe takes about as long
-as a step and a half (docs/results.md).
+largest value are metrics, and `probe_plots.py` draws them over training. A probe takes about as
+long as a step and a half (docs/results.md).
 """
 
 import importlib.util
