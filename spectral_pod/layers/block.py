@@ -11,6 +11,7 @@ from spectral_pod.layers.dense import BatchNorm, LayerNorm
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixer import Mixer, State
 from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.layers.probes import PROBES, probe, valid_rms
 from spectral_pod.parallel.sharding import constrain
 
 # Rematerialization of a block: what is stored for the backward pass rather than recomputed.
@@ -75,6 +76,7 @@ class Block(nn.Module):
                 from_end = self.reverse[name](input_BND[:, ::-1], mask_BN[:, ::-1])
                 y_BND += from_end[:, ::-1]
             x_BND = self._residual(name, x_BND, y_BND, mask_BN)
+        probe(self, "rms", lambda: valid_rms(x_BND, mask_BN))
         return x_BND, after
 
     def init_state(self, batch: int) -> State:
@@ -118,7 +120,8 @@ class Block(nn.Module):
         """Pre-norm `x + layer(norm(x))` or post-norm `norm(x + layer(x))`, with dropout."""
         dtype = x_BND.dtype
         if name in self.gates:
-            y_BND = self.gates[name](y_BND)
+            y_BND = self.gates[name](y_BND, mask_BN)
+        probe(self, f"{name}_rms", lambda: valid_rms(y_BND, mask_BN))
         x_BND = x_BND + self.drops[name](y_BND)
         if self.config.norm == "post":
             x_BND = self.norms[name](x_BND, mask_BN).astype(dtype)
@@ -198,7 +201,7 @@ def _stacked_blocks(config: Architecture, deterministic: bool, chunked: bool) ->
     if repeats:
         scanned = nn.scan(
             group,
-            variable_axes={"params": 0, "metrics": 0, "statistics": 0},
+            variable_axes={"params": 0, "metrics": 0, "statistics": 0, PROBES: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),
             length=repeats,

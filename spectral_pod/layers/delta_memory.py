@@ -12,9 +12,10 @@ from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
+from spectral_pod.layers.probes import probe, valid_mean
 from spectral_pod.layers.short_convolution import ShortConvolution
 from spectral_pod.ops.choice import Choice
-from spectral_pod.ops.delta_rule import delta_rule, resolve
+from spectral_pod.ops.delta_rule import DeltaResult, delta_rule, resolve
 from spectral_pod.parallel.sharding import constrain
 
 FORGETTING_RATES = (0.001, 0.1)  # initial rates of the first and the last head, per position
@@ -177,7 +178,33 @@ class DeltaMemoryLayer(Mixer):
         writes = self.num_heads * jnp.sum(options.get("mask_BN", jnp.ones(x_BND.shape[:2], bool)))
         share = jnp.sum(result.clipped_BH) / jnp.maximum(writes, 1).astype(jnp.float32)
         self.sow("metrics", "clipped_writes", share)
+        self._show(beta_BNH, log_gate_BNH, result, options.get("mask_BN"))
         return result.o_BNHV, result.state_BHVK
+
+    def _show(
+        self,
+        beta_BNH: jax.Array,
+        log_gate_BNH: jax.Array | None,
+        result: DeltaResult,
+        mask_BN: jax.Array | None,
+    ) -> None:
+        """Shows the memory's write strength, forgetting, clipping and size, by head."""
+
+        def clip_share() -> jax.Array:
+            count = beta_BNH[..., 0].size if mask_BN is None else jnp.sum(mask_BN)
+            clipped_H = jnp.sum(result.clipped_BH, axis=0).astype(jnp.float32)
+            return clipped_H / jnp.maximum(count, 1).astype(jnp.float32)
+
+        def norm() -> jax.Array:
+            square_BH = jnp.sum(jnp.square(result.state_BHVK), axis=(2, 3))
+            return jnp.mean(jnp.sqrt(square_BH), axis=0)
+
+        probe(self, "beta_mean", lambda: valid_mean(beta_BNH, mask_BN))
+        if log_gate_BNH is not None:
+            probe(self, "decay", lambda: valid_mean(jnp.exp(log_gate_BNH), mask_BN))
+        if self.clip:
+            probe(self, "clip_share", clip_share)
+        probe(self, "memory_norm", norm)
 
     def _read(self, o_BNHV: jax.Array) -> jax.Array:
         # Scaled before the projection, where the gradient of the scale has fewer terms.

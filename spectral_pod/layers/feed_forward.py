@@ -11,6 +11,7 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
+from spectral_pod.layers.probes import probe, valid_mean
 from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.gelu import gelu
 from spectral_pod.parallel.sharding import constrain
@@ -115,6 +116,7 @@ class FrequencyFeedForward(Mixer):
     def _mixed(self, x_BND: jax.Array, y_BND: jax.Array) -> jax.Array:
         y_BND = constrain(y_BND, "batch", "position", "width")
         alpha = jax.nn.sigmoid(self.logit).astype(self.dtype)
+        probe(self, "convolution_share", lambda: alpha)
         return (1 - alpha) * self.mlp(x_BND) + alpha * y_BND
 
 
@@ -135,6 +137,7 @@ class HalfGLU(Mixer):
         """[B, N, D] to [B, N, D] in `dtype`; per position, so that the mask has no effect."""
         activated_BND = self.drop(gelu(y_BND.astype(self.dtype)))
         gate_BND = jax.nn.sigmoid(self.gate(activated_BND))
+        probe(self, "gate_mean", lambda: valid_mean(gate_BND, mask_BN))
         y_BND = activated_BND if self.gates_activated else y_BND.astype(self.dtype)
         return constrain(y_BND * gate_BND, "batch", "position", "width")
 

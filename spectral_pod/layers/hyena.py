@@ -10,6 +10,7 @@ from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
+from spectral_pod.layers.probes import channel_rms, probe
 from spectral_pod.layers.short_convolution import ShortConvolution
 from spectral_pod.ops import short_conv
 from spectral_pod.ops.choice import Choice
@@ -89,7 +90,7 @@ class HyenaLayer(Mixer):
         for i, long in enumerate(self.longs):
             y_BND, inputs = long.extend(self._gated(x_O, i, y_BND), longs[i])
             after.append(inputs)
-        return self._read(x_O, y_BND), (short, after)
+        return self._read(x_O, y_BND, mask_BN), (short, after)
 
     def init_state(self, batch: int) -> HyenaState:
         short = self.short.init_state(batch) if self.short_conv > 1 else None
@@ -104,7 +105,7 @@ class HyenaLayer(Mixer):
         for i, long in enumerate(self.longs):
             y_BPD, state = long.prefill(self._gated(x_O, i, y_BPD))
             states.append(state)
-        return self._read(x_O, y_BPD), HyenaState(short, tuple(states))
+        return self._read(x_O, y_BPD, mask_BP), HyenaState(short, tuple(states))
 
     def advance(
         self, x_B1D: jax.Array, state: HyenaState, position: jax.Array
@@ -128,5 +129,8 @@ class HyenaLayer(Mixer):
         """The input of the i-th long convolution."""
         return y_BND if self.order == 1 else x_O[self.order - 1 - i] * y_BND
 
-    def _read(self, x_O: list[jax.Array], y_BND: jax.Array) -> jax.Array:
+    def _read(
+        self, x_O: list[jax.Array], y_BND: jax.Array, mask_BN: jax.Array | None = None
+    ) -> jax.Array:
+        probe(self, "gate_rms", lambda: channel_rms(x_O[0], mask_BN))
         return constrain(self.out(x_O[0] * y_BND), "batch", "position", "width")

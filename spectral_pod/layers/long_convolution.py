@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.parameter import parameter
+from spectral_pod.layers.probes import probe, response_of_taps
 from spectral_pod.ops import long_conv
 from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.online_conv import FilterBlock, filter_step
@@ -46,6 +47,7 @@ class CausalFilter(nn.Module):
         taps_TD = {"explicit": self._explicit, "implicit": self._implicit}[self.parametrization](
             width
         )
+        probe(self, "decay", lambda: jnp.exp(-alpha_D))
         envelope_DT = jnp.exp(-alpha_D[:, None] * t_T[None])
         # Whatever the decay, the envelope has unit energy: the norm of the taps is left to the
         # optimizer.
@@ -54,6 +56,7 @@ class CausalFilter(nn.Module):
         if self.skip:
             init = parameter(nn.initializers.normal(1.0), "width", group="undecayed")
             h_DT = h_DT.at[:, 0].add(self.param("skip", init, (width,)))
+        probe(self, "response", lambda: response_of_taps(h_DT))
         return h_DT
 
     def _alpha(self, width: int) -> jax.Array:

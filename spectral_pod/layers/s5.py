@@ -12,6 +12,7 @@ from spectral_pod.fields import Positive, PositiveFloat
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import Group, parameter
+from spectral_pod.layers.probes import probe
 from spectral_pod.ops.diagonal_scan import diagonal_scan
 from spectral_pod.parallel.sharding import constrain
 
@@ -135,6 +136,7 @@ class S5Layer(Mixer):
         self, u_BND: jax.Array, mask_BN: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """u in `dtype`, zero where invalid, and B u, complex64 [B, N, K]."""
+        probe(self, "decay", lambda: jnp.exp(self.log_a_K.real))
         if mask_BN is not None:
             u_BND = jnp.where(mask_BN[..., None], u_BND, jnp.zeros((), u_BND.dtype))
         u_BND, b_D2K = u_BND.astype(self.dtype), self.b_D2K.astype(self.dtype)

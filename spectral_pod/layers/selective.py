@@ -12,9 +12,11 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
+from spectral_pod.layers.probes import probe, response, valid_mean
 from spectral_pod.layers.spectral import (
     gate_parameters,
     initial_kernels,
+    rms_gate,
     rms_gated,
     transfer_functions,
 )
@@ -95,13 +97,14 @@ class SelectiveLayer(Mixer):
         x_BND = self._masked(x_BND, mask_BN)
         c_BNR, _ = self._whole_weights(x_BND, mask_BN)
         if self.form == "broadcast":
-            return self._mixed(x_BND, c_BNR)
+            return self._mixed(x_BND, c_BNR, mask_BN)
         x_BNC = self._repeated(x_BND)
         if self.causal:
-            return self._mixed(self.long(x_BNC), c_BNR)
+            return self._mixed(self.long(x_BNC), c_BNR, mask_BN)
         w_FC = jax.lax.complex(self.transfer[0], self.transfer[1])
+        probe(self, "response", lambda: response(w_FC))
         u_BNC = fft.spectral_filter(x_BNC, w_FC, 2 * self.max_positions, self.method)
-        return self._mixed(u_BNC, c_BNR)
+        return self._mixed(u_BNC, c_BNR, mask_BN)
 
     def init_state(self, batch: int) -> SelectiveState:
         features = self.width if self.form == "broadcast" else self.rank
@@ -120,7 +123,7 @@ class SelectiveLayer(Mixer):
             u_BPC, long = self.long.prefill(self._repeated(x_BPD))
         sum_B1D = jnp.sum(x_BPD.astype(jnp.float32), axis=1)[:, None]
         state = SelectiveState(count_BP[:, -1:], sum_B1D, c_BPR[:, -1:], long)
-        return self._mixed(u_BPC, c_BPR), state
+        return self._mixed(u_BPC, c_BPR, mask_BP), state
 
     def advance(
         self, x_B1D: jax.Array, state: SelectiveState, position: jax.Array
@@ -170,7 +173,9 @@ class SelectiveLayer(Mixer):
         """
         return jnp.repeat(constrain(x_BND, "batch", "position", "channel"), self.rank + 1, axis=2)
 
-    def _mixed(self, u_BNC: jax.Array, c_BNR: jax.Array) -> jax.Array:
+    def _mixed(
+        self, u_BNC: jax.Array, c_BNR: jax.Array, mask_BN: jax.Array | None = None
+    ) -> jax.Array:
         c_BNR = c_BNR.astype(self.dtype)
         if self.form == "broadcast":
             return constrain(u_BNC * c_BNR, "batch", "position", "width")
@@ -179,5 +184,8 @@ class SelectiveLayer(Mixer):
         c_BNR = jnp.pad(c_BNR, ((0, 0), (0, 0), (1, 0)), constant_values=1)
         y_BND = jnp.sum(u_BNDR * c_BNR[:, :, None], axis=-1, dtype=jnp.float32)
         if self.energy_gate == "rms":
+            probe(
+                self, "energy_gate_mean", lambda: valid_mean(rms_gate(y_BND, *self.gate), mask_BN)
+            )
             y_BND = rms_gated(y_BND, *self.gate)
         return constrain(y_BND.astype(self.dtype), "batch", "position", "width")

@@ -13,6 +13,7 @@ from spectral_pod.fields import Fraction, NonNegativeFloat, PositiveFloat
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
+from spectral_pod.layers.probes import probe, response, valid_mean
 from spectral_pod.ops import fft
 from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.sharding import constrain, filter_axis, shard_op
@@ -74,9 +75,10 @@ class SpectralLayer(Mixer):
         fft_length = {"linear": 2, "circular": 1}[self.padding] * self.max_positions
         x_BND = jnp.where(mask_BN[..., None], x_BND, jnp.zeros((), x_BND.dtype))
         w_FD = self._transfer(fft_length, width)
+        probe(self, "response", lambda: response(w_FD))
         u_BND = fft.spectral_filter(x_BND, w_FD, fft_length, self.method)
         u_BND = constrain(u_BND, "batch", "position", "width").astype(jnp.float32)
-        return self._gated(u_BND).astype(self.dtype)
+        return self._gated(u_BND, mask_BN).astype(self.dtype)
 
     def _transfer(self, fft_length: int, width: int) -> jax.Array:
         """complex64 [F, D]: the filter's transfer function."""
@@ -95,12 +97,15 @@ class SpectralLayer(Mixer):
         # Every device transforms the whole kernel, which is small; no batch is involved.
         return jnp.fft.rfft(constrain(shrunk, None, None), axis=0)
 
-    def _gated(self, u_BND: jax.Array) -> jax.Array:
+    def _gated(self, u_BND: jax.Array, mask_BN: jax.Array) -> jax.Array:
         if self.energy_gate == "none":
             return u_BND
         if self.energy_gate == "norm":
+            probe(self, "energy_gate_mean", lambda: valid_mean(norm_gate(u_BND), mask_BN))
             return norm_gate(u_BND) * u_BND
-        return rms_gated(u_BND, *gate_parameters(self, u_BND.shape[-1]))
+        gate = gate_parameters(self, u_BND.shape[-1])
+        probe(self, "energy_gate_mean", lambda: valid_mean(rms_gate(u_BND, *gate), mask_BN))
+        return rms_gated(u_BND, *gate)
 
 
 def gate_parameters(module: nn.Module, width: int) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """Convolutional attention on the bands of a wavelet transform: the mixer of SpectralLLM."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.mixer import Mixer, option, shared
 from spectral_pod.layers.parameter import parameter
+from spectral_pod.layers.probes import probe, valid_mean
 from spectral_pod.ops import long_conv
 from spectral_pod.ops.choice import Choice
 from spectral_pod.ops.online_conv import ProductBlock, product_step
@@ -105,7 +106,7 @@ class WaveletAttention(Mixer):
         q_BND, k_BND, v_BND = self._projected(x_BND, mask_BN)
         start_B, count_BN = _counted(mask_BN)
         c_BND = self._product(q_BND, k_BND, start_B)
-        return self._mixed(*self._decomposed(c_BND, v_BND), count_BN)
+        return self._mixed(*self._decomposed(c_BND, v_BND), count_BN, mask_BN)
 
     def init_state(self, batch: int) -> WaveletState:
         def zeros(count: int) -> jax.Array:
@@ -137,7 +138,7 @@ class WaveletAttention(Mixer):
             _last(v_BPD, before),
             count_BP[:, -1:],
         )
-        return self._mixed(*self._decomposed(c_BPD, v_BPD), count_BP), state
+        return self._mixed(*self._decomposed(c_BPD, v_BPD), count_BP, mask_BP), state
 
     def advance(
         self, x_B1D: jax.Array, state: WaveletState, position: jax.Array
@@ -186,12 +187,24 @@ class WaveletAttention(Mixer):
         return products, causal_wavedec(v_BND, self.wavelet, self.levels)
 
     def _mixed(
-        self, products: Iterable[jax.Array], values: Iterable[jax.Array], count_BN: jax.Array
+        self,
+        products: Sequence[jax.Array] | jax.Array,
+        values: Sequence[jax.Array] | jax.Array,
+        count_BN: jax.Array,
+        mask_BN: jax.Array | None = None,
     ) -> jax.Array:
-        y_BNHK = sum(
-            weight_H[None, None, :, None] * (c_BND * v_BND).reshape(*v_BND.shape[:2], *self.heads)
-            for weight_H, c_BND, v_BND in zip(self.weight_SH, products, values)
-        )
+        def bands() -> Iterator[jax.Array]:
+            for weight_H, c_BND, v_BND in zip(self.weight_SH, products, values):
+                shape = *v_BND.shape[:2], *self.heads
+                yield weight_H[None, None, :, None] * (c_BND * v_BND).reshape(shape)
+
+        def share() -> jax.Array:
+            energies = [valid_mean(jnp.square(x_BNHK), mask_BN) for x_BNHK in bands()]
+            energy_SH = jnp.sum(jnp.stack(energies), axis=-1)
+            return energy_SH / jnp.maximum(jnp.sum(energy_SH, axis=0, keepdims=True), 1e-30)
+
+        probe(self, "band_share", share)
+        y_BNHK = sum(bands())
         y_BNHK *= jax.lax.rsqrt(count_BN.astype(jnp.float32))[..., None, None]
         return constrain(self.out(y_BNHK), "batch", "position", "width")
 

@@ -11,6 +11,7 @@ from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.embedding import Embedding, HarmonicEmbedding
 from spectral_pod.layers.mixer import State
 from spectral_pod.layers.parameter import parameter
+from spectral_pod.layers.probes import probe, valid_rms
 from spectral_pod.models.model import Model
 from spectral_pod.parallel.sharding import constrain
 from spectral_pod.shapes import Positions, SequenceLogits, TokenMask, Tokens
@@ -70,6 +71,7 @@ class CausalModel(Model):
             x_BND = self._with_positions(x_BND, jnp.cumsum(mask_BL, axis=1))
         x_BND = self._masked(x_BND, mask_BL)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
+        probe(self, "input_rms", lambda: valid_rms(x_BND, mask_BL))
         x_BND, carry = all_blocks(config, x_BND, mask_BL, train, carry, chunked)
         x_BND = layer_norm(x_BND, "norm")
         if train:

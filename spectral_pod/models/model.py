@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spectral_pod.layers.architecture import Architecture
+from spectral_pod.layers.block import unstack
+from spectral_pod.layers.probes import PROBES
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import num_shards
 
@@ -50,3 +52,21 @@ def abstract_params(model: Model, mesh: Mesh) -> Any:
     with on_mesh(mesh):
         rows, key = num_shards("batch"), jax.eval_shape(lambda: jax.random.key(0))
         return jax.eval_shape(functools.partial(init_params, model, rows=rows), key)
+
+
+def probed(
+    model: Model, variables: Any, tokens_BL: jax.Array, mask_BL: jax.Array
+) -> dict[str, jax.Array]:
+    """What the layers of a model show of themselves (`layers/probes.py`) on rows, without dropout.
+
+    Of a model that reads chunks, on the first chunk of the rows.
+
+    Returns:
+      The summaries, float32, by names such as 'input_rms', 'layer_0/rms', 'layer_0/spectral_rms'
+      and 'layer_0/spectral/energy_gate'.
+    """
+    if model.config.chunk:
+        tokens_BL, mask_BL = (x[:, : model.config.chunk] for x in (tokens_BL, mask_BL))
+    _, sown = model.apply(variables, tokens_BL, mask_BL, mutable=[PROBES])
+    leaves = jax.tree_util.tree_leaves_with_path(unstack(sown[PROBES]))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}

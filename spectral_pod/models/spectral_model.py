@@ -11,6 +11,7 @@ from spectral_pod.layers.dense import Dense, layer_norm
 from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.patching import ByteLatentEncoder, Patches, sinusoidal_positions
 from spectral_pod.layers.pooling import POOLING, Comparison, PooledPart, combined
+from spectral_pod.layers.probes import probe, valid_rms
 from spectral_pod.models.model import Model
 from spectral_pod.parallel.sharding import constrain
 from spectral_pod.shapes import (
@@ -99,6 +100,7 @@ class SpectralModel(Model):
         if patches.positions == "sinusoidal":
             x_BND += sinusoidal_positions(length, config.hidden_dim, dtype, start)
         x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
+        probe(self, "input_rms", lambda: valid_rms(x_BND, mask_BN))
         x_BND, of_blocks = all_blocks(config, x_BND, mask_BN, train, of_blocks, chunked)
         carry = (jnp.asarray(start + length, jnp.int32), last_BH, of_blocks) if chunked else None
         return layer_norm(x_BND, "norm"), mask_BN, carry
