@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__all__ = ["Config", "SpectralGPT", "SpectralLLM", "SpectralModel"]
+__all__ = ["Config", "SpectralAnalyzer", "SpectralGPT", "SpectralLLM", "SpectralModel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -113,9 +113,7 @@ class _Flow:
         self.params_of = [0] * count
         for i, value in enumerate(arguments[:num_params]):
             self.params_of[value] = 1 << i
-        self._spread(
-            self.params_of, lambda step, known: 0 if self._reads_data(step) else known
-        )
+        self._spread(self.params_of, lambda step, known: 0 if self._reads_data(step) else known)
         self.in_spectrum = np.zeros(count, bool)
         self._spread(
             self.in_spectrum,
@@ -190,7 +188,9 @@ class _Flow:
     # ---- Flattening
 
     def _value(self, aval: Any) -> int:
-        self.is_complex.append(np.issubdtype(getattr(aval, "dtype", np.float32), np.complexfloating))
+        self.is_complex.append(
+            np.issubdtype(getattr(aval, "dtype", np.float32), np.complexfloating)
+        )
         return len(self.is_complex) - 1
 
     def _flatten(self, jaxpr: Any, arguments: list[int], scope: str, weight: float) -> list[int]:

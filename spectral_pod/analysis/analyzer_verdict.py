@@ -69,7 +69,7 @@ class Verdict:
             f"another tone changes the output of a tone by {self.interference:.0%}": (
                 self.interference > MAX_INTERFERENCE
             ),
-            "it treats all frequencies alike": (
+            "the frequency changes its response no more than shifts and other tones do": (
                 self.selectivity < max(MIN_SELECTIVITY, _STEADIER * unsteady)
             ),
         }
