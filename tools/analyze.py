@@ -8,7 +8,8 @@ By component, the share of parameters and of FLOPs that are spectral; by layer, 
 filter, found out with tones and shifts. --monitor adds what the layers do with the first batch of a
 split: bands of frequencies and wavelet levels in and out of each mixer, gates and memories.
 --remove_bands evaluates the model on the whole split without the low, middle or high third of the
-frequencies of its learned filters, of all layers and of each layer alone. Both read the run's data.
+frequencies of its learned filters, or all three, in all layers and in each alone. Both read the
+run's data.
 
 The definitions are in spectral_pod/analysis/analyzer*.py. --json has `param_ratio`, `compute_ratio`
 and `components`, and `layers`, `monitor` and `removed_bands`. --plot needs matplotlib.
@@ -42,7 +43,7 @@ from spectral_pod.validation import validate
 from . import shell
 
 SPLITS = ("train", "validation", "test")
-ALL = "all layers"
+ALL, EVERY = "all layers", "all"  # layers, and bands
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,7 +122,7 @@ def removed_bands(
 
     Returns:
       'split'; 'with_all' and 'loss_with_all', of the model itself; 'accuracy' and 'loss', by layer
-      or ALL, and by band.
+      or ALL, and by band or EVERY.
 
     Raises:
       ConfigError: the model has no learned filters.
@@ -139,7 +140,7 @@ def removed_bands(
     data = trained.config.data
     loading = {"threads": data.threads, "prefetch": data.prefetch}
     layers = sorted({path.split("/")[0] for path in filters}, key=lambda name: int(name[6:]))
-    cases = [(where, band) for where in (ALL, *layers) for band in analyzer_bands.BANDS]
+    cases = [(where, band) for where in (ALL, *layers) for band in (*analyzer_bands.BANDS, EVERY)]
     progress = Progress("Evaluating without bands", 1 + len(cases), "evaluations")
 
     def scores(changed: Mapping[str, Any]) -> tuple[float, float]:
@@ -154,7 +155,7 @@ def removed_bands(
     for done, (where, band) in enumerate(cases, 1):
         progress.at(done)
         changed = {
-            path: analyzer_bands.without_band(given, band)
+            path: 0 * given if band == EVERY else analyzer_bands.without_band(given, band)
             for path, given in filters.items()
             if where in (ALL, path.split("/")[0])
         }
@@ -224,13 +225,13 @@ def monitor_table(mixers: Mapping[str, Any]) -> str:
 
 def removed_table(removed: Mapping[str, Any]) -> str:
     width = max(map(len, removed["accuracy"]))
-    bands = "  ".join(f"{band:>7}" for band in analyzer_bands.BANDS)
+    bands = "  ".join(f"{band:>7}" for band in (*analyzer_bands.BANDS, EVERY))
     rows = [
         f"accuracy on {removed['split']}: {removed['with_all']:.2%}; without a band of the filters",
         f"{'':{width}}  {bands}",
     ]
     for where, of_band in removed["accuracy"].items():
-        shown = "  ".join(f"{of_band[band]:>7.2%}" for band in analyzer_bands.BANDS)
+        shown = "  ".join(f"{of_band[band]:>7.2%}" for band in (*analyzer_bands.BANDS, EVERY))
         rows.append(f"{where:{width}}  {shown}")
     return "\n".join(rows) + "\n"
 

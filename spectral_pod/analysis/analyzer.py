@@ -4,7 +4,7 @@
 
     analyzer = SpectralAnalyzer(SpectralGPT.from_checkpoint("DIR"))
     found = analyzer.analyze_architecture()
-    print(f"{found['param_ratio']:.1%} of the parameters, {found['compute_ratio']:.1%} of the FLOPs")
+    print(f"{found['param_ratio']:.1%} of the parameters are spectral")
 
 All figures are computed from the program and the parameters at hand. What counts as spectral is
 defined where it is computed: of parameters and FLOPs in `analyzer_shares.py`, of layers in
@@ -164,11 +164,11 @@ class SpectralAnalyzer:
                 analyzer_bands.observed(trained.module, trained.params, tokens_BL, tokens_BL != PAD)
             )
         found: dict[str, Any] = {}
-        for path, sides in energies.items():
+        for path, _, _ in self._mixers():
             block, name = path.split("/")
             found[path] = {
                 side: {key: float(x) for key, x in bands.items()} | {"levels": levels.tolist()}
-                for side, (bands, levels) in sides.items()
+                for side, (bands, levels) in energies[path].items()
             }
             shown = probes.get(block, {})
             added, stream = shown.get(f"{name}_rms"), shown.get("rms")
@@ -207,7 +207,7 @@ class SpectralAnalyzer:
             if not channel_mixer.within_branch:
                 names["feed_forward"] = channel_mixer
             for name, cls in names.items():
-                module = cls.from_config(config, deterministic=True, name=None)
+                module = cls.from_config(config, deterministic=True, name=name)
                 found.append((f"layer_{i}/{name}", module, params.get(name, {})))
         return found
 

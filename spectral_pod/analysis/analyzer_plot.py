@@ -102,9 +102,9 @@ def _activations(axes: Any, report: Mapping[str, Any], _: Any) -> None:
 def _removed(axes: Any, report: Mapping[str, Any], _: Any) -> None:
     removed = report["removed_bands"]
     place = np.arange(len(removed["accuracy"]))
-    for i, band in enumerate(("low", "middle", "high")):
+    for i, band in enumerate(("low", "middle", "high", "all")):
         accuracy = [row[band] for row in removed["accuracy"].values()]
-        axes.bar(place + 0.25 * (i - 1), accuracy, 0.25, label=f"without {band}")
+        axes.bar(place + 0.2 * (i - 1.5), accuracy, 0.2, label=f"without {band}")
     axes.axhline(removed["with_all"], color="black", label="with all bands")
     axes.set_xticks(place, list(removed["accuracy"]), rotation=90, fontsize=7)
     axes.set(ylabel="accuracy", title=f"Bands removed from filters, on {removed['split']}")

@@ -39,7 +39,7 @@ class Share:
 
 
 def shares(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, Share]:
-    """The shares of `fn(params, *inputs)`, by component, in the order of the program.
+    """The shares of `fn(params, *inputs)`, by component: before, in and after the layers.
 
     A component is a direct part of a model, such as 'encoder', or of one of its blocks, such as
     'layer_0/spectral'; FLOPs outside of all parts belong to 'model'.
@@ -62,7 +62,15 @@ def shares(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, Share
         share = found.setdefault("/".join(path[: 2 if _LAYER.fullmatch(path[0]) else 1]), Share())
         share.params += leaf.size
         share.spectral_params += leaf.size if flow.spectral_params >> i & 1 else 0
-    return found
+    first = next((i for i, name in enumerate(found) if _LAYER.match(name)), 0)
+    before = set([*found][:first])
+
+    def place(name: str) -> tuple[int, int]:
+        if layer := _LAYER.match(name):
+            return 1, int(layer[0].removeprefix("layer_"))
+        return (0, 0) if name in before else (2, 0)
+
+    return {name: found[name] for name in sorted(found, key=place)}
 
 
 _LAYER = re.compile(r"layer_\d+")
