@@ -102,6 +102,9 @@ class TrainConfig:
     stall_seconds: NonNegativeFloat = 600.0
     # First and last step of a trace for XProf; () is none. `touch WORKDIR/PROFILE` requests others.
     profile_steps: tuple[int, ...] = ()
+    # Steps between probes of the layers (`train/probes.py`), metrics `probes/` and pictures: gates,
+    # decays, filters, memories, activations, norms of gradients and updates by layer. 0: none.
+    probe_every_steps: NonNegative = 0
     wandb_project: str = ""  # Weights & Biases project that also receives the metrics; "": none
     compilation_cache: bool = True  # keeps compiled programs in the workdir, for faster restarts
 

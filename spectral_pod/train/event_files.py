@@ -30,7 +30,8 @@ from spectral_pod.train.goodput import PHASES
 
 SPLITS = ("train", "validation", "test")
 _LAST = "; of the last step before the point"
-_PICTURES = "The first records of the split, and whether their classes are predicted"
+_EXAMPLES = "The first records of the split, and whether their classes are predicted"
+_PROBES = "What layers show of themselves, by step"
 _LAYERS = "What layers report, the mean over layers" + _LAST
 
 # By the names in metrics.jsonl, or what they begin with: the names in TensorBoard, and what they
@@ -48,6 +49,11 @@ _TAGS = {
         "Euclidean norm of a module's gradients, before clipping" + _LAST,
     ),
     "param_norm/": ("optimizer/param_norm/", "Euclidean norm of a module's parameters" + _LAST),
+    "probes/": (
+        "probes/",
+        "What a layer shows of itself on the batch of the next step: `layers/probes.py` and "
+        "`train/probes.py` say what",
+    ),
     "speed/steps_per_second": (
         "speed/steps_per_second",
         "Optimizer steps per second of training: of steps and of waiting for data",
@@ -185,11 +191,12 @@ class EventFiles:
             Image.fromarray(pixels).save(png, "PNG", optimize=True)
             height, width = pixels.shape[:2]
             content = [str(width).encode(), str(height).encode(), png.getvalue()]
+            about = _PROBES if tag.startswith("probes/") else _EXAMPLES
             summary = Summary()
             summary.value.add(
                 tag=f"pictures/{tag}",  # a group of their own, behind the curves that matter most
                 tensor=tensor_util.make_tensor_proto(content),
-                metadata=metadata.create_summary_metadata(display_name=None, description=_PICTURES),
+                metadata=metadata.create_summary_metadata(display_name=None, description=about),
             )
             self._file(run).write(time.time(), step=step, summary=summary)
 

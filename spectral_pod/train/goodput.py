@@ -14,6 +14,7 @@ PHASES = {
     "compile": "compiling the training step",
     "data": "waiting for the next batch",
     "step": "dispatching steps, and waiting for them",
+    "probe": "probes of layers and their pictures, and compiling them",
     "eval": "evaluations, and compiling them",
     "sample": "writing samples of text",
     "checkpoint": "steps waiting for a checkpoint",

@@ -21,16 +21,19 @@ from spectral_pod.train.event_files import how_to_view
 from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.optim import evaluated
 from spectral_pod.train.sealed_steps import SealedSteps
-from spectral_pod.train.sources import open_sources
+from spectral_pod.train.sources import Sources, open_sources
 from spectral_pod.train.state import check_finite, params_digest
 from spectral_pod.train.trainer import Trainer
 from spectral_pod.validation import validate, validate_mesh
 
 
-def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, Any]:
+def run(
+    config: Config, workdir: str, *, eval_only: bool = False, sources: Sources | None = None
+) -> dict[str, Any]:
     """Trains to `config.train.total_steps`, continuing what is in `workdir`; returns the result.
 
-    With `eval_only` evaluates the newest sound checkpoint and writes nothing.
+    With `eval_only` evaluates the newest sound checkpoint and writes nothing. `sources` take the
+    place of the data that the configuration names.
 
     Raises:
       UserError: see `errors.py`; whatever was checkpointed before stays.
@@ -49,7 +52,7 @@ def run(config: Config, workdir: str, *, eval_only: bool = False) -> dict[str, A
 
     # ---- data
     with stopwatch.time("data_preparation"):
-        sources = open_sources(config)
+        sources = sources or open_sources(config)
         train_source = sources.training()
         splits = ("validation", config.train.eval_split)
         eval_sources = {split: sources.evaluation(split) for split in splits}

@@ -28,8 +28,8 @@ from spectral_pod.parallel import runtime
 _FREE_TO_CHANGE = (
     "mesh.", "checkpoint.", "data.dir", "data.stores", "data.threads", "data.prefetch",
     "data.copies_", "train.eval_", "train.log_every_steps", "train.compilation_cache",
-    "train.stall_", "train.profile_steps", "train.wandb_project", "model.memory.method",
-    "model.attention.method",
+    "train.stall_", "train.profile_steps", "train.probe_every_steps", "train.wandb_project",
+    "model.memory.method", "model.attention.method",
 )  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 _LOCAL = ("data.dir", "data.copies_dir")  # folders of a host, whose names may differ between hosts

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,27 @@ if TYPE_CHECKING:
 Batch = dict[str, jax.Array]
 
 
+class Update(NamedTuple):
+    """The update of a step, not yet made, and what it was computed from.
+
+    Attributes:
+      grads, updates: as the parameters.
+      opt_state: the optimizer's state after it.
+      outputs: the objective's outputs for the whole batch, with `auxiliary` losses [B] if any.
+      layers: the scalars that layers have sown, by name.
+      statistics: the new running averages.
+      num_rows: float32, the number of rows with a valid label, at least 1.
+    """
+
+    grads: Any
+    updates: Any
+    opt_state: Any
+    outputs: dict[str, jax.Array]
+    layers: dict[str, jax.Array]
+    statistics: Any
+    num_rows: jax.Array
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -41,6 +62,47 @@ def train_step(
     gradients and of the updated parameters by group, learning rates, what layers sow into the
     collection `metrics`, and with a guard the number of bad steps in a row.
     """
+    update = next_update(
+        state, batch, model=model, optimizer=optimizer, objective=objective, config=config
+    )
+    opt_state, outputs = update.opt_state, update.outputs
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
+        rates = {group: rate(state.step) for group, rate in optimizer.schedules.items()}
+    guard = guard_state(opt_state)
+    params = optax.apply_updates(state.params, update.updates)
+    params = _with_statistics(
+        params, update.statistics, keep=None if guard is None else guard.bad > 0
+    )
+    # Of the new parameters: finite gradients can still end in an update that overflows.
+    by_kind = {"grad_norm": update.grads, "param_norm": params}
+    scalars = {
+        f"{kind}/{group}": norm
+        for kind, tree in by_kind.items()
+        for group, norm in norms(tree, optimizer.groups).items()
+    }
+    scalars |= {
+        f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
+    }
+    scalars |= update.layers
+    if guard is not None:
+        scalars["bad_steps"] = guard.bad
+    if "auxiliary" in outputs:
+        scalars["auxiliary_loss"] = jnp.sum(outputs.pop("auxiliary")) / update.num_rows
+    state = TrainState(state.step + 1, params, opt_state)
+    averages = Collection.create(**objective.training_metrics).single_from_model_output(**outputs)
+    return state, (averages, scalars)
+
+
+def next_update(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: Model,
+    optimizer: Optimizer,
+    objective: type[Objective],
+    config: "Config",
+) -> Update:
+    """The gradients of the loss of the global batch, and the update that they lead to."""
     num_micro = config.train.grad_accumulation
     key = jax.random.fold_in(random_key(config.seed), state.step)
     # Normalised by the whole batch, so that the losses of micro-batches add up.
@@ -91,7 +153,7 @@ def train_step(
             more, kept = grad_fn(state.params, micro, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, grads, more), kept
 
-        micros = (jax.tree.map(partial(_micro_batches, num_micro), batch), jnp.arange(num_micro))
+        micros = (jax.tree.map(partial(micro_batches, num_micro), batch), jnp.arange(num_micro))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, (outputs, layers, statistics) = jax.lax.scan(accumulate, zeros, micros)
         outputs, layers = jax.tree.map(_whole_batch, outputs), jax.tree.map(jnp.mean, layers)
@@ -101,28 +163,7 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
         tx = optax.with_extra_args_support(optimizer.tx)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
-        rates = {group: rate(state.step) for group, rate in optimizer.schedules.items()}
-    guard = guard_state(opt_state)
-    params = optax.apply_updates(state.params, updates)
-    params = _with_statistics(params, statistics, keep=None if guard is None else guard.bad > 0)
-    # Of the new parameters: finite gradients can still end in an update that overflows.
-    by_kind = {"grad_norm": grads, "param_norm": params}
-    scalars = {
-        f"{kind}/{group}": norm
-        for kind, tree in by_kind.items()
-        for group, norm in norms(tree, optimizer.groups).items()
-    }
-    scalars |= {
-        f"learning_rate/{group}": jnp.asarray(rate, jnp.float32) for group, rate in rates.items()
-    }
-    scalars |= layers
-    if guard is not None:
-        scalars["bad_steps"] = guard.bad
-    if "auxiliary" in outputs:
-        scalars["auxiliary_loss"] = jnp.sum(outputs.pop("auxiliary")) / total_rows
-    state = TrainState(state.step + 1, params, opt_state)
-    averages = Collection.create(**objective.training_metrics).single_from_model_output(**outputs)
-    return state, (averages, scalars)
+    return Update(grads, updates, opt_state, outputs, layers, statistics, total_rows)
 
 
 def _with_statistics(params: Any, statistics: Any, keep: jax.Array | None) -> Any:
@@ -152,7 +193,7 @@ def _count(valid: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
 
 
-def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
+def micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
     """[B, ...] to [A, B/A, ...], each device's rows spread over the micro-batches.
 
     Row b goes to micro-batch b mod A: every device keeps its own rows, nothing is communicated.
@@ -162,7 +203,7 @@ def _micro_batches(num_micro: int, x: jax.Array) -> jax.Array:
 
 
 def _whole_batch(x: jax.Array) -> jax.Array:
-    """[A, B/A, ...] to [B, ...]: undoes `_micro_batches`."""
+    """[A, B/A, ...] to [B, ...]: undoes `micro_batches`."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 

@@ -28,6 +28,7 @@ from spectral_pod.train import examples, starts
 from spectral_pod.train.evaluate import evaluate
 from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.optim import evaluated, make_optimizer
+from spectral_pod.train.probes import Prober
 from spectral_pod.train.profile import Profiler
 from spectral_pod.train.progress import BadStepError, Progress
 from spectral_pod.train.sources import Sources
@@ -45,6 +46,7 @@ class Trainer:
       step: optimizer steps taken.
       batches: those of the next steps, after `compile`.
       interrupt, writer, profiler, watchdog, progress: within `running`.
+      prober: after `compile`; None without `train.probe_every_steps`.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Trainer:
             self.operations = models.operations(config)
         self.checkpointer = checkpointer
         self.eval_step = jit_eval_step(self.model, sources.objective, mesh, self.abstract)
+        self.prober: Prober | None = None
         self.state: Any = None
         self.step = 0
         self._num_rollbacks: dict[int, int] = collections.Counter()  # by the step restored
@@ -159,6 +162,11 @@ class Trainer:
         config, sources, mesh = self.config, self.sources, self.mesh
         rows, row_len = config.train.global_batch_size, config_lib.row_len(config)
         batch = abstract_batch(rows, row_len, mesh, by_position=sources.objective.by_position)
+        if config.train.probe_every_steps:
+            self.prober = Prober(
+                self.workdir, self.model, self.optimizer, sources.objective, config, mesh,
+                self.abstract, self.step,
+            )  # fmt: skip
         with self.stopwatch.time("compile"):
             lowered = jit_train_step(
                 self.model, self.optimizer, sources.objective, config, mesh, self.abstract
@@ -199,12 +207,21 @@ class Trainer:
         """Dispatches the next step, and reads the metrics of the step before."""
         with self.stopwatch.time("data"):
             batch = next(self.batches)
+        if self.prober and self.step % self.config.train.probe_every_steps == 0:
+            self.probe(self.prober, batch)
         self.checkpointer.check()  # a save that failed in the background ends the run now
         with self.profiler.step(self.step + 1), self.progress.time_step():
             self.state, metrics = self._compiled_step(self.state, batch)
             self.step += 1
             self.progress.add(self.step, metrics)
         runtime.preemption.has_unsaved_steps = True
+
+    def probe(self, prober: Prober, batch: Any) -> None:
+        """Writes what the layers show of themselves before the next step, which takes `batch`."""
+        self.progress.flush_pending()  # only a state known to be sound is probed
+        with self.stopwatch.time("probe"):
+            self.writer.scalars(self.step, prober.probe(self.step, self.state, batch))
+        self.progress.reset_host_timer()
 
     def validate(self) -> dict[str, float]:
         """Evaluates and reports the validation split; returns the scores for the checkpoint."""
@@ -213,6 +230,9 @@ class Trainer:
         if self.sources.objective.is_language_model and self.config.train.sample_bytes:
             with self.stopwatch.time("sample"):
                 self.writer.texts(self.step, {"sample": self.sample()})
+        if self.prober and runtime.is_leader():
+            with self.stopwatch.time("probe"):
+                self.writer.images(self.step, self.prober.pictures())
         return self.sources.objective.scores(validation)
 
     def report_evaluation(self, split: str, evaluation: Mapping[str, Any]) -> None:
