@@ -5,14 +5,16 @@
     python -m tools.analyze --workdir=DIR --monitor --remove_bands --plot=FILE.png
 
 By component, the share of parameters and of FLOPs that are spectral; by layer, whether it acts as a
-filter, found out with tones and shifts. --monitor adds what the layers do with the first batch of a
-split: bands of frequencies and wavelet levels in and out of each mixer, gates and memories.
---remove_bands evaluates the model on the whole split without the low, middle or high third of the
-frequencies of its learned filters, or all three, in all layers and in each alone. Both read the
-run's data.
+filter, found out with tones and shifts. --compiled adds the share of Fourier transforms in the
+program as it is compiled for this device, by the methods that it selects.
+
+--monitor adds what the layers do with the first batch of a split: bands of frequencies and wavelet
+levels in and out of each mixer, gates and memories. --remove_bands evaluates the model on the whole
+split without the low, middle or high third of the frequencies of its learned filters, or all three,
+in all layers and in each alone. Both read the run's data.
 
 The definitions are in spectral_pod/analysis/analyzer*.py. --json has `param_ratio`, `compute_ratio`
-and `components`, and `layers`, `monitor` and `removed_bands`. --plot needs matplotlib.
+and `components`, and `layers`, `compiled`, `monitor` and `removed_bands`. --plot needs matplotlib.
 """
 
 import argparse
@@ -51,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_place("--workdir", help="the workdir of a run: a folder or a gs:// URL")
     parser.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
     parser.add_config(required=False)
+    parser.add_argument("--compiled", action="store_true", help="adds FLOPs as compiled here")
     parser.add_argument("--monitor", action="store_true", help="adds activations of a batch")
     parser.add_argument("--remove_bands", action="store_true", help="evaluates without bands")
     parser.add_argument(
@@ -75,9 +78,14 @@ def analyze(arguments: argparse.Namespace) -> None:
         trained = untrained(arguments.config)
     analyzer = SpectralAnalyzer(trained)
     report = analyzer.analyze_architecture()
+    if arguments.compiled:
+        report["compiled"] = analyzer.analyze_compiled()
     shell.say("probing the layers")
     report["layers"] = analyzer.verify()
     print(architecture_table(trained, report))
+    if arguments.compiled:
+        ratio, platform = report["compiled"]["fft_ratio"], jax.default_backend()
+        print(f"as compiled for this {platform}, Fourier transforms are {ratio:.1%} of the FLOPs\n")
     print(verdict_table(report["layers"]))
     if arguments.monitor or arguments.remove_bands:
         split = arguments.split or trained.config.train.eval_split

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectral_pod import models
-from spectral_pod.analysis import analyzer_bands
+from spectral_pod.analysis import analyzer_bands, hlo, hlo_cost
 from spectral_pod.analysis.analyzer_bands import BANDS
 from spectral_pod.analysis.analyzer_shares import shares
 from spectral_pod.analysis.analyzer_verdict import MIN_POSITIONS, verdict
@@ -73,23 +73,14 @@ class SpectralAnalyzer:
           `analyzer_shares.Share`.
         """
         trained = self.trained
-        config = trained.config
         model = models.build(
-            defined(config),
+            defined(trained.config),
             num_classes=trained.num_classes,
             vocab_size=trained.vocab_size,
             decoding=True,
         )
-        rows = config.train.global_batch_size, read_len(config)
-        tokens_BL = jax.ShapeDtypeStruct(rows, jnp.int32)
-        mask_BL = jax.ShapeDtypeStruct(rows, bool)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained.params)
-
-        def forward(params: Any, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
-            return model.apply({"params": params}, tokens_BL, mask_BL)
-
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            found = shares(forward, params, tokens_BL, mask_BL)
+            found = shares(functools.partial(_forward, model), *self._arguments())
         total = {
             name: sum(getattr(share, name) for share in found.values())
             for name in ("params", "spectral_params", "flops", "spectral_flops")
@@ -100,6 +91,21 @@ class SpectralAnalyzer:
             **total,
             "components": {name: dataclasses.asdict(share) for name, share in found.items()},
         }
+
+    def analyze_compiled(self) -> dict[str, Any]:
+        """FLOPs of the same forward pass, as compiled for the device at hand.
+
+        Here the operations have the methods of the run. One that computes a filter by products,
+        as those for TPUs and kernels do, has no transforms in the compiled program.
+
+        Returns:
+          'flops', by opcode, and 'fft_ratio', the share of Fourier transforms.
+        """
+        with on_mesh(self.trained.mesh):
+            forward = jax.jit(functools.partial(_forward, self.trained.module))
+            compiled = forward.lower(*self._arguments()).compile()
+        found = hlo_cost.flops_by_opcode(hlo.Program(compiled.as_text()), rare=False)
+        return {"flops": found, "fft_ratio": found.get("fft", 0.0) / sum(found.values())}
 
     def verify(self, seed: int = 0) -> dict[str, Any]:
         """Whether each mixer and channel mixer, and each long convolution within, is spectral.
@@ -191,6 +197,13 @@ class SpectralAnalyzer:
                 module, self.trained.params, tokens_BL, jnp.ones(shape, bool)
             )
 
+    def _arguments(self) -> tuple[Any, ...]:
+        """Abstract parameters, tokens and mask of a training batch, or of a chunk of its rows."""
+        config = self.trained.config
+        rows = config.train.global_batch_size, read_len(config)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.trained.params)
+        return params, jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, bool)
+
     def _mixers(self) -> list[tuple[str, Mixer, Any]]:
         """The path, the module and the parameters of every mixer and channel mixer."""
         config = self.trained.module.config
@@ -210,6 +223,10 @@ class SpectralAnalyzer:
                 module = cls.from_config(config, deterministic=True, name=name)
                 found.append((f"layer_{i}/{name}", module, params.get(name, {})))
         return found
+
+
+def _forward(model: Any, params: Any, tokens_BL: jax.Array, mask_BL: jax.Array) -> Any:
+    return model.apply({"params": params}, tokens_BL, mask_BL)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -127,6 +127,15 @@ def test_the_components_are_the_model(make):
     json.dumps(found)
 
 
+def test_the_compiled_program_has_the_same_transforms():
+    """In the defining form, with XLA's own count of its operations."""
+    plain = {"model.long_conv": "real", "model.memory.method": "recurrent"}
+    analyzer = analyzer_of(**plain)
+    found, compiled = analyzer.analyze_architecture(), analyzer.analyze_compiled()
+    assert compiled["flops"]["fft"] == pytest.approx(found["spectral_flops"])
+    assert compiled["fft_ratio"] == pytest.approx(found["compute_ratio"], rel=0.02)
+
+
 def test_a_program_by_its_flow_alone():
     """Names play no part: a filter called 'kernel', a kernel called 'filter', in a loop."""
 

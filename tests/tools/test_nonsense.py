@@ -24,6 +24,7 @@ from tools import pack, preflight, shell
 CONFIG = f"--config={trainer.ROOT}/tests/tools/tiny.py"
 # A command line of each tool that works, from a folder with what `folder` writes.
 COMMANDS = {
+    "tools.analyze": [["--workdir=run"], [CONFIG]],
     "tools.baseline": [[CONFIG]],
     "tools.bench": [["ops"]],
     "tools.bench.big": [["write", "new", "0.0001"]],
@@ -52,6 +53,7 @@ COMMANDS = {
 # What tools do with values that they accept is left out: of these always, as it takes long or a
 # network; in the gate of all but the latter.
 LONG = {
+    "tools.analyze",
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
     "tools.bench.slices", "tools.preflight", "tools.tune",
 }  # fmt: skip
