@@ -28,7 +28,7 @@ from spectral_pod.analysis.analyzer_shares import shares
 from spectral_pod.analysis.analyzer_verdict import MIN_POSITIONS, verdict
 from spectral_pod.analysis.flops import defined
 from spectral_pod.config import read_len
-from spectral_pod.errors import ConfigError
+from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.generate.restore import Trained
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.long_convolution import LongConvolution
@@ -162,9 +162,21 @@ class SpectralAnalyzer:
           - what the layer shows of itself (`layers/probes.py`), such as 'energy_gate_mean',
             'memory_norm' or 'band_share': the mean, the smallest and the largest value;
           - 'level_weights' of wavelet attention: the mean over heads, from coarse to fine.
+
+        Raises:
+          DataError: the batch holds no such tokens.
         """
-        trained = self.trained
-        tokens_BL = jnp.asarray(np.asarray(batch), jnp.int32)
+        trained, tokens = self.trained, np.asarray(batch)
+        config = trained.module.config
+        longest = trained.config.data.seq_len * config.documents
+        multiple = config.stride * config.documents
+        is_batch = tokens.ndim == 2 and tokens.dtype.kind in "iu" and tokens.size > 0
+        if not is_batch or tokens.shape[1] > longest or tokens.shape[1] % multiple:
+            raise DataError(
+                f"batch is {tokens.dtype}{list(tokens.shape)}; it must be of integers [B, L], L a "
+                f"multiple of {multiple} up to {longest}"
+            )
+        tokens_BL = jnp.asarray(tokens, jnp.int32)
         with on_mesh(trained.mesh):
             energies, probes = jax.device_get(
                 analyzer_bands.observed(trained.module, trained.params, tokens_BL, tokens_BL != PAD)

@@ -16,7 +16,7 @@ from spectral_pod.analysis import analyzer_bands
 from spectral_pod.analysis.analyzer import SpectralAnalyzer
 from spectral_pod.analysis.analyzer_shares import shares
 from spectral_pod.analysis.flops import train_flops
-from spectral_pod.errors import ConfigError
+from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.generate.restore import Trained, one_device
 from spectral_pod.models.model import abstract_params
 from spectral_pod.shapes import PAD, VOCAB_SIZE
@@ -234,6 +234,12 @@ def test_padding_changes_nothing_that_is_monitored():
     short, padded = (classifier().monitor(x)["layer_0/spectral"] for x in (row[:, :60], row))
     assert short["input"]["rms"] == pytest.approx(padded["input"]["rms"], rel=1e-4)
     assert short["output"]["rms"] == pytest.approx(padded["output"]["rms"], rel=1e-4)
+
+
+@pytest.mark.parametrize("batch", [[[1.5] * 8], [1, 2], [[1, 2, 3]], [[1] * 2 * N], [[]]])
+def test_what_is_no_batch(batch):
+    with pytest.raises(DataError, match=r"integers \[B, L\], L a multiple of 4 up to 96"):
+        classifier().monitor(batch)
 
 
 def test_monitor_shows_the_weights_of_wavelet_levels():
