@@ -134,7 +134,7 @@ def verdict(
         kept=float(energy_PF[in_either_PF].sum() / energy_PF.sum()),
         covered=float(in_either_PF.mean()),
         shift_error=_shift_error(y_PND[:2], shifted_BND, shift),
-        interference=_norm(change_PFD) / (np.sqrt(2) * _norm(first_PFD) + 1e-300),
+        interference=_norm(change_PFD) / (2**0.5 * _norm(first_PFD) + 1e-300),
         selectivity=_unexplained(spectrum_PFD[in_either_PF], basis_PFK[in_either_PF]),
     )
 

@@ -33,6 +33,14 @@ def circular(x):
     return np.fft.irfft(np.fft.rfft(x, axis=1) * np.fft.rfft(TAPS, N, axis=0), axis=1)
 
 
+def chosen(x):
+    """Two filters, weighted by how alike neighbouring positions of the sequence are."""
+    varying = x - x.mean(axis=1, keepdims=True)
+    alike = (varying * np.roll(varying, 1, axis=1)).sum((1, 2), keepdims=True)
+    alike = alike / np.maximum(np.square(varying).sum((1, 2), keepdims=True), 1e-6)
+    return circular(varying) + 2 * alike * np.roll(circular(varying[..., ::-1]), 5, axis=1)
+
+
 FIXED = {
     "convolution": (convolved, True),
     "circular convolution": (circular, True),
@@ -47,6 +55,7 @@ FIXED = {
     "modulated": (lambda x: x * np.cos(0.7 * np.arange(N))[:, None], False),
     "convolution squared": (lambda x: convolved(x) ** 2, False),
     "gain that grows": (lambda x: convolved(x) * np.linspace(0, 2, N)[:, None], False),
+    "a filter that the other tone changes": (chosen, False),
     "reversed": (lambda x: x[:, ::-1], False),
 }
 
