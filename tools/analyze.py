@@ -146,7 +146,6 @@ def removed_bands(
 
     sets = sources.evaluation(split)
     data = trained.config.data
-    loading = {"threads": data.threads, "prefetch": data.prefetch}
     layers = sorted({path.split("/")[0] for path in filters}, key=lambda name: int(name[6:]))
     cases = [(where, band) for where in (ALL, *layers) for band in (*analyzer_bands.BANDS, EVERY)]
     progress = Progress("Evaluating without bands", 1 + len(cases), "evaluations")
@@ -154,7 +153,12 @@ def removed_bands(
     def scores(changed: Mapping[str, Any]) -> tuple[float, float]:
         with on_mesh(trained.mesh):
             values = evaluate(
-                step, (trained.params, filters | changed), sets, trained.mesh, **loading
+                step,
+                (trained.params, {**filters, **changed}),
+                sets,
+                trained.mesh,
+                threads=data.threads,
+                prefetch=data.prefetch,
             )
         return float(values["accuracy"]), float(values["loss"])
 

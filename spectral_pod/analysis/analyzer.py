@@ -104,7 +104,7 @@ class SpectralAnalyzer:
         with on_mesh(self.trained.mesh):
             forward = jax.jit(functools.partial(_forward, self.trained.module))
             compiled = forward.lower(*self._arguments()).compile()
-        found = hlo_cost.flops_by_opcode(hlo.Program(compiled.as_text()), rare=False)
+        found = hlo_cost.flops_by_opcode(hlo.Program(compiled.as_text() or ""), rare=False)
         return {"flops": found, "fft_ratio": found.get("fft", 0.0) / sum(found.values())}
 
     def verify(self, seed: int = 0) -> dict[str, Any]:
@@ -258,8 +258,9 @@ def _long_convolutions(mixer: Mixer, params: Any) -> dict[str, LongConvolution]:
         return next_function(*args, **kwargs)
 
     x_BND = jnp.zeros((1, mixer.max_positions, mixer.width))
+    mask_BN = jnp.ones(x_BND.shape[:2], bool)
     with nn.intercept_methods(keep):
-        jax.eval_shape(lambda x_BND: _applied.__wrapped__(mixer, params, x_BND), x_BND)
+        jax.eval_shape(mixer.apply, {"params": params}, x_BND, mask_BN)
     return found
 
 

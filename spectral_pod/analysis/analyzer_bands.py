@@ -26,7 +26,7 @@ from spectral_pod.ops.wavelet import wavedec
 BANDS = {"low": (0, 1 / 6), "middle": (1 / 6, 1 / 3), "high": (1 / 3, 1 / 2)}  # cycles per position
 WAVELET = "db4"  # of the levels of activations
 
-Filters = Mapping[str, jax.Array]
+Filters = Mapping[str, Any]  # arrays
 
 
 def band_energies(x_BND: jax.Array, mask_BN: jax.Array) -> dict[str, jax.Array]:
@@ -156,19 +156,20 @@ def with_filters(params: Any, filters: Filters) -> Iterator[Any]:
         yield params
 
 
-def without_band(given: jax.Array, band: str) -> np.ndarray:
+def without_band(filter: jax.Array, band: str) -> np.ndarray:
     """A filter of `learned_filters` without a band of frequencies.
 
     A transfer function is zero in the band. Causal taps become those nearest to them, in the sense
     of least squares, that have almost no energy in the band: h minimises |h - h'|^2 + 10^4 times
     the energy in the band, as no causal filter is zero there.
     """
-    given = np.asarray(given)
+    given: np.ndarray = np.asarray(filter)
     if np.iscomplexobj(given):
         frequency_F = np.linspace(0, 0.5, len(given))
         return np.where(_in_band(frequency_F, band)[:, None], 0, given)
-    taps_TD = np.float64(given.T)
-    return np.float32(scipy.linalg.cho_solve(_penalty(len(taps_TD), band), taps_TD).T)
+    taps_TD = given.T.astype(np.float64)
+    taps_TD = scipy.linalg.cho_solve(_penalty(len(taps_TD), band), taps_TD)
+    return taps_TD.T.astype(np.float32)
 
 
 @functools.lru_cache(maxsize=3)

@@ -38,7 +38,7 @@ def plot(report: Mapping[str, Any], filters: Mapping[str, Any], file: str) -> No
       ConfigError: matplotlib is not installed, or does not know the format.
     """
     figure_class = require_matplotlib()
-    panels = [_shares]
+    panels: list[Any] = [_shares]
     if filters:
         panels.append(_gains)
     if "monitor" in report:
@@ -87,7 +87,8 @@ def _gains(axes: Any, _: Any, filters: Mapping[str, Any]) -> None:
 
 def _activations(axes: Any, report: Mapping[str, Any], _: Any) -> None:
     mixers = report["monitor"]["mixers"]
-    place, bottom = np.arange(len(mixers)), {"input": 0.0, "output": 0.0}
+    place = np.arange(len(mixers))
+    bottom = {side: np.zeros(len(mixers)) for side in ("input", "output")}
     for band, colour in (("low", "C0"), ("middle", "C1"), ("high", "C2")):
         for offset, side in ((-0.2, "input"), (0.2, "output")):
             share = np.array([mixer[side][band] for mixer in mixers.values()])
