@@ -161,18 +161,19 @@ def given(sources: Sources, training: pipeline.Source, evaluation: "Repeated") -
     return replaced
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Repeated:
     """Batches of the same few examples, see `pipeline.Source`.
 
     Attributes:
       stored: the examples.
-      batch_size: rows of a batch.
+      batch_size, seq_len: as of the source that they are from.
       endless: whether they come again and again, or once.
     """
 
     stored: pipeline.Batch
     batch_size: int
+    seq_len: int
     endless: bool = True
 
     @classmethod
@@ -181,15 +182,11 @@ class Repeated:
         count = min(count, source.num_records or count)
         batches = first_batches(source, count)
         stored = {name: np.concatenate([b[name] for b in batches])[:count] for name in batches[0]}
-        return cls(stored, source.batch_size)
+        return cls(stored, source.batch_size, source.seq_len)
 
     @property
     def num_records(self) -> int:
         return len(self.stored["tokens"])
-
-    @property
-    def seq_len(self) -> int:
-        return int(self.stored["tokens"].shape[1])
 
     @property
     def steps_per_epoch(self) -> int:

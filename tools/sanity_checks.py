@@ -3,7 +3,6 @@
 Every function returns `Check`s. Thresholds are where they are because of what they say in `why`.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -237,12 +236,13 @@ def causality(trained: Trained, tokens_BL: np.ndarray) -> Check:
     rng = np.random.default_rng(0)
     length = tokens_BL.shape[1]
     before, after = 0.0, math.inf
-    whole = _logits(trained, tokens_BL)
+    logits = _logits_of(trained)
+    whole = logits(tokens_BL)
     scale = float(np.max(np.abs(whole)))
     for place in (length // 3, 2 * length // 3):
         others = rng.integers(0, 256, tokens_BL.shape, np.int32)
         is_later = (np.arange(length) > place)[None] & (tokens_BL != PAD)
-        changed = _logits(trained, np.where(is_later, others, tokens_BL))
+        changed = logits(np.where(is_later, others, tokens_BL))
         difference_BL = np.max(np.abs(changed - whole), axis=2) / scale
         before = max(before, float(np.max(difference_BL[:, : place + 1])))
         after = min(after, float(np.max(difference_BL[:, place + 1 :])))
@@ -270,10 +270,11 @@ def padding(trained: Trained, tokens_BL: np.ndarray) -> Check:
     filled = np.where(long == PAD, noise, long)
     rows = len(parts)
     mask = (long != PAD).reshape(rows, -1)
-    expected = _logits(trained, short.reshape(rows, -1))
+    logits = _logits_of(trained)
+    expected = logits(short.reshape(rows, -1))
     found = {
-        "more padding": _logits(trained, long.reshape(rows, -1)),
-        "other bytes in it": _logits(trained, filled.reshape(rows, -1), mask),
+        "more padding": logits(long.reshape(rows, -1)),
+        "other bytes in it": logits(filled.reshape(rows, -1), mask),
     }
     if not trained.module.pools:
         expected, found = expected[:, :kept], {name: x[:, :kept] for name, x in found.items()}
@@ -316,16 +317,19 @@ def label_frequencies(batches: Sequence[Mapping[str, Any]], num_classes: int) ->
     return counts / counts.sum()
 
 
-def _logits(trained: Trained, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    mask = tokens != PAD if mask is None else mask
-    with on_mesh(trained.mesh):
-        found = _apply(trained.module, trained.params, jnp.asarray(tokens), jnp.asarray(mask))
-    return np.asarray(found, np.float64)
+def _logits_of(trained: Trained) -> Callable[..., np.ndarray]:
+    """A function from tokens, and if they are not those of PAD their mask, to logits, float64."""
 
+    @jax.jit
+    def apply(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return chunks.logits(trained.module, {"params": params}, tokens, mask)
 
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(module: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    return chunks.logits(module, {"params": params}, tokens, mask)
+    def logits(tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        mask = tokens != PAD if mask is None else mask
+        with on_mesh(trained.mesh):
+            return np.asarray(apply(trained.params, tokens, mask), np.float64)
+
+    return logits
 
 
 def _direction(params: Any, grads: Any, group_of: Any, group: str) -> Any:

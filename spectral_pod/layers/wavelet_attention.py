@@ -188,8 +188,8 @@ class WaveletAttention(Mixer):
 
     def _mixed(
         self,
-        products: Sequence[jax.Array],
-        values: Sequence[jax.Array],
+        products: Sequence[jax.Array] | jax.Array,
+        values: Sequence[jax.Array] | jax.Array,
         count_BN: jax.Array,
         mask_BN: jax.Array | None = None,
     ) -> jax.Array:

@@ -52,7 +52,7 @@ def run(
 
     # ---- data
     with stopwatch.time("data_preparation"):
-        sources = sources or open_sources(config)
+        sources = open_sources(config) if sources is None else sources
         train_source = sources.training()
         splits = ("validation", config.train.eval_split)
         eval_sources = {split: sources.evaluation(split) for split in splits}

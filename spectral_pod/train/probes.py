@@ -10,7 +10,8 @@ batch what that step will do, without doing it:
     layer_0/param_norm/GROUP    the same of the parameters
 
 The arrays are kept in WORKDIR/probes/STEP.npz. Of each, `probes/NAME` or its mean, least and
-largest value are metrics, and `probe_plots.py` draws them over training.
+largest value are metrics, and `probe_plots.py` draws them over training. A probe takes about as
+long as a step and a half (docs/results.md).
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ import io
 import zipfile
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from spectral_pod import errors, storage
-from spectral_pod.config import Config
 from spectral_pod.errors import UserError
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import Model, probed
@@ -40,6 +40,9 @@ from spectral_pod.train import probe_plots
 from spectral_pod.train.optim import Optimizer
 from spectral_pod.train.state import TrainState
 from spectral_pod.train.step import Batch, micro_batches, next_update
+
+if TYPE_CHECKING:
+    from spectral_pod.config import Config
 
 History = dict[int, dict[str, np.ndarray]]  # by step, the number of updates made before
 
@@ -57,7 +60,7 @@ class Prober:
         model: Model,
         optimizer: Optimizer,
         objective: type[Objective],
-        config: Config,
+        config: "Config",
         mesh: Mesh,
         abstract: TrainState,
         step: int,
@@ -124,7 +127,7 @@ def probe_step(
     model: Model,
     optimizer: Optimizer,
     objective: type[Objective],
-    config: Config,
+    config: "Config",
 ) -> dict[str, jax.Array]:
     """What a step would do with a batch: float32 arrays by name, see the top of this file.
 
