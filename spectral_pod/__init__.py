@@ -5,7 +5,14 @@ from typing import Any
 
 _PLACES = {"SpectralTrainer": "spectral_trainer"}  # of what is not in `api.py`
 
-__all__ = ["Config", "SpectralGPT", "SpectralLLM", "SpectralModel", "SpectralTrainer"]
+__all__ = [
+    "Config",
+    "SpectralAnalyzer",
+    "SpectralGPT",
+    "SpectralLLM",
+    "SpectralModel",
+    "SpectralTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from spectral_pod import config as config_lib
 from spectral_pod import fields, models
+from spectral_pod.analysis.analyzer import SpectralAnalyzer as SpectralAnalyzer
 from spectral_pod.data import tasks
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, Probability, shown

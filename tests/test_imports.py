@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "generate.export": (*_TRAINABLE, "train.sealed_steps", "generate"),
     "generate.hub": ("errors",),
     "analysis": ("shapes", "errors", "config", "ops", "layers", "models", "analysis"),
+    "analysis.analyzer": (*_TRAINABLE, "generate.restore", "analysis"),
     "train": ("shapes", "errors", "fields", "seeds", "storage", "project_files", "objectives",
               "ops", "layers", "models", "parallel", "train"),
     "train.evaluate": ("data.pipeline", "objectives", "parallel.sharding"),
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     "command_line": ("errors", "fields", "data.tasks"),
     "recipes": ("config",),
     "": ("api",),
-    "api": (*_TRAINABLE, "data.tasks", "generate"),
+    "api": (*_TRAINABLE, "data.tasks", "generate", "analysis.analyzer"),
     "main": ("command_line", "config", "errors", "storage", "streams", "parallel.runtime",
              "train.loop"),
 }  # fmt: skip

@@ -89,13 +89,14 @@ class Parser(argparse.ArgumentParser):
 
         self.add_argument(flag, type=parse, metavar="FILE", help=help, required=required)
 
-    def add_config(self) -> None:
+    def add_config(self, *, required: bool = True) -> None:
         """Adds --config=FILE and --config.FIELD=VALUE.
 
-        The parsed `config` is the configuration, and `config_flags` holds these flags as given.
+        The parsed `config` is the configuration, or None without one, and `config_flags` holds
+        these flags as given.
         """
         text = "a file in configs/; --config.FIELD=VALUE overrides one of its fields"
-        self.add_argument("--config", required=True, metavar="FILE[:PRESET]", help=text)
+        self.add_argument("--config", required=required, metavar="FILE[:PRESET]", help=text)
 
 
 def parser(name: str, doc: str | None) -> Parser:
@@ -169,7 +170,7 @@ def _leave_pipes() -> None:
 
 def _parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
-    if "config" in arguments:
+    if getattr(arguments, "config", None) is not None:
         arguments.config_flags = [f"--config={arguments.config}", *rest]
         arguments.config, rest = _load_config(arguments.config_flags)
     for argument in rest:

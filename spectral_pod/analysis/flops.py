@@ -38,10 +38,7 @@ def train_flops(
     They are counted for the defining form of each operation, with FFTs and recurrences, whichever
     method computes it. `params` may be `jax.ShapeDtypeStruct`s.
     """
-    defined = config_lib.copy(config)
-    for mixer in mixers_of(models.architecture(config)).values():
-        cast(ConfigDict, defined).update_from_flattened_dict(dict(mixer.definition))
-    model = models.build(defined, num_classes=num_classes, vocab_size=vocab_size)
+    model = models.build(defined(config), num_classes=num_classes, vocab_size=vocab_size)
     length = read_len(config)
     chunks = row_len(config) // length  # what reaches from chunk to chunk does not count
     tokens = jax.ShapeDtypeStruct((config.train.global_batch_size, length), jnp.int32)
@@ -55,6 +52,14 @@ def train_flops(
         return 3.0 * chunks * forward_flops(forward, unsharded, tokens, mask)
 
 
+def defined(config: Config) -> Config:
+    """The configuration with the defining form of each operation of its mixers."""
+    config = config_lib.copy(config)
+    for mixer in mixers_of(models.architecture(config)).values():
+        cast(ConfigDict, config).update_from_flattened_dict(dict(mixer.definition))
+    return config
+
+
 def forward_flops(fn: Callable[..., Any], *args: Any) -> float:
     """FLOPs of one call: 2mnk per product, 2.5 n log2 n per real FFT, 5 n log2 n per complex FFT.
 
@@ -66,10 +71,11 @@ def forward_flops(fn: Callable[..., Any], *args: Any) -> float:
 
 
 def _count(jaxpr: Any) -> float:
-    return sum(_equation(equation) for equation in jaxpr.eqns)
+    return sum(equation_flops(equation) for equation in jaxpr.eqns)
 
 
-def _equation(equation: Any) -> float:
+def equation_flops(equation: Any) -> float:
+    """FLOPs of one equation of a jaxpr, as `forward_flops` counts them."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]

@@ -29,8 +29,16 @@ def flops(program: Program, *, rare: bool = True) -> float:
     real FFT half of that, and a custom call its own cost estimate. Elementwise work is excluded.
     If not `rare`, conditionals take the branch of the fewest cycles, here and below.
     """
-    runs = program.runs(lambda i: _flops(program, i) if rare else _usual(i), rare=rare)
-    return math.fsum(count * _flops(program, i) for i, count in runs)
+    return math.fsum(flops_by_opcode(program, rare=rare).values())
+
+
+def flops_by_opcode(program: Program, *, rare: bool = True) -> dict[str, float]:
+    """`flops`, by the opcode that spends them: 'dot', 'convolution', 'fft', 'custom-call'."""
+    found: dict[str, float] = {}
+    for i, count in program.runs(lambda i: _flops(program, i) if rare else _usual(i), rare=rare):
+        if spent := count * _flops(program, i):
+            found[i.opcode] = found.get(i.opcode, 0.0) + spent
+    return found
 
 
 def matrix_work(program: Program, chip: Chip, *, rare: bool = True) -> float:

@@ -24,6 +24,8 @@ from tools import pack, preflight, shell
 CONFIG = f"--config={trainer.ROOT}/tests/tools/tiny.py"
 # A command line of each tool that works, from a folder with what `folder` writes.
 COMMANDS = {
+    "tools.ablate": [[CONFIG, "--out=new", "--variants=base", "--dry_run"]],
+    "tools.analyze": [["--workdir=run"], [CONFIG]],
     "tools.baseline": [[CONFIG]],
     "tools.bench": [["ops"]],
     "tools.bench.big": [["write", "new", "0.0001"]],
@@ -45,15 +47,18 @@ COMMANDS = {
         ["head", "store"],
         ["tfds", "store", "--name=n", "--data_dir=new"],
     ],
+    "tools.sanity": [[CONFIG, "--out=new"]],
     "tools.status": [["run"]],
+    "tools.sweep": [[CONFIG, "--out=new", "--vary=optimizer.learning_rate=1,2", "--trials=1"]],
     "tools.tune": [[CONFIG]],
     "tools.unpack": [["packed", "--workdir=new"]],
 }
 # What tools do with values that they accept is left out: of these always, as it takes long or a
 # network; in the gate of all but the latter.
 LONG = {
+    "tools.analyze",
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
-    "tools.bench.slices", "tools.preflight", "tools.tune",
+    "tools.bench.slices", "tools.preflight", "tools.sanity", "tools.sweep", "tools.tune",
 }  # fmt: skip
 SHORT = {"tools.gke", "tools.status"}
 RUN = shell.run
