@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "recipes": ("config",),
     "": ("api",),
     "api": (*_TRAINABLE, "data.tasks", "generate", "analysis.analyzer"),
+    "spectral_trainer": (*_TRAINABLE, "api", "generate.restore", "train.loop", "train.sources"),
     "main": ("command_line", "config", "errors", "storage", "streams", "parallel.runtime",
              "train.loop"),
 }  # fmt: skip

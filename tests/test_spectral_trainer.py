@@ -20,8 +20,8 @@ def records():
     """The class says which letter is more frequent."""
     rng = np.random.default_rng(0)
     letters = rng.choice([b"a", b"b"], (400, 15))
-    more = (letters == b"b").sum(axis=1) > 7
-    return [(b"".join(row), "ab"[is_b]) for row, is_b in zip(letters, more)]
+    numbers = (letters == b"b").sum(axis=1)
+    return [(b"".join(row), "ab"[int(n > 7)]) for row, n in zip(letters, numbers)]
 
 
 def test_a_language_model_with_a_consistency_loss(tmp_path, capfd):

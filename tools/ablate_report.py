@@ -104,7 +104,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float]]:
     """The mean of curves at the steps that all of them have."""
-    of_seeds = [dict(map(tuple, curve)) for curve in curves]
+    of_seeds = [{step: value for step, value in curve} for curve in curves]
     steps = [s for s in of_seeds[0] if all(s in curve for curve in of_seeds)]
     return [(s, _mean([curve[s] for curve in of_seeds])) for s in steps]
 
