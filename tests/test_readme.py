@@ -13,7 +13,7 @@ from spectral_pod.analysis import hardware
 from spectral_pod.validation import get, validate, validate_mesh
 from tests.launch import gcloud
 from tests.trainer import ROOT
-from tools import gke, pack, preflight, unpack
+from tools import ablate, gke, pack, preflight, sweep, sweep_worker, unpack
 
 GPUS_OF_A_NODE = 8
 
@@ -99,6 +99,20 @@ def test_its_steps_would_be_compiled(words, monkeypatch):
     monkeypatch.setattr(preflight, "preflight", parsed.append)
     assert preflight.main(words[words.index("tools.preflight") + 1 :]) == 0
     hardware.parse(parsed[0].topology, parsed[0].num_slices)
+
+
+@pytest.mark.parametrize("words", of("tools.ablate"), ids=" ".join)
+def test_its_variants_would_be_trained(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert ablate.main([*words[words.index("tools.ablate") + 1 :], "--dry_run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 1
+
+
+@pytest.mark.parametrize("words", of("tools.sweep"), ids=" ".join)
+def test_its_sweep_would_begin(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep_worker.Worker, "run", lambda worker: 0)
+    assert sweep.main(words[words.index("tools.sweep") + 1 :]) == 0
 
 
 def test_a_run_would_be_moved(monkeypatch):
