@@ -39,6 +39,7 @@ COMMANDS = {
     "tools.lra": [["--out=new", "--tasks=listops", "--models=fnet", "--dry_run"]],
     "tools.pack": [["run", "--out=new"]],
     "tools.preflight": [[CONFIG, "--topology=cpu-2"]],
+    "tools.profile": [[CONFIG, "--out=new"]],
     "tools.records": [
         ["write", "--task=records", "--out=new", "--train=set.jsonl"],
         ["write", "--task=lm", "--out=new", "--source=text"],
@@ -58,7 +59,8 @@ COMMANDS = {
 LONG = {
     "tools.analyze",
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
-    "tools.bench.slices", "tools.preflight", "tools.sanity", "tools.sweep", "tools.tune",
+    "tools.bench.slices", "tools.preflight", "tools.profile", "tools.sanity",
+    "tools.sweep", "tools.tune",
 }  # fmt: skip
 SHORT = {"tools.gke", "tools.status"}
 RUN = shell.run

@@ -96,10 +96,49 @@ def _ours(name: str, size: _Size, length: int, batch: int, remat: str, baseline:
     return training(name, config, Classification, NUM_CLASSES, baseline)
 
 
+class Built(NamedTuple):
+    """A training step on random bytes and labels.
+
+    Attributes:
+      program: the compiled step.
+      run: takes one step.
+      parameters: their number.
+      work: bytes that are read and FLOPs, of a step.
+    """
+
+    program: jax.stages.Compiled
+    run: Callable[[], Seconds]
+    parameters: int
+    work: dict[str, float]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the compiler planned: state, batch, results and temporaries."""
+        found = self.program.memory_analysis()
+        assert found is not None
+        kept = found.argument_size_in_bytes + found.output_size_in_bytes
+        return int(kept - found.alias_size_in_bytes + found.temp_size_in_bytes)
+
+
 def training(
     name: str, config: Any, objective: type[Objective], num_classes: int, baseline: str = ""
 ) -> Case:
-    """The training step of a configuration, on random bytes and labels."""
+    """The training step of a configuration as a case."""
+    built, of = build(config, objective, num_classes), config.model
+    return Case(
+        name,
+        f"{of.name}, {built.parameters:,} parameters, {of.dtype}, remat {of.remat}",
+        f"B={config.train.global_batch_size} L={config_lib.row_len(config)} D={of.hidden_dim} "
+        f"layers={of.num_layers}",
+        built.run,
+        baseline,
+        temporaries(built.program),
+        built.work,
+    )
+
+
+def build(config: Any, objective: type[Objective], num_classes: int) -> Built:
+    """Compiles the training step of a configuration, and draws its inputs."""
     batch, length = config.train.global_batch_size, config_lib.row_len(config)
     mesh = make_mesh(validate_mesh(config, jax.device_count()))
     model = models.build(config, num_classes=num_classes)
@@ -121,20 +160,12 @@ def training(
     def step(state: Any) -> tuple[Any, ...]:
         return program(state, data)
 
+    work = {
+        "bytes": float(batch * length),
+        "FLOP": flops.train_flops(config, abstract.params, num_classes),
+    }
     parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
-    of = config.model
-    return Case(
-        name,
-        f"{of.name}, {parameters:,} parameters, {of.dtype}, remat {of.remat}",
-        f"B={batch} L={length} D={of.hidden_dim} layers={of.num_layers}",
-        _Chain(step, state),
-        baseline,
-        temporaries(program),
-        {
-            "bytes": batch * length,
-            "FLOP": flops.train_flops(config, abstract.params, num_classes),
-        },
-    )
+    return Built(program, _Chain(step, state), parameters, work)
 
 
 def _seed_naive(size: _Size, length: int, batch: int) -> Case:

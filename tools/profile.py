@@ -1,0 +1,274 @@
+"""Profiles the training step of a configuration: speed and memory by length, and time by layer.
+
+    python -m tools.profile --config=configs/lra_text.py:cpu --out=DIR
+    python -m tools.profile --config=configs/lra_text.py:cpu --out=DIR \\
+        --lengths=1024,4096,16384,65536 --against=attention
+
+The step is that of the trainer, compiled and run on random bytes on the device at hand. --against
+names changes of the configuration, as tools.ablate has them (tools/levers.py): each is measured
+beside it, in turns, at every length, and the table says how many times as long it takes. Steps have
+as many bytes at every length, at least one row. A variant whose step takes longer than
+--limit_seconds is left out at greater lengths, and the table says so.
+
+Milliseconds are medians of wall time; memory is what the compiler planned: parameters, optimizer
+state, batch and temporaries. Time by layer is from a trace of XProf of the configuration's own
+length: the time of operations on all threads or streams, without that of operations inside them;
+DIR/trace is the trace, for TensorBoard. DIR also gets profile.json and, of several lengths,
+lengths.png.
+"""
+
+import argparse
+import collections
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from spectral_pod import command_line, storage
+from spectral_pod import config as config_lib
+from spectral_pod.analysis import hlo, provenance
+from spectral_pod.data import tasks
+from spectral_pod.errors import ConfigError
+from spectral_pod.fields import Positive, PositiveFloat, parse
+from spectral_pod.parallel import runtime
+from spectral_pod.validation import validate
+
+from . import levers, shell, study
+from .bench import step, timing
+
+_TRACED = 3  # steps
+_SHOWN = 12  # layers
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = shell.parser("profile", __doc__)
+    parser.add_config()
+    parser.add_place("--out", local=True, required=True, metavar="DIR", help="a folder")
+    parser.add_argument("--lengths", metavar="N,N", help="bytes; default: that of the config")
+    parser.add_argument("--against", default="", metavar="A,B", help="levers, as in tools.ablate")
+    parser.add_value("--repeats", Positive, 5, "of each step (5)")
+    parser.add_value("--limit_seconds", PositiveFloat, 60.0, "of a step (60)")
+    return shell.run(parser, profile, argv)
+
+
+class Measured(NamedTuple):
+    """A variant at a length; without figures where it was left out."""
+
+    variant: str
+    length: int
+    rows: int
+    milliseconds: float | None
+    bytes_per_second: float | None
+    memory_gb: float | None
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    runtime.initialize(None, 1, 0)
+    flags = arguments.config_flags
+    lengths = [parse(Positive, text, "--lengths") for text in (arguments.lengths or "").split(",")
+               if text]  # fmt: skip
+    lengths = sorted(set(lengths)) or [arguments.config.data.seq_len]
+    variants = [levers.BASE, *(name for name in arguments.against.split(",") if name)]
+    configs = {
+        (variant, length): _config(flags, variant, length)
+        for length in lengths
+        for variant in variants
+    }
+    os.makedirs(arguments.out, exist_ok=True)
+    found: list[Measured] = []
+    left_out: set[str] = set()
+    for length in lengths:
+        chosen = {v: configs[v, length] for v in variants if v not in left_out}
+        measured = _measure(chosen, length, arguments.repeats)
+        left_out |= {
+            m.variant for m in measured if (m.milliseconds or 0) > 1e3 * arguments.limit_seconds
+        }
+        rows = {m.variant: m for m in measured}
+        absent = (None, None, None)
+        found += [rows.get(v) or Measured(v, length, 0, *absent) for v in variants]
+        shell.say(f"{length:,} bytes: {_said(measured)}; {len(found) // len(variants)} of "
+                  f"{len(lengths)} lengths")  # fmt: skip
+    layers = by_layer(arguments.config, arguments.out)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}\n\n{_table(found)}\n\n{_layers_table(layers)}")
+    report = {
+        "device": device, "jax": jax.__version__, "config": flags,
+        "steps": [m._asdict() for m in found], "layers": layers,
+    }  # fmt: skip
+    out = epath.Path(arguments.out)
+    storage.write_whole(out / "profile.json", json.dumps(report, indent=1) + "\n")
+    if len(lengths) > 1 and (picture := _plot(found)):
+        storage.write_whole(out / "lengths.png", picture)
+
+
+def _config(flags: Sequence[str], variant: str, length: int) -> Any:
+    """The configuration of a variant at a length.
+
+    Raises:
+      ConfigError: there is no such lever, or the configuration is invalid.
+    """
+    fields = levers.fields_of(variant, {})
+    more = [f"--config.{name}={value}" for name, value in fields.items()]
+    arguments = [*flags, "--workdir=unused", *more, f"--config.data.seq_len={length}"]
+    config = command_line.parse_trainer(arguments).config.value
+    size = config_lib.row_len(config) * config.train.global_batch_size
+    flagged = command_line.parse_trainer([*flags, "--workdir=unused"]).config.value
+    wanted = config_lib.row_len(flagged) * flagged.train.global_batch_size
+    if size != wanted:
+        config.train.global_batch_size = max(1, wanted // config_lib.row_len(config))
+    validate(config)
+    return config
+
+
+def _measure(configs: Mapping[str, Any], length: int, repeats: int) -> list[Measured]:
+    """Measures variants at a length, in turns."""
+    steps = {variant: _build(config) for variant, config in configs.items()}
+    cases = [timing.Case(v, "", "", built.run, work=built.work) for v, built in steps.items()]
+    group = timing.Group(str(length), 1.0, lambda: timing.Comparison(cases))
+    report = timing.measure([group], repeats=repeats, clock="wall", only="", say=lambda text: None)
+    rows = {row.name.partition("/")[2]: row for row in report.rows}
+    return [
+        Measured(
+            variant,
+            length,
+            configs[variant].train.global_batch_size,
+            rows[variant].ms,
+            rows[variant].rates["bytes"],
+            built.memory / 1e9,
+        )
+        for variant, built in steps.items()
+    ]
+
+
+def _build(config: Any) -> step.Built:
+    task = tasks.make(config.data.task, config.data.options)
+    return step.build(config, task.objective, task.num_classes)
+
+
+# ---- time by layer
+
+
+def by_layer(config: Any, out: str) -> list[tuple[str, float]]:
+    """The layers and the milliseconds of a step that their operations take, most first."""
+    built = _build(config)
+    built.run()
+    folder = f"{out}/trace"
+    with jax.profiler.trace(folder):
+        for _ in range(_TRACED):
+            built.run()
+    files = sorted(epath.Path(folder).glob("plugins/profile/*/*.xplane.pb"))
+    if not files:
+        raise ConfigError(f"{folder}: this device writes no trace")
+    data = jax.profiler.ProfileData.from_file(os.fspath(files[-1]))
+    program = hlo.Program(built.program.as_text() or "")
+    names = {
+        name: provenance.layer(program.source(instruction))
+        for computation in program.computations.values()
+        for name, instruction in computation.items()
+    }
+    totals: collections.Counter[str] = collections.Counter()
+    for name, nanoseconds in operations(data):
+        totals[names.get(name, "outside of layers")] += nanoseconds / 1e6 / _TRACED
+    return totals.most_common()
+
+
+def operations(data: Any) -> Iterable[tuple[str, float]]:
+    """Operations of a trace and their own nanoseconds, without those of operations inside them."""
+    for plane in data.planes:
+        for line in plane.lines:
+            events = []
+            for event in line.events:
+                name = dict(event.stats).get("hlo_op")
+                if name is not None:
+                    events.append((event.start_ns, event.duration_ns, str(name)))
+            yield from own_times(events)
+
+
+def own_times(events: Iterable[tuple[float, float, str]]) -> Iterable[tuple[str, float]]:
+    """The names and own times of nested (start, duration, name) events of one thread."""
+    outer: list[list[Any]] = []  # [end, name, own time]
+    for start, duration, name in sorted(events, key=lambda event: (event[0], -event[1])):
+        while outer and outer[-1][0] <= start:
+            _, done, own = outer.pop()
+            yield done, own
+        if outer:
+            outer[-1][2] -= duration
+        outer.append([start + duration, name, duration])
+    for _, name, own in reversed(outer):
+        yield name, own
+
+
+# ---- text and plot
+
+
+def _said(measured: Sequence[Measured]) -> str:
+    return ", ".join(f"{m.variant} {m.milliseconds:,.0f} ms" for m in measured)
+
+
+def _table(found: Sequence[Measured]) -> str:
+    variants = study.distinct(m.variant for m in found)
+    head = ["bytes", "rows"]
+    for variant in variants:
+        head += [f"{variant}, ms", "kB/s", "GB"] + ["times as long"] * (variant != variants[0])
+    rows = [head]
+    for length in study.distinct(m.length for m in found):
+        at = {m.variant: m for m in found if m.length == length}
+        base = at[variants[0]]
+        cells = [f"{length:,}", str(max(m.rows for m in at.values()))]
+        for variant in variants:
+            m = at[variant]
+            if m.milliseconds is None:
+                cells += ["left out"] + ["—"] * (2 + (variant != variants[0]))
+                continue
+            cells += [f"{m.milliseconds:,.1f}", f"{m.bytes_per_second / 1e3:,.1f}",
+                      f"{m.memory_gb:.3f}"]  # fmt: skip
+            if variant != variants[0]:
+                over = m.milliseconds / base.milliseconds if base.milliseconds else math.nan
+                cells.append("—" if math.isnan(over) else f"{over:.2f}")
+        rows.append(cells)
+    return study.table(rows)
+
+
+def _layers_table(layers: Sequence[tuple[str, float]]) -> str:
+    total = sum(ms for _, ms in layers) or 1.0
+    rows = [["layer", "ms a step", "share"]]
+    rows += [[name, f"{ms:.2f}", f"{ms / total:.1%}"] for name, ms in layers[:_SHOWN]]
+    if rest := layers[_SHOWN:]:
+        ms = sum(ms for _, ms in rest)
+        rows.append([f"{len(rest)} more", f"{ms:.2f}", f"{ms / total:.1%}"])
+    return study.table(rows)
+
+
+def _plot(found: Sequence[Measured]) -> bytes | None:
+    """Step time and memory by length, as a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        shell.say("No plot: it needs matplotlib; pip install 'spectral-pod[plots]'")
+        return None
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, name, label in zip(
+        figure.subplots(1, 2), ("milliseconds", "memory_gb"), ("ms a step", "GB")
+    ):
+        for variant in study.distinct(m.variant for m in found):
+            points = [(m.length, getattr(m, name)) for m in found
+                      if m.variant == variant and m.milliseconds is not None]  # fmt: skip
+            axes.plot(*zip(*points), marker="o", label=variant)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes of a row")
+        axes.set_ylabel(label)
+        axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
