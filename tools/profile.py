@@ -21,7 +21,6 @@ import argparse
 import collections
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,21 +57,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Measured(NamedTuple):
-    """A variant at a length; without figures where it was left out."""
+    """A variant at a length."""
 
     variant: str
     length: int
     rows: int
-    milliseconds: float | None
-    bytes_per_second: float | None
-    memory_gb: float | None
+    milliseconds: float
+    bytes_per_second: float
+    memory_gb: float
 
 
 def profile(arguments: argparse.Namespace) -> None:
     runtime.initialize(None, 1, 0)
     flags = arguments.config_flags
-    lengths = [parse(Positive, text, "--lengths") for text in (arguments.lengths or "").split(",")
-               if text]  # fmt: skip
+    texts = (arguments.lengths or "").split(",")
+    lengths = [parse(Positive, text, "--lengths") for text in texts if text]
     lengths = sorted(set(lengths)) or [arguments.config.data.seq_len]
     variants = [levers.BASE, *(name for name in arguments.against.split(",") if name)]
     configs = {
@@ -86,17 +85,14 @@ def profile(arguments: argparse.Namespace) -> None:
     for length in lengths:
         chosen = {v: configs[v, length] for v in variants if v not in left_out}
         measured = _measure(chosen, length, arguments.repeats)
-        left_out |= {
-            m.variant for m in measured if (m.milliseconds or 0) > 1e3 * arguments.limit_seconds
-        }
-        rows = {m.variant: m for m in measured}
-        absent = (None, None, None)
-        found += [rows.get(v) or Measured(v, length, 0, *absent) for v in variants]
-        shell.say(f"{length:,} bytes: {_said(measured)}; {len(found) // len(variants)} of "
-                  f"{len(lengths)} lengths")  # fmt: skip
+        left_out |= {m.variant for m in measured if m.milliseconds > 1e3 * arguments.limit_seconds}
+        found += measured
+        place = f"{lengths.index(length) + 1} of {len(lengths)} lengths"
+        shell.say(f"{length:,} bytes: {_said(measured)}; {place}")
     layers = by_layer(arguments.config, arguments.out)
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}\n\n{_table(found)}\n\n{_layers_table(layers)}")
+    tables = _table(found, variants, lengths), _layers_table(layers)
+    print("\n\n".join((f"{device}, jax {jax.__version__}", *tables)))
     report = {
         "device": device, "jax": jax.__version__, "config": flags,
         "steps": [m._asdict() for m in found], "layers": layers,
@@ -113,15 +109,14 @@ def _config(flags: Sequence[str], variant: str, length: int) -> Any:
     Raises:
       ConfigError: there is no such lever, or the configuration is invalid.
     """
-    fields = levers.fields_of(variant, {})
-    more = [f"--config.{name}={value}" for name, value in fields.items()]
-    arguments = [*flags, "--workdir=unused", *more, f"--config.data.seq_len={length}"]
-    config = command_line.parse_trainer(arguments).config.value
-    size = config_lib.row_len(config) * config.train.global_batch_size
-    flagged = command_line.parse_trainer([*flags, "--workdir=unused"]).config.value
-    wanted = config_lib.row_len(flagged) * flagged.train.global_batch_size
-    if size != wanted:
-        config.train.global_batch_size = max(1, wanted // config_lib.row_len(config))
+    fields = levers.fields_of(variant, {}) | {"data.seq_len": str(length)}
+    changed = [f"--config.{name}={value}" for name, value in fields.items()]
+    given, config = (
+        command_line.parse_trainer(["--workdir=unused", *flags, *more]).config.value
+        for more in ([], changed)
+    )
+    size = given.train.global_batch_size * config_lib.row_len(given)
+    config.train.global_batch_size = max(1, size // config_lib.row_len(config))
     validate(config)
     return config
 
@@ -172,10 +167,10 @@ def by_layer(config: Any, out: str) -> list[tuple[str, float]]:
         for computation in program.computations.values()
         for name, instruction in computation.items()
     }
-    totals: collections.Counter[str] = collections.Counter()
+    totals: dict[str, float] = collections.defaultdict(float)
     for name, nanoseconds in operations(data):
         totals[names.get(name, "outside of layers")] += nanoseconds / 1e6 / _TRACED
-    return totals.most_common()
+    return sorted(totals.items(), key=lambda found: -found[1])
 
 
 def operations(data: Any) -> Iterable[tuple[str, float]]:
@@ -211,26 +206,25 @@ def _said(measured: Sequence[Measured]) -> str:
     return ", ".join(f"{m.variant} {m.milliseconds:,.0f} ms" for m in measured)
 
 
-def _table(found: Sequence[Measured]) -> str:
-    variants = study.distinct(m.variant for m in found)
-    head = ["bytes", "rows"]
-    for variant in variants:
-        head += [f"{variant}, ms", "kB/s", "GB"] + ["times as long"] * (variant != variants[0])
+def _table(found: Sequence[Measured], variants: Sequence[str], lengths: Sequence[int]) -> str:
+    base, *others = variants
+    head = ["bytes", "rows", f"{base}, ms", "kB/s", "GB"]
+    for variant in others:
+        head += [f"{variant}, ms", "kB/s", "GB", "times as long"]
     rows = [head]
-    for length in study.distinct(m.length for m in found):
+    for length in lengths:
         at = {m.variant: m for m in found if m.length == length}
-        base = at[variants[0]]
-        cells = [f"{length:,}", str(max(m.rows for m in at.values()))]
+        cells = [f"{length:,}", str(next(iter(at.values())).rows) if at else "—"]
         for variant in variants:
-            m = at[variant]
-            if m.milliseconds is None:
-                cells += ["left out"] + ["—"] * (2 + (variant != variants[0]))
+            if variant not in at:
+                cells += ["left out", "—", "—"] + ["—"] * (variant != base)
                 continue
-            cells += [f"{m.milliseconds:,.1f}", f"{m.bytes_per_second / 1e3:,.1f}",
-                      f"{m.memory_gb:.3f}"]  # fmt: skip
-            if variant != variants[0]:
-                over = m.milliseconds / base.milliseconds if base.milliseconds else math.nan
-                cells.append("—" if math.isnan(over) else f"{over:.2f}")
+            m = at[variant]
+            cells += [f"{m.milliseconds:,.1f}", f"{m.bytes_per_second / 1e3:,.1f}"]
+            cells.append(f"{m.memory_gb:.3f}")
+            if variant != base:
+                is_known = base in at
+                cells.append(f"{m.milliseconds / at[base].milliseconds:.2f}" if is_known else "—")
         rows.append(cells)
     return study.table(rows)
 
@@ -257,8 +251,7 @@ def _plot(found: Sequence[Measured]) -> bytes | None:
         figure.subplots(1, 2), ("milliseconds", "memory_gb"), ("ms a step", "GB")
     ):
         for variant in study.distinct(m.variant for m in found):
-            points = [(m.length, getattr(m, name)) for m in found
-                      if m.variant == variant and m.milliseconds is not None]  # fmt: skip
+            points = [(m.length, getattr(m, name)) for m in found if m.variant == variant]
             axes.plot(*zip(*points), marker="o", label=variant)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
