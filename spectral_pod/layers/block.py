@@ -8,6 +8,7 @@ import jax
 
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import BatchNorm, LayerNorm
+from spectral_pod.layers.dropout import Dropout
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixer import Mixer, State
 from spectral_pod.layers.mixers import MIXERS
@@ -56,7 +57,7 @@ class Block(nn.Module):
         self.mixers = {name: self._make(cls, name) for name, cls in classes.items()}
         self.norms = {name: self._norm(f"{name}_norm") for name in classes}
         self.drops = {
-            name: nn.Dropout(config.dropout, deterministic=self.deterministic, name=f"Dropout_{i}")
+            name: Dropout(config.dropout, self.deterministic, name=f"Dropout_{i}")
             for i, name in enumerate(classes)
         }
 

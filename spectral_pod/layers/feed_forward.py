@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dense import Dense
+from spectral_pod.layers.dropout import Dropout
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
@@ -27,7 +28,8 @@ class GatedFeedForward(Mixer):
         hidden = int(self.expansion * self.width)
         self.value = Dense(hidden, ("embed", "hidden"), self.dtype)
         self.gate = Dense(hidden, ("embed", "hidden"), self.dtype)
-        self.drop = nn.Dropout(self.dropout, deterministic=self.deterministic, name="Dropout_0")
+        hidden_axes = ("batch", "position", "hidden")
+        self.drop = Dropout(self.dropout, self.deterministic, hidden_axes, name="Dropout_0")
         self.out = Dense(self.width, ("hidden", "embed"), self.dtype)
 
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
@@ -131,7 +133,7 @@ class HalfGLU(Mixer):
 
     def setup(self) -> None:
         self.gate = Dense(self.width, ("embed", "width"), self.dtype)
-        self.drop = nn.Dropout(self.dropout, deterministic=self.deterministic, name="Dropout_0")
+        self.drop = Dropout(self.dropout, self.deterministic, name="Dropout_0")
 
     def __call__(self, y_BND: jax.Array, mask_BN: jax.Array | None = None) -> jax.Array:
         """[B, N, D] to [B, N, D] in `dtype`; per position, so that the mask has no effect."""

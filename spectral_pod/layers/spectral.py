@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Fraction, NonNegativeFloat, PositiveFloat
 from spectral_pod.layers.architecture import Architecture
+from spectral_pod.layers.dropout import Dropout
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.layers.probes import probe, response, valid_mean
@@ -93,7 +94,8 @@ class SpectralLayer(Mixer):
         init = parameter(kernels, "frequency", channels, group="dynamics")
         kernel = self.param("filter", init, (fft_length, width))
         shrunk = jnp.maximum(jnp.abs(kernel) - self.kernel_threshold, 0.0) * jnp.sign(kernel)
-        shrunk = nn.Dropout(self.kernel_dropout, deterministic=self.deterministic)(shrunk)
+        axes = "frequency", channels
+        shrunk = Dropout(self.kernel_dropout, self.deterministic, axes)(shrunk)
         # Every device transforms the whole kernel, which is small; no batch is involved.
         return jnp.fft.rfft(constrain(shrunk, None, None), axis=0)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from spectral_pod.layers.block import all_blocks, separate_blocks
 from spectral_pod.layers.dense import Dense, layer_norm
+from spectral_pod.layers.dropout import Dropout
 from spectral_pod.layers.embedding import Embedding, HarmonicEmbedding
 from spectral_pod.layers.mixer import State
 from spectral_pod.layers.parameter import parameter
@@ -70,7 +71,7 @@ class CausalModel(Model):
         if config.positions == "learned":
             x_BND = self._with_positions(x_BND, jnp.cumsum(mask_BL, axis=1))
         x_BND = self._masked(x_BND, mask_BL)
-        x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
+        x_BND = Dropout(config.dropout, deterministic=not train)(x_BND)
         probe(self, "input_rms", lambda: valid_rms(x_BND, mask_BL))
         x_BND, carry = all_blocks(config, x_BND, mask_BL, train, carry, chunked)
         x_BND = layer_norm(x_BND, "norm")

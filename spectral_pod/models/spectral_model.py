@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from spectral_pod.layers.block import all_blocks
 from spectral_pod.layers.dense import Dense, layer_norm
+from spectral_pod.layers.dropout import Dropout
 from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.patching import ByteLatentEncoder, Patches, sinusoidal_positions
 from spectral_pod.layers.pooling import POOLING, Comparison, PooledPart, combined
@@ -99,7 +100,7 @@ class SpectralModel(Model):
         length = x_BND.shape[1]
         if patches.positions == "sinusoidal":
             x_BND += sinusoidal_positions(length, config.hidden_dim, dtype, start)
-        x_BND = nn.Dropout(config.dropout, deterministic=not train)(x_BND)
+        x_BND = Dropout(config.dropout, deterministic=not train)(x_BND)
         probe(self, "input_rms", lambda: valid_rms(x_BND, mask_BN))
         x_BND, of_blocks = all_blocks(config, x_BND, mask_BN, train, of_blocks, chunked)
         carry = (jnp.asarray(start + length, jnp.int32), last_BH, of_blocks) if chunked else None

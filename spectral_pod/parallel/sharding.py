@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
@@ -91,6 +92,12 @@ def num_shards(axis: str) -> int:
     """The number of shards into which the current mesh splits a logical axis; 1 without a mesh."""
     sizes, names = jax.sharding.get_abstract_mesh().shape, _TABLE[axis]
     return math.prod(sizes.get(n, 1) for n in ((names,) if isinstance(names, str) else names or ()))
+
+
+def shard_index(axis: str | None) -> jax.Array:
+    """Inside `shard_op`: which shard of a logical axis this device has, a uint32 scalar."""
+    names = None if axis is None else _TABLE[axis]
+    return jax.lax.axis_index(names or ()).astype(jnp.uint32)
 
 
 def filter_axis(width: int) -> str:
