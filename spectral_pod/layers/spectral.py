@@ -94,8 +94,8 @@ class SpectralLayer(Mixer):
         init = parameter(kernels, "frequency", channels, group="dynamics")
         kernel = self.param("filter", init, (fft_length, width))
         shrunk = jnp.maximum(jnp.abs(kernel) - self.kernel_threshold, 0.0) * jnp.sign(kernel)
-        axes = "frequency", channels
-        shrunk = Dropout(self.kernel_dropout, self.deterministic, axes)(shrunk)
+        drop = Dropout(self.kernel_dropout, self.deterministic, axes=("frequency", channels))
+        shrunk = drop(shrunk)
         # Every device transforms the whole kernel, which is small; no batch is involved.
         return jnp.fft.rfft(constrain(shrunk, None, None), axis=0)
 
