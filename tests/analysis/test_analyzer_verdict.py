@@ -100,7 +100,8 @@ def initial(cls, causal, overrides):
 # original design, is a gain per channel, which an FFT and its inverse around it do not change.
 # Hyena's long convolutions are filters, but its gates multiply signals, as wavelet attention does.
 # FNet is a transform: a tone becomes a pulse. S5 is a filter by a recurrence, at first a small one
-# beside its skip. Delta memories and attention relate positions by their content.
+# beside its skip. Delta memories and attention relate positions by their content. Multi-scale
+# patches begin at fixed positions, so that shifts change them.
 MIXER_VERDICTS = {
     "spectral": ("spectral", False, (), True),
     "spectral, circular": ("spectral", False, (("spectral.padding", "circular"),), True),
@@ -123,6 +124,7 @@ MIXER_VERDICTS = {
     "local_attention": ("local_attention", False, (("attention.window", 16),), False),
     "linear_attention": ("linear_attention", False, (), False),
     "linformer": ("linformer", False, (), False),
+    "multi_scale": ("multi_scale", False, (), False),
     "gated": ("gated", True, (), False),
     "frequency": ("frequency", True, (), False),
 }  # fmt: skip
