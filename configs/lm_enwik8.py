@@ -17,7 +17,13 @@ windows of 2,048 bytes, 20 epochs, for a GPU or a slice. Neither has been traine
 """
 
 from spectral_pod.config import Config
-from spectral_pod.recipes import gpu_language_model, learning_rates, schedule, small_language_model
+from spectral_pod.recipes import (
+    gpu_language_model,
+    learning_rates,
+    schedule,
+    small_language_model,
+    split_files,
+)
 
 SIZES = ("cpu", "gpu")
 
@@ -26,9 +32,7 @@ def get_config(size: str = "cpu") -> Config:
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {SIZES}")
     c = small_language_model()
-    for split, name in {"train": "train", "validation": "valid", "test": "test"}.items():
-        c.data.options[split] = f"enwik8.{name}"
-    c.train.eval_split = "test"
+    split_files(c, "enwik8.{}")
     c.train.sample_prompt = "    <title>"
     if size == "gpu":
         gpu_language_model(c)

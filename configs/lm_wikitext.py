@@ -17,7 +17,7 @@ parameters on a GPU. Neither has been trained on WikiText-103 yet.
 """
 
 from spectral_pod.config import Config
-from spectral_pod.recipes import gpu_language_model, small_language_model
+from spectral_pod.recipes import gpu_language_model, small_language_model, split_files
 
 SIZES = ("cpu", "gpu")
 
@@ -26,9 +26,7 @@ def get_config(size: str = "cpu") -> Config:
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {SIZES}")
     c = small_language_model()
-    for split, name in {"train": "train", "validation": "valid", "test": "test"}.items():
-        c.data.options[split] = f"wikitext-103/wiki.{name}.tokens"
-    c.train.eval_split = "test"
+    split_files(c, "wikitext-103/wiki.{}.tokens")
     c.train.sample_prompt = " = Homer = "
     if size == "gpu":
         gpu_language_model(c)

@@ -71,10 +71,9 @@ def Config(**values: Any) -> Any:
 
 
 _NAMES = {
-    "harmonic_bases": ("harmonics",),
-    "wavelet_type": ("wavelet.name",),
-    "wavelet_levels": ("wavelet.levels",),
-    "num_heads": ("wavelet.num_heads", "memory.num_heads", "attention.num_heads"),
+    "harmonic_bases": "harmonics",
+    "wavelet_type": "wavelet.name",
+    "wavelet_levels": "wavelet.levels",
 }
 
 
@@ -88,8 +87,11 @@ def _by_their_names(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                     "there are 256: leave it out"
                 )
             continue
-        for field in _NAMES.get(name, (name,)):
-            yield field, value
+        if name == "num_heads":
+            sections = config_lib.model_sections().items()
+            yield from ((f"{section}.{name}", value) for section, x in sections if name in x)
+            continue
+        yield _NAMES.get(name, name), value
         if name == "embed_dim" and "hidden_dim" not in values:
             yield "hidden_dim", value
 
@@ -158,7 +160,7 @@ class Model:
         self.use(Trained(config, mesh, module, params, 0, num_classes, vocab_size, "", []))
 
     def use(self, trained: Trained) -> None:
-        """Makes this model a trained one."""
+        """Takes the module, the parameters and the mesh of a model of the same class."""
         self._trained = trained
         self.config, self.mesh = trained.config, trained.mesh
         self.module, self.params = trained.module, trained.params

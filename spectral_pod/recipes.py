@@ -218,6 +218,13 @@ def small_language_model() -> Config:
     return c
 
 
+def split_files(c: Config, pattern: str) -> None:
+    """Reads a file for each split: `pattern` with 'train', 'valid' and 'test' in its braces."""
+    names = {"train": "train", "validation": "valid", "test": "test"}
+    c.data.options.update({split: pattern.format(name) for split, name in names.items()})
+    c.train.eval_split = "test"
+
+
 def gpu_language_model(c: Config) -> None:
     """Makes the model of `small_language_model` 15M parameters on 512 bytes, for a GPU."""
     c.data.seq_len = 512

@@ -1,14 +1,13 @@
 """What `tools.ablate` prints and plots."""
 
 import dataclasses
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from . import shell, study
+from . import plots, study
 
 # Neither JAX nor TensorFlow is imported here, directly or indirectly: they take seconds.
 
@@ -170,13 +169,9 @@ def pictures(found: Mapping[str, Any]) -> dict[str, bytes]:
     rows = {name: row for name, row in found["variants"].items() if row is not None}
     if not rows:
         return {}
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        shell.say("No plots: they need matplotlib; pip install 'spectral-pod[plots]'")
+    bars = plots.new_figure(7, 1 + 0.3 * len(rows))
+    if bars is None:
         return {}
-
-    bars = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
     axes = bars.subplots()
     means = [row["accuracy"] for row in rows.values()]
     errors = [row["standard_error"] or 0.0 for row in rows.values()]
@@ -185,7 +180,7 @@ def pictures(found: Mapping[str, Any]) -> dict[str, bytes]:
     axes.invert_yaxis()
     axes.set_xlabel("accuracy in %, ± standard error")
 
-    curves = Figure(figsize=(7, 5), layout="constrained")
+    curves = plots.new_figure(7, 5)
     axes = curves.subplots()
     for name, row in rows.items():
         if row["curve"]:
@@ -194,13 +189,7 @@ def pictures(found: Mapping[str, Any]) -> dict[str, bytes]:
     axes.set_ylabel("accuracy in % on the validation split")
     if axes.lines:
         axes.legend(fontsize="small")
-    return {"accuracy.png": _png(bars), "curves.png": _png(curves)}
-
-
-def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
+    return {"accuracy.png": plots.png(bars), "curves.png": plots.png(curves)}
 
 
 def _number(value: float | None, digits: int) -> str:

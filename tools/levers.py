@@ -97,7 +97,7 @@ LEVERS: dict[str, dict[str, Fields]] = {
         "mlp_4": {"model.mlp_expansion": "4.0"},
     },
     "optimizer": {
-        "rate_third": {"optimizer.learning_rate": "1e-3"},
+        "rate_1e-3": {"optimizer.learning_rate": "1e-3"},
         "rate_3e-3": {"optimizer.learning_rate": "3e-3"},
         "dynamics_3e-3": {"optimizer.dynamics_learning_rate": "3e-3"},
         "no_decay": {"optimizer.weight_decay": "0.0"},

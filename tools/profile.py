@@ -19,7 +19,6 @@ lengths.png.
 
 import argparse
 import collections
-import io
 import json
 import os
 import sys
@@ -38,7 +37,7 @@ from spectral_pod.fields import Positive, PositiveFloat, parse
 from spectral_pod.parallel import runtime
 from spectral_pod.validation import validate
 
-from . import levers, shell, study
+from . import levers, plots, shell, study
 from .bench import step, timing
 
 _TRACED = 3  # steps
@@ -241,12 +240,9 @@ def _layers_table(layers: Sequence[tuple[str, float]]) -> str:
 
 def _plot(found: Sequence[Measured]) -> bytes | None:
     """Step time and memory by length, as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        shell.say("No plot: it needs matplotlib; pip install 'spectral-pod[plots]'")
+    figure = plots.new_figure(9, 4)
+    if figure is None:
         return None
-    figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, name, label in zip(
         figure.subplots(1, 2), ("milliseconds", "memory_gb"), ("ms a step", "GB")
     ):
@@ -258,9 +254,7 @@ def _plot(found: Sequence[Measured]) -> bytes | None:
         axes.set_xlabel("bytes of a row")
         axes.set_ylabel(label)
         axes.legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
+    return plots.png(figure)
 
 
 if __name__ == "__main__":

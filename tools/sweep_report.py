@@ -1,6 +1,5 @@
 """What `tools.sweep` prints and writes: a table, plots, and the best configuration."""
 
-import io
 import warnings
 from typing import Any
 
@@ -10,7 +9,7 @@ from etils import epath
 from spectral_pod import config as config_lib
 from spectral_pod import storage
 
-from . import shell, study
+from . import plots, study
 
 
 def table(sweep: optuna.Study) -> str:
@@ -102,22 +101,13 @@ def get_config() -> Config:
 
 def _pictures(sweep: optuna.Study, number: int) -> dict[str, bytes]:
     """The values in the order of trials and, of several, the importance of each field."""
-    try:
-        import matplotlib.figure
-    except ModuleNotFoundError:
-        shell.say("No plots: they need matplotlib; pip install 'spectral-pod[plots]'")
+    if plots.new_figure(1, 1) is None:
         return {}
-    from optuna.visualization import matplotlib as plots
+    from optuna.visualization import matplotlib as drawing
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        drawn = {"history.png": plots.plot_optimization_history(sweep)}
+        drawn = {"history.png": drawing.plot_optimization_history(sweep)}
         if number > 1:
-            drawn["importance.png"] = plots.plot_param_importances(sweep)
-    found = {}
-    for name, axes in drawn.items():
-        figure: matplotlib.figure.Figure = axes.figure
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
-        found[name] = file.getvalue()
-    return found
+            drawn["importance.png"] = drawing.plot_param_importances(sweep)
+    return {name: plots.png(axes.figure) for name, axes in drawn.items()}

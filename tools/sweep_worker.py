@@ -55,6 +55,10 @@ class _Trial:
     def name(self) -> str:
         return f"trial-{self.trial.number:04d}"
 
+    def release(self) -> None:
+        """Leaves the trial to whoever comes next, unless Optuna was told its end."""
+        self.lease.__exit__(None, None, None)
+
 
 class Worker(Runner):
     """Runs trials until there are as many as asked for.
@@ -120,10 +124,8 @@ class Worker(Runner):
         try:
             self.work()
         finally:
-            for run in self.running:
-                run.task.subject.lease.__exit__(None, None, None)
-            for trial in self._again:
-                trial.lease.__exit__(None, None, None)
+            for held in (*(run.task.subject for run in self.running), *self._again):
+                held.release()
             sweep_report.write(self._study, self._out)
             print(sweep_report.table(self._study), end="", flush=True)
         trials = self._study.get_trials(deepcopy=False)
@@ -206,7 +208,7 @@ class Worker(Runner):
         elif run.code == NonFiniteError.exit_code:
             self._tell(found, _PRUNED, "its numbers went bad")
         elif self.budget_ended and exit_codes.is_curable(run.code):
-            found.lease.__exit__(None, None, None)
+            found.release()
         elif exit_codes.is_curable(run.code) and found.restarts < _RESTARTS:
             found.restarts += 1
             run.say(f"{exit_codes.meaning(run.code)}; it is started again")
@@ -220,7 +222,7 @@ class Worker(Runner):
         if state == _FAILED:
             found.trial.set_user_attr("fault", said)
         self._study.tell(found.trial, value, state=state)
-        found.lease.__exit__(None, None, None)
+        found.release()
         shell.say(f"[{found.trial.number + 1} of {self._number}] {found.name}: {said}")
 
     def progress(self, run: Run) -> str:

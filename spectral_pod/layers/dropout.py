@@ -42,10 +42,7 @@ def bernoulli(key: jax.Array, p: float, shape: tuple[int, ...], axes: Axes) -> j
     local = tuple(size // n for size, n in zip(shape, shards))
 
     def own(words_2: jax.Array) -> jax.Array:
-        starts = [
-            jnp.uint32(size) * shard_index(axis) if n > 1 else jnp.uint32(0)
-            for size, n, axis in zip(local, shards, axes)
-        ]
+        starts = [jnp.uint32(size) * shard_index(axis) for size, axis in zip(local, axes)]
         keys = (jnp.broadcast_to(word, local) for word in words_2)
         bits_1, bits_2 = threefry2x32_p.bind(*keys, *flat_indices(shape, starts, local))
         # As `jax.random.uniform` makes numbers in [0, 1) of 23 bits.

@@ -133,16 +133,13 @@ class CausalModel(Model):
         """Sows auxiliary losses; by default there are none."""
 
     def _embed(self, tokens_BL: Tokens) -> jax.Array:
-        config = self.config
-        return self.make_embedding(config.vocab_size, config.hidden_dim, config.activation_dtype)(
-            tokens_BL
-        )
+        return self.make_embedding()(tokens_BL)
 
-    def make_embedding(
-        self, vocab_size: int, width: int, dtype: Any
-    ) -> Embedding | HarmonicEmbedding:
+    def make_embedding(self) -> Embedding | HarmonicEmbedding:
         """The module `embedding`, which maps tokens to vectors."""
-        return Embedding(vocab_size, width, dtype, name="embedding")
+        config = self.config
+        sizes = config.vocab_size, config.hidden_dim
+        return Embedding(*sizes, config.activation_dtype, name="embedding")
 
     def _with_positions(self, x_BND: jax.Array, count_BN: jax.Array) -> jax.Array:
         """Adds the embeddings of positions, which are counted from the first valid one of a row.

@@ -4,8 +4,6 @@ All of it is causal. The published design is not: its full-length FFTs, in atten
 feed-forward, let every position see the bytes that it has to predict.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -21,9 +19,11 @@ class SpectralLLM(CausalModel):
     mixer = "wavelet"
     has_consistency_loss = True
 
-    def make_embedding(self, vocab_size: int, width: int, dtype: Any) -> HarmonicEmbedding:
-        harmonics = self.config.harmonics
-        return HarmonicEmbedding(vocab_size, width, dtype, harmonics, name="embedding")
+    def make_embedding(self) -> HarmonicEmbedding:
+        config = self.config
+        sizes = config.vocab_size, config.hidden_dim
+        dtype, harmonics = config.activation_dtype, config.harmonics
+        return HarmonicEmbedding(*sizes, dtype, harmonics, name="embedding")
 
     def sow_losses(self, x_BND: Positions, embedded_BND: Positions, mask_BN: TokenMask) -> None:
         """Sows the spectral consistency loss, which is `consistency_weight` times the distance

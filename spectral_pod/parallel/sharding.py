@@ -95,9 +95,13 @@ def num_shards(axis: str) -> int:
 
 
 def shard_index(axis: str | None) -> jax.Array:
-    """Inside `shard_op`: which shard of a logical axis this device has, a uint32 scalar."""
-    names = None if axis is None else _TABLE[axis]
-    return jax.lax.axis_index(names or ()).astype(jnp.uint32)
+    """Which shard of a logical axis this device has, a uint32 scalar; 0 if the axis is not split.
+
+    To be called inside `shard_op`.
+    """
+    if axis is None or num_shards(axis) == 1:
+        return jnp.uint32(0)
+    return jax.lax.axis_index(_TABLE[axis]).astype(jnp.uint32)
 
 
 def filter_axis(width: int) -> str:
