@@ -15,9 +15,11 @@ from spectral_pod.config import default
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import listops
 from spectral_pod.data.tasks.listops import (
+    ByLastRoot,
     ByRoot,
     LastAccuracy,
     ListOps,
+    ListOpsAnswers,
     ListOpsSubtrees,
     Subtrees,
 )
@@ -256,6 +258,49 @@ def test_batches_of_subtrees_are_those_of_answers_with_labels_by_position(tmp_pa
     np.testing.assert_array_equal(last, answers["labels"])
 
 
+def test_packed_rows_hold_short_expressions_and_are_for_training_only(tmp_path):
+    options = {"min_length": 8, "max_length": 30, "max_depth": 3, "num_workers": 1}
+    sizes = {"train": 20, "validation": 10, "test": 10}
+    plain = ListOps(**options, **sizes).splits()
+    packed = ListOpsAnswers(**options, **sizes, packed=30).splits()
+    assert list(packed["test"]) == list(plain["test"])
+    assert list(packed["validation"]) == list(plain["validation"])
+    rows = list(packed["train"])
+    assert rows[:20] == list(plain["train"])
+    assert len(rows) == 50
+    for symbols, answer in rows[20:]:
+        ends = np.flatnonzero(listops.subtree_values(symbols, roots_only=True) >= 0)
+        parts = [symbols[a:b] for a, b in zip([0, *ends[:-1] + 1], ends + 1, strict=True)]
+        assert len(parts) > 1
+        assert len(symbols) < 30
+        assert all(4 <= len(part) <= 8 for part in parts)
+        assert answer == listops.evaluate(parts[-1])
+        values = [listops.evaluate(part) for part in parts]
+        assert listops.subtree_values(symbols, roots_only=True)[ends].tolist() == values
+
+
+def test_labels_of_answers_are_those_of_subtrees_that_are_no_arguments(tmp_path):
+    options = {"min_length": 8, "max_length": 30, "max_depth": 4, "packed": 40, "num_workers": 1}
+    task = ListOpsAnswers(**options, train=40, validation=5, test=5)
+    task.build(f"{tmp_path}/store")
+    split, config = ByteStore(f"{tmp_path}/store").split("train"), default().data
+    arguments = {"batch_size": 32, "num_records": 0, "shuffle_seed": 3}
+    answers = task.read(split, config, **arguments).rows(1, np.arange(32))
+    subtrees = ListOpsSubtrees(**options).read(split, config, **arguments).rows(1, np.arange(32))
+    tokens = answers["tokens"]
+    np.testing.assert_array_equal(subtrees["tokens"], tokens)
+    opens, closes = np.isin(tokens, list(b"<>=+")), tokens == ord("]")
+    is_root = closes & (np.cumsum(opens.astype(int) - closes, axis=1) == 0)
+    np.testing.assert_array_equal(answers["valid"], is_root)
+    np.testing.assert_array_equal(answers["labels"], subtrees["labels"] * is_root)
+    assert 1 < is_root.sum(axis=1).max() < 10
+
+
+def test_packed_rows_need_expressions_that_short():
+    with pytest.raises(ConfigError, match="packed is 5, but no expression has min_length = 3"):
+        ListOpsAnswers(min_length=3, packed=5)
+
+
 @pytest.mark.parametrize("encoding", listops.ENCODINGS)
 def test_accuracy_by_root(encoding):
     rows = [b"<3]", b">34]", b"=1<23]]", b"+99]", b"+12]", b"7"]
@@ -271,6 +316,16 @@ def test_accuracy_by_root(encoding):
     assert found == {
         "accuracy_min": 1.0, "accuracy_max": 0.0, "accuracy_med": 1.0, "accuracy_sm": 0.5
     }  # fmt: skip
+
+
+def test_accuracy_by_root_of_the_last_label():
+    tokens = np.full((3, 8), PAD, np.int32)
+    for row, symbols in zip(tokens, (b"<3]+4]", b"<34]"), strict=False):
+        row[: len(symbols)] = list(symbols)
+    mask, correct = tokens == ord("]"), np.ones(tokens.shape, np.float32)
+    correct[0, 5] = 0  # by its first symbol the row is one of MIN
+    found = ByLastRoot.from_model_output(tokens=tokens, correct=correct, mask=mask).compute()
+    assert found == {"accuracy_min": 0.5}
 
 
 def test_accuracy_of_whole_expressions_among_those_of_all_operators():

@@ -7,7 +7,7 @@ from spectral_pod import fields
 from spectral_pod.data.tasks.content_type import ContentType
 from spectral_pod.data.tasks.copy import Copy
 from spectral_pod.data.tasks.dna import Dna
-from spectral_pod.data.tasks.listops import ListOps, ListOpsSubtrees
+from spectral_pod.data.tasks.listops import ListOps, ListOpsAnswers, ListOpsSubtrees
 from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.data.tasks.mqar import Mqar
 from spectral_pod.data.tasks.overwrite import Overwrite
@@ -22,6 +22,7 @@ __all__ = ["TASKS", "DrawnTask", "StoredTask", "Task", "make"]
 TASKS: dict[str, type[StoredTask] | type[DrawnTask]] = {
     "content_type": ContentType,
     "listops": ListOps,
+    "listops_answers": ListOpsAnswers,
     "listops_subtrees": ListOpsSubtrees,
     "pathfinder": Pathfinder,
     "retrieval": Retrieval,

@@ -11,6 +11,7 @@ and `]`, which ends the arguments of an operator. `[MAX 3 [SM 7 8 ] ]` is `>3+78
 
 import dataclasses
 import functools
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,6 +58,7 @@ _NODES += [(digit, 0) for digit in _DIGITS for _ in range(54)]
 OPERATOR_PROBABILITY = sum(num_args > 0 for _, num_args in _NODES) / len(_NODES)
 
 _PATIENCE = 1_000_000  # trees drawn without one to keep
+_SHORTEST = 4  # symbols of an expression: an operator, two digits and `]`
 _CHUNK = 250  # examples drawn from one random stream; part of what a seed means
 
 
@@ -106,8 +108,13 @@ def evaluate(symbols: bytes, levels: float = math.inf) -> int:
     return value
 
 
-def subtree_values(symbols: bytes) -> np.ndarray:
-    """int32 [n]: at every `]` the value of the operator that it ends, elsewhere -1."""
+def subtree_values(symbols: bytes, roots_only: bool = False) -> np.ndarray:
+    """int32 [n]: at every `]` the value of the operator that it ends, elsewhere -1.
+
+    Args:
+      symbols: an expression, or several, one after the other.
+      roots_only: leaves out operators within others.
+    """
     found_N = np.full(len(symbols), -1, np.int32)
     outer: list[tuple[int, list[int]]] = []
     operator, values = 0, list[int]()
@@ -116,8 +123,10 @@ def subtree_values(symbols: bytes) -> np.ndarray:
             outer.append((operator, values))
             operator, values = symbol, []
         elif symbol == _CLOSE:
-            found_N[i] = value = _APPLY[operator](values)
+            value = _APPLY[operator](values)
             operator, values = outer.pop()
+            if not (roots_only and outer):
+                found_N[i] = value
             values.append(value)
         else:
             values.append(symbol - _DIGITS[0])
@@ -227,6 +236,21 @@ def _chunk(seed: int, bounds: Bounds, index: int) -> list[Example]:
     return examples
 
 
+def _packed_chunk(seed: int, bounds: Bounds, row_length: int, index: int) -> list[Example]:
+    """Rows of expressions, each as many as fit; the answer is that of the last one."""
+    uniform = random.Random(f"packed ListOps {seed} {index}").random
+    rows: list[Example] = []
+    row = last = b""
+    while len(rows) < _CHUNK:
+        if not (symbols := _draw(uniform, bounds)):
+            continue
+        if len(row) + len(symbols) > row_length:
+            rows.append(Example(row, evaluate(last)))
+            row = b""
+        row, last = row + symbols, symbols
+    return rows
+
+
 def ladder(examples: Iterable[Example]) -> dict[str, float]:
     """What share of answers the evaluation of the top k levels earns, by rung k = 0 to 5.
 
@@ -256,6 +280,12 @@ def ladder_rung(accuracy: float, ladder: Mapping[str, float]) -> str:
 @flax.struct.dataclass
 class ByRoot(metrics.Metric):
     """The accuracy of the expressions of each root operator: "accuracy_min", ..., "accuracy_sm"."""
+
+    formats: ClassVar = {f"accuracy_{name}": "" for name in _NAMES}
+    descriptions: ClassVar = {
+        f"accuracy_{name}": f"Accuracy on expressions whose root is {name.upper()}, in [0, 1]"
+        for name in _NAMES
+    }
 
     right_O: jax.Array  # float32 [4], of the operators in the order of `_OPERATORS`
     total_O: jax.Array  # float32 [4]
@@ -287,11 +317,15 @@ class Answer(Classification):
     """The value of an expression, also by its root operator."""
 
     evaluation_metrics: ClassVar = Classification.evaluation_metrics | {"by_root": ByRoot}
-    formats: ClassVar = Classification.formats | {f"accuracy_{name}": "" for name in _NAMES}
-    descriptions: ClassVar = Classification.descriptions | {
-        f"accuracy_{name}": f"Accuracy on expressions whose root is {name.upper()}, in [0, 1]"
-        for name in _NAMES
-    }
+    formats: ClassVar = Classification.formats | ByRoot.formats
+    descriptions: ClassVar = Classification.descriptions | ByRoot.descriptions
+
+
+def _is_last(mask_BL: jax.Array) -> jax.Array:
+    """float32 [B, L]: 1 at the last position of the mask in each row."""
+    place_BL = jnp.where(mask_BL, jnp.arange(1, mask_BL.shape[1] + 1)[None], 0)
+    is_last_BL = mask_BL & (place_BL == jnp.max(place_BL, axis=1, keepdims=True))
+    return is_last_BL.astype(jnp.float32)
 
 
 @flax.struct.dataclass
@@ -300,26 +334,50 @@ class LastAccuracy(metrics.Average):
 
     @classmethod
     def from_model_output(cls, correct: jax.Array, mask: jax.Array, **_: Any) -> Self:
-        place_BL = jnp.where(mask, jnp.arange(1, mask.shape[1] + 1)[None], 0)
-        is_last_BL = mask & (place_BL == jnp.max(place_BL, axis=1, keepdims=True))
-        last = is_last_BL.astype(jnp.float32)
-        return cls(total=jnp.sum(correct * last), count=jnp.sum(last))
+        last_BL = _is_last(mask)
+        return cls(total=jnp.sum(correct * last_BL), count=jnp.sum(last_BL))
 
 
-class Subtrees(LabelledPositions):
-    """The value of every operator, at the bracket that ends it. "accuracy" is that of the whole
-    expressions, comparable with other objectives; "subtree_accuracy" is of all operators."""
+@flax.struct.dataclass
+class ByLastRoot(ByRoot):
+    """The same, of the last valid position of each row."""
+
+    @classmethod
+    def from_model_output(
+        cls, tokens: jax.Array, correct: jax.Array, mask: jax.Array, **_: Any
+    ) -> Self:
+        last_BL = _is_last(mask)
+        correct_B, mask_B = jnp.sum(correct * last_BL, axis=1), jnp.any(mask, axis=1)
+        return super().from_model_output(tokens, correct_B, mask_B)
+
+
+class Answers(LabelledPositions):
+    """The values of the expressions of a row, each at its end; "accuracy" is of the last one."""
 
     for_causal_models = False
     training_metrics: ClassVar = {
         "loss": metrics.Average.from_output("loss"),
         "accuracy": LastAccuracy,
+    }
+    evaluation_metrics: ClassVar = training_metrics | {"by_root": ByLastRoot, "positions": Count}
+    formats: ClassVar = LabelledPositions.formats | ByRoot.formats
+    descriptions: ClassVar = (
+        LabelledPositions.descriptions
+        | {"accuracy": "Accuracy of the last expression of each row, in [0, 1]"}
+        | ByRoot.descriptions
+    )
+
+
+class Subtrees(Answers):
+    """The value of every operator, at the bracket that ends it. "accuracy" is that of the whole
+    expressions, comparable with other objectives; "subtree_accuracy" is of all operators."""
+
+    training_metrics: ClassVar = Answers.training_metrics | {
         "subtree_accuracy": metrics.Average.from_output("correct"),
     }
-    evaluation_metrics: ClassVar = training_metrics | {"positions": Count}
-    formats: ClassVar = LabelledPositions.formats | {"subtree_accuracy": "subtrees {:.2%}"}
-    descriptions: ClassVar = LabelledPositions.descriptions | {
-        "accuracy": "Accuracy of the values of whole expressions, in [0, 1]",
+    evaluation_metrics: ClassVar = Answers.evaluation_metrics | training_metrics
+    formats: ClassVar = Answers.formats | {"subtree_accuracy": "subtrees {:.2%}"}
+    descriptions: ClassVar = Answers.descriptions | {
         "subtree_accuracy": "Accuracy of the values of all operators, in [0, 1]",
     }
 
@@ -403,48 +461,98 @@ class ListOps(StoredTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class ListOpsSubtrees(ListOps):
-    """The same expressions; each operator's value is a label, at the bracket that ends it.
+class ListOpsAnswers(ListOps):
+    """The same expressions; the value is a label at the bracket that ends the expression.
 
-    The generator knows these values: a model that learns from them is process-supervised, and its
-    results are to be reported apart.
+    Rows of training may hold several expressions, so that short ones can be learned first without
+    padding. Those of `packed` are no longer than `min_length`, and so are in no split.
     """
 
-    name = "listops_subtrees"
+    name = "listops_answers"
     stored_as = "listops"
-    objective = Subtrees
+    objective = Answers
+    supervision: ClassVar[str] = "answers"
+
+    # Rows added to those of training, filled with expressions of 4 to `min_length` symbols.
+    packed: NonNegative = added(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.encoding != "symbol":
             raise ConfigError(
-                f"config.data.options.encoding is {self.encoding!r}; labels of subtrees stand at "
+                f"config.data.options.encoding is {self.encoding!r}; labels by position stand at "
                 "symbols: 'symbol'"
             )
+        if self.packed and self.min_length < _SHORTEST:
+            raise ConfigError(
+                f"config.data.options.packed is {self.packed}, but no expression has min_length = "
+                f"{self.min_length} symbols or fewer; the shortest has {_SHORTEST}"
+            )
+
+    def splits(self) -> dict[str, Iterable[Example]]:
+        """As for `ListOps`, with the packed rows."""
+        found = super().splits()
+        bounds = Bounds(_SHORTEST - 1, self.min_length + 1, self.max_depth)
+        packed = generated.distinct(
+            functools.partial(_packed_chunk, self.seed, bounds, self.max_length - 1),
+            lambda row: row.symbols,
+            self.packed,
+            chunk=_CHUNK,
+            what="packed ListOps",
+            num_workers=self.num_workers,
+        )
+        return found | {"train": itertools.chain(found["train"], packed if self.packed else ())}
 
     def report(
         self, evaluation: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
         """As for `ListOps`; also says how the model was supervised."""
         facts, lines = super().report(evaluation, provenance)
-        return {"supervision": "subtrees"} | facts, [f"process-supervised: {x}" for x in lines]
+        return {"supervision": self.supervision} | facts, lines
 
     def read(self, split: Split, data: "DataConfig", **arguments: Any) -> pipeline.Source:
         """See `StoredTask.read`."""
         if data.truncate:
             raise ConfigError("config.data.truncate would cut off the answer of an expression")
-        return _Labelled(split, seq_len=data.seq_len, documents=data.documents, **arguments)
+        sizes = {"seq_len": data.seq_len, "documents": data.documents}
+        return _Labelled(split, self.supervision == "answers", **sizes, **arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOpsSubtrees(ListOpsAnswers):
+    """The same rows; each operator's value is a label, at the bracket that ends it.
+
+    The generator knows these values: a model that learns from them is process-supervised, and its
+    results are to be reported apart.
+    """
+
+    name = "listops_subtrees"
+    objective = Subtrees
+    supervision = "subtrees"
+
+    def report(
+        self, evaluation: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """As for `ListOpsAnswers`."""
+        facts, lines = super().report(evaluation, provenance)
+        return facts, [f"process-supervised: {x}" for x in lines]
 
 
 class _Labelled(pipeline.Batches):
-    """Batches with the labels of subtrees, by position."""
+    """Batches with the values of expressions, or of all operators, as labels by position."""
+
+    def __init__(self, split: Split, roots_only: bool, **arguments: Any):
+        super().__init__(split, **arguments)
+        self._roots_only = roots_only
 
     def rows(self, step: int, rows: np.ndarray) -> pipeline.Batch:
         tokens = super().rows(step, rows)["tokens"]
         labels = np.zeros(tokens.shape, np.int32)
         valid = np.zeros(tokens.shape, bool)
         for row, symbols in enumerate(tokens):
-            values = subtree_values(symbols[symbols != PAD].astype(np.uint8).tobytes())
+            values = subtree_values(
+                symbols[symbols != PAD].astype(np.uint8).tobytes(), self._roots_only
+            )
             valid[row, : len(values)] = values >= 0
             labels[row, : len(values)] = np.maximum(values, 0)
         return {"tokens": tokens, "labels": labels, "valid": valid}
