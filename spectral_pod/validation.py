@@ -15,6 +15,7 @@ from spectral_pod.layers.patching import Patches
 from spectral_pod.models import MODELS
 from spectral_pod.parallel.mesh import AXES
 from spectral_pod.train.optim import OPTIMIZERS
+from spectral_pod.train.selection import Schedule
 
 
 def validate(config: Config) -> None:
@@ -57,6 +58,8 @@ def _check_training(config: Config) -> None:
             "config.train.spike_factor is set, and train.on_bad_step is 'stop', for which a spike "
             "is no reason; choose 'skip' or 'rollback'"
         )
+    if config.optimizer.frequencies < 1:
+        Schedule.of(config)
     match train.profile_steps:
         case []:
             pass

@@ -12,7 +12,7 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
-from spectral_pod.layers.probes import probe, response, valid_mean
+from spectral_pod.layers.probes import frequency_share, probe, response, valid_mean
 from spectral_pod.layers.spectral import (
     gate_parameters,
     initial_kernels,
@@ -103,6 +103,7 @@ class SelectiveLayer(Mixer):
             return self._mixed(self.long(x_BNC), c_BNR, mask_BN)
         w_FC = jax.lax.complex(self.transfer[0], self.transfer[1])
         probe(self, "response", lambda: response(w_FC))
+        probe(self, "frequency_share", lambda: frequency_share(self.transfer))
         u_BNC = fft.spectral_filter(x_BNC, w_FC, 2 * self.max_positions, self.method)
         return self._mixed(u_BNC, c_BNR, mask_BN)
 
