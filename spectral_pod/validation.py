@@ -59,7 +59,7 @@ def _check_training(config: Config) -> None:
             "is no reason; choose 'skip' or 'rollback'"
         )
     if config.optimizer.frequencies < 1:
-        Schedule.of(config)
+        _check_selection(config)
     match train.profile_steps:
         case []:
             pass
@@ -85,6 +85,19 @@ def _check_training(config: Config) -> None:
         train.sample_prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"config.train.sample_prompt is no text: {error}") from error
+
+
+def _check_selection(config: Config) -> None:
+    """Checks that there are frequencies to be selected, and that there is time for it."""
+    Schedule.of(config)
+    described = models.architecture(config)
+    if not any(mixer.has_frequencies(described) for mixer in mixers_of(described).values()):
+        raise ConfigError(
+            f"config.optimizer.frequencies is {config.optimizer.frequencies}, and no mixer of the "
+            "model learns a function of frequency, as 'spectral' does with model.spectral."
+            "parametrization 'frequency' and 'selective' in models that are not causal; 1 selects "
+            "none"
+        )
 
 
 def _check_data(config: Config) -> None:

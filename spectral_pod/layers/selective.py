@@ -67,6 +67,10 @@ class SelectiveLayer(Mixer):
     definition = (("model.long_conv", "real"), ("model.spectral.method", "plain"))
 
     @classmethod
+    def has_frequencies(cls, config: Architecture) -> bool:
+        return not config.causal and config.option("selective.form") == "low_rank"
+
+    @classmethod
     def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         if config.causal:
             return LongConvolution.methods(config, batch)

@@ -65,6 +65,10 @@ class SpectralLayer(Mixer):
             )
 
     @classmethod
+    def has_frequencies(cls, config: Architecture) -> bool:
+        return bool(config.option("spectral.parametrization") == "frequency")
+
+    @classmethod
     def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         circular = config.option("spectral.padding") == "circular"
         fft_length = config.max_positions * (1 if circular else 2)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from spectral_pod.errors import ConfigError
 from spectral_pod.layers.parameter import Parameter, by_frequency, groups
 from spectral_pod.models.model import Model, abstract_params
 from spectral_pod.train import selection
@@ -44,7 +43,6 @@ def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
     frequencies of filters are to be in use, they are selected (`selection.py`).
 
     Raises:
-      ConfigError: there are none to be selected.
       ValueError: a parameter declares no group.
     """
     options = config.optimizer
@@ -56,13 +54,7 @@ def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
         _decay_and_rate_by_group(options.weight_decay, rates, group_of),
     )
     selected = by_frequency(boxed) if options.frequencies < 1 else {}
-    if options.frequencies < 1:
-        if not selected:
-            raise ConfigError(
-                f"config.optimizer.frequencies is {options.frequencies}, and no layer of the model "
-                "learns a transfer function, as 'spectral' does with "
-                "config.model.spectral.parametrization='frequency'; 1 selects none"
-            )
+    if selected:
         tx = selection.select(tx, selected, selection.Schedule.of(config))
     if config.train.on_bad_step != "stop":
         tx = guard(tx, config.train.spike_factor)

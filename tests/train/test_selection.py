@@ -14,7 +14,9 @@ from spectral_pod import SpectralModel, models
 from spectral_pod.errors import CheckpointError, ConfigError
 from spectral_pod.generate import export
 from spectral_pod.generate.restore import one_device, restore_for_inference
+from spectral_pod.layers.parameter import by_frequency
 from spectral_pod.layers.spectral import SpectralLayer
+from spectral_pod.models.model import abstract_params
 from spectral_pod.objectives import Classification
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.train.checkpoint import Checkpointer
@@ -72,10 +74,25 @@ def test_mistakes_are_said():
     for share in (0.0, 1.5):
         with pytest.raises(ConfigError, match=r"optimizer\.frequencies is .*above 0, up to 1"):
             validate(config_of(**{"optimizer.frequencies": share}))
-    config = config_of(**{"model.spectral.parametrization": "time"})
-    model = models.build(config, num_classes=4)
-    with pytest.raises(ConfigError, match="no layer of the model learns a transfer function"):
-        make_optimizer(config, model, one_device())
+    validate(config_of())
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"spectral.parametrization": "time"}, {"pattern": ("selective",)},
+    {"pattern": ("selective",), "selective.form": "broadcast"}, {"pattern": ("hyena", "s5")},
+    {"pattern": ("selective",), "name": "spectral_gpt"},
+])  # fmt: skip
+def test_models_without_frequencies_are_refused(fields):
+    """That is, those that have none among their parameters."""
+    small = {"num_layers": 2, "patch.stride": 4} | fields
+    config = config_of(**{f"model.{name}": value for name, value in small.items()})
+    if config.model.name == "spectral_gpt":
+        config.data.task = "lm"
+    if by_frequency(abstract_params(models.build(config, num_classes=4), one_device())):
+        validate(config)
+        return
+    with pytest.raises(ConfigError, match=r"frequencies is 0\.3, and no mixer of the model learns"):
+        validate(config)
 
 
 # ---- selections
