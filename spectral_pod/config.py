@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ml_collections import ConfigDict
 
 from spectral_pod.errors import ConfigError
-from spectral_pod.fields import Fraction, NonNegative, NonNegativeFloat, Positive, types_of
+from spectral_pod.fields import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    Share,
+    types_of,
+)
 from spectral_pod.layers.architecture import ModelConfig
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
@@ -74,6 +81,13 @@ class OptimizerConfig:
     clip_norm: NonNegativeFloat = 1.0  # the largest global norm of a gradient; 0: no clipping
     # Decay of an exponential average of the parameters, which is then what is evaluated and used.
     average: Fraction = 0.0
+    # The share of the frequencies of spectral filters that are in use in the end; 1: all, and none
+    # is selected. The others are zero, and exports leave them out (`train/selection.py`).
+    frequencies: Share = 1.0
+    selection_every_steps: Positive = 50  # steps between selections of frequencies
+    selection_end: Fraction = 0.75  # the share of all steps after which the selection is fixed
+    # The share of the frequencies in use that the first selections replace; it falls to zero.
+    selection_regrowth: Fraction = 0.3
 
 
 @dataclasses.dataclass

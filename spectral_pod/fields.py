@@ -43,6 +43,7 @@ NonNegative = Annotated[int, Bound(0, _INF, "0 or more"), _SMALL]
 PositiveFloat = Annotated[float, Bound(math.nextafter(0, 1), _INF, "above 0")]
 NonNegativeFloat = Annotated[float, Bound(0, _INF, "0 or more")]
 Fraction = Annotated[float, Bound(0, 1, "in [0, 1)")]
+Share = Annotated[float, Bound(math.nextafter(0, 1), math.nextafter(1, 2), "above 0, up to 1")]
 Probability = Annotated[float, Bound(0, math.nextafter(1, 2), "in [0, 1]")]
 
 

@@ -15,6 +15,7 @@ from spectral_pod.layers.patching import Patches
 from spectral_pod.models import MODELS
 from spectral_pod.parallel.mesh import AXES
 from spectral_pod.train.optim import OPTIMIZERS
+from spectral_pod.train.selection import Schedule
 
 
 def validate(config: Config) -> None:
@@ -57,6 +58,8 @@ def _check_training(config: Config) -> None:
             "config.train.spike_factor is set, and train.on_bad_step is 'stop', for which a spike "
             "is no reason; choose 'skip' or 'rollback'"
         )
+    if config.optimizer.frequencies < 1:
+        _check_selection(config)
     match train.profile_steps:
         case []:
             pass
@@ -82,6 +85,19 @@ def _check_training(config: Config) -> None:
         train.sample_prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"config.train.sample_prompt is no text: {error}") from error
+
+
+def _check_selection(config: Config) -> None:
+    """Checks that there are frequencies to be selected, and that there is time for it."""
+    Schedule.of(config)
+    described = models.architecture(config)
+    if not any(mixer.has_frequencies(described) for mixer in mixers_of(described).values()):
+        raise ConfigError(
+            f"config.optimizer.frequencies is {config.optimizer.frequencies}, and no mixer of the "
+            "model learns a function of frequency, as 'spectral' does with model.spectral."
+            "parametrization 'frequency' and 'selective' in models that are not causal; 1 selects "
+            "none"
+        )
 
 
 def _check_data(config: Config) -> None:

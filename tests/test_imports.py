@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "models": ("shapes", "ops", "layers", "models", "parallel.mesh", "parallel.sharding"),
     "config": ("errors", "fields", "layers", "storage"),
     "validation": ("errors", "fields", "storage", "config", "layers", "models", "data.tasks",
-                   "parallel.mesh", "train.optim"),
+                   "parallel.mesh", "train.optim", "train.selection"),
     "parallel": ("shapes", "errors", "parallel"),
     "data": ("shapes", "errors", "fields", "seeds", "objectives", "storage", "project_files",
              "lease", "data"),
@@ -58,7 +58,8 @@ MAY_IMPORT = {
     "main": ("command_line", "config", "errors", "storage", "streams", "parallel.runtime",
              "train.loop"),
 }  # fmt: skip
-PURE = ("ops", "layers", "models", "objectives", "train.step", "train.state", "train.optim")
+PURE = ("ops", "layers", "models", "objectives", "train.step", "train.state", "train.optim",
+        "train.selection")  # fmt: skip
 NOT_IN_PURE = ("absl", "etils", "tensorstore", "orbax", "tensorflow", "grain", "os", "pathlib")
 
 

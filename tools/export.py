@@ -4,7 +4,8 @@
     python -m tools.export --workdir=DIR --output=FOLDER --upload=USER/REPO
 
 The folder has model.safetensors, config.json and a model card, README.md, to be completed by hand.
-`SpectralGPT.from_export(FOLDER)` restores the same parameters, bit for bit. The configuration is
+`SpectralGPT.from_export(FOLDER)` restores the same parameters, bit for bit. Of filters that use
+some frequencies only (`config.optimizer.frequencies`) no others are written. The configuration is
 that of the run, including the paths of its data.
 
 --upload needs a login (`hf auth login`). It creates the repository, as a private one, if it does
@@ -55,8 +56,10 @@ def export_model(arguments: argparse.Namespace) -> None:
     trained = restore_for_inference(workdir, step=arguments.step)
     file = epath.Path(workdir) / "result.json"
     result = project_files.RESULT.read(file) if file.exists() else None
-    export.save(trained, output, result=result, license=arguments.license)
+    saved = export.save(trained, output, result=result, license=arguments.license)
     shell.say(f"step {trained.step} of {workdir} is in {output}")
+    if saved:
+        shell.say(f"without frequencies that its filters do not use, it is {saved:,} bytes smaller")
     if repository is not None:
         hub.upload(api, repository, output)
         shell.say(f"uploaded to {api.endpoint}/{repository}")

@@ -35,6 +35,15 @@ LEVERS: dict[str, dict[str, Fields]] = {
         },
         "circular": {"model.spectral.padding": "circular"},
     },
+    "frequencies": {
+        "half_frequencies": {"optimizer.frequencies": "0.5"},
+        "quarter_frequencies": {"optimizer.frequencies": "0.25"},
+        "tenth_frequencies": {"optimizer.frequencies": "0.1"},
+        "not_regrown": {
+            "optimizer.frequencies": "0.25",
+            "optimizer.selection_regrowth": "0.0",
+        },
+    },
     "gate": {
         "no_gate": {"model.spectral.energy_gate": "none"},
         "norm_gate": {"model.spectral.energy_gate": "norm"},  # the original design

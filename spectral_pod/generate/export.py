@@ -1,6 +1,8 @@
 """Export of a trained model to a folder, and import from it, exact to the bit.
 
-DIR/model.safetensors   float32 parameters, with names such as layer_0.hyena.filter
+DIR/model.safetensors   float32 parameters, with names such as layer_0.hyena.filter; of a filter
+                        that uses some frequencies only (`train/selection.py`) these alone, and
+                        their numbers, int32, as layer_0.spectral.filter.frequencies
 DIR/config.json         the run's configuration and the rest of `Trained`; written last
 DIR/README.md           the model card
 """
@@ -23,11 +25,15 @@ from spectral_pod import config as config_lib
 from spectral_pod import models, project_files, storage
 from spectral_pod.errors import CheckpointError, DataError
 from spectral_pod.generate.restore import Trained, fitted, one_device, recorded_config
+from spectral_pod.layers.parameter import by_frequency
 from spectral_pod.models.model import abstract_params
 from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.sealed_steps import check_same_model, described
 
+Arrays = dict[str, np.ndarray]  # by name
+
 _SHOWN_CLASSES = 64
+_FREQUENCIES = ".frequencies"  # ends the name of what says which ones a filter has
 _PARAMETERS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 _CARD_TEXT = """---
 {fields}
@@ -70,7 +76,7 @@ def save(
     *,
     result: Mapping[str, Any] | None = None,
     license: str | None = None,
-) -> None:
+) -> int:
     """Writes a trained model to a new or empty folder.
 
     Args:
@@ -79,6 +85,9 @@ def save(
       result: the content of the run's result.json, if the run has ended.
       license: an identifier for the card, such as 'apache-2.0'; None omits it.
 
+    Returns:
+      By how many bytes the parameters are smaller than with all frequencies of filters.
+
     Raises:
       DataError: the folder is not empty.
     """
@@ -86,10 +95,11 @@ def save(
     folder = epath.Path(directory)
     refuse_if_used(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    params = {
+    whole = {
         name: np.asarray(x, order="C")
         for name, x in traverse_util.flatten_dict(trained.params, sep=".").items()
     }
+    params = _smaller(whole, abstract_params(trained.module, trained.mesh))
     data = safetensors.numpy.save(params)  # `save_file` would make it readable by its owner only
     storage.write_whole(folder / _PARAMETERS, data)
     storage.write_whole(folder / _CARD, card(trained, result, license))
@@ -103,6 +113,7 @@ def save(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     project_files.EXPORT.write(folder / _CONFIG, facts)
+    return _num_bytes(whole) - _num_bytes(params)
 
 
 def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") -> Trained:
@@ -137,10 +148,12 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
         decoding=True,
     )
     try:
-        params = traverse_util.unflatten_dict(safetensors.numpy.load(data), sep=".")
+        arrays = safetensors.numpy.load(data)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{folder / _PARAMETERS} is damaged: {error}") from error
     boxed = abstract_params(module, mesh)
+    whole = _whole(arrays, boxed, str(folder / _PARAMETERS))
+    params = traverse_util.unflatten_dict(whole, sep=".")
     check_same_model(folder, described(params), described(nn.unbox(boxed)))
     return Trained(
         config,
@@ -153,6 +166,60 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
         facts["data_digest"],
         facts["classes"],
     )
+
+
+def _filters(boxed: Any) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The filters of a model by name: their shapes, and the axis of frequencies."""
+    found, flat = {}, traverse_util.flatten_dict(nn.unbox(boxed))
+    for path, others in by_frequency(boxed).items():
+        shape = flat[path].shape
+        (axis,) = set(range(len(shape))) - set(others)
+        found[".".join(path)] = shape, axis
+    return found
+
+
+def _smaller(whole: Arrays, boxed: Any) -> Arrays:
+    """Parameters without the frequencies of filters at which there are zeros only."""
+    params = dict(whole)
+    for name, (shape, axis) in _filters(boxed).items():
+        filter_F = np.moveaxis(whole[name], axis, 0).reshape(shape[axis], -1)
+        # A zero with a sign would be another one after `_whole`.
+        used_K = np.flatnonzero(np.any((filter_F != 0) | np.signbit(filter_F), axis=1))
+        if len(used_K) < shape[axis]:
+            params[name] = np.asarray(np.take(whole[name], used_K, axis), order="C")
+            params[name + _FREQUENCIES] = used_K.astype(np.int32)
+    return params
+
+
+def _whole(params: Arrays, boxed: Any, file: str) -> Arrays:
+    """Undoes `_smaller`.
+
+    Raises:
+      CheckpointError: a filter's frequencies are not those of a filter of the model.
+    """
+    filters, whole = _filters(boxed), dict(params)
+    for numbers in (name for name in params if name.endswith(_FREQUENCIES)):
+        name, used_K = numbers.removesuffix(_FREQUENCIES), whole.pop(numbers)
+        shape, axis = filters.get(name, ((0,), 0))
+        smaller = (*shape[:axis], used_K.size, *shape[axis + 1 :])
+        some = params.get(name, np.zeros(0))
+        if (
+            name not in filters
+            or (some.shape, some.dtype, used_K.ndim) != (smaller, np.float32, 1)
+            or used_K.dtype != np.int32
+            or (np.diff(used_K, prepend=-1, append=shape[axis]) < 1).any()
+        ):
+            raise CheckpointError(
+                f"{file} is of another model: {numbers} {list(used_K.shape)} does not number "
+                f"frequencies of {name} {list(some.shape)}; get or export the model again"
+            )
+        whole[name] = np.zeros(shape, np.float32)
+        whole[name][(slice(None),) * axis + (used_K,)] = some
+    return whole
+
+
+def _num_bytes(params: Arrays) -> int:
+    return sum(x.nbytes for x in params.values())
 
 
 def refuse_if_used(directory: str) -> None:

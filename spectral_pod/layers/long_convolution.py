@@ -70,7 +70,7 @@ class CausalFilter(nn.Module):
         return jnp.exp(self.param("log_decay", boxed, (width,)))
 
     def _explicit(self, width: int) -> jax.Array:
-        axes = ("frequency", filter_axis(width))
+        axes = ("tap", filter_axis(width))
         init = parameter(nn.initializers.normal(1.0), *axes, group="dynamics")
         return self.param("filter", init, (self.num_taps, width))
 

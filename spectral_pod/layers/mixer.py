@@ -143,6 +143,11 @@ class Mixer(nn.Module):
         """Raises a ConfigError for invalid options that annotations and `divisible` allow."""
 
     @classmethod
+    def has_frequencies(cls, config: Architecture) -> bool:
+        """Whether it learns functions of frequency: parameters with this logical axis."""
+        return False
+
+    @classmethod
     def halo(cls, config: Architecture) -> int:
         """The number of positions that a device needs from the preceding one, if they are split."""
         return 0

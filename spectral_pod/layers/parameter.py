@@ -6,6 +6,7 @@ from typing import Any, Literal
 import flax
 import flax.linen as nn
 import jax
+from flax import traverse_util
 
 from spectral_pod.parallel.sharding import spec
 
@@ -43,6 +44,16 @@ def parameter(
         return Parameter(value, axes, group=group, inputs=inputs)
 
     return boxed
+
+
+def by_frequency(boxed: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The parameters of a boxed tree that are functions of frequency, by path: the axes over which
+    the values at one frequency lie, such as real and imaginary parts and channels."""
+    return {
+        path: tuple(i for i, axis in enumerate(box.names) if axis not in ("layer", "frequency"))
+        for path, box in traverse_util.flatten_dict(boxed).items()
+        if "frequency" in box.names
+    }
 
 
 def groups(boxed: Any) -> Any:

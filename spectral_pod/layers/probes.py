@@ -20,6 +20,7 @@ The names have one meaning in all layers:
     decay              the factor by which a state, a filter or a memory fades from one position
                        to the next, in [0, 1], by state, channel or head
     response           the gain of a filter by frequency, [channels, BANDS]; see the function
+    frequency_share    the share of a filter's frequencies that are in use (`train/selection.py`)
     band_share         the share of a wavelet band in the energy of all bands, by band and head
     convolution_share  the weight of the convolution in a frequency feed-forward, in [0, 1]
 """
@@ -85,6 +86,11 @@ def response(w_FD: jax.Array) -> jax.Array:
     axis = filter_axis(D)
     square_FD = jnp.square(w_FD.real) + jnp.square(w_FD.imag)
     return shard_op(gathered, [(None, axis)], (axis, None))(square_FD)
+
+
+def frequency_share(filter_2FD: jax.Array) -> jax.Array:
+    """The share of frequencies that a transfer function, as two parts, is not zero at: []."""
+    return jnp.mean(jnp.any(filter_2FD != 0, axis=(0, 2)), dtype=jnp.float32)
 
 
 def response_of_taps(h_DT: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from spectral_pod.layers.dense import Dense
 from spectral_pod.layers.long_convolution import FilterCache, FilterInputs, LongConvolution
 from spectral_pod.layers.mixer import Mixer, shared
 from spectral_pod.layers.parameter import parameter
-from spectral_pod.layers.probes import probe, response, valid_mean
+from spectral_pod.layers.probes import frequency_share, probe, response, valid_mean
 from spectral_pod.layers.spectral import (
     gate_parameters,
     initial_kernels,
@@ -67,6 +67,10 @@ class SelectiveLayer(Mixer):
     definition = (("model.long_conv", "real"), ("model.spectral.method", "plain"))
 
     @classmethod
+    def has_frequencies(cls, config: Architecture) -> bool:
+        return not config.causal and config.option("selective.form") == "low_rank"
+
+    @classmethod
     def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         if config.causal:
             return LongConvolution.methods(config, batch)
@@ -103,6 +107,7 @@ class SelectiveLayer(Mixer):
             return self._mixed(self.long(x_BNC), c_BNR, mask_BN)
         w_FC = jax.lax.complex(self.transfer[0], self.transfer[1])
         probe(self, "response", lambda: response(w_FC))
+        probe(self, "frequency_share", lambda: frequency_share(self.transfer))
         u_BNC = fft.spectral_filter(x_BNC, w_FC, 2 * self.max_positions, self.method)
         return self._mixed(u_BNC, c_BNR, mask_BN)
 

@@ -14,7 +14,7 @@ from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.dropout import Dropout
 from spectral_pod.layers.mixer import Mixer
 from spectral_pod.layers.parameter import parameter
-from spectral_pod.layers.probes import probe, response, valid_mean
+from spectral_pod.layers.probes import frequency_share, probe, response, valid_mean
 from spectral_pod.ops import fft
 from spectral_pod.ops.choice import Choice
 from spectral_pod.parallel.sharding import constrain, filter_axis, shard_op
@@ -28,8 +28,9 @@ class SpectralLayer(Mixer):
     Attributes:
       padding: 'linear' uses FFTs of 2N points, so that the ends do not wrap around; 'circular' uses
         N points (the original design).
-      parametrization: 'frequency' learns W itself; 'time' learns the kernel, to which soft
-        thresholding and dropout are applied before its transform.
+      parametrization: 'frequency' learns W itself, of whose frequencies some may be selected
+        (`train/selection.py`); 'time' learns the kernel, to which soft thresholding and dropout are
+        applied before its transform.
       method: how the filter is computed, see `ops/fft.py`.
       initial, tau_min, tau_max: the initial kernels, see `initial_kernels`.
       energy_gate: 'rms' is `sigmoid(a log rms(u) + b)` with a, b learned per channel; 'norm' is
@@ -64,6 +65,10 @@ class SpectralLayer(Mixer):
             )
 
     @classmethod
+    def has_frequencies(cls, config: Architecture) -> bool:
+        return bool(config.option("spectral.parametrization") == "frequency")
+
+    @classmethod
     def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
         circular = config.option("spectral.padding") == "circular"
         fft_length = config.max_positions * (1 if circular else 2)
@@ -90,11 +95,12 @@ class SpectralLayer(Mixer):
             shape = (2, fft_length // 2 + 1, width)
             init = parameter(transfer_functions(kernels), *axes, group="dynamics")
             real_imag = self.param("filter", init, shape)
+            probe(self, "frequency_share", lambda: frequency_share(real_imag))
             return jax.lax.complex(real_imag[0], real_imag[1])
-        init = parameter(kernels, "frequency", channels, group="dynamics")
+        init = parameter(kernels, "tap", channels, group="dynamics")
         kernel = self.param("filter", init, (fft_length, width))
         shrunk = jnp.maximum(jnp.abs(kernel) - self.kernel_threshold, 0.0) * jnp.sign(kernel)
-        drop = Dropout(self.kernel_dropout, self.deterministic, axes=("frequency", channels))
+        drop = Dropout(self.kernel_dropout, self.deterministic, axes=("tap", channels))
         shrunk = drop(shrunk)
         # Every device transforms the whole kernel, which is small; no batch is involved.
         return jnp.fft.rfft(constrain(shrunk, None, None), axis=0)
@@ -187,7 +193,7 @@ def initial_kernels(kind: str, tau_min: float = 1.0, tau_max: float = 0.0) -> In
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         fft_length, width = shape
-        axes = ("frequency", filter_axis(width))
+        axes = ("tap", filter_axis(width))
         if kind == "small":
             return constrain(0.002 * jax.random.normal(key, shape, dtype), *axes)
         time_T = jnp.arange(fft_length, dtype=dtype)
@@ -211,10 +217,11 @@ def transfer_functions(kernels: Initializer) -> Initializer:
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         _, num_bins, width = shape
-        axes = ("frequency", filter_axis(width))
+        channels = filter_axis(width)
         kernel_TD = kernels(key, (2 * (num_bins - 1), width), dtype)
         # Each device transforms its own channels only, so that no device holds all of the filters.
-        w_FD = shard_op(partial(jnp.fft.rfft, axis=0), [axes], axes)(kernel_TD)
+        transform = partial(jnp.fft.rfft, axis=0)
+        w_FD = shard_op(transform, [("tap", channels)], ("frequency", channels))(kernel_TD)
         return jnp.stack([w_FD.real, w_FD.imag])
 
     return init

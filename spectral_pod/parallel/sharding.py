@@ -32,9 +32,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # Channels of a spectral filter; gathering over fsdp, the last axis, puts them in place.
     ("filter", ("tensor", SEQUENCE, "fsdp")),
     ("few_filters", ("tensor", "fsdp")),  # the same if there are too few channels for that
-    ("frequency", None),  # frequency bins; their number is odd, so never split
+    ("frequency", None),  # bins of a transfer function; their number is odd, so never split
     ("vocab", None),
-    ("tap", None),  # positions of a short convolution kernel
+    ("tap", None),  # positions of a kernel
     ("class", None),
 )
 _TABLE = dict(RULES)

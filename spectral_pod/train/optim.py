@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from spectral_pod.layers.parameter import Parameter, groups
+from spectral_pod.layers.parameter import Parameter, by_frequency, groups
 from spectral_pod.models.model import Model, abstract_params
+from spectral_pod.train import selection
 
 if TYPE_CHECKING:
     from spectral_pod.config import Config, OptimizerConfig
@@ -38,7 +39,8 @@ class Optimizer(NamedTuple):
 def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
     """The optimizer of a configuration: clipping by global norm, `config.optimizer.name`, then
     weight decay and learning rate by group; guarded unless `config.train.on_bad_step` is 'stop';
-    with an average of the parameters if `config.optimizer.average` says so.
+    with an average of the parameters if `config.optimizer.average` says so. If fewer than all
+    frequencies of filters are to be in use, they are selected (`selection.py`).
 
     Raises:
       ValueError: a parameter declares no group.
@@ -51,10 +53,13 @@ def make_optimizer(config: "Config", model: Model, mesh: Mesh) -> Optimizer:
         OPTIMIZERS[options.name](options, boxed),
         _decay_and_rate_by_group(options.weight_decay, rates, group_of),
     )
+    selected = by_frequency(boxed) if options.frequencies < 1 else {}
+    if selected:
+        tx = selection.select(tx, selected, selection.Schedule.of(config))
     if config.train.on_bad_step != "stop":
         tx = guard(tx, config.train.spike_factor)
     if options.average:
-        tx = averaged(tx, options.average)
+        tx = averaged(tx, options.average, selected)
     return Optimizer(tx, group_of, rates)
 
 
@@ -217,11 +222,14 @@ class AverageState(NamedTuple):
     updates: jax.Array  # int32 []: how many there were
 
 
-def averaged(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+def averaged(
+    inner: optax.GradientTransformation, decay: float, selected: selection.Filters
+) -> optax.GradientTransformation:
     """Also keeps an exponential average of the parameters after each update.
 
     At update t, from 0, its decay is min(decay, (1 + t) / (10 + t)), so that it soon forgets the
-    initial parameters (as in TensorFlow's ExponentialMovingAverage).
+    initial parameters (as in TensorFlow's ExponentialMovingAverage). Where a frequency of the
+    filters `selected` is out of use, the average is zero, too.
     """
 
     def init(params: Any) -> AverageState:
@@ -235,11 +243,11 @@ def averaged(inner: optax.GradientTransformation, decay: float) -> optax.Gradien
         updates, after = tx.update(updates, state.inner, params, **extra)
         count = state.updates.astype(jnp.float32)
         rate = jnp.minimum(decay, (1 + count) / (10 + count))
+        params = optax.apply_updates(params, updates)
         average = jax.tree.map(
-            lambda old, new: old + (1 - rate) * (new - old),
-            state.average,
-            optax.apply_updates(params, updates),
+            lambda old, new: old + (1 - rate) * (new - old), state.average, params
         )
+        average = selection.with_zeros_of(average, params, selected)
         return updates, AverageState(after, average, optax.safe_increment(state.updates))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -23,6 +23,7 @@ _DPI = 80
 # Figures with a line for each layer: the last parts of the names that each of their panels draws.
 _LINES = {
     "gates": ("energy_gate_mean", "gate_mean", "gate_rms", "convolution_share", "band_share"),
+    "frequencies": ("frequency_share",),
     "memory": ("beta_mean", "clip_share", "memory_norm"),
 }
 

@@ -40,7 +40,7 @@ KINDS = {
     "gpt": {"decay", "response", "beta_mean", "clip_share", "memory_norm", "gate_rms",
             "convolution_share"},
     "llm": {"band_share", "beta_mean"},
-    "classifier": {"energy_gate_mean", "gate_mean", "decay", "response"},
+    "classifier": {"energy_gate_mean", "gate_mean", "decay", "response", "frequency_share"},
 }  # fmt: skip
 
 
@@ -115,6 +115,19 @@ def test_the_energy_gate_shows_its_mean():
     layer = SpectralLayer(D, max_positions=N, causal=False)
     probes, _, _ = shown(layer, *inputs(), change=constant)
     np.testing.assert_allclose(probes["energy_gate_mean"], 1 / (1 + np.exp(-bias)), rtol=1e-5)
+
+
+def test_a_filter_shows_the_share_of_frequencies_that_it_uses():
+    """Those at which a single part of a single channel is not zero are among them."""
+
+    def some(params):
+        filter_2FD = np.zeros((2, N + 1, D), np.float32)
+        filter_2FD[1, [3, 17], 2] = filter_2FD[0, 40, :] = 1e-30
+        return params | {"filter": filter_2FD}
+
+    layer = SpectralLayer(D, max_positions=N, causal=False)
+    probes, _, _ = shown(layer, *inputs(), change=some)
+    assert probes["frequency_share"] == np.float32(3 / (N + 1))
 
 
 def test_the_response_is_that_of_an_impulse():

@@ -39,6 +39,11 @@ MODELS = {
         "model.channel_mixer": "half_glu1",
     },
     "chunks of documents": {"model.num_layers": 1, "model.memory_interval": 1, "model.chunk": 64},
+    "few frequencies": {  # of three selections the last is in update 15
+        "model.pattern": ("spectral", "selective"), "model.num_layers": 2,
+        "optimizer.frequencies": 0.3, "optimizer.selection_every_steps": 5,
+        "optimizer.warmup_steps": 1, "train.on_bad_step": "skip",
+    },
     "chunks of text": {
         "model.name": "spectral_gpt", "model.positions": "none", "model.chunk": 64,
     },
@@ -72,6 +77,8 @@ SLOW = (
     ("data=2 sequence=2", 2, "chunks of documents"),
     ("data=2 sequence=2", 2, "chunks of text"),
     ("fsdp=2 tensor=2", 1, "chunks of text"),
+    ("data=2 sequence=2 tensor=2", 2, "few frequencies"),
+    ("data=2 fsdp=2 tensor=2", 2, "few frequencies"),
 )
 
 
