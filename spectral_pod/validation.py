@@ -11,7 +11,7 @@ from spectral_pod.layers.architecture import Architecture
 from spectral_pod.layers.block import mixers_of
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
-from spectral_pod.layers.patching import Patches
+from spectral_pod.layers.patching import LONGEST_NGRAM, Patches
 from spectral_pod.models import MODELS
 from spectral_pod.parallel.mesh import AXES
 from spectral_pod.train.optim import OPTIMIZERS
@@ -179,6 +179,15 @@ def _check_model(config: Config) -> None:
             f"config.model.coarser_scales is {scales}; {config.model.name} has no patches"
         )
     patch = config.model.patch
+    if not all(1 <= n <= LONGEST_NGRAM for n in patch.ngrams):
+        raise ConfigError(
+            f"config.model.patch.ngrams is {patch.ngrams}; they are numbers of bytes from 1 to "
+            f"{LONGEST_NGRAM}"
+        )
+    if patch.ngrams and not model.reads_patches:
+        raise ConfigError(
+            f"config.model.patch.ngrams is {patch.ngrams}; {config.model.name} has no patches"
+        )
     if 0 < patch.kernel < patch.stride:
         raise ConfigError(
             f"config.model.patch.kernel is {patch.kernel}, less than the bytes of a patch, "

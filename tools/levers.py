@@ -19,6 +19,7 @@ LEVERS: dict[str, dict[str, Fields]] = {
         "stride_4": {"model.patch.stride": "4"},
         "stride_8": {"model.patch.stride": "8"},
         "no_positions": {"model.patch.positions": "none"},
+        "ngrams": {"model.patch.ngrams": "(3, 4, 5, 6)"},
         "scales": {"model.coarser_scales": "(4, 4)"},
         "scales_in_blocks": {"model.pattern": "('spectral+multi_scale',)"},
     },

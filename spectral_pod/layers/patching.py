@@ -17,6 +17,8 @@ from spectral_pod.ops.halo import previous
 from spectral_pod.parallel.sharding import SEQUENCE, constrain, num_shards, shard_op
 from spectral_pod.shapes import VOCAB_SIZE
 
+LONGEST_NGRAM = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
@@ -25,18 +27,28 @@ class Patches:
     Attributes:
       stride: s, bytes of a patch. Bytes 4p .. 4p + 3 are patch p by default; with 1 each byte is a
         position of its own, as in published models.
-      kernel: bytes that a patch sees, its own and those just before; 0 is s + 2.
+      kernel: bytes that the convolution of a patch sees, its own and those just before; 0 is s + 2.
       positions: sinusoidal embeddings of the patches' positions, or none.
+      ngrams: numbers of bytes n, up to `LONGEST_NGRAM`; for each, every n successive bytes are
+        embedded as one, see `NgramEmbeddings`.
+      ngram_rows: rows of the table for each n.
     """
 
     stride: Positive = 4
     kernel: NonNegative = 0
     positions: Literal["sinusoidal", "none"] = "sinusoidal"
+    ngrams: tuple[int, ...] = ()
+    ngram_rows: Positive = 32_768
+
+    @property
+    def taps(self) -> int:
+        """How many bytes the convolution of a patch sees."""
+        return self.kernel or self.stride + 2
 
     @property
     def before(self) -> int:
         """How many bytes before its own a patch sees."""
-        return (self.kernel or self.stride + 2) - self.stride
+        return max(self.taps - self.stride, max(self.ngrams, default=1) - 1)
 
     @property
     def halo(self) -> int:
@@ -100,8 +112,64 @@ def _sum_rows_backward(
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
+class NgramEmbeddings(nn.Module):
+    """Embeddings of n-grams of bytes, found by a hash of their bytes (Pagnoni et al. 2024, "Byte
+    Latent Transformer": hash n-gram embeddings), and summed over those that end in a patch.
+
+    Different n-grams with one hash share a row. The first n-grams of a document begin before it.
+    """
+
+    patches: Patches
+    embed_dim: int
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids_BNT: jax.Array) -> jax.Array:
+        """[B, N, D] in `dtype` from the bytes that each patch sees; id V is no byte."""
+        patches = self.patches
+        rows, stride = patches.ngram_rows, patches.stride
+        # Their sum has unit variance.
+        init = nn.initializers.normal((stride * len(patches.ngrams)) ** -0.5)
+        table_RE = self.param(
+            "embedding",
+            parameter(init, "vocab", "embed", group="decayed"),
+            (rows * len(patches.ngrams), self.embed_dim),
+        )
+        table_RE = constrain(table_RE.astype(self.dtype), None, None)
+
+        def summed(table_RE: jax.Array, ids_BNT: jax.Array) -> jax.Array:
+            total = jnp.zeros((*ids_BNT.shape[:2], table_RE.shape[1]), jnp.float32)
+            for i, n in enumerate(patches.ngrams):
+                for last in range(ids_BNT.shape[2] - stride, ids_BNT.shape[2]):
+                    hash_BN = _hash(ids_BNT[:, :, last + 1 - n : last + 1])
+                    row_BN = rows * i + (hash_BN % rows).astype(jnp.int32)
+                    is_byte_BN1 = ids_BNT[:, :, last, None] < VOCAB_SIZE
+                    total += jnp.where(is_byte_BN1, table_RE[row_BN].astype(jnp.float32), 0.0)
+            return total
+
+        sequence = ("batch", "position", None)
+        # Under XLA's own partitioning the scattered gradients of all rows would be gathered.
+        embed = shard_op(summed, [(None, None), sequence], sequence)
+        x_BNE = constrain(embed(table_RE, ids_BNT), "batch", "position", None).astype(self.dtype)
+        return Dense(self.features, ("embed", None), self.dtype, name="project")(x_BNE)
+
+
+def _hash(ids: jax.Array) -> jax.Array:
+    """uint32: a hash of the ids along the last axis, FNV-1a with the last steps of MurmurHash3."""
+    found = jnp.full(ids.shape[:-1], 2_166_136_261, jnp.uint32)
+    for i in range(ids.shape[-1]):
+        found = (found ^ ids[..., i].astype(jnp.uint32)) * jnp.uint32(16_777_619)
+    found = (found ^ (found >> 16)) * jnp.uint32(0x85EBCA6B)
+    found = (found ^ (found >> 13)) * jnp.uint32(0xC2B2AE35)
+    return found ^ (found >> 16)
+
+
 class ByteLatentEncoder(nn.Module):
-    """Embed -> strided convolution -> Dense + GELU -> LayerNorm: [B, L] bytes to [B, L/s, D]."""
+    """Embed -> strided convolution -> Dense + GELU -> LayerNorm: [B, L] bytes to [B, L/s, D].
+
+    The embeddings of n-grams, if any, are added to the convolution's output.
+    """
 
     patches: Patches
     hidden_dim: int
@@ -138,8 +206,12 @@ class ByteLatentEncoder(nn.Module):
         halo = self.patches.halo * stride
         last_BH = VOCAB_SIZE - ids_BL[:, L - halo :]
         before_BH = jnp.zeros((B, halo), ids_BL.dtype) if before_BH is None else before_BH
+        ids_BNT = windows(ids_BL, before_BH)
         convolution = ByteConvolution(self.hidden_dim, self.dtype, name="convolution")
-        x_BND = convolution(table_VE, windows(ids_BL, before_BH))
+        x_BND = convolution(table_VE, ids_BNT[:, :, -self.patches.taps :])
+        if self.patches.ngrams:
+            sizes = self.patches, self.embed_dim, self.hidden_dim, self.dtype
+            x_BND += NgramEmbeddings(*sizes, name="ngrams")(ids_BNT)
         x_BND = constrain(x_BND, "batch", "position", None)
         x_BND = Dense(self.hidden_dim, ("embed", None), self.dtype, name="project")(x_BND)
         x_BND = layer_norm(gelu(x_BND), "norm").astype(self.dtype)

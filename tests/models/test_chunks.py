@@ -31,6 +31,7 @@ EXACT = {
     "encoder": {"pattern": ("delta",), "patch.kernel": 11},
     "encoder, mean": {"pattern": ("delta",), "patch.stride": 1, "pooling": "mean"},
     "tagger": {"pattern": ("delta",), "patch.stride": 1, "pooling": "none"},
+    "n-grams": {"pattern": ("delta",), "patch.ngrams": (2, 9), "patch.ngram_rows": 100},
 }
 
 

@@ -40,6 +40,7 @@ OTHERS = {
     "model.hyena.short_conv": (1,),
     "model.spectral.kernel_threshold": (0.01,), "model.spectral.kernel_dropout": (0.2,),
     "model.patch.stride": (1,), "model.patch.kernel": (9,),
+    "model.patch.ngrams": ((2, 9),),
     "model.wavelet.name": ("haar",), "model.coarser_scales": ((2, 3),),
 }  # fmt: skip
 KERNELS = ("toeplitz", "butterfly", "fused")  # for accelerators; `tests/ops` has their gradients
@@ -82,6 +83,7 @@ def cases():
         "coarser_scales",
         "patch.stride",
         "patch.kernel",
+        "patch.ngrams",
         "patch.positions",
     )
     for field in (f"model.{name}" for name in fields):

@@ -69,6 +69,7 @@ def rows():
         {"patch.stride": 2, "patch.kernel": 7, "channel_mixer": "half_glu2", "norm": "post"},
         {"bidirectional": True, "pattern": ("hyena", "wavelet+delta"), "memory.short_conv": 3},
         {"pattern": ("selective",), "selective.energy_gate": "rms"},
+        {"patch.ngrams": (2, 5), "patch.ngram_rows": 100},
     ],
     ids=str,
 )
