@@ -51,6 +51,7 @@ COMMANDS = {
     "tools.sanity": [[CONFIG, "--out=new"]],
     "tools.status": [["run"]],
     "tools.sweep": [[CONFIG, "--out=new", "--vary=optimizer.learning_rate=1,2", "--trials=1"]],
+    "tools.traces": [["log.jsonl", "--out=new.jsonl"]],
     "tools.tune": [[CONFIG]],
     "tools.unpack": [["packed", "--workdir=new"]],
 }
@@ -85,6 +86,8 @@ def template(tmp_path_factory):
     byte_store.write(str(folder / "store"), splits, classes=["a", "b"], provenance={})
     rows = [json.dumps({"text": f"{i}", "label": i % 2}) + "\n" for i in range(60)]
     (folder / "set.jsonl").write_text("".join(rows))
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (folder / "log.jsonl").write_text(json.dumps({"messages": said}))
     (folder / "text").write_text("some text")
     (folder / "binary").write_bytes(bytes(range(256)))
     (folder / "empty").mkdir()
