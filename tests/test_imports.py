@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "generate.export": (*_TRAINABLE, "train.sealed_steps", "generate"),
     "generate.hub": ("errors",),
     "agent": ("errors", "agent"),
+    "agent.calculator": (),
     "agent.protocol": ("shapes", "errors"),
     "agent.traces": ("errors", "project_files", "agent.protocol"),
     "analysis": ("shapes", "errors", "config", "ops", "layers", "models", "analysis"),
