@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "agent": ("errors", "agent"),
     "agent.calculator": (),
     "agent.protocol": ("shapes", "errors"),
+    "agent.confined": (),
+    "agent.sandbox": ("errors", "fields"),
     "agent.traces": ("errors", "project_files", "agent.protocol"),
     "analysis": ("shapes", "errors", "config", "ops", "layers", "models", "analysis"),
     "analysis.analyzer": (*_TRAINABLE, "generate.restore", "analysis"),
