@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "parallel": ("shapes", "errors", "parallel"),
     "data": ("shapes", "errors", "fields", "seeds", "objectives", "storage", "project_files",
              "lease", "data"),
+    "data.tasks.agent": ("errors", "fields", "agent.calculator", "agent.protocol", "data"),
     "generate": ("shapes", "fields", "seeds", "ops", "layers", "models", "generate"),
     "generate.restore": (*_TRAINABLE, "data.tasks", "train.sealed_steps", "train.state"),
     "generate.text": ("errors", "parallel.sharding", "generate"),

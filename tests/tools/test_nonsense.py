@@ -25,6 +25,7 @@ CONFIG = f"--config={trainer.ROOT}/tests/tools/tiny.py"
 # A command line of each tool that works, from a folder with what `folder` writes.
 COMMANDS = {
     "tools.ablate": [[CONFIG, "--out=new", "--variants=base", "--dry_run"]],
+    "tools.agent": [["--workdir=run", "--task=x", "--tools=calculator"]],
     "tools.analyze": [["--workdir=run"], [CONFIG]],
     "tools.baseline": [[CONFIG]],
     "tools.bench": [["ops"]],
@@ -58,7 +59,7 @@ COMMANDS = {
 # What tools do with values that they accept is left out: of these always, as it takes long or a
 # network; in the gate of all but the latter.
 LONG = {
-    "tools.analyze",
+    "tools.agent", "tools.analyze",
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
     "tools.bench.slices", "tools.preflight", "tools.profile", "tools.sanity",
     "tools.sweep", "tools.tune",
