@@ -145,10 +145,11 @@ def program(place: int, architecture: int) -> list[tuple[int, int, int, int]]:
         (_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _FIRST_UNKNOWN), (_RETURN, 0, 0, _NO_SUCH_CALL),
     ]  # fmt: skip
     for numbers in _DENIED.values():
-        if numbers[place] is not None:
-            result += [(_EQUAL, 0, 1, numbers[place]), _refuse()]
-    for name, numbers in _CHECKED.items():
-        result += [(_EQUAL, 0, len(checks[name]), numbers[place]), *checks[name]]
+        number = numbers[place]
+        if number is not None:
+            result += [(_EQUAL, 0, 1, number), _refuse()]
+    for name, (x86, arm) in _CHECKED.items():
+        result += [(_EQUAL, 0, len(checks[name]), (x86, arm)[place]), *checks[name]]
     return [*result, _allow()]
 
 

@@ -121,13 +121,18 @@ class Sandbox:
         if not stopped and status == _NOT_CONFINED:
             stopped = "the sandbox did not start"
         if not stopped and (number := _signal(status)):
-            stopped = {
-                signal.SIGXCPU: f"it took more than {math.ceil(self.limits.seconds)} s of CPU time",
-                signal.SIGKILL: "it was killed: too much CPU time, or memory of the machine",
-            }.get(number, f"it crashed: {_name(number)}")
+            stopped = self._death(number)
         if not stopped and status not in (0, 1):  # 1 is an exception, which is in the output
             stopped = f"exit code {status}"
         return Outcome(output[: self.limits.output_bytes], stopped)
+
+    def _death(self, number: int) -> str:
+        """What a signal that ended a process means."""
+        if number == signal.SIGXCPU:
+            return f"it took more than {math.ceil(self.limits.seconds)} s of CPU time"
+        if number == signal.SIGKILL:
+            return "it was killed: too much CPU time, or memory of the machine"
+        return f"it crashed: {_name(number)}"
 
     def _run(self, code: bytes) -> tuple[int, bytes, str]:
         """(exit code, output, why it was stopped or "")."""

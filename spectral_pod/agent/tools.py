@@ -161,13 +161,16 @@ def _arguments(name: str, function: Callable[..., Any]) -> pydantic.TypeAdapter[
             raise ConfigError(f"parameter {one.name!r} of tool {name!r} has no type; annotate it")
         is_required = one.default is one.empty
         members[one.name] = hints[one.name] if is_required else NotRequired[hints[one.name]]
-    schema: Any = TypedDict(name, members)  # type: ignore[operator]
-    schema.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+    schema = pydantic.with_config(extra="forbid")(_typed_dict(name, members))
     try:
         return pydantic.TypeAdapter(schema)
     except (pydantic.errors.PydanticUserError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"a parameter of tool {name!r} cannot be JSON: {reason}") from error
+
+
+def _typed_dict(name: str, members: dict[str, Any]) -> Any:
+    return TypedDict(name, members)  # type: ignore[operator]
 
 
 def _description(name: str, function: Callable[..., Any]) -> str:

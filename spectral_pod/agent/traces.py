@@ -238,13 +238,14 @@ def _of_assistant(
     if content:
         yield Turn(Role.THOUGHT, _text(content, name))
     for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(call.get("id"), str):
+        call = call if isinstance(call, Mapping) else {}
+        identifier, function = call.get("id"), call.get("function")
+        if not isinstance(function, Mapping) or not isinstance(identifier, str):
             raise DataError(f"{name} has a tool call without an `id` or a `function`")
-        if call["id"] not in results:
-            raise DataError(f"the call {call['id']!r} of {name} has no result of its own")
+        if identifier not in results:
+            raise DataError(f"the call {identifier!r} of {name} has no result of its own")
         yield Turn(Role.CALL, _call(function, name))
-        yield Turn(Role.RESULT, results.pop(call["id"]))
+        yield Turn(Role.RESULT, results.pop(identifier))
 
 
 def _call(function: Mapping[str, Any], name: str) -> bytes:

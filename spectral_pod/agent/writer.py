@@ -102,4 +102,4 @@ def grammar() -> Grammar:
     begins_C = np.isin(classes, [THOUGHT, CALL, ANSWER])
     allowed_VC = np.tile(~begins_C, (protocol.VOCAB_SIZE, 1))
     allowed_VC[END] = begins_C
-    return Grammar(classes, allowed_VC, np.int32(np.flatnonzero(classes == END)[0]))
+    return Grammar(classes, allowed_VC, np.int32(classes.tolist().index(END)))

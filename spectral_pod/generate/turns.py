@@ -33,7 +33,7 @@ class Grammar(NamedTuple):
 
     symbol_C: np.ndarray
     allowed_VC: np.ndarray
-    halt: np.ndarray
+    halt: np.int32
 
 
 class Heard(NamedTuple):
