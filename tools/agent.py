@@ -28,7 +28,6 @@ from spectral_pod.agent import sandbox, traces
 from spectral_pod.agent.loop import Agent, Limits
 from spectral_pod.agent.protocol import Turn
 from spectral_pod.agent.tools import Tools, calculator
-from spectral_pod.agent.traces import Trace
 from spectral_pod.errors import ConfigError, DataError, UserError
 from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability
 from spectral_pod.generate.sampling import Sampling
@@ -104,9 +103,12 @@ def converse(
     Raises:
       UserError: the only task was not answered.
     """
-    found = [chat(agent, sys.stdin.buffer)] if arguments.interactive else agent.run(tasks)
+    if arguments.interactive:
+        chat(agent, sys.stdin.buffer, out)
+        return
+    found = agent.run(tasks)
     if out:
-        out.writelines(traces.to_line(trace) for trace in found if trace.turns)
+        out.writelines(map(traces.to_line, found))
     if arguments.batch:
         for task, trace in zip(tasks, found):
             answer = None if trace.answer is None else trace.answer.decode(errors="replace")
@@ -114,23 +116,27 @@ def converse(
             print(json.dumps(line, ensure_ascii=False), flush=True)
         answered = sum(trace.end == "answered" for trace in found)
         shell.say(f"{answered} of {len(found)} tasks answered")
-    elif not arguments.interactive and found[0].end != "answered":
+    elif found[0].end != "answered":
         raise UserError(f"there is no answer: {found[0].note}")
 
 
-def chat(agent: Agent, lines: IO[bytes]) -> Trace:
-    """A conversation with a question a line, until they end or it does."""
-    talk, trace = agent.chat(), Trace(())
-    while True:
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-        question = lines.readline()
-        if not question:
-            return trace
-        trace = talk.ask(question.rstrip(b"\r\n"))
-        if trace.end != "answered":
-            shell.say(f"There is no answer, and the conversation is over: {trace.note}")
-            return trace
+def chat(agent: Agent, lines: IO[bytes], out: IO[str] | None) -> None:
+    """A conversation with a question a line, until they end or it does; also when interrupted, it
+    is written to `out`.
+    """
+    talk, trace = agent.chat(), None
+    try:
+        while trace is None or trace.end == "answered":
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+            question = lines.readline()
+            if not question:
+                return
+            trace = talk.ask(question.rstrip(b"\r\n"))
+        shell.say(f"There is no answer, and the conversation is over: {trace.note}")
+    finally:
+        if out and trace:
+            out.write(traces.to_line(trace))
 
 
 def tools_of(arguments: argparse.Namespace) -> Tools:

@@ -28,8 +28,10 @@ class Stream(Protocol):
 
 
 class Writer(Protocol):
-    """Attributes:
-    context: the most symbols of a conversation; None for no limit.
+    """What begins conversations.
+
+    Attributes:
+      context: the most symbols that one can have; None for no limit.
     """
 
     context: int | None

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectral_pod.generate.decode import Decoder, _step
+from spectral_pod.generate.decode import Decoder, read_position
 from spectral_pod.generate.sampling import Sampling, draw
 from spectral_pod.models.causal_model import CausalModel, DecodeState
 from spectral_pod.ops.online_conv import BLOCK
@@ -145,7 +145,7 @@ def _read_by_turns(
         last, state, written_BT, i, _ = carry
         given_B, next_B = given_BT[:, i], given_BT[:, i + 1]
         token_B = jnp.where(given_B == _OWN, symbol_C[last.class_B], given_B)
-        logits_BC, state = _step(model, params, state, token_B, position + i)
+        logits_BC, state = read_position(model, params, state, token_B, position + i)
         # Of the symbols that the row has read, this is the n-th.
         n_B = position + i + 1 - padding_B
         masked_BC = jnp.where(allowed_VC[token_B], logits_BC, -jnp.inf)

@@ -104,12 +104,29 @@ def test_a_chat(capfdbinary):
     def script(turns):
         return answer(f"{sum(turn.role == Role.USER for turn in turns)}")
 
-    trace = tool.chat(scripted(script), io.BytesIO(b"a\r\n\nlast"))
+    out = io.StringIO()
+    tool.chat(scripted(script), io.BytesIO(b"a\r\n\nlast"), out)
+    trace = traces.from_line(out.getvalue().encode())
     assert [turn.data for turn in trace.turns] == [b"a", b"1", b"", b"2", b"last", b"3"]
     assert capfdbinary.readouterr().err.decode() == "> > > > "
-    trace = tool.chat(scripted(steps([65])), io.BytesIO(b"a\nb\n"))
-    assert trace.end == "malformed"
+    tool.chat(scripted(steps([65])), io.BytesIO(b"a\nb\n"), None)
     assert "the conversation is over: the model wrote" in capfdbinary.readouterr().err.decode()
+
+
+def test_a_chat_that_is_interrupted_is_kept():
+    class Lines:
+        def __init__(self):
+            self.lines = [b"a\n"]
+
+        def readline(self):
+            if not self.lines:
+                raise KeyboardInterrupt
+            return self.lines.pop()
+
+    out = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        tool.chat(scripted(steps(answer("1"))), Lines(), out)
+    assert traces.from_line(out.getvalue().encode()).answer == b"1"
 
 
 TASKS = {
