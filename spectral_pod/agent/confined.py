@@ -108,8 +108,8 @@ def confine(limits: dict[str, int]) -> None:
     _succeed(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     instructions = program(place, architecture)
     filter_ = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *i) for i in instructions))
-    header = struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(filter_))
-    _succeed(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0))
+    pointed = struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(filter_))
+    _succeed(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, pointed, 0, 0))
 
 
 def _succeed(result: int) -> None:

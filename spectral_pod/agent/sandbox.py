@@ -116,7 +116,7 @@ class Sandbox:
         return output + line_break + f"error: {error}".encode()
 
     def run(self, code: bytes) -> Outcome:
-        """Runs code; it and its process are gone when this returns."""
+        """Runs code; its process has ended, or is killed, when this returns."""
         status, output, stopped = self._run(code)
         if not stopped and status == _NOT_CONFINED:
             stopped = "the sandbox did not start"
@@ -154,7 +154,7 @@ class Sandbox:
             try:
                 stopped = self._collect(process, process.stdout, output)
             finally:
-                with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 process.stdout.close()
