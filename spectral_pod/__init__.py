@@ -3,9 +3,10 @@
 import importlib
 from typing import Any
 
-_PLACES = {"SpectralTrainer": "spectral_trainer"}  # of what is not in `api.py`
+_PLACES = {"Agent": "agent.loop", "SpectralTrainer": "spectral_trainer"}  # what is not in `api.py`
 
 __all__ = [
+    "Agent",
     "Config",
     "SpectralAnalyzer",
     "SpectralGPT",

@@ -184,6 +184,24 @@ class Export(_Closed):
     sha256: _Sha256
 
 
+class TraceTurn(_Closed):
+    """A turn of a trace; its bytes are `text` where they are UTF-8, and else `base64`."""
+
+    role: Literal["user", "thought", "call", "result", "answer"]
+    text: NotRequired[str]
+    base64: NotRequired[str]
+    ended: NotRequired[Literal[False]]  # of a turn that was cut off, the last one
+
+
+class TraceLine(_Closed):
+    """A line of a file of traces, one conversation; see `agent/traces.py`."""
+
+    format: Literal["spectral_pod.trace/1"]
+    turns: Annotated[list[TraceTurn], pydantic.Field(min_length=1)]
+    end: NotRequired[Literal["answered", "calls", "bytes", "time", "malformed"]]
+    note: NotRequired[str]  # the end in a sentence
+
+
 def _has_step(line: Any) -> Any:
     step = line.get("step")
     if type(step) is not int or not 0 <= step < 2**63:
@@ -277,6 +295,7 @@ MANIFEST: Kind[Manifest] = Kind(Manifest, "delete the store to have it written a
 ITEM: Kind[Item] = Kind(Item, _WRITTEN_AGAIN)
 EXPORT: Kind[Export] = Kind(Export, "get or export the model again")
 PACK: Kind[Pack] = Kind(Pack, "copy it again from where the run was packed, or pack the run again")
+TRACE: Kind[TraceLine] = Kind(TraceLine, "correct this line, or leave it out")
 START: Kind[Start] = Kind(Start, "")
 METRICS: Kind[dict[str, float]] = Kind(
     Annotated[dict[str, float], pydantic.BeforeValidator(_has_step)], ""

@@ -22,6 +22,10 @@ EOS = 258
 SEP = 259
 VOCAB_SIZE = 260
 
+# Symbols of conversations (`agent/protocol.py`), which only models of conversations have. Those
+# that a model may write are first.
+END, THOUGHT, CALL, ANSWER, USER, RESULT = range(VOCAB_SIZE, VOCAB_SIZE + 6)
+
 Tokens = Int[Array, "B L"]
 TokenMask = Bool[Array, "B L"]
 Logits = Float[Array, "B C"]

@@ -268,7 +268,7 @@ def _draw(logits_BC: jax.Array, keys_B: jax.Array, drawn: jax.Array, sampling: S
     return draw(logits_BC, jax.vmap(jax.random.fold_in, (0, None))(keys_B, drawn), sampling)
 
 
-def _step(
+def read_position(
     model: CausalModel, params: Any, state: DecodeState, token_B: jax.Array, position: jax.Array
 ) -> tuple[jax.Array, DecodeState]:
     logits_B1C, state = model.apply(
@@ -290,7 +290,7 @@ def _draw_block(
 ) -> tuple[jax.Array, DecodeState]:
     def step(carry: tuple[jax.Array, DecodeState], i: jax.Array) -> Any:
         token_B, state = carry
-        logits_BC, state = _step(model, params, state, token_B, position + i)
+        logits_BC, state = read_position(model, params, state, token_B, position + i)
         token_B = _draw(logits_BC, keys_B, drawn + i, sampling)
         return (_as_input(token_B), state), token_B
 
@@ -304,7 +304,7 @@ def _read_block(
 ) -> tuple[jax.Array, DecodeState]:
     def step(state: DecodeState, token_and_i: tuple[jax.Array, jax.Array]) -> Any:
         token_B, i = token_and_i
-        logits_BC, state = _step(model, params, state, token_B, position + i)
+        logits_BC, state = read_position(model, params, state, token_B, position + i)
         return state, logits_BC
 
     state, logits_TBC = jax.lax.scan(step, state, (tokens_BT.T, jnp.arange(BLOCK)))

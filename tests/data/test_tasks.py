@@ -162,7 +162,9 @@ def test_examples_keep_to_what_the_task_says(name):
         assert tokens.max() < task.vocab_size
         assert labels.min() >= -1
         assert labels.max() < task.num_classes
-    assert max(len(tokens) for tokens, _ in examples) == task.max_length
+    longest = max(len(tokens) for tokens, _ in examples)
+    # The longest conversation is rare; tests/data/test_agent_task.py looks for it.
+    assert longest == task.max_length or (name == "agent" and longest < task.max_length)
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -171,7 +173,9 @@ def test_a_drawn_task_is_identified_by_its_examples(name, monkeypatch):
         return tasks.make(name, options).digest(options)
 
     task = tasks.make(name, {})
-    option = next(o for o in task.options if o.startswith(("num_pairs", "length", "vocab")))
+    option = next(
+        o for o in task.options if o.startswith(("num_pairs", "length", "vocab", "digits"))
+    )
     digests = {digest({}), digest({}), digest({option: task.options[option] + 1})}
     assert len(digests) == 2
     draw = type(task).draw

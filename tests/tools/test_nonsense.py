@@ -25,6 +25,7 @@ CONFIG = f"--config={trainer.ROOT}/tests/tools/tiny.py"
 # A command line of each tool that works, from a folder with what `folder` writes.
 COMMANDS = {
     "tools.ablate": [[CONFIG, "--out=new", "--variants=base", "--dry_run"]],
+    "tools.agent": [["--workdir=run", "--task=x", "--tools=calculator"]],
     "tools.analyze": [["--workdir=run"], [CONFIG]],
     "tools.baseline": [[CONFIG]],
     "tools.bench": [["ops"]],
@@ -51,13 +52,14 @@ COMMANDS = {
     "tools.sanity": [[CONFIG, "--out=new"]],
     "tools.status": [["run"]],
     "tools.sweep": [[CONFIG, "--out=new", "--vary=optimizer.learning_rate=1,2", "--trials=1"]],
+    "tools.traces": [["log.jsonl", "--out=new.jsonl"]],
     "tools.tune": [[CONFIG]],
     "tools.unpack": [["packed", "--workdir=new"]],
 }
 # What tools do with values that they accept is left out: of these always, as it takes long or a
 # network; in the gate of all but the latter.
 LONG = {
-    "tools.analyze",
+    "tools.agent", "tools.analyze",
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
     "tools.bench.slices", "tools.preflight", "tools.profile", "tools.sanity",
     "tools.sweep", "tools.tune",
@@ -85,6 +87,8 @@ def template(tmp_path_factory):
     byte_store.write(str(folder / "store"), splits, classes=["a", "b"], provenance={})
     rows = [json.dumps({"text": f"{i}", "label": i % 2}) + "\n" for i in range(60)]
     (folder / "set.jsonl").write_text("".join(rows))
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (folder / "log.jsonl").write_text(json.dumps({"messages": said}))
     (folder / "text").write_text("some text")
     (folder / "binary").write_bytes(bytes(range(256)))
     (folder / "empty").mkdir()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spectral_pod import fields
+from spectral_pod.data.tasks.agent import AgentTraces
 from spectral_pod.data.tasks.content_type import ContentType
 from spectral_pod.data.tasks.copy import Copy
 from spectral_pod.data.tasks.dna import Dna
@@ -33,6 +34,7 @@ TASKS: dict[str, type[StoredTask] | type[DrawnTask]] = {
     "recall": Recall,
     "overwrite": Overwrite,
     "mqar": Mqar,
+    "agent": AgentTraces,
 }
 
 

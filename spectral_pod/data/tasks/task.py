@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -35,6 +35,7 @@ from spectral_pod.errors import ConfigError
 if TYPE_CHECKING:
     from spectral_pod.config import Config, DataConfig
 
+Draw = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
 Stores = Mapping[str, ByteStore]  # by the names under which they are evaluated
 
 _SECTION = "config.data.options"
@@ -260,13 +261,17 @@ class DrawnTask(Task):
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels int32 [n] of one example; label -1 where a position is not scored."""
 
+    def drawer(self, split: str) -> Draw:
+        """`draw` for the examples of a split, where that is another one."""
+        return self.draw
+
     def batches(
         self, config: "Config", split: str, stores: Stores, *, training: bool
     ) -> dict[str, pipeline.Source]:
         """See `Task.batches`."""
         data, train = config.data, config.train
         source = Drawn(
-            self.draw,
+            self.drawer(split),
             split,
             max_length=self.max_length,
             batch_size=train.global_batch_size if training else train.eval_batch_size,

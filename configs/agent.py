@@ -1,0 +1,36 @@
+"""A small SpectralGPT that calls the calculator: multi-digit arithmetic, by conversations.
+
+    launch/local.sh --config=configs/agent.py --workdir=DIR
+    python -m tools.agent --workdir=DIR --tools=calculator --task="what is 412 * 77?"
+
+`:direct` is the same without the tool: every question is answered at once. The numbers of
+validation are in ranges that training does not have (`spectral_pod/data/tasks/agent.py`). Accuracy
+is that of symbols; exact answers are what `tools.agent --batch` gives. Neither has been measured
+yet.
+"""
+
+from ml_collections import ConfigDict
+
+from spectral_pod.config import Config, default
+from spectral_pod.recipes import learning_rates, schedule
+
+SEQ_LEN = {"tool": 320, "direct": 64}
+
+
+def get_config(form: str = "tool") -> Config:
+    if form not in SEQ_LEN:
+        raise ValueError(f"unknown form {form!r}; there are {list(SEQ_LEN)}")
+    c = default()
+    c.data.task = "agent"
+    c.data.options = ConfigDict({"tool": form == "tool"})
+    c.data.seq_len = SEQ_LEN[form]
+    c.model.name = "spectral_gpt"
+    c.model.num_layers = 4
+    c.model.hidden_dim = 128
+    c.model.memory.head_dim = 64
+    c.model.memory.short_conv = 3
+    c.model.positions = "none"
+    c.train.global_batch_size = 32
+    schedule(c, total=4000, every=1000, warmup=200)
+    learning_rates(c, 3e-3)
+    return c

@@ -1,0 +1,103 @@
+"""Conversations about arithmetic: right answers, calls that are real, and what is held out."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from spectral_pod.agent import protocol
+from spectral_pod.agent.protocol import Role
+from spectral_pod.agent.tools import Tools, calculator
+from spectral_pod.data.tasks.agent import HELD_OUT_QUESTIONS, AgentTraces, is_held_out
+from spectral_pod.errors import ConfigError
+
+SPLITS = ("train", "validation", "test")
+
+
+def conversations(task, split, count=300):
+    return [task.conversation(split, np.random.default_rng(i))[0] for i in range(count)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("tool", [True, False])
+def test_answers_are_right(split, tool):
+    for turns in conversations(AgentTraces(tool=tool), split):
+        protocol.check(turns)
+        question, answer = turns[0].data.decode(), turns[-1].data.decode()
+        assert turns[-1].role == Role.ANSWER
+        asked = re.search(r"(\d+) ?([-+*]) ?(\d+)", question)
+        expected = str(eval(asked[0])) if asked else question.removeprefix("repeat ")
+        assert answer == expected
+        calls = [turn for turn in turns if turn.role == Role.CALL]
+        assert bool(calls) <= tool
+        assert not calls or turns[-2].data.decode() == answer
+
+
+def test_results_are_those_of_the_tool():
+    """But for failures, which `calculator` does not have."""
+    tools, failures = Tools(calculator), 0
+    for turns in conversations(AgentTraces(), "train"):
+        for call, result in itertools.pairwise(turns):
+            if call.role == Role.CALL and tools.call([call.data]) != [result.data]:
+                assert result.data.startswith(b"error: ")
+                failures += 1
+    assert 20 < failures < 60  # of 300 x 0.8 x 0.15 = 36
+
+
+def test_kinds_of_conversations():
+    found = conversations(AgentTraces(), "train", 1000)
+    calls = [sum(turn.role == Role.CALL for turn in turns) for turns in found]
+    assert np.mean([n == 0 for n in calls]) == pytest.approx(0.2, abs=0.05)
+    assert np.mean([n > 1 for n in calls]) == pytest.approx(0.8 * 0.235, abs=0.05)
+    assert max(calls) == 3
+
+
+def test_what_is_held_out():
+    task = AgentTraces()
+
+    def first_numbers(split):
+        found = [turns[0].data.decode() for turns in conversations(task, split)]
+        return [int(m[1]) for text in found if (m := re.search(r"(\d\d+) ?[-+*]", text))]
+
+    assert not any(map(is_held_out, first_numbers("train")))
+    for split in ("validation", "test"):
+        assert all(map(is_held_out, first_numbers(split)))
+        assert len(first_numbers(split)) > 150
+    for split in SPLITS:
+        text = " ".join(turns[0].data.decode() for turns in conversations(task, split))
+        for question in HELD_OUT_QUESTIONS:
+            assert (question[:12] in text) == (split == "test")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("options", [{}, {"tool": False}, {"digits": 1}, {"digits": 40}])
+def test_the_longest_example(options, split):
+    task = AgentTraces(**options)
+    draw = task.drawer(split)
+    lengths = [len(draw(np.random.default_rng(i))[0]) for i in range(300)]
+    assert max(lengths) <= task.max_length
+    likely = AgentTraces(**options | {"failing": 1.0, "mistaken": 1.0, "plain": 0.0})
+    lengths = [len(likely.drawer(split)(np.random.default_rng(i))[0]) for i in range(1000)]
+    assert max(lengths) > 0.85 * task.max_length
+
+
+def test_mistakes_are_not_scored_and_their_corrections_are():
+    task = AgentTraces(mistaken=1.0, failing=0.0, plain=0.0)
+    for i in range(30):
+        turns, mistake = task.conversation("train", np.random.default_rng(i))
+        assert mistake == 1
+        assert [turn.role for turn in turns] == [
+            Role.USER, Role.CALL, Role.RESULT, Role.CALL, Role.RESULT, Role.ANSWER,
+        ]  # fmt: skip
+        assert turns[2].data.startswith(b"error: ")
+        _, labels = task.draw(np.random.default_rng(i))
+        scored = protocol.SYMBOL_OF_CLASS[labels[labels >= 0]].tolist()
+        assert scored == protocol.symbols_of(turns[3]) + protocol.symbols_of(turns[5])
+
+
+def test_sizes():
+    assert AgentTraces().num_classes == protocol.NUM_CLASSES
+    assert AgentTraces().vocab_size == protocol.VOCAB_SIZE
+    with pytest.raises(ConfigError, match=r"options.digits is 101"):
+        AgentTraces(digits=101)
