@@ -99,6 +99,7 @@ LEVERS: dict[str, dict[str, Fields]] = {
         "frequency": {"model.channel_mixer": "frequency"},
         "mean_pooling": {"model.pooling": "mean"},
     },
+    "length": {f"length_{n}": {"data.seq_len": str(n)} for n in (2**i for i in range(10, 17))},
     "size": {
         "layers_2": {"model.num_layers": "2"},
         "layers_8": {"model.num_layers": "8"},
