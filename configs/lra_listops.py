@@ -2,7 +2,7 @@
 
 Command:  python -m spectral_pod.main --config=configs/lra_listops.py --workdir=DIR
           --config=configs/lra_listops.py:stripped or :raw    the other encodings
-          --config=configs/lra_listops.py:hybrid              local attention beside the filters
+          --config=configs/lra_listops.py:hybrid              attention in every second block
           --config=configs/lra_listops.py:multi_scale         with pooled views of 4, 16 patches
           --config=configs/lra_listops.py:cpu                 a preset for 15 minutes on 2 cores
           --config=configs/lra_listops.py:overfit             memorises 100 examples in 500 steps
@@ -58,8 +58,7 @@ def get_config(presets: str = "symbol") -> Config:
     c.optimizer.weight_decay = 0.04
 
     if model == "hybrid":
-        c.model.pattern = ("spectral+local_attention", "spectral+delta")
-        c.model.attention.window = 64
+        c.model.pattern = ("spectral", "spectral+attention")
     if model == "multi_scale":
         c.model.coarser_scales = (4, 4)
     if model in TRANSFORMERS:  # base_listops_config.py
@@ -83,11 +82,12 @@ def get_config(presets: str = "symbol") -> Config:
     if size == "short":
         c.data.options.update(min_length=20, max_length=96, max_depth=6, train=400_000)
         c.data.seq_len = {"symbol": 96, "stripped": 320, "raw": 832}[encoding]
+        c.model.num_layers = 6
         c.model.patch.stride = 1
         c.model.spectral.initial = "smooth"
         c.model.spectral.tau_min = 0.5
-        c.train.global_batch_size = 64
-        schedule(c, total=12_000, every=1_500, warmup=500)
+        c.model.memory_interval = 0
+        schedule(c, total=12_000, every=1_500, warmup=200)
     if labels != "answer":
         c.data.task = {"packed": "listops_answers", "subtrees": "listops_subtrees"}[labels]
         if size == "short":

@@ -77,7 +77,8 @@ def get_config(presets: str = "full") -> Config:
         c.model.hidden_dim = 128
         c.model.embed_dim = 64
         c.train.global_batch_size = 32
-        schedule(c, total=4_400, every=1_100, warmup=140)  # 6 epochs
+        c.model.patch.ngrams = (3, 4, 5, 6)
+        schedule(c, total=1_400, every=350, warmup=100)  # 2 epochs
         if model == "spectral":
             c.optimizer.learning_rate = 3e-3
     return c

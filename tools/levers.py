@@ -77,7 +77,8 @@ LEVERS: dict[str, dict[str, Fields]] = {
         "bidirectional": {"model.bidirectional": "True"},
     },
     "mixer": {
-        "hybrid": {"model.pattern": "('spectral+local_attention', 'spectral+delta')"},
+        "hybrid": {"model.pattern": "('spectral', 'spectral+attention')"},
+        "local_hybrid": {"model.pattern": "('spectral+local_attention', 'spectral+delta')"},
         "attention": {"model.pattern": "('attention',)"},
         "fnet": {"model.pattern": "('fnet',)"},
         "s5": {"model.pattern": "('s5',)"},

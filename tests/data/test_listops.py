@@ -15,6 +15,7 @@ from spectral_pod.config import default
 from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import listops
 from spectral_pod.data.tasks.listops import (
+    ByHeight,
     ByLastRoot,
     ByRoot,
     LastAccuracy,
@@ -326,6 +327,44 @@ def test_accuracy_by_root_of_the_last_label():
     correct[0, 5] = 0  # by its first symbol the row is one of MIN
     found = ByLastRoot.from_model_output(tokens=tokens, correct=correct, mask=mask).compute()
     assert found == {"accuracy_min": 0.5}
+
+
+def test_heights_and_the_accuracy_by_them(examples):
+    """Against recursion over the arguments of each operator."""
+    short = ListOps(num_workers=1, min_length=2, max_length=60, max_depth=8).generate(200)
+    rows = [e.symbols for e in short] + [b"<3]>2+11]]", b"7"]
+    tokens = np.full((len(rows), 64), PAD, np.int32)
+    expected, flat_sums = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, bool)
+
+    def read(symbols, i, row):
+        """The height of what starts at i, and where it ends."""
+        if symbols[i] not in b"<>=+":
+            return 0, i
+        operator, height = symbols[i], 0
+        while symbols[i + 1] != ord("]"):
+            of_argument, i = read(symbols, i + 1, row)
+            height = max(height, of_argument)
+        expected[row, i + 1] = height + 1
+        flat_sums[row, i + 1] = operator == ord("+") and height == 0
+        return height + 1, i + 1
+
+    for row, symbols in enumerate(rows):
+        tokens[row, : len(symbols)], i = list(symbols), 0
+        while i < len(symbols):
+            i = read(symbols, i, row)[1] + 1
+    np.testing.assert_array_equal(jax.jit(listops.heights)(tokens), expected)
+    assert expected.max() >= 4
+
+    correct = np.random.default_rng(0).random(tokens.shape).astype(np.float32)
+    mask = (expected > 0) & (np.arange(len(rows)) % 3 > 0)[:, None]
+    halves = [
+        ByHeight.from_model_output(tokens=tokens[s], correct=correct[s], mask=mask[s])
+        for s in (np.s_[:50], np.s_[50:])
+    ]
+    found = halves[0].merge(halves[1]).compute()
+    of = {f"accuracy_height_{h}": (expected == h) & mask for h in range(1, 10)}
+    of["accuracy_flat_sm"] = flat_sums & mask
+    assert found == pytest.approx({k: correct[at].mean() for k, at in of.items() if at.any()})
 
 
 def test_accuracy_of_whole_expressions_among_those_of_all_operators():

@@ -368,6 +368,78 @@ class Answers(LabelledPositions):
     )
 
 
+def heights(tokens_BL: jax.Array) -> jax.Array:
+    """int32 [B, L]: at every `]` the height of the operator that it ends, elsewhere 0.
+
+    The height is 1 where all arguments are digits, and else one more than that of the highest
+    operator among them. Expressions are given as symbols.
+    """
+    is_open_BL = jnp.isin(tokens_BL, jnp.asarray(list(_OPERATORS)))
+    is_close_BL = tokens_BL == _CLOSE
+    depth_1D = jnp.arange(tokens_BL.shape[1] // 2 + 2)[None]  # an operator and its `]` are two symbols
+
+    def step(carry: Any, at: Any) -> tuple[Any, jax.Array]:
+        # Of the operators that are open, the highest argument so far, by their depth.
+        highest_BD, depth_B = carry
+        is_open_B, is_close_B = at
+        depth_B += is_open_B.astype(jnp.int32)
+        here_BD = depth_1D == depth_B[:, None]
+        highest_BD = jnp.where(here_BD & is_open_B[:, None], 0, highest_BD)
+        height_B = jnp.max(jnp.where(here_BD, highest_BD, 0), axis=1) + 1
+        height_B = jnp.where(is_close_B, height_B, 0)
+        depth_B -= is_close_B.astype(jnp.int32)
+        around_BD = depth_1D == depth_B[:, None]
+        highest_BD = jnp.where(around_BD, jnp.maximum(highest_BD, height_B[:, None]), highest_BD)
+        return (highest_BD, depth_B), height_B
+
+    batch = len(tokens_BL)
+    start = jnp.zeros((batch, depth_1D.size), jnp.int32), jnp.zeros(batch, jnp.int32)
+    _, heights_LB = jax.lax.scan(step, start, (is_open_BL.T, is_close_BL.T))
+    return heights_LB.T
+
+
+@flax.struct.dataclass
+class ByHeight(metrics.Metric):
+    """The accuracy of operators by their `heights`: "accuracy_height_1", ..., and that of sums of
+    digits alone, "accuracy_flat_sm"."""
+
+    formats: ClassVar = {f"accuracy_height_{h}": "" for h in range(1, 10)} | {
+        "accuracy_flat_sm": ""
+    }
+    descriptions: ClassVar = {
+        **{
+            f"accuracy_height_{h}": f"Accuracy of operators above {h - 1} others, in [0, 1]"
+            for h in range(1, 10)
+        },
+        "accuracy_flat_sm": "Accuracy of SM of digits alone, in [0, 1]",
+    }
+
+    right_K: jax.Array  # float32 [10], of heights 1 to 9, and of flat sums
+    total_K: jax.Array  # float32 [10]
+
+    @classmethod
+    def from_model_output(
+        cls, tokens: jax.Array, correct: jax.Array, mask: jax.Array, **_: Any
+    ) -> Self:
+        height_BL = heights(tokens)
+        # Of an operator with digits alone the last one before its `]` is its own.
+        place_BL = jnp.where(
+            jnp.isin(tokens, jnp.asarray(list(_OPERATORS))), jnp.arange(tokens.shape[1])[None], 0
+        )
+        operator_BL = jnp.take_along_axis(tokens, jax.lax.cummax(place_BL, axis=1), axis=1)
+        is_flat_sm_BL = (height_BL == 1) & (operator_BL == _SM)
+        kinds_KBL = jnp.stack([height_BL == h for h in range(1, 10)] + [is_flat_sm_BL])
+        kinds_KBL = (kinds_KBL & mask[None]).astype(jnp.float32)
+        return cls(jnp.einsum("kbl,bl->k", kinds_KBL, correct), jnp.sum(kinds_KBL, axis=(1, 2)))
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.right_K + other.right_K, self.total_K + other.total_K)
+
+    def compute(self) -> dict[str, float]:  # type: ignore[override]
+        counts = zip(self.formats, np.asarray(self.right_K), np.asarray(self.total_K))
+        return {name: float(right / n) for name, right, n in counts if n}
+
+
 class Subtrees(Answers):
     """The value of every operator, at the bracket that ends it. "accuracy" is that of the whole
     expressions, comparable with other objectives; "subtree_accuracy" is of all operators."""
@@ -375,11 +447,15 @@ class Subtrees(Answers):
     training_metrics: ClassVar = Answers.training_metrics | {
         "subtree_accuracy": metrics.Average.from_output("correct"),
     }
-    evaluation_metrics: ClassVar = Answers.evaluation_metrics | training_metrics
-    formats: ClassVar = Answers.formats | {"subtree_accuracy": "subtrees {:.2%}"}
-    descriptions: ClassVar = Answers.descriptions | {
-        "subtree_accuracy": "Accuracy of the values of all operators, in [0, 1]",
-    }
+    evaluation_metrics: ClassVar = (
+        Answers.evaluation_metrics | training_metrics | {"by_height": ByHeight}
+    )
+    formats: ClassVar = Answers.formats | {"subtree_accuracy": "subtrees {:.2%}"} | ByHeight.formats
+    descriptions: ClassVar = (
+        Answers.descriptions
+        | {"subtree_accuracy": "Accuracy of the values of all operators, in [0, 1]"}
+        | ByHeight.descriptions
+    )
 
 
 @dataclasses.dataclass(frozen=True)
