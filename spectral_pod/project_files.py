@@ -184,6 +184,23 @@ class Export(_Closed):
     sha256: _Sha256
 
 
+class LeftOut(_Closed):
+    name: str
+    reason: str
+
+
+class PassageIndex(_Closed):
+    """INDEX/index.json, written last; see `agent/retrieval.py`."""
+
+    format: Literal["spectral_pod.passages/1"]
+    source: str  # what was indexed
+    passage_bytes: _Size  # of a passage, at most
+    files: list[str]  # those with passages
+    left_out: list[LeftOut]  # files that are no text
+    passages: Annotated[int, pydantic.Field(ge=1, lt=2**31)]
+    sha256: _Sha256  # of passages.safetensors
+
+
 class TraceTurn(_Closed):
     """A turn of a trace; its bytes are `text` where they are UTF-8, and else `base64`."""
 
@@ -295,6 +312,9 @@ MANIFEST: Kind[Manifest] = Kind(Manifest, "delete the store to have it written a
 ITEM: Kind[Item] = Kind(Item, _WRITTEN_AGAIN)
 EXPORT: Kind[Export] = Kind(Export, "get or export the model again")
 PACK: Kind[Pack] = Kind(Pack, "copy it again from where the run was packed, or pack the run again")
+PASSAGES: Kind[PassageIndex] = Kind(
+    PassageIndex, "make the index again, in another folder: python -m tools.rag index"
+)
 TRACE: Kind[TraceLine] = Kind(TraceLine, "correct this line, or leave it out")
 START: Kind[Start] = Kind(Start, "")
 METRICS: Kind[dict[str, float]] = Kind(
