@@ -43,8 +43,8 @@ def cut(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[int, bytes]]:
     """The passages of a text of any bytes, in order, with their first positions in it.
 
     They leave out nothing but white space between them. One ends, in its second half, with a
-    paragraph if it can, or else a sentence, a line or a word; without any of these it is cut between
-    characters.
+    paragraph if it can, or else a sentence, a line or a word; where there is no such end it is cut
+    between characters.
 
     Args:
       blocks: of the text, which make no difference.

@@ -22,13 +22,13 @@ import re
 import sys
 from array import array
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from spectral_pod import project_files, storage
+from spectral_pod import fields, project_files, storage
 from spectral_pod.agent import passages
 from spectral_pod.agent.passages import NUM_PASSAGES, PASSAGE_BYTES, UNKNOWN, Passage
 from spectral_pod.agent.protocol import Role
@@ -37,7 +37,9 @@ from spectral_pod.agent.traces import Trace
 from spectral_pod.data import formats, text
 from spectral_pod.data.progress import Progress
 from spectral_pod.errors import ConfigError, DataError, UserError
+from spectral_pod.fields import Bound
 
+PassageBytes = Annotated[int, Bound(16, 2**31, "at least 16 and below 2^31")]
 FORMAT = "spectral_pod.passages/1"
 _INDEX, _PASSAGES = "index.json", "passages.safetensors"
 _PARAMETERS = {"method": "lucene", "k1": 1.5, "b": 0.75}
@@ -63,15 +65,14 @@ def build(source: str, out: str, *, passage_bytes: int = PASSAGE_BYTES) -> "Inde
     Args:
       source: a file, a folder or a glob, on disk or gs://; see `formats.files`.
       out: a folder or a gs:// URL.
-      passage_bytes: of a passage, at most; 16 or more.
+      passage_bytes: of a passage, at most; at least 16.
 
     Raises:
       ConfigError: bm25s is not installed, or `passage_bytes` is too small.
       DataError: `out` holds an index, or there is nothing to index.
     """
     library = _bm25s()
-    if passage_bytes < 16:
-        raise ConfigError(f"passage_bytes is {passage_bytes}; it must be at least 16")
+    fields.check(PassageBytes, passage_bytes, "passage_bytes")
     folder = epath.Path(out)
     if (folder / _INDEX).exists():
         raise DataError(f"{out} holds an index; delete it, or name another folder")
@@ -283,6 +284,19 @@ class Index:
             )
         return Passage(file, start, stop, data)
 
+    def holding(self, file: str, start: int, stop: int) -> Passage:
+        """The passage with bytes `start` to `stop` - 1 of a file.
+
+        Raises:
+          DataError: they are in no passage, or the file is no longer what was indexed.
+        """
+        arrays, files = self._arrays, self.facts["files"]
+        is_inside = (arrays["start"] <= start) & (stop <= arrays["stop"])
+        for number in np.flatnonzero(is_inside).tolist():
+            if files[arrays["file"][number]] == file:
+                return self.passage(number)
+        raise DataError(f"bytes {start} to {stop} of {file} are not in one passage")
+
 
 # ---- as a tool
 
@@ -292,12 +306,12 @@ class Search:
 
     def __init__(self, index: Index, count: int = NUM_PASSAGES):
         """`count` is of the passages that a search gives, at most."""
-        self._index, self._count = index, count
+        self.index, self._count = index, count
         self._found: dict[bytes, list[Passage]] = {}
 
     def search(self, query: str) -> bytes:
         """The passages of the documents that have the words of a query."""
-        return self.remember([found.passage for found in self._index.find(query, self._count)])
+        return self.remember([found.passage for found in self.index.find(query, self._count)])
 
     def remember(self, found: list[Passage]) -> bytes:
         """The result that shows these passages."""
@@ -309,10 +323,9 @@ class Search:
         """The tool alone, whose results are never cut off."""
         return Tools(self.search, output_bytes=sys.maxsize)
 
-    def passage(self, result: bytes, number: int) -> Passage | None:
-        """The passage of that number, from 1, in a result of this tool."""
-        found = self._found.get(result, [])
-        return found[number - 1] if 1 <= number <= len(found) else None
+    def passages(self, result: bytes) -> list[Passage]:
+        """Those in a result of this tool."""
+        return self._found.get(result, [])
 
 
 class Answer(NamedTuple):
@@ -337,9 +350,10 @@ def cited(trace: Trace, search: Search) -> Answer:
         raise UserError(f"there is no answer: {trace.note}")
     said, number = passages.cited(trace.answer)
     results = [turn.data for turn in trace.turns if turn.role == Role.RESULT]
-    if number is None or not results:
+    found = search.passages(results[-1]) if results else []
+    if number is None or not 1 <= number <= len(found):
         return Answer(trace.answer, None)
-    return Answer(said, search.passage(results[-1], number))
+    return Answer(said, found[number - 1])
 
 
 def answer(trace: Trace, search: Search) -> Answer:

@@ -43,7 +43,7 @@ def packed(data: bytes) -> str:
 
 
 def wide(data: bytes) -> str:
-    """What begins so, if it is text in UTF-16 or UTF-32, and what to do with it; "" if it is not."""
+    """What text in UTF-16 or UTF-32 begins so, and what to do with it; "" if none does."""
     marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "")
     name = marked or ("utf-16" if _UNMARKED.match(data) else "")
     return f"text in {name.upper()}; convert it to UTF-8" if name else ""
