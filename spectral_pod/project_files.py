@@ -33,6 +33,7 @@ _Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 # Names that become parts of paths: of splits, and of a split's parts.
 _NAME = r"^[^/\\\x00.][^/\\\x00]{0,199}$"
 _Name = Annotated[str, pydantic.Field(pattern=_NAME)]
+_File = Annotated[str, pydantic.Field(pattern=r"^[^\x00]+$")]  # the path or URL of a file
 _PartName = Annotated[str, pydantic.Field(pattern="^[0-9]{5,18}$")]
 
 
@@ -195,7 +196,7 @@ class PassageIndex(_Closed):
     format: Literal["spectral_pod.passages/1"]
     source: str  # what was indexed
     passage_bytes: _Size  # of a passage, at most
-    files: list[str]  # those with passages
+    files: Annotated[list[_File], pydantic.Field(min_length=1)]  # those with passages
     left_out: list[LeftOut]  # files that are no text
     passages: Annotated[int, pydantic.Field(ge=1, lt=2**31)]
     sha256: _Sha256  # of passages.safetensors

@@ -233,15 +233,19 @@ class Index:
                 f"{path / _PASSAGES} is damaged: its sha256 is not the one in {_INDEX}; "
                 + project_files.PASSAGES.remedy
             )
-        self._arrays = safetensors.numpy.load(raw)
-        vocabulary = self._arrays["words"].tobytes().decode().split("\n")
+        self._arrays = arrays = safetensors.numpy.load(raw)
+        if len(arrays["file"]) != len(self) or arrays["file"].max() >= len(self.facts["files"]):
+            raise DataError(
+                f"{path / _INDEX} is not of these passages; {project_files.PASSAGES.remedy}"
+            )
+        vocabulary = arrays["words"].tobytes().decode().split("\n")
         self._ids = {word: number for number, word in enumerate(vocabulary)}
         self._model = library.BM25(**_PARAMETERS)
         self._model.nonoccurrence_array = None  # other forms of BM25 have one
         self._model.scores = {
-            "data": self._arrays["weights"],
-            "indices": self._arrays["rows"],
-            "indptr": self._arrays["offsets"],
+            "data": arrays["weights"],
+            "indices": arrays["rows"],
+            "indptr": arrays["offsets"],
             "num_docs": len(self),
         }
 
