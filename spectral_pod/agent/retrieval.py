@@ -18,6 +18,7 @@ one of l words where the mean is m, counts
 """
 
 import hashlib
+import logging
 import re
 import sys
 from array import array
@@ -192,6 +193,7 @@ def _bm25s() -> Any:
         import bm25s
     except ModuleNotFoundError as error:
         raise ConfigError("retrieval needs bm25s: pip install 'spectral-pod[rag]'") from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets its own to DEBUG
     return bm25s
 
 
