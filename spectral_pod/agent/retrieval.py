@@ -308,16 +308,27 @@ class Index:
 
 
 class Search:
-    """A model's tool `search`, which remembers what it found."""
+    """A model's tool `search`, which remembers what it found.
+
+    Attributes:
+      index: what is searched.
+      fault: why a search failed, such as a file that has changed; to the model it is a result.
+    """
 
     def __init__(self, index: Index, count: int = NUM_PASSAGES):
         """`count` is of the passages that a search gives, at most."""
         self.index, self._count = index, count
+        self.fault: UserError | None = None
         self._found: dict[bytes, list[Passage]] = {}
 
     def search(self, query: str) -> bytes:
         """The passages of the documents that have the words of a query."""
-        return self.remember([found.passage for found in self.index.find(query, self._count)])
+        try:
+            found = self.index.find(query, self._count)
+        except UserError as error:
+            self.fault = error
+            raise
+        return self.remember([one.passage for one in found])
 
     def remember(self, found: list[Passage]) -> bytes:
         """The result that shows these passages."""
@@ -367,8 +378,10 @@ def answer(trace: Trace, search: Search) -> Answer:
     that the documents do not say it.
 
     Raises:
-      UserError: there is no answer, or none such.
+      UserError: there is no answer, or none such; or a search failed.
     """
+    if search.fault:
+        raise search.fault
     found = cited(trace, search)
     if found.is_unknown or (found.passage and found.text and found.text in found.passage.data):
         return found

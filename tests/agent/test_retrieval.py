@@ -229,6 +229,18 @@ def test_an_answer_and_its_passage(documents, tmp_path):
     assert content[found.passage.start : found.passage.stop] == b"The code of Ada is 4711."
 
 
+def test_a_search_that_fails_is_no_answer(documents, tmp_path):
+    """To the model it is a result, from which it may go on; to the user it is what went wrong."""
+    write(documents, {"a.txt": b"Ada"})
+    search = searching(documents, tmp_path)
+    (documents / "a.txt").write_bytes(b"Bob")
+    script = steps(call('search {"query": "Ada"}'), answer("not in the documents"))
+    trace = Agent(Scripted(script), search.tools()).run(["?"])[0]
+    assert trace.turns[2].data.startswith(b"error: ")
+    with pytest.raises(DataError, match=r"a.txt has changed since it was indexed"):
+        retrieval.answer(trace, search)
+
+
 REFUSED = {
     "4711 [2]": r"'4711' is not in the passage that it names, .*b.txt:0-10;",
     "4712 [1]": r"'4712' is not in the passage that it names, .*a.txt",

@@ -274,9 +274,9 @@ class Rag(DrawnTask):
         questions = [Question(text, UNKNOWN.decode(), "", 0, 0) for text in asked]
         for index, document in enumerate(documents):
             file, start = os.path.join(folder, f"{index:04d}.txt"), 0
-            for line in document:
-                stop = start + len(line)
-                if (number := stated.get(line, -1)) >= 0:
+            for raw in document:
+                stop = start + len(raw)
+                if (number := stated.get(raw, -1)) >= 0:
                     fact = facts[number]
                     questions[number] = Question(asked[number], fact.value, file, start, stop)
                 start = stop + 1
