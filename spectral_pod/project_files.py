@@ -33,6 +33,7 @@ _Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 # Names that become parts of paths: of splits, and of a split's parts.
 _NAME = r"^[^/\\\x00.][^/\\\x00]{0,199}$"
 _Name = Annotated[str, pydantic.Field(pattern=_NAME)]
+_File = Annotated[str, pydantic.Field(pattern=r"^[^\x00]+$")]  # the path or URL of a file
 _PartName = Annotated[str, pydantic.Field(pattern="^[0-9]{5,18}$")]
 
 
@@ -184,6 +185,23 @@ class Export(_Closed):
     sha256: _Sha256
 
 
+class LeftOut(_Closed):
+    name: str
+    reason: str
+
+
+class PassageIndex(_Closed):
+    """INDEX/index.json, written last; see `agent/retrieval.py`."""
+
+    format: Literal["spectral_pod.passages/1"]
+    source: str  # what was indexed
+    passage_bytes: _Size  # of a passage, at most
+    files: Annotated[list[_File], pydantic.Field(min_length=1)]  # those with passages
+    left_out: list[LeftOut]  # files that are no text
+    passages: Annotated[int, pydantic.Field(ge=1, lt=2**31)]
+    sha256: _Sha256  # of passages.safetensors
+
+
 class TraceTurn(_Closed):
     """A turn of a trace; its bytes are `text` where they are UTF-8, and else `base64`."""
 
@@ -295,6 +313,9 @@ MANIFEST: Kind[Manifest] = Kind(Manifest, "delete the store to have it written a
 ITEM: Kind[Item] = Kind(Item, _WRITTEN_AGAIN)
 EXPORT: Kind[Export] = Kind(Export, "get or export the model again")
 PACK: Kind[Pack] = Kind(Pack, "copy it again from where the run was packed, or pack the run again")
+PASSAGES: Kind[PassageIndex] = Kind(
+    PassageIndex, "make the index again, in another folder: python -m tools.rag index"
+)
 TRACE: Kind[TraceLine] = Kind(TraceLine, "correct this line, or leave it out")
 START: Kind[Start] = Kind(Start, "")
 METRICS: Kind[dict[str, float]] = Kind(

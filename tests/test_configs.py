@@ -36,6 +36,7 @@ FORMS = {
     "memory": ["copy", "recall", "overwrite"],
     "mqar": ["zoology", "bytes"],
     "agent": ["tool", "direct"],
+    "rag": ["retrieved", "oracle", "none"],
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import pytest
 from etils import epath
 
 from spectral_pod import project_files
+from spectral_pod.agent import retrieval
 from spectral_pod.data import byte_store
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.errors import DataError, UserError
@@ -253,6 +254,17 @@ class Pack(Case):
         return {path.relative_to(workdir): raw for path, raw in trainer.contents(workdir).items()}
 
 
+class PassageIndex(Case):
+    def write(self, folder):
+        (folder.parent / "a.txt").write_text("the first words of a document")
+        retrieval.build(str(folder.parent / "a.txt"), str(folder))
+        return folder / "index.json"
+
+    def read(self):
+        index = retrieval.Index(str(self.folder))
+        return index.find("first words"), index.facts
+
+
 class ResultOfRun(Configuration):
     def write(self, folder):
         super().write(folder)
@@ -342,7 +354,9 @@ def exported_once():
     return folder
 
 
-CASES = (Configuration, Manifest, Note, SealOfStep, Pack, ResultOfRun, Metrics, Starts)
+CASES = (
+    Configuration, Manifest, Note, SealOfStep, Pack, PassageIndex, ResultOfRun, Metrics, Starts,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

@@ -42,6 +42,13 @@ def packed(data: bytes) -> str:
     return f"a file of {kind}; unpack it{named}"
 
 
+def wide(data: bytes) -> str:
+    """What text in UTF-16 or UTF-32 begins so, and what to do with it; "" if none does."""
+    marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "")
+    name = marked or ("utf-16" if _UNMARKED.match(data) else "")
+    return f"text in {name.upper()}; convert it to UTF-8" if name else ""
+
+
 def encode(text: str) -> bytes:
     """The original bytes of a decoded text: UTF-8, with invalid bytes escaped as surrogates.
 

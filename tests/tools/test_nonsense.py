@@ -41,6 +41,12 @@ COMMANDS = {
     "tools.pack": [["run", "--out=new"]],
     "tools.preflight": [[CONFIG, "--topology=cpu-2"]],
     "tools.profile": [[CONFIG, "--out=new"]],
+    "tools.rag": [
+        ["index", "text", "--out=new"],
+        ["search", "--index=new", "x"],
+        ["ask", "--index=new", "--workdir=run", "x"],
+        ["evaluate", "--workdir=run"],
+    ],
     "tools.records": [
         ["write", "--task=records", "--out=new", "--train=set.jsonl"],
         ["write", "--task=lm", "--out=new", "--source=text"],
@@ -61,7 +67,7 @@ COMMANDS = {
 LONG = {
     "tools.agent", "tools.analyze",
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
-    "tools.bench.slices", "tools.preflight", "tools.profile", "tools.sanity",
+    "tools.bench.slices", "tools.preflight", "tools.profile", "tools.rag", "tools.sanity",
     "tools.sweep", "tools.tune",
 }  # fmt: skip
 SHORT = {"tools.gke", "tools.status"}

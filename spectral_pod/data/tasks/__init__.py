@@ -13,6 +13,7 @@ from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.data.tasks.mqar import Mqar
 from spectral_pod.data.tasks.overwrite import Overwrite
 from spectral_pod.data.tasks.pathfinder import Pathfinder
+from spectral_pod.data.tasks.rag import Rag
 from spectral_pod.data.tasks.recall import Recall
 from spectral_pod.data.tasks.records import Records
 from spectral_pod.data.tasks.retrieval import Retrieval
@@ -35,6 +36,7 @@ TASKS: dict[str, type[StoredTask] | type[DrawnTask]] = {
     "overwrite": Overwrite,
     "mqar": Mqar,
     "agent": AgentTraces,
+    "rag": Rag,
 }
 
 

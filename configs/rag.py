@@ -1,0 +1,37 @@
+"""A small SpectralGPT that answers from passages of documents, by conversations with a search.
+
+    launch/local.sh --config=configs/rag.py --workdir=DIR
+    python -m tools.rag evaluate --workdir=DIR
+
+`:oracle` reads the one passage with the fact, `:none` no passage at all; both are to compare with.
+Facts, persons and documents are those of `spectral_pod/data/tasks/rag.py`: generated facts in files
+of Python's standard library, or of `--config.data.options.source=FOLDER`. Accuracy is that of
+symbols. None of this has been trained yet: what it costs, and how well it answers, is to be
+measured.
+"""
+
+from ml_collections import ConfigDict
+
+from spectral_pod.config import Config, default
+from spectral_pod.recipes import learning_rates, schedule
+
+SEQ_LEN = {"retrieved": 832, "oracle": 384, "none": 96}
+
+
+def get_config(form: str = "retrieved") -> Config:
+    if form not in SEQ_LEN:
+        raise ValueError(f"unknown form {form!r}; there are {list(SEQ_LEN)}")
+    c = default()
+    c.data.task = "rag"
+    c.data.options = ConfigDict({"passages": form})
+    c.data.seq_len = SEQ_LEN[form]
+    c.model.name = "spectral_gpt"
+    c.model.num_layers = 4
+    c.model.hidden_dim = 128
+    c.model.memory.head_dim = 64
+    c.model.memory.short_conv = 3
+    c.model.positions = "none"
+    c.train.global_batch_size = 32
+    schedule(c, total=4000, every=1000, warmup=200)
+    learning_rates(c, 3e-3)
+    return c
