@@ -376,7 +376,8 @@ def heights(tokens_BL: jax.Array) -> jax.Array:
     """
     is_open_BL = jnp.isin(tokens_BL, jnp.asarray(list(_OPERATORS)))
     is_close_BL = tokens_BL == _CLOSE
-    depth_1D = jnp.arange(tokens_BL.shape[1] // 2 + 2)[None]  # an operator and its `]` are two symbols
+    # An operator and its `]` are two symbols.
+    depth_1D = jnp.arange(tokens_BL.shape[1] // 2 + 2)[None]
 
     def step(carry: Any, at: Any) -> tuple[Any, jax.Array]:
         # Of the operators that are open, the highest argument so far, by their depth.
