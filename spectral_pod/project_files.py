@@ -68,6 +68,15 @@ class Run(_Closed):
     classes: NotRequired[list[str]]  # missing in workdirs of older versions
 
 
+class Origin(_Closed):
+    """The run whose parameters another one starts from."""
+
+    workdir: str
+    run: str  # its identity
+    step: _Count
+    differences: list[str]  # of the models, beside their parameters
+
+
 class Start(TypedDict):
     """A line of WORKDIR/starts.jsonl."""
 
@@ -80,6 +89,7 @@ class Start(TypedDict):
     jax: str
     operations: NotRequired[dict[str, str]]  # their methods; missing in lines of older versions
     reasons: NotRequired[dict[str, str]]  # why these methods
+    start_from: NotRequired[Origin]  # of a start from another run's parameters
 
 
 class Evaluation(_Open):
