@@ -212,6 +212,20 @@ class TraceLine(_Closed):
     note: NotRequired[str]  # the end in a sentence
 
 
+class Rejection(_Closed):
+    """FOLDER/asked.json: what a model was asked; see `tools/agent_reject.py`."""
+
+    run: _Sha256  # its identity
+    step: _Count
+    questions: _Count
+    samples: _Count
+    temperature: float
+    digits: _Count
+    batch: _Count
+    seed: int
+    generated: float
+
+
 def _has_step(line: Any) -> Any:
     step = line.get("step")
     if type(step) is not int or not 0 <= step < 2**63:
@@ -305,6 +319,7 @@ MANIFEST: Kind[Manifest] = Kind(Manifest, "delete the store to have it written a
 ITEM: Kind[Item] = Kind(Item, _WRITTEN_AGAIN)
 EXPORT: Kind[Export] = Kind(Export, "get or export the model again")
 PACK: Kind[Pack] = Kind(Pack, "copy it again from where the run was packed, or pack the run again")
+REJECTION: Kind[Rejection] = Kind(Rejection, "start again in another --out")
 TRACE: Kind[TraceLine] = Kind(TraceLine, "correct this line, or leave it out")
 START: Kind[Start] = Kind(Start, "")
 METRICS: Kind[dict[str, float]] = Kind(

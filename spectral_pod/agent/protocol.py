@@ -140,9 +140,7 @@ def written(turns: Iterable[Turn]) -> np.ndarray:
     return np.repeat(np.asarray(flags, bool), lengths)
 
 
-def example(
-    turns: Sequence[Turn], not_scored: Sequence[int] = ()
-) -> tuple[np.ndarray, np.ndarray]:
+def example(turns: Sequence[Turn], not_scored: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and labels of a conversation for training, int32 [n - 1].
 
     A label is the class of the next symbol, or NOT_SCORED where the model does not write it, and in
