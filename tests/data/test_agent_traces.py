@@ -24,6 +24,11 @@ def generated(count, **options):
     return [task.conversation("train", np.random.default_rng(i))[0] for i in range(count)]
 
 
+def right(count):
+    """Conversations without errors, which are scored whole."""
+    return generated(count, failing=0.0, mistaken=0.0)
+
+
 def sources(tmp_path, seq_len=320, **options):
     config = default()
     config.data.task, config.data.dir = "agent_traces", str(tmp_path / "data")
@@ -47,7 +52,7 @@ def rows(source, count):
 
 
 def test_examples_are_those_of_the_protocol(tmp_path):
-    conversations = generated(30, failing=0.0, mistaken=0.0)
+    conversations = right(30)
     file = write(tmp_path / "a.jsonl", conversations)
     source = sources(tmp_path, train=file, validation=file).evaluation("validation")["agent_traces"]
     assert source.num_records == 30
@@ -100,7 +105,7 @@ def test_questions_are_held_out_whole(tmp_path):
 
 
 def test_conversations_that_are_too_long(tmp_path):
-    file = write(tmp_path / "a.jsonl", generated(30))
+    file = write(tmp_path / "a.jsonl", right(30))
     with pytest.raises(
         DataError, match=r"longest conversation .* has \d+ tokens, more than config"
     ):
@@ -108,7 +113,7 @@ def test_conversations_that_are_too_long(tmp_path):
     cut = sources(tmp_path, seq_len=64, train=file, validation=file)
     cut.config.data.truncate = True
     source = cut.evaluation("validation")["agent_traces"]
-    for (tokens, labels), turns in zip(rows(source, 30), generated(30)):
+    for (tokens, labels), turns in zip(rows(source, 30), right(30)):
         for one, expected in zip((tokens, labels), protocol.example(turns)):
             np.testing.assert_array_equal(one[:64], expected[:64][: len(one)])
         assert len(tokens) == min(64, len(protocol.example(turns)[0]))

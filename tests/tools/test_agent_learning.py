@@ -265,7 +265,7 @@ def run(*arguments, code=0):
 def test_evaluation_rejection_and_further_training(tmp_path):
     """A tiny model that has learned to repeat letters learns from its own conversations."""
     agent = ("data.task=agent", "data.options.plain=1.0", "data.options.digits=1",
-             "data.seq_len=160", "model.hidden_dim=32", "train.total_steps=300",
+             "data.seq_len=240", "model.hidden_dim=32", "train.total_steps=300",
              "train.eval_every_steps=100", "checkpoint.every_steps=100", "train.eval_records=32",
              "train.eval_split=validation", "train.global_batch_size=16", "optimizer.average=0.9",
              "train.sample_bytes=0", "model.name=spectral_gpt", "data.truncate=False",

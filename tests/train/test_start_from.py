@@ -16,7 +16,7 @@ from tests import trainer
 from tests.tiny_run import tiny_config, write_run
 
 OVERRIDES = {
-    "data.task": "copy", "data.options": {"length": 4, "vocab_size": 8}, "data.seq_len": 32,
+    "data.task": "copy", "data.options": {"length": 4}, "data.seq_len": 32,
     "model.num_layers": 1, "train.total_steps": 3, "train.global_batch_size": 4,
     "train.eval_batch_size": 4, "train.eval_records": 4, "train.eval_split": "validation",
     "train.sample_bytes": 0, "train.eval_every_steps": 3, "checkpoint.every_steps": 3,
