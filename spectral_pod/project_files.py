@@ -68,7 +68,7 @@ class Run(_Closed):
     classes: NotRequired[list[str]]  # missing in workdirs of older versions
 
 
-class Origin(_Closed):
+class Origin(TypedDict):
     """The run whose parameters another one starts from."""
 
     workdir: str
@@ -212,7 +212,7 @@ class TraceLine(_Closed):
     note: NotRequired[str]  # the end in a sentence
 
 
-class Rejection(_Closed):
+class Rejection(TypedDict):
     """FOLDER/asked.json: what a model was asked; see `tools/agent_reject.py`."""
 
     run: _Sha256  # its identity

@@ -46,6 +46,7 @@ class TraceFiles(StoredTask):
     objective = objectives.LabelledPositions
     num_classes = protocol.NUM_CLASSES
 
+    seed: int = 0  # of the hash that decides which questions are held out
     train: Source = ""  # a file, a folder or a glob
     validation: Source = ""  # likewise; "" holds out a part of the conversations for training
     test: Source = ""  # likewise; no such split without files
@@ -81,7 +82,7 @@ class TraceFiles(StoredTask):
             for turns in _conversations(formats.files(source)):
                 progress.add()
                 symbols = protocol.encode(turns).astype(_SYMBOL).tobytes()
-                if split == "train" and not self.validation and _is_held_out(turns[0]):
+                if split == "train" and not self.validation and self._is_held_out(turns[0]):
                     splits["validation"].append(Record(symbols, 0))
                 else:
                     records.append(Record(symbols, 0))
@@ -95,6 +96,11 @@ class TraceFiles(StoredTask):
         described = {s: origin.describe(formats.files(x)) for s, x in self.sources.items()}
         provenance = {"task": self.name, "sources": described}
         byte_store.write(path, splits, classes=("conversation",), provenance=provenance)
+
+    def _is_held_out(self, question: Turn) -> bool:
+        digest = hashlib.blake2b(b"%d/" % self.seed, digest_size=8)
+        digest.update(question.data)
+        return int.from_bytes(digest.digest(), "little") % _HELD_OUT == 0
 
     def check(self, store: byte_store.ByteStore) -> None:
         """See `StoredTask.check`."""
@@ -185,8 +191,3 @@ def _conversations(files: list[str]) -> Iterator[tuple[Turn, ...]]:
                     f"{file}: conversation {number} does not end with an answer; leave it out"
                 )
             yield trace.turns
-
-
-def _is_held_out(question: Turn) -> bool:
-    digest = hashlib.blake2b(question.data, digest_size=8).digest()
-    return int.from_bytes(digest, "little") % _HELD_OUT == 0
