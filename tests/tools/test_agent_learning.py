@@ -26,20 +26,12 @@ SUM = Question(b"what is 41+2?", b"43", "addition", "41+2", 2)
 WORD = Question(b"repeat abc", b"abc", "repeat", "", 0)
 
 
-def said(role, text):
-    return Turn(Role(role), text.encode())
-
-
 def conversation(question, *turns, end="answered"):
     """Turns from strings such as "call: x"; what has no role is an answer."""
     found = [Turn(Role.USER, question.text)]
     for turn in turns:
-        role, _, text = (
-            turn.rpartition(": ") if turn.startswith(("call", "result")) else ("", "", turn)
-        )
-        if turn.startswith("result: error"):
-            role, text = "result", turn.removeprefix("result: ")
-        found.append(said(role or "answer", text))
+        role, colon, text = turn.partition(": ")
+        found.append(Turn(Role(role), text.encode()) if colon else answer(turn))
     return Trace(tuple(found), end)
 
 
