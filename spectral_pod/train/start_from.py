@@ -34,9 +34,9 @@ def parameters(config: Config, abstract_params: Any) -> tuple[Any, project_files
       float32 parameters, and what is recorded about where they are from.
 
     Raises:
-      ConfigError: there is no run, or its model has parameters of other names or shapes; or the
-        processes see different runs.
-      CheckpointError: it has no sound checkpoint.
+      ConfigError: there is no run, or the processes see different ones.
+      CheckpointError: it has no sound checkpoint, or its model has parameters of other names or
+        shapes.
       NonFiniteError: a parameter is NaN or infinite.
     """
     workdir = storage.place(config.train.start_from, _FIELD)

@@ -56,9 +56,9 @@ def init_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh, seed:
 def state_of(params: Any, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
     """The state of step 0 of given parameters, which it does not share memory with."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # A result of a program that is its argument would be the same memory, and perhaps twice.
 
     def start(params: Any) -> TrainState:
+        # A result of a program that is its argument would be the same memory, and perhaps twice.
         return _initial(jax.tree.map(jnp.copy, params), tx)
 
     return jax.jit(start, out_shardings=shardings)(params)
