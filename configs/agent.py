@@ -5,8 +5,13 @@
 
 `:direct` is the same without the tool: every question is answered at once. The numbers of
 validation are in ranges that training does not have (`spectral_pod/data/tasks/agent.py`). Accuracy
-is that of symbols; exact answers are what `tools.agent --batch` gives. Neither has been measured
+is that of symbols; exact answers are what `tools.agent_evaluate` counts. Neither has been measured
 yet.
+
+`:traces` trains such a model further, on files of traces (docs/agents.md):
+
+    launch/local.sh --config=configs/agent.py:traces --workdir=NEW \\
+        --config.train.start_from=DIR --config.data.options.train='traces/*.jsonl'
 """
 
 from ml_collections import ConfigDict
@@ -14,15 +19,15 @@ from ml_collections import ConfigDict
 from spectral_pod.config import Config, default
 from spectral_pod.recipes import learning_rates, schedule
 
-SEQ_LEN = {"tool": 320, "direct": 64}
+SEQ_LEN = {"tool": 320, "direct": 64, "traces": 320}
 
 
 def get_config(form: str = "tool") -> Config:
     if form not in SEQ_LEN:
         raise ValueError(f"unknown form {form!r}; there are {list(SEQ_LEN)}")
     c = default()
-    c.data.task = "agent"
-    c.data.options = ConfigDict({"tool": form == "tool"})
+    c.data.task = "agent_traces" if form == "traces" else "agent"
+    c.data.options = ConfigDict() if form == "traces" else ConfigDict({"tool": form == "tool"})
     c.data.seq_len = SEQ_LEN[form]
     c.model.name = "spectral_gpt"
     c.model.num_layers = 4
@@ -31,6 +36,11 @@ def get_config(form: str = "tool") -> Config:
     c.model.memory.short_conv = 3
     c.model.positions = "none"
     c.train.global_batch_size = 32
+    if form == "traces":
+        c.train.eval_split = "validation"
+        schedule(c, total=500, every=100, warmup=50)
+        learning_rates(c, 3e-4)
+        return c
     schedule(c, total=4000, every=1000, warmup=200)
     learning_rates(c, 3e-3)
     return c

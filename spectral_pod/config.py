@@ -25,7 +25,7 @@ from spectral_pod.layers.architecture import ModelConfig
 from spectral_pod.layers.feed_forward import CHANNEL_MIXERS
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.layers.patching import Patches
-from spectral_pod.storage import Folder, LocalFolder
+from spectral_pod.storage import Folder, LocalFolder, Source
 
 
 @dataclasses.dataclass
@@ -93,6 +93,8 @@ class OptimizerConfig:
 @dataclasses.dataclass
 class TrainConfig:
     total_steps: Positive = 1000  # optimizer steps
+    # The workdir of a run whose newest parameters are the initial ones; "": they are random.
+    start_from: Source = ""
     global_batch_size: Positive = 32  # records per optimizer step, over all devices
     grad_accumulation: Positive = 1  # micro-batches per optimizer step
     label_smoothing: Fraction = 0.0  # weight of the uniform distribution in the labels

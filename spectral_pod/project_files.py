@@ -69,6 +69,15 @@ class Run(_Closed):
     classes: NotRequired[list[str]]  # missing in workdirs of older versions
 
 
+class Origin(TypedDict):
+    """The run whose parameters another one starts from."""
+
+    workdir: str
+    run: str  # its identity
+    step: _Count
+    differences: list[str]  # of the models, beside their parameters
+
+
 class Start(TypedDict):
     """A line of WORKDIR/starts.jsonl."""
 
@@ -81,6 +90,7 @@ class Start(TypedDict):
     jax: str
     operations: NotRequired[dict[str, str]]  # their methods; missing in lines of older versions
     reasons: NotRequired[dict[str, str]]  # why these methods
+    start_from: NotRequired[Origin]  # of a start from another run's parameters
 
 
 class Evaluation(_Open):
@@ -220,6 +230,20 @@ class TraceLine(_Closed):
     note: NotRequired[str]  # the end in a sentence
 
 
+class Rejection(TypedDict):
+    """FOLDER/asked.json: what a model was asked; see `tools/agent_reject.py`."""
+
+    run: _Sha256  # its identity
+    step: _Count
+    questions: _Count
+    samples: _Count
+    temperature: float
+    digits: _Count
+    batch: _Count
+    seed: int
+    generated: float
+
+
 def _has_step(line: Any) -> Any:
     step = line.get("step")
     if type(step) is not int or not 0 <= step < 2**63:
@@ -316,6 +340,7 @@ PACK: Kind[Pack] = Kind(Pack, "copy it again from where the run was packed, or p
 PASSAGES: Kind[PassageIndex] = Kind(
     PassageIndex, "make the index again, in another folder: python -m tools.rag index"
 )
+REJECTION: Kind[Rejection] = Kind(Rejection, "start again in another --out")
 TRACE: Kind[TraceLine] = Kind(TraceLine, "correct this line, or leave it out")
 START: Kind[Start] = Kind(Start, "")
 METRICS: Kind[dict[str, float]] = Kind(

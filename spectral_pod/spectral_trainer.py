@@ -14,7 +14,7 @@ import pyarrow.parquet
 from etils import epath
 
 from spectral_pod import config as config_lib
-from spectral_pod import fields, project_files
+from spectral_pod import fields, project_files, storage
 from spectral_pod.api import Model, SpectralModel
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import NonNegativeFloat, Positive, shown
@@ -51,6 +51,7 @@ class SpectralTrainer:
         spectral_loss_weight: float = 0.0,
         batch_size: int = 32,
         workdir: str = "",
+        start_from: str = "",
     ):
         """A training of `model`, whose configuration is copied.
 
@@ -66,6 +67,8 @@ class SpectralTrainer:
           batch_size: records, or windows of a language model, in a step.
           workdir: a folder or a gs:// URL; a temporary folder by default. A training that was
             interrupted goes on in its workdir.
+          start_from: the workdir of a run of a model of the same sizes, whose parameters are
+            trained further; by default they are random.
 
         Raises:
           ConfigError: the model has been trained, or an argument is out of its range.
@@ -74,7 +77,10 @@ class SpectralTrainer:
         if not isinstance(model, Model):
             raise ConfigError(f"model is {shown(model)}; it must be a model of spectral_pod")
         if model.is_trained:
-            raise ConfigError("model has been trained; make a new one, which starts from its seed")
+            raise ConfigError(
+                "model has been trained; make a new one, which starts from its seed, or from a "
+                "run's parameters with start_from=WORKDIR"
+            )
         fields.check(NonNegativeFloat, spectral_loss_weight, "spectral_loss_weight")
         fields.check(NonNegativeFloat, learning_rate, "learning_rate")
         fields.check(Positive, batch_size, "batch_size")
@@ -94,6 +100,8 @@ class SpectralTrainer:
         self.config.optimizer.dynamics_learning_rate = float(learning_rate)
         self.config.model.consistency_weight = float(spectral_loss_weight)
         self.config.train.global_batch_size = batch_size
+        if start_from:
+            self.config.train.start_from = storage.place(start_from, "start_from")
         self.config.train.eval_split = "validation"
 
     def _source(self, dataset: str | Sequence[Any], split: str) -> str:

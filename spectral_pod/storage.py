@@ -282,7 +282,7 @@ class Place(NamedTuple):
 
 Folder = Annotated[str, Place()]
 LocalFolder = Annotated[str, Place(local=True)]
-Source = Annotated[str, Place(optional=True)]  # files to read, or a glob
+Source = Annotated[str, Place(optional=True)]  # what to read: files, a glob, or a workdir
 
 
 def place(text: Any, flag: str, *, root: bool = False, local: bool = False) -> str:

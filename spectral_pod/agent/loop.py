@@ -126,6 +126,12 @@ class Agent:
         """A conversation over several questions."""
         return Chat(self)
 
+    def results(self, calls: Sequence[tuple[int, bytes]], seconds: float) -> list[bytes]:
+        """The results of calls that are made at the same position, each by the conversation with
+        the given index; `seconds` are left.
+        """
+        return self.tools.call([call for _, call in calls], seconds=seconds)
+
     def begin(self, talks: Sequence["_Conversation"]) -> Stream:
         """The stream of new conversations, whose last symbol so far is still to be read."""
         symbols = [talk.given[:-1] for talk in talks]
@@ -167,6 +173,7 @@ class _Conversation:
     """One conversation.
 
     Attributes:
+      index: among those of its batch.
       turns: those that have ended.
       given: symbols that the model has still to read, before it writes again.
       call: one that is to be run.
@@ -178,7 +185,7 @@ class _Conversation:
         self.given: list[int] = []
         self.call: bytes | None = None
         self.end, self.note = "", ""
-        self._agent, self._index = agent, index
+        self._agent, self.index = agent, index
         self._role: Role | None = None  # of the turn that the model is writing
         self._data = bytearray()
         self._length = 0  # symbols of the transcript
@@ -225,7 +232,7 @@ class _Conversation:
     def _add(self, turn: Turn, length: int) -> None:
         self.turns.append(turn)
         self._length += length
-        self._agent.listener(self._index, turn)
+        self._agent.listener(self.index, turn)
 
     def _write(self, symbol: int) -> None:
         """A symbol that the model wrote."""
@@ -276,11 +283,11 @@ def _converse(agent: Agent, talks: Sequence[_Conversation], stream: Stream | Non
         for talk, heard in zip(talks, stream.go_on(given, is_live)):
             if talk.is_live:
                 talk.hear(*heard)
-        calls = [(talk, talk.call) for talk in talks if talk.is_live and talk.call is not None]
-        if calls:
-            left = deadline - time.monotonic()
-            results = agent.tools.call([call for _, call in calls], seconds=left)
-            for (talk, _), result in zip(calls, results):
+        calling = [talk for talk in talks if talk.is_live and talk.call is not None]
+        if calling:
+            calls = [(talk.index, talk.call or b"") for talk in calling]
+            results = agent.results(calls, deadline - time.monotonic())
+            for talk, result in zip(calling, results):
                 talk.answer_call(result)
         if time.monotonic() > deadline:
             for talk in talks:

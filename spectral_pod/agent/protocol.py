@@ -140,14 +140,19 @@ def written(turns: Iterable[Turn]) -> np.ndarray:
     return np.repeat(np.asarray(flags, bool), lengths)
 
 
-def example(turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
+def example(turns: Sequence[Turn], not_scored: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and labels of a conversation for training, int32 [n - 1].
 
-    A label is the class of the next symbol, or NOT_SCORED where the model does not write it.
+    A label is the class of the next symbol, or NOT_SCORED where the model does not write it, and in
+    the turns with the indices `not_scored`.
 
     Raises:
       DataError: see `encode`.
     """
     symbols = encode(turns)
     classes = np.where(symbols < 256, symbols, symbols - END + 256)
-    return symbols[:-1], np.where(written(turns), classes, NOT_SCORED)[1:].astype(np.int32)
+    labels = np.where(written(turns), classes, NOT_SCORED)
+    ends = np.cumsum([0, *(len(symbols_of(turn)) for turn in turns)])
+    for index in not_scored:
+        labels[ends[index] : ends[index + 1]] = NOT_SCORED
+    return symbols[:-1], labels[1:].astype(np.int32)

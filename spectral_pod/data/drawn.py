@@ -48,7 +48,7 @@ class Drawn:
                 f"config.data.seq_len is {seq_len}; with these config.data.options examples have "
                 f"up to {max_length} tokens: raise it, or ask for shorter ones"
             )
-        self._draw, self._seed, self._split = draw, seed, SPLITS.index(split)
+        self._draw, self._seed, self._split = draw, seed, split
         self._repeat = repeat
         self.batch_size, self.seq_len, self.num_records = batch_size, seq_len, num_records
 
@@ -77,5 +77,10 @@ class Drawn:
 
     def draw(self, record: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels int32 [n] of one example; -1 is the label of what is not scored."""
-        key = np.random.SeedSequence(entropy(self._seed), spawn_key=(self._split, record))
-        return self._draw(np.random.default_rng(key))
+        return self._draw(generator(self._seed, self._split, record))
+
+
+def generator(seed: int, split: str, record: int) -> np.random.Generator:
+    """The random numbers of an example."""
+    key = np.random.SeedSequence(entropy(seed), spawn_key=(SPLITS.index(split), record))
+    return np.random.default_rng(key)

@@ -152,6 +152,16 @@ class SealedSteps:
         self._check_number(step, state)
         return state["opt_state"]["average"] if averaged else state["params"]
 
+    def newest_params(self, abstract_params: Any, *, averaged: bool = False) -> tuple[int, Any]:
+        """The newest sound step, and its parameters: see `restore_params`. All processes must call
+        it.
+
+        Raises:
+          CheckpointError: there is no sound step, or see `restore_params`.
+        """
+        step = self._agree(self.choose)
+        return step, self.restore_params(step, abstract_params, averaged=averaged)
+
     def _check_number(self, step: int, state: Any) -> None:
         """Compares the step that a state is of, if it says that, with the name of its folder."""
         held = int(_named_leaves(state).get("step", step))

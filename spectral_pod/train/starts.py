@@ -145,12 +145,17 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_start(
-    workdir: str, mesh: Mesh, step: int, operations: Mapping[str, tuple[str, str]]
+    workdir: str,
+    mesh: Mesh,
+    step: int,
+    operations: Mapping[str, tuple[str, str]],
+    origin: project_files.Origin | None = None,
 ) -> list[str]:
     """Appends to `starts.jsonl`; returns messages on what has changed since the last start.
 
     Args:
       operations: the method of each operation, and why it was chosen.
+      origin: where the parameters are from, if they were read from another run now.
     """
     if not runtime.is_leader():
         return []
@@ -170,6 +175,8 @@ def record_start(
         "operations": {name: method for name, (method, _) in operations.items()},
         "reasons": {name: reason for name, (_, reason) in operations.items()},
     }
+    if origin is not None:
+        start["start_from"] = origin
     lines = [json.dumps(line) + "\n" for line in (*log.lines, start)]
     storage.write_whole(file, "".join(lines))
     if not log.lines:

@@ -53,6 +53,17 @@ def init_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh, seed:
         return jax.jit(init, out_shardings=shardings)(random_key(seed))
 
 
+def state_of(params: Any, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """The state of step 0 of given parameters, which it does not share memory with."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+    def start(params: Any) -> TrainState:
+        # A result of a program that is its argument would be the same memory, and perhaps twice.
+        return _initial(jax.tree.map(jnp.copy, params), tx)
+
+    return jax.jit(start, out_shardings=shardings)(params)
+
+
 def _initial(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 

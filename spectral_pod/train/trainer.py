@@ -13,7 +13,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from spectral_pod import config as config_lib
-from spectral_pod import models
+from spectral_pod import models, project_files
 from spectral_pod.config import Config
 from spectral_pod.data import pipeline
 from spectral_pod.errors import NonFiniteError, Preempted
@@ -24,7 +24,7 @@ from spectral_pod.parallel import runtime
 from spectral_pod.parallel.mesh import on_mesh
 from spectral_pod.parallel.sharding import batch_sharding
 from spectral_pod.shapes import PAD
-from spectral_pod.train import examples, starts
+from spectral_pod.train import examples, start_from, starts
 from spectral_pod.train.evaluate import evaluate
 from spectral_pod.train.goodput import Stopwatch
 from spectral_pod.train.optim import evaluated, make_optimizer
@@ -32,7 +32,7 @@ from spectral_pod.train.probes import Prober
 from spectral_pod.train.profile import Profiler
 from spectral_pod.train.progress import BadStepError, Progress
 from spectral_pod.train.sources import Sources
-from spectral_pod.train.state import abstract_state, init_state
+from spectral_pod.train.state import abstract_state, init_state, state_of
 from spectral_pod.train.step import abstract_batch, jit_eval_step, jit_train_step
 from spectral_pod.train.watchdog import Watchdog
 from spectral_pod.train.writers import MetricWriter
@@ -86,6 +86,7 @@ class Trainer:
         self.eval_step = jit_eval_step(self.model, sources.objective, mesh, self.abstract)
         self.prober: Prober | None = None
         self.state: Any = None
+        self.origin: project_files.Origin | None = None  # of its parameters, if read from a run
         self.step = 0
         self._num_rollbacks: dict[int, int] = collections.Counter()  # by the step restored
 
@@ -99,10 +100,15 @@ class Trainer:
         return self.state is not None
 
     def initialize(self) -> None:
-        """Initializes the state of step 0."""
-        config = self.config
-        self.state = init_state(self.model, self.optimizer.tx, self.mesh, config.seed)
-        if config.train.on_bad_step == "rollback":
+        """Initializes the state of step 0: at random, or from another run's parameters."""
+        config, tx = self.config, self.optimizer.tx
+        if config.train.start_from:
+            params, self.origin = start_from.parameters(config, self.abstract.params)
+            with on_mesh(self.mesh):
+                self.state = state_of(params, tx, self.abstract)
+        else:
+            self.state = init_state(self.model, tx, self.mesh, config.seed)
+        if config.train.start_from or config.train.on_bad_step == "rollback":
             self.checkpointer.save(0, self.state, None)  # so that there is a step to go back to
 
     def report_start(self) -> None:
@@ -113,7 +119,11 @@ class Trainer:
             f"{self.config.model.name}: {self.num_params:,} parameters, starting at step "
             f"{self.step}" + "".join(operations)
         )
-        for change in starts.record_start(self.workdir, self.mesh, self.step, self.operations):
+        if self.origin is not None:
+            runtime.print_once(start_from.report(self.origin))
+        for change in starts.record_start(
+            self.workdir, self.mesh, self.step, self.operations, self.origin
+        ):
             runtime.print_once(change)
 
     @contextlib.contextmanager

@@ -73,6 +73,15 @@ def test_ops(tmp_path):
             marks=pytest.mark.slow,
         ),  # and four forms of a decoder
         pytest.param(
+            "agent",
+            {
+                "byte_of_turn_8192_vs_512",
+                "byte_of_turn_passing_8192_vs_512",
+                "reading_again_vs_turn_8192",
+            },
+            marks=pytest.mark.slow,
+        ),  # which compiles decoders for several lengths
+        pytest.param(
             "gpu",
             {
                 "causal_error_bfloat16",

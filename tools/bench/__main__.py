@@ -1,4 +1,4 @@
-"""Benchmarks: python -m tools.bench ops|step|generate|data|checkpoint|kernels|gpu [--json=FILE]
+"""Benchmarks: python -m tools.bench NAME [--json=FILE]
 
     python -m tools.bench ops --filter='delta|causal' --repeats=15
     python -m tools.bench ops --peers=DIR/bin/python     compared with PyTorch (tools/peers)
@@ -29,7 +29,7 @@ from spectral_pod.fields import Positive, PositiveFloat
 
 from .. import shell
 
-BENCHMARKS = ("ops", "step", "generate", "data", "checkpoint", "kernels", "gpu")
+BENCHMARKS = ("ops", "step", "generate", "agent", "data", "checkpoint", "kernels", "gpu")
 
 
 def main(argv: Sequence[str]) -> int:

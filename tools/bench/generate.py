@@ -7,7 +7,7 @@ without long convolutions, an upper bound. Group: decode.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import flax.linen as nn
@@ -42,7 +42,7 @@ def _decode(layers: int, width: int, short: int, long: int, stages: int) -> Comp
         shape = f"layers={layers} D={width} N={length}"
         return Case(name, what, shape, run, "", work={"bytes": timed})
 
-    model = functools.partial(_Model, layers, width)
+    model = functools.partial(Model, layers, width)
     shorter, longer = short - 2 * BLOCK, long - 2 * BLOCK  # without the prompt and a first block
     without = _with(_NoConvolution, model, short, shorter)
     cases = [
@@ -95,11 +95,13 @@ def _decode(layers: int, width: int, short: int, long: int, stages: int) -> Comp
     )
 
 
-class _Model:
+class Model:
     """The model for N positions with one form of long convolution, and some parameters.
 
     They are drawn without a program that initializes them, as no time depends on their values.
     """
+
+    sizes: ClassVar[dict[str, int]] = {"num_classes": _NUM_CLASSES}
 
     def __init__(self, layers: int, width: int, length: int, form: str = "hyena"):
         config: Any = config_lib.default()
@@ -108,7 +110,7 @@ class _Model:
         fields = {"name": "spectral_gpt", "num_layers": layers, "hidden_dim": width}
         fields |= {"pattern": pattern, "dtype": "float32", "positions": "none"}
         config.update_from_flattened_dict({f"model.{k}": v for k, v in fields.items()})
-        self.module = models.build(config, seq_len=length, num_classes=_NUM_CLASSES, decoding=True)
+        self.module = models.build(config, seq_len=length, decoding=True, **self.sizes)
         tokens_BL = jnp.zeros((1, BLOCK), jnp.int32)
         init = functools.partial(self.module.init, jax.random.key(0), tokens_BL, tokens_BL == 0)
         shapes = nn.unbox(jax.eval_shape(init)["params"])

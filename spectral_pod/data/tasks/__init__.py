@@ -5,6 +5,7 @@ from typing import Any
 
 from spectral_pod import fields
 from spectral_pod.data.tasks.agent import AgentTraces
+from spectral_pod.data.tasks.agent_traces import TraceFiles
 from spectral_pod.data.tasks.content_type import ContentType
 from spectral_pod.data.tasks.copy import Copy
 from spectral_pod.data.tasks.dna import Dna
@@ -37,6 +38,7 @@ TASKS: dict[str, type[StoredTask] | type[DrawnTask]] = {
     "mqar": Mqar,
     "agent": AgentTraces,
     "rag": Rag,
+    "agent_traces": TraceFiles,
 }
 
 

@@ -17,6 +17,7 @@ to ask that are in `HELD_OUT_QUESTIONS` only in those of test.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,9 +32,26 @@ QUESTIONS = (
     "what is {a} {op} {b}?", "calculate {a}{op}{b}", "{a} {op} {b} =", "how much is {a}{op}{b}?",
 )  # fmt: skip
 HELD_OUT_QUESTIONS = ("please tell me {a} {op} {b}", "I need the value of {a}{op}{b}")
-_FAILURES = ("error: it did not end within 10 s", "error: ConnectionError", "error: OSError: busy")
+FAILURES = ("error: it did not end within 10 s", "error: ConnectionError", "error: OSError: busy")
+_KINDS = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _MAX_WORD = 8
+
+
+class Question(NamedTuple):
+    """A question with its answer.
+
+    Attributes:
+      kind: "addition", "subtraction", "multiplication"; without a tool "digits" and "repeat".
+      expression: what the tool is to calculate; "" where no tool is needed.
+      digits: of the longer number; 0 where there is none.
+    """
+
+    text: bytes
+    answer: bytes
+    kind: str
+    expression: str
+    digits: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +89,7 @@ class AgentTraces(DrawnTask):
         turns = [Turn(Role.USER, question.encode())]
         if self.tool:
             turns += _tried(_called(f"({expression}"))
-            turns += [_called(expression), Turn(Role.RESULT, max(_FAILURES, key=len).encode())]
+            turns += [_called(expression), Turn(Role.RESULT, max(FAILURES, key=len).encode())]
             turns += _tried(_called(expression))
         turns += [Turn(Role.ANSWER, calculator.calculate(expression).encode())]
         word = "x" * _MAX_WORD
@@ -86,33 +104,35 @@ class AgentTraces(DrawnTask):
         """See `DrawnTask.drawer`."""
         return functools.partial(self._example, split)
 
-    def conversation(self, split: str, rng: np.random.Generator) -> tuple[list[Turn], int | None]:
-        """The turns of a conversation, and the index of a call that is a mistake."""
+    def question(self, split: str, rng: np.random.Generator) -> Question:
+        """A question of a split."""
         if rng.random() < self.plain:
-            return _plain(rng), None
+            return _plain(rng)
         first, second = self._numbers(split, rng)
         sign = str(rng.choice(list("+-*")))
         asked = HELD_OUT_QUESTIONS if split == "test" else QUESTIONS
-        question = str(rng.choice(asked)).format(a=first, op=sign, b=second)
-        expression, mistake = f"{first}{sign}{second}", None
-        turns = [Turn(Role.USER, question.encode())]
-        if self.tool:
+        text = str(rng.choice(asked)).format(a=first, op=sign, b=second)
+        expression = f"{first}{sign}{second}"
+        answer, digits = calculator.calculate(expression), len(str(max(first, second)))
+        return Question(text.encode(), answer.encode(), _KINDS[sign], expression, digits)
+
+    def conversation(self, split: str, rng: np.random.Generator) -> tuple[list[Turn], int | None]:
+        """The turns of a conversation, and the index of a call that is a mistake."""
+        question, mistake = self.question(split, rng), None
+        expression, turns = question.expression, [Turn(Role.USER, question.text)]
+        if self.tool and expression:
             if rng.random() < self.mistaken:
                 mistake = len(turns)
                 turns += _tried(_called(_wrong(expression, rng)))
             if rng.random() < self.failing:
-                failure = str(rng.choice(_FAILURES))
+                failure = str(rng.choice(FAILURES))
                 turns += [_called(expression), Turn(Role.RESULT, failure.encode())]
             turns += _tried(_called(expression))
-        return [*turns, Turn(Role.ANSWER, calculator.calculate(expression).encode())], mistake
+        return [*turns, Turn(Role.ANSWER, question.answer)], mistake
 
     def _example(self, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         turns, mistake = self.conversation(split, rng)
-        tokens, labels = protocol.example(turns)
-        if mistake is not None:
-            start, stop = (len(protocol.encode(turns[:n])) for n in (mistake, mistake + 1))
-            labels[start - 1 : stop - 1] = protocol.NOT_SCORED
-        return tokens, labels
+        return protocol.example(turns, not_scored=() if mistake is None else (mistake,))
 
     def _numbers(self, split: str, rng: np.random.Generator) -> tuple[int, int]:
         """Two numbers, of which the first is in the ranges of the split."""
@@ -153,15 +173,15 @@ def _wrong(expression: str, rng: np.random.Generator) -> str:
     return str(rng.choice([f"({expression}", f"{expression})", f"{expression}="]))
 
 
-def _plain(rng: np.random.Generator) -> list[Turn]:
-    """A conversation without anything to calculate."""
+def _plain(rng: np.random.Generator) -> Question:
+    """A question without anything to calculate."""
     if rng.random() < 0.5:
         first, second = (int(x) for x in rng.integers(10, size=2))
-        question = str(rng.choice(QUESTIONS)).format(a=first, op="+", b=second)
-        return [Turn(Role.USER, question.encode()), Turn(Role.ANSWER, str(first + second).encode())]
+        text = str(rng.choice(QUESTIONS)).format(a=first, op="+", b=second)
+        return Question(text.encode(), str(first + second).encode(), "digits", "", 1)
     letters = rng.choice(list(_LETTERS), size=rng.integers(1, _MAX_WORD + 1))
     word = "".join(letters)
-    return [Turn(Role.USER, _repeat(word)), Turn(Role.ANSWER, word.encode())]
+    return Question(_repeat(word), word.encode(), "repeat", "", 0)
 
 
 def _repeat(word: str) -> bytes:

@@ -1,0 +1,85 @@
+"""What the tools that ask agents generated questions share: the questions, with their answers, and
+conversations in which a tool fails at its first call.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from spectral_pod.agent.loop import Agent, Limits
+from spectral_pod.agent.tools import Tools, calculator
+from spectral_pod.agent.traces import Trace
+from spectral_pod.agent.writer import GREEDY, ModelWriter
+from spectral_pod.data import tasks
+from spectral_pod.data.drawn import generator
+from spectral_pod.data.tasks.agent import FAILURES, AgentTraces, Question
+from spectral_pod.generate.restore import Trained
+from spectral_pod.generate.sampling import Sampling
+
+_CALLS = 8  # of tools in a conversation, at most
+_SECONDS = 1e9  # for a batch: what is found is not to depend on the machine
+
+
+def task_of(trained: Trained, digits: int | None) -> AgentTraces:
+    """The task `agent` whose questions a model is asked: that of its run.
+
+    A run of `agent_traces` has learned from conversations alone, and is asked as by default.
+
+    Args:
+      digits: of a number, at most, in place of the task's own.
+    """
+    data = trained.config.data
+    task = tasks.make(data.task, data.options)
+    asked = task if isinstance(task, AgentTraces) else AgentTraces()
+    return dataclasses.replace(asked, digits=digits) if digits else asked
+
+
+def questions_of(task: AgentTraces, split: str, seed: int, records: range) -> list[Question]:
+    """The questions of these examples of a split; those of a run's seed are its own."""
+    return [task.question(split, generator(seed, split, record)) for record in records]
+
+
+def converse(
+    trained: Trained,
+    task: AgentTraces,
+    questions: Sequence[Question],
+    failures: Sequence[str],
+    *,
+    seed: int = 0,
+    sampling: Sampling = GREEDY,
+) -> list[Trace]:
+    """A conversation about each of the questions, in one batch.
+
+    Args:
+      failures: of each conversation what its first call has as its result; "" is the tool's own.
+      seed: of what is sampled.
+    """
+    agent = _Failing(
+        ModelWriter(trained, sampling=sampling, seed=seed),
+        Tools(calculator) if task.tool else Tools(),
+        failures=failures,
+        limits=Limits(_CALLS, trained.config.data.seq_len, _SECONDS),
+    )
+    return agent.run([question.text for question in questions])
+
+
+def failure(number: int) -> str:
+    """One of the failures that the task has."""
+    return FAILURES[number % len(FAILURES)]
+
+
+class _Failing(Agent):
+    """An agent whose tools may fail when a conversation first calls one."""
+
+    def __init__(self, *arguments: Any, failures: Sequence[str], **options: Any):
+        super().__init__(*arguments, **options)
+        self._failures = [text.encode() for text in failures]  # that are still to come
+
+    def results(self, calls: Sequence[tuple[int, bytes]], seconds: float) -> list[bytes]:
+        """See `Agent.results`."""
+        failed = {index: self._failures[index] for index, _ in calls if self._failures[index]}
+        for index in failed:
+            self._failures[index] = b""
+        others = [call for call in calls if call[0] not in failed]
+        found = dict(zip([index for index, _ in others], super().results(others, seconds)))
+        return [(failed | found)[index] for index, _ in calls]
