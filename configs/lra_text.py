@@ -16,8 +16,8 @@ hash of their bytes, is the validation split.
 
 The full preset is 6 layers of width 256 (about 5.1M parameters), 32 epochs of reviews truncated to
 4,096 bytes, for one accelerator or a slice. The small one reads the first 1,024 bytes, with a table
-of hashed n-grams that has 8.4M of its 8.7M parameters. After one of its two epochs it was at 84.6% on
-half of the test reviews (docs/results.md).
+of hashed n-grams that has 8.4M of its 8.7M parameters. After one of its two epochs it was at 84.6%
+on half of the test reviews (docs/results.md).
 """
 
 from ml_collections import ConfigDict

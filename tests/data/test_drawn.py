@@ -77,7 +77,7 @@ def test_splits_and_seeds_are_streams_of_their_own():
 @pytest.mark.parametrize("task", DRAWN)
 def test_processes_draw_their_own_rows_of_the_same_batch(task, num_processes):
     task = tasks.make(task, {})
-    options = {"seed": 3, "batch_size": 8, "seq_len": 320, "num_records": 0, "repeat": True}
+    options = {"seed": 3, "batch_size": 8, "seq_len": 1024, "num_records": 0, "repeat": True}
     options |= {"draw": task.draw, "max_length": task.max_length}
     for step in (5, 0, 2):
         expected = make(**options).rows(step, np.arange(8))

@@ -26,6 +26,8 @@ CONFIG = f"--config={trainer.ROOT}/tests/tools/tiny.py"
 COMMANDS = {
     "tools.ablate": [[CONFIG, "--out=new", "--variants=base", "--dry_run"]],
     "tools.agent": [["--workdir=run", "--task=x", "--tools=calculator"]],
+    "tools.agent_evaluate": [["--workdir=run", "--questions=2"]],
+    "tools.agent_reject": [["--workdir=run", "--out=new"]],
     "tools.analyze": [["--workdir=run"], [CONFIG]],
     "tools.baseline": [[CONFIG]],
     "tools.bench": [["ops"]],
@@ -65,7 +67,7 @@ COMMANDS = {
 # What tools do with values that they accept is left out: of these always, as it takes long or a
 # network; in the gate of all but the latter.
 LONG = {
-    "tools.agent", "tools.analyze",
+    "tools.agent", "tools.agent_evaluate", "tools.agent_reject", "tools.analyze",
     "tools.baseline", "tools.bench", "tools.bench.big", "tools.bench.scaling", "tools.bucket",
     "tools.bench.slices", "tools.preflight", "tools.profile", "tools.rag", "tools.sanity",
     "tools.sweep", "tools.tune",

@@ -45,7 +45,7 @@ def check(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("model", "probe", "plots"),
     [
-        ("spectral_model", "padding", {"responses", "gates", "memory"}),
+        ("spectral_model", "padding", {"responses", "gates", "frequencies", "memory"}),
         pytest.param(
             "spectral_gpt", "causality", {"responses", "decays", "gates", "memory"},
             marks=pytest.mark.slow,

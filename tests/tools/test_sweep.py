@@ -183,7 +183,8 @@ def test_what_goes_wrong_counts_and_says_so(stage, capfd):
 
 
 def test_invalid_configurations_fail_without_being_run(stage, capfd):
-    flags = ("--vary=model.memory.beta_max=0.05,0.06", "--", "--config.model.memory.beta_min=0.5")
+    flags = ("--vary=model.memory.beta_max=0.05,0.06", "--", "--config.model.memory.beta_min=0.5",
+             "--config.model.memory_interval=2")  # fmt: skip
     assert sweep.main(argv(stage, *flags, trials=2)) == 2
     assert started(stage) == []
     said = capfd.readouterr().err
