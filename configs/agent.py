@@ -17,7 +17,7 @@ yet.
 from ml_collections import ConfigDict
 
 from spectral_pod.config import Config, default
-from spectral_pod.recipes import learning_rates, schedule
+from spectral_pod.recipes import learning_rates, schedule, small_conversations
 
 SEQ_LEN = {"tool": 320, "direct": 64, "traces": 320}
 
@@ -29,18 +29,9 @@ def get_config(form: str = "tool") -> Config:
     c.data.task = "agent_traces" if form == "traces" else "agent"
     c.data.options = ConfigDict() if form == "traces" else ConfigDict({"tool": form == "tool"})
     c.data.seq_len = SEQ_LEN[form]
-    c.model.name = "spectral_gpt"
-    c.model.num_layers = 4
-    c.model.hidden_dim = 128
-    c.model.memory.head_dim = 64
-    c.model.memory.short_conv = 3
-    c.model.positions = "none"
-    c.train.global_batch_size = 32
+    small_conversations(c)
     if form == "traces":
         c.train.eval_split = "validation"
         schedule(c, total=500, every=100, warmup=50)
         learning_rates(c, 3e-4)
-        return c
-    schedule(c, total=4000, every=1000, warmup=200)
-    learning_rates(c, 3e-3)
     return c

@@ -13,7 +13,7 @@ measured.
 from ml_collections import ConfigDict
 
 from spectral_pod.config import Config, default
-from spectral_pod.recipes import learning_rates, schedule
+from spectral_pod.recipes import small_conversations
 
 SEQ_LEN = {"retrieved": 832, "oracle": 384, "none": 96}
 
@@ -25,13 +25,5 @@ def get_config(form: str = "retrieved") -> Config:
     c.data.task = "rag"
     c.data.options = ConfigDict({"passages": form})
     c.data.seq_len = SEQ_LEN[form]
-    c.model.name = "spectral_gpt"
-    c.model.num_layers = 4
-    c.model.hidden_dim = 128
-    c.model.memory.head_dim = 64
-    c.model.memory.short_conv = 3
-    c.model.positions = "none"
-    c.train.global_batch_size = 32
-    schedule(c, total=4000, every=1000, warmup=200)
-    learning_rates(c, 3e-3)
+    small_conversations(c)
     return c

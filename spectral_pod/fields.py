@@ -76,6 +76,12 @@ def check(annotation: Any, value: Any, field: str) -> None:
         rule.check(value, field)
 
 
+def check_all(instance: Any) -> None:
+    """Checks the fields of a dataclass by their annotations, as it is made; raises as `check`."""
+    for name, annotation in types_of(type(instance)).items():
+        check(annotation, getattr(instance, name), name)
+
+
 def one_of(field: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises a ConfigError for a value that is no choice; it lists the choices and suggests one."""
     choices = list(choices)

@@ -84,6 +84,19 @@ def small_long_range(c: Config) -> None:
     c.model.dropout = 0.0
 
 
+def small_conversations(c: Config) -> None:
+    """A SpectralGPT of 4 layers of width 128 that learns conversations on CPUs."""
+    c.model.name = "spectral_gpt"
+    c.model.num_layers = 4
+    c.model.hidden_dim = 128
+    c.model.memory.head_dim = 64
+    c.model.memory.short_conv = 3
+    c.model.positions = "none"
+    c.train.global_batch_size = 32
+    schedule(c, total=4000, every=1000, warmup=200)
+    learning_rates(c, 3e-3)
+
+
 def patches(c: Config) -> None:
     """Patches of 4 bytes for all models: on CPUs, single ones would take baselines hours."""
     c.model.patch.stride, c.model.patch.kernel = 4, 0

@@ -33,18 +33,14 @@ from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, Positiv
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.parallel import runtime
 
-from . import shell
-from .generate import mesh_of
+from . import shell, trained_model
 
 TOOLS = ("calculator", "python")
 
 
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("agent", __doc__)
-    parser.add_place(
-        "--workdir", required=True, help="the workdir of a run: a folder or a gs:// URL"
-    )
-    parser.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
+    trained_model.add_flags(parser)
     # A task may be any bytes: `type` exempts it from being Unicode.
     parser.add_argument("--task", type=str, metavar="TEXT", help="what the model is to answer")
     parser.add_place("--batch", local=True, metavar="FILE", help='a file of lines {"task": ...}')
@@ -66,10 +62,6 @@ def main(argv: Sequence[str]) -> int:
         "--top_p", Probability, 1.0, "sample from the likeliest bytes of this total probability"
     )
     parser.add_value("--seed", int, 0, "sampling seed (0)")
-    parser.add_argument("--mesh", default="", help="devices by mesh axis: data=4 (one device)")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation"
-    )
     return shell.run(parser, run, argv)
 
 
@@ -80,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.workdir,
         tools_of(arguments),
         step=arguments.step,
-        mesh=mesh_of(arguments.mesh),
+        mesh=trained_model.mesh_of(arguments.mesh),
         dtype=arguments.dtype,
         sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
         seed=arguments.seed,
@@ -211,10 +203,8 @@ def read_tasks(task: str | None, batch: str | None, *, interactive: bool) -> lis
 
 
 def _print(index: int, turn: Turn) -> None:
-    """A turn as `role: text`. What programs print is shown, and is no command to the terminal."""
-    text = turn.data.decode(errors="replace")
-    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-    sys.stdout.buffer.write(f"{turn.role.value}: {shown}\n".encode())
+    """A turn as `role: text`."""
+    sys.stdout.buffer.write(f"{turn.role.value}: {shell.printable(turn.data)}\n".encode())
     sys.stdout.buffer.flush()
 
 

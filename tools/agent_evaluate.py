@@ -28,12 +28,11 @@ from spectral_pod.agent.protocol import Role
 from spectral_pod.agent.traces import Trace
 from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks.agent import Question
-from spectral_pod.fields import NonNegative, Positive
+from spectral_pod.fields import Positive
 from spectral_pod.generate.restore import Trained, restore_for_inference
 from spectral_pod.parallel import runtime
 
-from . import agent_questions, shell
-from .generate import mesh_of
+from . import agent_questions, shell, trained_model
 
 _SPLIT = "test"
 
@@ -55,26 +54,19 @@ class Asked(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("agent_evaluate", __doc__)
-    parser.add_place(
-        "--workdir", required=True, help="the workdir of a run: a folder or a gs:// URL"
-    )
-    parser.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
+    trained_model.add_flags(parser)
     parser.add_value("--questions", Positive, 1000, "to ask (1000)")
     parser.add_value("--batch", Positive, 64, "conversations at once (64)")
     parser.add_value("--seed", int, None, "of the questions (that of the run)")
     parser.add_value("--digits", Positive, None, "of a number, at most (those of the run)")
     parser.add_argument("--failing", action="store_true", help="every first call fails")
     parser.add_output("--out", "the transcripts, as traces")
-    parser.add_argument("--mesh", default="", help="devices by mesh axis: data=4 (one device)")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation"
-    )
     return shell.run(parser, run, argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
     runtime.initialize(None, 1, 0)
-    mesh = mesh_of(arguments.mesh)
+    mesh = trained_model.mesh_of(arguments.mesh)
     trained = restore_for_inference(
         arguments.workdir, step=arguments.step, mesh=mesh, dtype=arguments.dtype
     )

@@ -12,7 +12,7 @@ from spectral_pod.agent.traces import Trace
 from spectral_pod.agent.writer import GREEDY, ModelWriter
 from spectral_pod.data import tasks
 from spectral_pod.data.drawn import generator
-from spectral_pod.data.tasks.agent import FAILURES, AgentTraces, Question
+from spectral_pod.data.tasks.agent import FAILURES, AgentTask, Question
 from spectral_pod.generate.restore import Trained
 from spectral_pod.generate.sampling import Sampling
 
@@ -20,7 +20,7 @@ _CALLS = 8  # of tools in a conversation, at most
 _SECONDS = 1e9  # for a batch: what is found is not to depend on the machine
 
 
-def task_of(trained: Trained, digits: int | None) -> AgentTraces:
+def task_of(trained: Trained, digits: int | None) -> AgentTask:
     """The task `agent` whose questions a model is asked: that of its run.
 
     A run of `agent_traces` has learned from conversations alone, and is asked as by default.
@@ -30,18 +30,18 @@ def task_of(trained: Trained, digits: int | None) -> AgentTraces:
     """
     data = trained.config.data
     task = tasks.make(data.task, data.options)
-    asked = task if isinstance(task, AgentTraces) else AgentTraces()
+    asked = task if isinstance(task, AgentTask) else AgentTask()
     return dataclasses.replace(asked, digits=digits) if digits else asked
 
 
-def questions_of(task: AgentTraces, split: str, seed: int, records: range) -> list[Question]:
+def questions_of(task: AgentTask, split: str, seed: int, records: range) -> list[Question]:
     """The questions of these examples of a split; those of a run's seed are its own."""
     return [task.question(split, generator(seed, split, record)) for record in records]
 
 
 def converse(
     trained: Trained,
-    task: AgentTraces,
+    task: AgentTask,
     questions: Sequence[Question],
     failures: Sequence[str],
     *,

@@ -32,7 +32,7 @@ from spectral_pod.agent.traces import Trace
 from spectral_pod.config import Config
 from spectral_pod.data.drawn import generator
 from spectral_pod.data.progress import Progress
-from spectral_pod.data.tasks.agent import AgentTraces, Question
+from spectral_pod.data.tasks.agent import AgentTask, Question
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Fraction, NonNegativeFloat, Positive, PositiveFloat
 from spectral_pod.generate.restore import Trained, restore_for_inference
@@ -133,7 +133,7 @@ def begin(
 
 def sample(
     trained: Trained,
-    task: AgentTraces,
+    task: AgentTask,
     questions: Sequence[Question],
     arguments: argparse.Namespace,
     folder: epath.Path,
@@ -197,7 +197,7 @@ def verdict(question: Question, trace: Trace) -> str:
 
 
 def write(
-    task: AgentTraces,
+    task: AgentTask,
     kept: Sequence[Trace],
     arguments: argparse.Namespace,
     validation: int,

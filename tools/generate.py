@@ -15,15 +15,11 @@ same seed gives the same text on every mesh: --mesh=tensor=2,fsdp=2 uses four de
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-import jax
-from jax.sharding import Mesh
 
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, Probability
@@ -31,17 +27,14 @@ from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations, decoded
 from spectral_pod.parallel import runtime
-from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
+from spectral_pod.parallel.mesh import on_mesh
 
-from . import shell
+from . import shell, trained_model
 
 
 def main(argv: Sequence[str]) -> int:
     parser = shell.parser("generate", __doc__)
-    parser.add_place(
-        "--workdir", required=True, help="the workdir of a run: a folder or a gs:// URL"
-    )
-    parser.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
+    trained_model.add_flags(parser)
     # Texts to continue, and to stop at, may be any bytes: `type` exempts them from being Unicode.
     parser.add_argument("--prompt", type=str, metavar="TEXT", help="the text to continue")
     parser.add_place("--batch", local=True, metavar="FILE", help='a file of lines {"prompt": ...}')
@@ -54,10 +47,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_value("--seed", int, 0, "sampling seed (0)")
     parser.add_argument("--stop", type=str, default="", metavar="TEXT", help="end before this")
     parser.add_argument("--stream", action="store_true", help="print the text as it is generated")
-    parser.add_argument("--mesh", default="", help="devices by mesh axis: data=4 (one device)")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation"
-    )
     return shell.run(parser, generate, argv)
 
 
@@ -66,7 +55,10 @@ def generate(arguments: argparse.Namespace) -> None:
     workdir = arguments.workdir
     prompts = read_prompts(arguments.prompt, arguments.batch, stream=arguments.stream)
     trained = restore_for_inference(
-        workdir, step=arguments.step, mesh=mesh_of(arguments.mesh), dtype=arguments.dtype
+        workdir,
+        step=arguments.step,
+        mesh=trained_model.mesh_of(arguments.mesh),
+        dtype=arguments.dtype,
     )
     if trained.config.train.compilation_cache:
         runtime.enable_compilation_cache(workdir)
@@ -125,27 +117,6 @@ def read_prompts(prompt: str | None, batch: str | None, *, stream: bool) -> list
     if not prompts:
         raise DataError(f"{batch} holds no prompts")
     return prompts
-
-
-def mesh_of(text: str) -> Mesh | None:
-    """The mesh of a text such as 'data=2,tensor=2', on the first devices; None if it is empty.
-
-    Raises:
-      ConfigError: an axis is unknown, or there are fewer devices.
-    """
-    if not text:
-        return None
-    axes = [axis for axis in AXES if axis != "sequence"]  # decoding has one position
-    sizes = dict.fromkeys(AXES, 1)
-    for item in text.split(","):
-        axis, _, size = item.partition("=")
-        if axis not in axes or not size.isdecimal() or int(size) < 1:
-            raise ConfigError(f"--mesh={text}: {item!r} is not AXIS=SIZE with an axis of {axes}")
-        sizes[axis] = int(size)
-    wanted, devices = math.prod(sizes.values()), jax.devices()
-    if wanted > len(devices):
-        raise ConfigError(f"--mesh={text} needs {wanted} devices, and there are {len(devices)}")
-    return make_mesh(sizes, devices[:wanted])
 
 
 def _stream(rows: Iterator[Sequence[bytes]]) -> int:

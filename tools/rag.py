@@ -37,8 +37,7 @@ from spectral_pod.fields import NonNegative, Positive
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.parallel import runtime
 
-from . import rag_evaluation, shell
-from .generate import mesh_of
+from . import rag_evaluation, shell, trained_model
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,22 +48,26 @@ def index(arguments: argparse.Namespace) -> None:
     storage.check_access(arguments.out, write=True)
     made = retrieval.build(arguments.source, arguments.out, passage_bytes=arguments.passage_bytes)
     for file in made.facts["left_out"]:
-        shell.say(f"left out: {_shown(file['name'].encode())}: {file['reason']}")
+        shell.say(f"left out: {shell.printable(file['name'].encode())}: {file['reason']}")
     count = len(made.facts["files"])
     shell.say(f"{len(made):,} passages of {count:,} files indexed in {arguments.out}")
 
 
 def search(arguments: argparse.Namespace) -> None:
     for passage, score in _open(arguments.index).find(arguments.question, arguments.passages):
-        print(f"{score:.3f} {_shown(passage.place.encode())}")
-        print(_shown(passage.data))
+        print(f"{score:.3f} {shell.printable(passage.place.encode())}")
+        print(shell.printable(passage.data))
 
 
 def ask(arguments: argparse.Namespace) -> None:
     runtime.initialize(None, 1, 0)
     tool = retrieval.Search(_open(arguments.index), arguments.passages)
     agent = Agent.from_checkpoint(
-        arguments.workdir, tool.tools(), step=arguments.step, mesh=mesh_of(arguments.mesh)
+        arguments.workdir,
+        tool.tools(),
+        step=arguments.step,
+        mesh=trained_model.mesh_of(arguments.mesh),
+        dtype=arguments.dtype,
     )
     say_answer(agent, tool, os.fsencode(arguments.question))
 
@@ -76,15 +79,18 @@ def say_answer(agent: Agent, tool: retrieval.Search, question: bytes) -> None:
       UserError: see `retrieval.answer`.
     """
     found = retrieval.answer(agent.run([question])[0], tool)
-    print(_shown(found.text))
+    print(shell.printable(found.text))
     if found.passage:
-        print(_shown(found.passage.place.encode()))
+        print(shell.printable(found.passage.place.encode()))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     runtime.initialize(None, 1, 0)
     trained = restore_for_inference(
-        arguments.workdir, step=arguments.step, mesh=mesh_of(arguments.mesh)
+        arguments.workdir,
+        step=arguments.step,
+        mesh=trained_model.mesh_of(arguments.mesh),
+        dtype=arguments.dtype,
     )
     data = trained.config.data
     if data.task != Rag.name:
@@ -108,12 +114,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def _open(folder: str) -> retrieval.Index:
     storage.check_access(folder, write=False)
     return retrieval.Index(folder)
-
-
-def _shown(data: bytes) -> str:
-    """Text in which what is not printable is escaped, as it may be a command to the terminal."""
-    text = data.decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _parser() -> shell.Parser:
@@ -143,11 +143,7 @@ def _parser() -> shell.Parser:
             many = passages.NUM_PASSAGES
             reads.add_value("--passages", Positive, many, f"that are found, at most ({many})")
         if name != "search":
-            reads.add_place("--workdir", required=True, help="of a run: a folder or a gs:// URL")
-            reads.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
-            reads.add_argument(
-                "--mesh", default="", help="devices by mesh axis: data=4 (one device)"
-            )
+            trained_model.add_flags(reads)
         if name == "evaluate":
             reads.add_value("--questions", Positive, 200, "to ask (200)")
             reads.add_value("--batch", Positive, 32, "of questions at once (32)")

@@ -150,6 +150,14 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
+def printable(data: bytes) -> str:
+    """Text of others; what is not printable in it is escaped, as it may be a command to the
+    terminal.
+    """
+    text = data.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def _ready_streams() -> None:
     """Makes stdout and stderr take any text, and discard it where the tool was started without."""
     for name in ("stdout", "stderr"):

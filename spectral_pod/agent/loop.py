@@ -57,8 +57,7 @@ class Limits:
     seconds: PositiveFloat = 300.0
 
     def __post_init__(self) -> None:
-        for name, annotation in fields.types_of(Limits).items():
-            fields.check(annotation, getattr(self, name), name)
+        fields.check_all(self)
 
 
 Listener = Callable[[int, Turn], None]  # hears of each turn, with the index of its conversation

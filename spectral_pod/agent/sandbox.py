@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from typing import IO, Literal, NamedTuple
 
 from spectral_pod import fields
+from spectral_pod.agent import confined
 from spectral_pod.errors import UserError
 from spectral_pod.fields import Positive, PositiveFloat
 
@@ -39,8 +40,7 @@ UNPROTECTED = (
     "other processes' environment and memory in /proc, the number of files written below /tmp and "
     "elsewhere. Use it only for code that you would run yourself; 'bubblewrap' hides all of these"
 )
-_PROGRAM = pathlib.Path(__file__).with_name("confined.py")
-_NOT_CONFINED = 125  # confined.NOT_CONFINED, which is not imported here but runs elsewhere
+_PROGRAM = pathlib.Path(confined.__file__)
 _LIBRARIES = ("/usr", "/lib", "/lib64")
 _FILES = ("/etc/ld.so.cache",)  # where libraries are
 _DEVICES = ("/dev/null", "/dev/urandom")
@@ -70,8 +70,7 @@ class Limits:
     file_mb: Positive = 16
 
     def __post_init__(self) -> None:
-        for name, annotation in fields.types_of(Limits).items():
-            fields.check(annotation, getattr(self, name), name)
+        fields.check_all(self)
 
 
 class Outcome(NamedTuple):
@@ -118,7 +117,7 @@ class Sandbox:
     def run(self, code: bytes) -> Outcome:
         """Runs code; its process has ended, or is killed, when this returns."""
         status, output, stopped = self._run(code)
-        if not stopped and status == _NOT_CONFINED:
+        if not stopped and status == confined.NOT_CONFINED:
             stopped = "the sandbox did not start"
         if not stopped and (number := _signal(status)):
             stopped = self._death(number)

@@ -28,8 +28,7 @@ class Sampling:
     top_p: Probability = 1.0
 
     def __post_init__(self) -> None:
-        for name, annotation in fields.types_of(Sampling).items():
-            fields.check(annotation, getattr(self, name), name)
+        fields.check_all(self)
 
 
 def draw(logits_BC: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 from spectral_pod.agent import protocol
 from spectral_pod.agent.protocol import Role
 from spectral_pod.agent.tools import Tools, calculator
-from spectral_pod.data.tasks.agent import HELD_OUT_QUESTIONS, AgentTraces, is_held_out
+from spectral_pod.data.tasks.agent import HELD_OUT_QUESTIONS, AgentTask, is_held_out
 from spectral_pod.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
@@ -22,7 +22,7 @@ def conversations(task, split, count=300):
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("tool", [True, False])
 def test_answers_are_right(split, tool):
-    for turns in conversations(AgentTraces(tool=tool), split):
+    for turns in conversations(AgentTask(tool=tool), split):
         protocol.check(turns)
         question, answer = turns[0].data.decode(), turns[-1].data.decode()
         assert turns[-1].role == Role.ANSWER
@@ -37,7 +37,7 @@ def test_answers_are_right(split, tool):
 def test_results_are_those_of_the_tool():
     """But for failures, which `calculator` does not have."""
     tools, failures = Tools(calculator), 0
-    for turns in conversations(AgentTraces(), "train"):
+    for turns in conversations(AgentTask(), "train"):
         for call, result in itertools.pairwise(turns):
             if call.role == Role.CALL and tools.call([call.data]) != [result.data]:
                 assert result.data.startswith(b"error: ")
@@ -46,7 +46,7 @@ def test_results_are_those_of_the_tool():
 
 
 def test_kinds_of_conversations():
-    found = conversations(AgentTraces(), "train", 1000)
+    found = conversations(AgentTask(), "train", 1000)
     calls = [sum(turn.role == Role.CALL for turn in turns) for turns in found]
     assert np.mean([n == 0 for n in calls]) == pytest.approx(0.2, abs=0.05)
     assert np.mean([n > 1 for n in calls]) == pytest.approx(0.8 * 0.235, abs=0.05)
@@ -54,7 +54,7 @@ def test_kinds_of_conversations():
 
 
 def test_what_is_held_out():
-    task = AgentTraces()
+    task = AgentTask()
 
     def first_numbers(split):
         found = [turns[0].data.decode() for turns in conversations(task, split)]
@@ -73,17 +73,17 @@ def test_what_is_held_out():
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("options", [{}, {"tool": False}, {"digits": 1}, {"digits": 40}])
 def test_the_longest_example(options, split):
-    task = AgentTraces(**options)
+    task = AgentTask(**options)
     draw = task.drawer(split)
     lengths = [len(draw(np.random.default_rng(i))[0]) for i in range(300)]
     assert max(lengths) <= task.max_length
-    likely = AgentTraces(**options | {"failing": 1.0, "mistaken": 1.0, "plain": 0.0})
+    likely = AgentTask(**options | {"failing": 1.0, "mistaken": 1.0, "plain": 0.0})
     lengths = [len(likely.drawer(split)(np.random.default_rng(i))[0]) for i in range(1000)]
     assert max(lengths) > 0.85 * task.max_length
 
 
 def test_mistakes_are_not_scored_and_their_corrections_are():
-    task = AgentTraces(mistaken=1.0, failing=0.0, plain=0.0)
+    task = AgentTask(mistaken=1.0, failing=0.0, plain=0.0)
     for i in range(30):
         turns, mistake = task.conversation("train", np.random.default_rng(i))
         assert mistake == 1
@@ -97,7 +97,7 @@ def test_mistakes_are_not_scored_and_their_corrections_are():
 
 
 def test_sizes():
-    assert AgentTraces().num_classes == protocol.NUM_CLASSES
-    assert AgentTraces().vocab_size == protocol.VOCAB_SIZE
+    assert AgentTask().num_classes == protocol.NUM_CLASSES
+    assert AgentTask().vocab_size == protocol.VOCAB_SIZE
     with pytest.raises(ConfigError, match=r"options.digits is 101"):
-        AgentTraces(digits=101)
+        AgentTask(digits=101)

@@ -8,7 +8,7 @@ from spectral_pod.agent.protocol import Role, Turn
 from spectral_pod.agent.traces import Trace
 from spectral_pod.config import default
 from spectral_pod.data import tasks
-from spectral_pod.data.tasks.agent import AgentTraces
+from spectral_pod.data.tasks.agent import AgentTask
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.shapes import PAD
 from spectral_pod.train.sources import open_sources
@@ -20,7 +20,7 @@ def write(file, conversations):
 
 
 def generated(count, **options):
-    task = AgentTraces(**options)
+    task = AgentTask(**options)
     return [task.conversation("train", np.random.default_rng(i))[0] for i in range(count)]
 
 
@@ -65,7 +65,7 @@ def test_examples_are_those_of_the_protocol(tmp_path):
 
 def test_calls_that_led_to_an_error_are_not_scored(tmp_path):
     """So that a mistake is scored as the task that makes it scores it."""
-    task = AgentTraces(mistaken=1.0, failing=0.0, plain=0.0)
+    task = AgentTask(mistaken=1.0, failing=0.0, plain=0.0)
     conversations = generated(20, mistaken=1.0, failing=0.0, plain=0.0)
     file = write(tmp_path / "a.jsonl", conversations)
     source = sources(tmp_path, train=file, validation=file).evaluation("validation")["agent_traces"]

@@ -13,16 +13,15 @@ from scipy import stats
 
 from spectral_pod.config import default
 from spectral_pod.data.byte_store import ByteStore
-from spectral_pod.data.tasks import listops
-from spectral_pod.data.tasks.listops import (
+from spectral_pod.data.tasks import listops_expressions
+from spectral_pod.data.tasks.listops import ListOps, ListOpsAnswers, ListOpsSubtrees
+from spectral_pod.data.tasks.listops_objectives import (
     ByHeight,
     ByLastRoot,
     ByRoot,
     LastAccuracy,
-    ListOps,
-    ListOpsAnswers,
-    ListOpsSubtrees,
     Subtrees,
+    heights,
 )
 from spectral_pod.errors import ConfigError
 from spectral_pod.shapes import PAD
@@ -95,7 +94,7 @@ def read_official(text):
 
 
 def official_texts(examples):
-    return [listops.encode(e.symbols, "raw").decode() for e in examples]
+    return [listops_expressions.encode(e.symbols, "raw").decode() for e in examples]
 
 
 def nodes(tree):
@@ -181,7 +180,7 @@ def test_lengths_reach_both_bounds(examples):
 
 def test_value_is_the_official_one(examples):
     for text, example in zip(official_texts(examples[:300]), examples, strict=False):
-        assert listops.evaluate(example.symbols) == example.answer
+        assert listops_expressions.evaluate(example.symbols) == example.answer
         assert official_value(read_official(text)) == example.answer
 
 
@@ -198,32 +197,37 @@ def test_value_is_the_official_one(examples):
     ],
 )
 def test_values_by_hand(symbols, value):
-    assert listops.evaluate(symbols.encode()) == value
+    assert listops_expressions.evaluate(symbols.encode()) == value
 
 
 def test_levels_below_the_cut_are_constants():
     symbols = b"+1<55=77]]>22]+11]]"  # SM 1 (MIN 5 5 (MED 7 7)) (MAX 2 2) (SM 1 1)
-    assert [listops.evaluate(symbols, k) for k in range(4)] == [4, 4, 9, 0]
-    assert listops.evaluate(symbols) == 0
+    assert [listops_expressions.evaluate(symbols, k) for k in range(4)] == [4, 4, 9, 0]
+    assert listops_expressions.evaluate(symbols) == 0
 
 
 def test_raw_is_the_official_text():
     for tree in official_examples(20, seed=4):
         text = official_string(tree).encode()
-        assert listops.encode(listops.decode(text, "raw"), "raw") == text
+        assert listops_expressions.encode(listops_expressions.decode(text, "raw"), "raw") == text
 
 
-@pytest.mark.parametrize("encoding", listops.ENCODINGS)
+@pytest.mark.parametrize("encoding", listops_expressions.ENCODINGS)
 def test_encodings_round_trip(examples, encoding):
     for symbols in [b"7", b">34]", *(e.symbols for e in examples[:200])]:
-        assert listops.decode(listops.encode(symbols, encoding), encoding) == symbols
+        assert (
+            listops_expressions.decode(listops_expressions.encode(symbols, encoding), encoding)
+            == symbols
+        )
 
 
 def test_encodings_by_hand():
     symbols = b">3+78]]"
-    assert listops.encode(symbols, "symbol") == symbols
-    assert listops.encode(symbols, "stripped") == b"[MAX 3 [SM 7 8 ] ]"
-    assert listops.encode(symbols, "raw") == b"( ( ( [MAX 3 ) ( ( ( [SM 7 ) 8 ) ] ) ) ] )"
+    assert listops_expressions.encode(symbols, "symbol") == symbols
+    assert listops_expressions.encode(symbols, "stripped") == b"[MAX 3 [SM 7 8 ] ]"
+    assert (
+        listops_expressions.encode(symbols, "raw") == b"( ( ( [MAX 3 ) ( ( ( [SM 7 ) 8 ) ] ) ) ] )"
+    )
 
 
 def test_examples_are_distinct():
@@ -235,13 +239,13 @@ def test_examples_are_distinct():
 def test_values_of_subtrees(examples):
     """At each bracket the value of what it ends, evaluated as an expression of its own."""
     for symbols, answer in examples[:200]:
-        found = listops.subtree_values(symbols)
+        found = listops_expressions.subtree_values(symbols)
         starts, expected = [], np.full(len(symbols), -1)
         for i, symbol in enumerate(symbols):
             if symbol in b"<>=+":
                 starts.append(i)
             elif symbol == ord("]"):
-                expected[i] = listops.evaluate(symbols[starts.pop() : i + 1])
+                expected[i] = listops_expressions.evaluate(symbols[starts.pop() : i + 1])
         np.testing.assert_array_equal(found, expected)
         assert found[-1] == answer
 
@@ -270,14 +274,14 @@ def test_packed_rows_hold_short_expressions_and_are_for_training_only(tmp_path):
     assert rows[:20] == list(plain["train"])
     assert len(rows) == 50
     for symbols, answer in rows[20:]:
-        ends = np.flatnonzero(listops.subtree_values(symbols, roots_only=True) >= 0)
+        ends = np.flatnonzero(listops_expressions.subtree_values(symbols, roots_only=True) >= 0)
         parts = [symbols[a:b] for a, b in zip([0, *ends[:-1] + 1], ends + 1, strict=True)]
         assert len(parts) > 1
         assert len(symbols) < 30
         assert all(4 <= len(part) <= 8 for part in parts)
-        assert answer == listops.evaluate(parts[-1])
-        values = [listops.evaluate(part) for part in parts]
-        assert listops.subtree_values(symbols, roots_only=True)[ends].tolist() == values
+        assert answer == listops_expressions.evaluate(parts[-1])
+        values = [listops_expressions.evaluate(part) for part in parts]
+        assert listops_expressions.subtree_values(symbols, roots_only=True)[ends].tolist() == values
 
 
 def test_labels_of_answers_are_those_of_subtrees_that_are_no_arguments(tmp_path):
@@ -302,10 +306,10 @@ def test_packed_rows_need_expressions_that_short():
         ListOpsAnswers(min_length=3, packed=5)
 
 
-@pytest.mark.parametrize("encoding", listops.ENCODINGS)
+@pytest.mark.parametrize("encoding", listops_expressions.ENCODINGS)
 def test_accuracy_by_root(encoding):
     rows = [b"<3]", b">34]", b"=1<23]]", b"+99]", b"+12]", b"7"]
-    texts = [listops.encode(symbols, encoding) for symbols in rows]
+    texts = [listops_expressions.encode(symbols, encoding) for symbols in rows]
     tokens = np.full((7, 64), PAD, np.int32)
     for row, text in zip(tokens, texts, strict=False):
         row[: len(text)] = list(text)
@@ -352,7 +356,7 @@ def test_heights_and_the_accuracy_by_them(examples):
         tokens[row, : len(symbols)], i = list(symbols), 0
         while i < len(symbols):
             i = read(symbols, i, row)[1] + 1
-    np.testing.assert_array_equal(jax.jit(listops.heights)(tokens), expected)
+    np.testing.assert_array_equal(jax.jit(heights)(tokens), expected)
     assert expected.max() >= 4
 
     correct = np.random.default_rng(0).random(tokens.shape).astype(np.float32)
@@ -384,7 +388,7 @@ def test_bounds_are_kept():
         depths = np.cumsum([(s in b"<>=+") - (s == ord("]")) for s in symbols])
         assert 20 < len(symbols) < 40
         assert depths.max() <= 2  # operators; digits are one deeper
-        assert answer == listops.evaluate(symbols)
+        assert answer == listops_expressions.evaluate(symbols)
     assert {len(e.symbols) for e in examples} == set(range(21, 40))
 
 
@@ -396,7 +400,7 @@ def test_bounds_are_kept():
     ],
 )
 def test_bounds_that_leave_too_few_expressions_are_an_error(monkeypatch, bounds, message):
-    monkeypatch.setattr(listops, "_PATIENCE", 100)
+    monkeypatch.setattr(listops_expressions, "_PATIENCE", 100)
     with pytest.raises(ConfigError, match=message):
         list(ListOps(num_workers=1, **bounds).generate(300))
 
@@ -416,7 +420,9 @@ def test_workers_do_not_change_the_examples(examples):
 
 def test_ladder_has_the_published_rungs(examples):
     sample = [*examples, *ListOps(seed=5, num_workers=1).generate(2000)]
-    for share, published in zip(listops.ladder(sample).values(), PUBLISHED_RUNGS, strict=True):
+    for share, published in zip(
+        listops_expressions.ladder(sample).values(), PUBLISHED_RUNGS, strict=True
+    ):
         # The published figures are also shares of 2,000 examples.
         deviation = (published * (1 - published) * (1 / len(sample) + 1 / 2000)) ** 0.5
         assert abs(share - published) < 2.5 * deviation
@@ -425,12 +431,14 @@ def test_ladder_has_the_published_rungs(examples):
 def test_ladder_rung():
     ladder = {"0": 0.363, "1": 0.59, "2": 0.739}
     place = "accuracy 41.2% stands between rung 0 (36.3%) and rung 1 (59.0%)"
-    assert listops.ladder_rung(0.412, ladder) == place
-    assert listops.ladder_rung(0.17, ladder).endswith("stands below rung 0 (36.3%)")
-    assert listops.ladder_rung(0.8, ladder).endswith("stands at or above rung 2 (73.9%)")
+    assert listops_expressions.ladder_rung(0.412, ladder) == place
+    assert listops_expressions.ladder_rung(0.17, ladder).endswith("stands below rung 0 (36.3%)")
+    assert listops_expressions.ladder_rung(0.8, ladder).endswith(
+        "stands at or above rung 2 (73.9%)"
+    )
 
 
-@pytest.mark.parametrize("encoding", listops.ENCODINGS)
+@pytest.mark.parametrize("encoding", listops_expressions.ENCODINGS)
 def test_build(tmp_path, encoding):
     path = str(tmp_path / "store")
     ListOps(seed=3, encoding=encoding, train=30, validation=10, test=20).build(path)
@@ -439,11 +447,13 @@ def test_build(tmp_path, encoding):
     drawn = ListOps(seed=3, num_workers=1).generate(60)
     for name, size in (("test", 20), ("validation", 10), ("train", 30)):
         split, expected = store.split(name), list(itertools.islice(drawn, size))
-        symbols = [listops.decode(d.tobytes(), encoding) for d in split.read(range(len(split)))]
+        symbols = [
+            listops_expressions.decode(d.tobytes(), encoding) for d in split.read(range(len(split)))
+        ]
         assert symbols == [e.symbols for e in expected]
         np.testing.assert_array_equal(split.labels, [e.answer for e in expected])
         if name == "test":
-            assert store.manifest["provenance"]["ladder"] == listops.ladder(expected)
+            assert store.manifest["provenance"]["ladder"] == listops_expressions.ladder(expected)
     assert store.manifest["provenance"]["generator"]["operator_probability"] == 0.25
     assert store.manifest["provenance"]["generator"]["seed"] == 3
 
@@ -453,7 +463,7 @@ def test_impossible_requests_name_the_field():
         ListOps(encoding="utf8")
     with pytest.raises(ConfigError, match=r"config.data.options.validation is 0"):
         ListOps(validation=0)
-    for function in (listops.encode, listops.decode):
+    for function in (listops_expressions.encode, listops_expressions.decode):
         with pytest.raises(ConfigError, match="encoding is 'utf8'"):
             function(b"7", "utf8")
 
@@ -462,7 +472,7 @@ def test_the_report_of_a_run():
     ladder = {"0": 0.363, "1": 0.59}
     added, lines = ListOps().report({"accuracy": 0.412}, {"ladder": ladder})
     assert added == {"ladder": ladder}
-    assert lines == [listops.ladder_rung(0.412, ladder)]
+    assert lines == [listops_expressions.ladder_rung(0.412, ladder)]
     assert ListOps().report({"accuracy": 0.412}, {}) == ({}, [])  # as with several stores
 
 
@@ -475,4 +485,4 @@ def test_tfds_holds_the_same_examples(tmp_path):
     splits = tfds.load("listops/tiny", data_dir=str(tmp_path))
     for name, examples in config.task.splits().items():
         found = {(e["Source"], int(e["Target"])) for e in splits[name].as_numpy_iterator()}
-        assert found == {(listops.encode(e.symbols, "raw"), e.answer) for e in examples}
+        assert found == {(listops_expressions.encode(e.symbols, "raw"), e.answer) for e in examples}

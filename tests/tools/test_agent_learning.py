@@ -15,7 +15,7 @@ from spectral_pod.agent import traces
 from spectral_pod.agent.protocol import Role, Turn
 from spectral_pod.agent.traces import Trace
 from spectral_pod.data.drawn import Drawn
-from spectral_pod.data.tasks.agent import FAILURES, AgentTraces, Question
+from spectral_pod.data.tasks.agent import FAILURES, AgentTask, Question
 from spectral_pod.errors import ConfigError, DataError
 from tests import trainer
 from tests.agent.scripted import Scripted, answer, call
@@ -125,7 +125,7 @@ def test_the_questions_are_those_of_the_test_split(model):
     """As a run draws them for its evaluation, whatever the batch."""
     model(calculates)
     asked, _ = evaluate(questions=50)
-    task, found = AgentTraces(), []
+    task, found = AgentTask(), []
     source = Drawn(
         lambda rng: found.append(task.conversation("test", rng)[0]), "test",
         max_length=1, batch_size=1, seq_len=1, seed=5, num_records=50,
@@ -179,10 +179,10 @@ def test_a_run_without_a_tool_has_none(model):
 
 def test_digits_and_runs_of_traces():
     trained = Trained(digits=3, plain=0.5)
-    assert agent_questions.task_of(trained, None) == AgentTraces(digits=3, plain=0.5)
-    assert agent_questions.task_of(trained, 2) == AgentTraces(digits=2, plain=0.5)
+    assert agent_questions.task_of(trained, None) == AgentTask(digits=3, plain=0.5)
+    assert agent_questions.task_of(trained, 2) == AgentTask(digits=2, plain=0.5)
     trained.config.data.task, trained.config.data.options = "agent_traces", config_lib.ConfigDict()
-    assert agent_questions.task_of(trained, 4) == AgentTraces(digits=4)
+    assert agent_questions.task_of(trained, 4) == AgentTask(digits=4)
 
 
 # ---- samples
@@ -194,7 +194,7 @@ def flags(**values):
 
 
 def sampled(folder, **values):
-    trained, task = Trained(), AgentTraces(failing=0.5)
+    trained, task = Trained(), AgentTask(failing=0.5)
     questions = agent_questions.questions_of(task, "train", 1, range(6))
     found = agent_reject.sample(trained, task, questions, flags(**values), epath.Path(folder))
     assert [trace.turns[0].data for trace in found] == [q.text for q in questions for _ in range(2)]
@@ -236,7 +236,7 @@ def test_other_samples_are_refused(model, tmp_path):
 def test_what_is_trained_on(tmp_path):
     kept = [conversation(WORD, "abc")] * 3
     out = epath.Path(tmp_path)
-    task = AgentTraces()
+    task = AgentTask()
     assert agent_reject.write(task, kept, flags(generated=0.25), 7, out) == 1
     training = list(traces.read(f"{tmp_path}/training.jsonl"))
     assert [trace.turns for trace in training[:3]] == [kept[0].turns] * 3

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from spectral_pod.data.tasks.listops import ListOps, evaluate
+from spectral_pod.data.tasks.listops import ListOps
+from spectral_pod.data.tasks.listops_expressions import evaluate
 from spectral_pod.data.tasks.mqar import Mqar
 from tools.peers.agreement import __main__ as agreement
 from tools.peers.agreement import listops, mqar

@@ -105,6 +105,7 @@ MESHES = {
 def answers(folder):
     """Of every case what the function of the tool returns, or its message."""
     from tools import generate as tool
+    from tools import trained_model
 
     def batch(text):
         with open(f"{folder}/prompts.jsonl", "w") as file:
@@ -115,7 +116,7 @@ def answers(folder):
         return [prompt.decode() for prompt in tool.read_prompts(*flags, stream=stream)]
 
     def mesh(text):
-        mesh = tool.mesh_of(text)
+        mesh = trained_model.mesh_of(text)
         return mesh and dict(mesh.shape)
 
     def outcome(function, case):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from spectral_pod import fields
-from spectral_pod.data.tasks.agent import AgentTraces
-from spectral_pod.data.tasks.agent_traces import TraceFiles
+from spectral_pod.data.tasks.agent import AgentTask
+from spectral_pod.data.tasks.agent_traces import AgentTraces
 from spectral_pod.data.tasks.content_type import ContentType
 from spectral_pod.data.tasks.copy import Copy
 from spectral_pod.data.tasks.dna import Dna
@@ -36,9 +36,9 @@ TASKS: dict[str, type[StoredTask] | type[DrawnTask]] = {
     "recall": Recall,
     "overwrite": Overwrite,
     "mqar": Mqar,
-    "agent": AgentTraces,
+    "agent": AgentTask,
     "rag": Rag,
-    "agent_traces": TraceFiles,
+    "agent_traces": AgentTraces,
 }
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from spectral_pod.agent import calculator, protocol
 from spectral_pod.agent.protocol import Role, Turn
-from spectral_pod.data.tasks.task import Draw, DrawnTask
+from spectral_pod.data.tasks.conversation_task import ConversationTask
 from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Positive, Probability
 
@@ -55,12 +55,11 @@ class Question(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AgentTraces(DrawnTask):
+class AgentTask(ConversationTask):
     """Questions with correct answers, and the calls that find them."""
 
     name = "agent"
     version = 1
-    num_classes = protocol.NUM_CLASSES
 
     digits: Positive = 6  # of a number, at most; each length is equally likely
     tool: bool = True  # otherwise every question is answered at once, for comparison
@@ -74,11 +73,6 @@ class AgentTraces(DrawnTask):
             raise ConfigError(
                 f"config.data.options.digits is {self.digits}; it must be at most 100"
             )
-
-    @property
-    def vocab_size(self) -> int:
-        """See `Task.vocab_size`."""
-        return protocol.VOCAB_SIZE
 
     @functools.cached_property
     def max_length(self) -> int:
@@ -95,14 +89,6 @@ class AgentTraces(DrawnTask):
         word = "x" * _MAX_WORD
         plain = [Turn(Role.USER, _repeat(word)), Turn(Role.ANSWER, word.encode())]
         return max(len(protocol.example(one)[0]) for one in (turns, plain))
-
-    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels int32 [n] of a conversation for training."""
-        return self.drawer("train")(rng)
-
-    def drawer(self, split: str) -> Draw:
-        """See `DrawnTask.drawer`."""
-        return functools.partial(self._example, split)
 
     def question(self, split: str, rng: np.random.Generator) -> Question:
         """A question of a split."""
@@ -130,7 +116,8 @@ class AgentTraces(DrawnTask):
             turns += _tried(_called(expression))
         return [*turns, Turn(Role.ANSWER, question.answer)], mistake
 
-    def _example(self, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def example(self, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """See `ConversationTask.example`."""
         turns, mistake = self.conversation(split, rng)
         return protocol.example(turns, not_scored=() if mistake is None else (mistake,))
 

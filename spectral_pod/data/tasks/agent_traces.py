@@ -38,7 +38,7 @@ _HELD_OUT = 20  # one of so many questions
 
 
 @dataclasses.dataclass(frozen=True)
-class TraceFiles(StoredTask):
+class AgentTraces(StoredTask):
     """Conversations with tools, as they were recorded."""
 
     name = "agent_traces"
@@ -135,7 +135,7 @@ class Conversations:
     def __init__(
         self, split: byte_store.Split, *, seq_len: int, truncate: bool = False, **arguments: Any
     ):
-        """Reads a split of a store that `TraceFiles` wrote; `arguments` are of `Batches`.
+        """Reads a split of a store that `AgentTraces` wrote; `arguments` are of `Batches`.
 
         Raises:
           DataError: the split is empty, or a conversation is longer than `seq_len`, without

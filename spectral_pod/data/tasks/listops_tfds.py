@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from spectral_pod.data.tasks import listops
+from spectral_pod.data.tasks import listops, listops_expressions
 
 
 @dataclasses.dataclass
@@ -38,11 +38,11 @@ class Listops(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            description=listops.__doc__,
+            description=listops_expressions.__doc__,
             features=tfds.features.FeaturesDict(
                 {
                     "Source": tfds.features.Text(),
-                    "Target": tfds.features.ClassLabel(names=listops.CLASSES),
+                    "Target": tfds.features.ClassLabel(names=listops_expressions.CLASSES),
                 }
             ),
             supervised_keys=("Source", "Target"),
@@ -54,8 +54,8 @@ class Listops(tfds.core.GeneratorBasedBuilder):
         return {name: self._generate_examples(split) for name, split in examples.items()}
 
     def _generate_examples(
-        self, examples: Iterable[listops.Example]
+        self, examples: Iterable[listops_expressions.Example]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for key, example in enumerate(examples):
-            source = listops.encode(example.symbols, "raw")
+            source = listops_expressions.encode(example.symbols, "raw")
             yield key, {"Source": source, "Target": example.answer}

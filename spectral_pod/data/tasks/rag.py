@@ -33,7 +33,7 @@ from spectral_pod.agent import passages, protocol
 from spectral_pod.agent.passages import NUM_PASSAGES, PASSAGE_BYTES, UNKNOWN
 from spectral_pod.agent.protocol import Role, Turn
 from spectral_pod.data import formats
-from spectral_pod.data.tasks.task import Draw, DrawnTask
+from spectral_pod.data.tasks.conversation_task import ConversationTask
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Positive, Probability
 
@@ -117,12 +117,11 @@ class Question(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rag(DrawnTask):
+class Rag(ConversationTask):
     """Questions with answers from passages."""
 
     name = "rag"
     version = 1
-    num_classes = protocol.NUM_CLASSES
 
     # What the model reads: what a search would find; the passage with the fact alone, or one
     # without it; or nothing, and every question is answered at once. The latter two are to compare
@@ -142,11 +141,6 @@ class Rag(DrawnTask):
                 f"{least}, for a fact and some of its document"
             )
 
-    @property
-    def vocab_size(self) -> int:
-        """See `Task.vocab_size`."""
-        return protocol.VOCAB_SIZE
-
     @functools.cached_property
     def max_length(self) -> int:
         """Tokens of a conversation with the longest facts and passages."""
@@ -161,13 +155,9 @@ class Rag(DrawnTask):
             reply = max(passages.citing(value.encode(), count), UNKNOWN, key=len)
         return len(protocol.example([*turns, Turn(Role.ANSWER, reply)])[0])
 
-    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels int32 [n] of a conversation for training."""
-        return self.drawer("train")(rng)
-
-    def drawer(self, split: str) -> Draw:
-        """See `DrawnTask.drawer`."""
-        return lambda rng: protocol.example(self.conversation(split, rng))
+    def example(self, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """See `ConversationTask.example`."""
+        return protocol.example(self.conversation(split, rng))
 
     def conversation(self, split: str, rng: np.random.Generator) -> list[Turn]:
         """The turns of a conversation.

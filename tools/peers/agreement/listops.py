@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 
-from spectral_pod.data.tasks import listops
+from spectral_pod.data.tasks import listops, listops_expressions
 from tools import shell
 from tools.peers.agreement.rows import Row, load
 
@@ -31,13 +31,17 @@ def compare(folder: Path) -> Iterator[Row]:
         if default["min_length"] < length < default["max_length"]:
             trees.append(tree)
     texts = [program.to_string(tree).encode() for tree in trees]
-    theirs = [listops.decode(text, "raw") for text in texts]
+    theirs = [listops_expressions.decode(text, "raw") for text in texts]
     ours = list(itertools.islice(listops.ListOps(num_workers=1).generate(EXAMPLES), EXAMPLES))
 
     text = Row("LRA ListOps", "their texts, by our encoding", EXAMPLES)
-    text.add("unequal", sum(listops.encode(s, "raw") != t for s, t in zip(theirs, texts)), 0)
+    text.add(
+        "unequal", sum(listops_expressions.encode(s, "raw") != t for s, t in zip(theirs, texts)), 0
+    )
     value = Row("LRA ListOps", "values of their and our expressions", 2 * EXAMPLES)
-    wrong = sum(listops.evaluate(s) != program.to_value(t) for s, t in zip(theirs, trees))
+    wrong = sum(
+        listops_expressions.evaluate(s) != program.to_value(t) for s, t in zip(theirs, trees)
+    )
     value.add("unequal, theirs", wrong, 0)
     wrong = sum(e.answer != program.to_value(_tree(e.symbols)) for e in ours)
     value.add("unequal, ours", wrong, 0)
@@ -54,7 +58,7 @@ def compare(folder: Path) -> Iterator[Row]:
 def _tree(symbols: bytes) -> Any:
     """Our symbols as a tree of the program, nested pairs, through its text."""
     stack: list[Any] = [[]]
-    for token in listops.encode(symbols, "raw").decode().split():
+    for token in listops_expressions.encode(symbols, "raw").decode().split():
         if token == "(":
             stack.append([])
         elif token == ")":
