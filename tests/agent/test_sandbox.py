@@ -507,7 +507,3 @@ def test_limits_are_checked(field):
 def test_too_little_memory_to_start():
     with pytest.raises(SandboxError, match="does not work here"):
         Sandbox("rlimits", Limits(memory_mb=1))
-
-
-def test_the_program_knows_its_exit_code():
-    assert sandbox._NOT_CONFINED == confined.NOT_CONFINED
