@@ -84,9 +84,8 @@ class DeltaMemoryLayer(Mixer):
 
     @classmethod
     def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
-        width, heads = config.option("memory.head_dim"), config.option("memory.num_heads")
-        method = resolve(config.option("memory.method"), width, width, batch * heads)
-        return {"delta_rule": method}
+        width = config.option("memory.head_dim")
+        return {"delta_rule": resolve(config.option("memory.method"), width, width)}
 
     def setup(self) -> None:
         def dense(features: tuple[int, ...], axes: tuple[str | None, ...]) -> Dense:

@@ -34,9 +34,6 @@ METHODS: dict[str, _Method] = {  # on any platform
     "recurrent": delta_rule_recurrent,
 }
 KERNELS: dict[str, types.ModuleType] = {"tpu": delta, "gpu": delta_gpu}
-# The kernel for GPUs takes some 2.6 us for a token, as long as there are fewer heads than fill the
-# card, and "batched" 20 to 30 ns for a token of each head (docs/results.md).
-_MIN_HEADS_ON_GPUS = 96
 # The methods that keep split positions split; the others gather them.
 SPLIT: dict[str, _Method] = {
     "chunked": functools.partial(delta_rule_split, delta_chunks),
@@ -44,41 +41,33 @@ SPLIT: dict[str, _Method] = {
 }
 
 
-def choose(platform: str, key_width: int, value_width: int, heads: int) -> Choice:
+def choose(platform: str, key_width: int, value_width: int) -> Choice:
     """The fastest method for whole sequences.
 
     On CPUs it is the one with small segments, which fit the caches; elsewhere the kernel, if it
-    serves these sizes, a device has all positions, and on GPUs enough heads, or else the one with
-    the fewest operations.
+    serves these sizes and a device has all positions, or else the one with the fewest operations.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
       key_width, value_width: K and V.
-      heads: of all sequences of a device.
     """
     if platform == "cpu":
         return Choice("chunked", "its small segments fit the caches of CPUs")
     reason = KERNELS[platform].unserved(key_width, value_width)
     if num_shards("position") > 1:
         reason = "positions are split over devices, and it would gather them"
-    elif platform == "gpu" and heads < _MIN_HEADS_ON_GPUS:
-        reason = f"{heads} heads of all sequences of a device are fewer than {_MIN_HEADS_ON_GPUS}"
     if reason:
         return Choice("batched", f"not 'fused': {reason}")
     return Choice("fused", "the states never leave the chip")
 
 
-def resolve(method: str, key_width: int, value_width: int, heads: int) -> Choice:
+def resolve(method: str, key_width: int, value_width: int) -> Choice:
     """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
     warning, for a kernel that the device or the sizes rule out.
-
-    Args:
-      heads: of all sequences of all devices.
     """
     if method not in ("auto", "fused"):
         return configured(method)
-    heads //= num_shards("batch") * num_shards("head")
-    chosen = choose(platform(), key_width, value_width, heads)
+    chosen = choose(platform(), key_width, value_width)
     if method == "auto":
         return chosen
     reason = kernels.unserved(KERNELS, key_width, value_width)
@@ -132,7 +121,7 @@ def delta_rule(
     if state_BHVK is None:
         state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K), jnp.float32)
 
-    method = resolve(method, K, v_BNHV.shape[-1], B * H).method
+    method = resolve(method, K, v_BNHV.shape[-1]).method
     split = method in SPLIT and num_shards("position") > 1
     compute = SPLIT[method] if split else _method(method)
 
