@@ -30,9 +30,10 @@ def get_config(form: str = "tool") -> Config:
     c.data.options = ConfigDict() if form == "traces" else ConfigDict({"tool": form == "tool"})
     c.data.seq_len = SEQ_LEN[form]
     small_conversations(c)
-    schedule(c, total=1400, every=350, warmup=200)
     if form == "traces":
         c.train.eval_split = "validation"
         schedule(c, total=500, every=100, warmup=50)
         learning_rates(c, 3e-4)
+    else:
+        schedule(c, total=1400, every=350, warmup=200)
     return c

@@ -13,7 +13,7 @@ measured.
 from ml_collections import ConfigDict
 
 from spectral_pod.config import Config, default
-from spectral_pod.recipes import small_conversations
+from spectral_pod.recipes import schedule, small_conversations
 
 SEQ_LEN = {"retrieved": 832, "oracle": 384, "none": 96}
 
@@ -26,4 +26,5 @@ def get_config(form: str = "retrieved") -> Config:
     c.data.options = ConfigDict({"passages": form})
     c.data.seq_len = SEQ_LEN[form]
     small_conversations(c)
+    schedule(c, total=4000, every=1000, warmup=200)
     return c

@@ -93,7 +93,6 @@ def small_conversations(c: Config) -> None:
     c.model.memory.short_conv = 3
     c.model.positions = "none"
     c.train.global_batch_size = 32
-    schedule(c, total=4000, every=1000, warmup=200)
     learning_rates(c, 3e-3)
 
 

@@ -46,8 +46,8 @@ class DeltaMemoryLayer(Mixer):
         long as values. The original limit is 10 for K = 64, that is 1.25 here.
       beta_min, beta_max: the range of the write strength beta, a scaled sigmoid. With the original
         0.01 to 0.3 no write can replace a value: the key then recalls 0.7 old + 0.3 new at best.
-      method: 'chunked', 'batched', 'fused' or 'recurrent', which compute the same function, or
-        'auto' to choose by platform and sizes (`ops/delta_rule.py`).
+      method: 'chunked', 'batched', 'fused', 'fused_chunks' or 'recurrent', which compute the same
+        function, or 'auto' to choose by platform and sizes (`ops/delta_rule.py`).
     """
 
     num_heads: Positive = 1
@@ -58,7 +58,7 @@ class DeltaMemoryLayer(Mixer):
     clip: Annotated[float, Bound(0, 1e6, "0 or more, below 1e6")] = 4.0
     beta_min: float = 0.0
     beta_max: float = 1.0
-    method: Literal["auto", "chunked", "batched", "fused", "recurrent"] = "auto"
+    method: Literal["auto", "chunked", "batched", "fused", "fused_chunks", "recurrent"] = "auto"
 
     section = "memory"
     one_directional = True
@@ -84,8 +84,9 @@ class DeltaMemoryLayer(Mixer):
 
     @classmethod
     def methods(cls, config: Architecture, batch: int) -> dict[str, Choice]:
-        width = config.option("memory.head_dim")
-        return {"delta_rule": resolve(config.option("memory.method"), width, width)}
+        width, heads = config.option("memory.head_dim"), config.option("memory.num_heads")
+        method = resolve(config.option("memory.method"), width, width, batch * heads)
+        return {"delta_rule": method}
 
     def setup(self) -> None:
         def dense(features: tuple[int, ...], axes: tuple[str | None, ...]) -> Dense:

@@ -7,9 +7,10 @@ its key, writes the error, and reads with its query:
 
 Without gates g is 1; with them this is the gated delta rule (Yang et al. 2024, "Gated Delta
 Networks: Improving Mamba2 with Delta Rule"). `delta_recurrence.py` computes this definition by a
-scan, `delta_chunks.py` and `delta_batched.py` the same function by matrix products,
-`delta_sequence.py` the latter for sequences split over devices, and `kernels/delta.py` and
-`kernels/delta_gpu.py` are kernels for TPUs and GPUs. README.md has the derivation.
+scan, `delta_chunks.py` and `delta_batched.py` the same function by matrix products, and
+`delta_sequence.py` the latter for sequences split over devices. `kernels/delta.py` is a kernel for
+TPUs; `kernels/delta_gpu.py` and `kernels/delta_gpu_chunks.py` are two for GPUs. README.md has the
+derivation.
 """
 
 import functools
@@ -23,7 +24,7 @@ from spectral_pod.ops import delta_batched, delta_chunks, kernels
 from spectral_pod.ops.choice import Choice, configured
 from spectral_pod.ops.delta_recurrence import DeltaInputs, DeltaResult, delta_rule_recurrent
 from spectral_pod.ops.delta_sequence import delta_rule_split
-from spectral_pod.ops.kernels import delta, delta_gpu
+from spectral_pod.ops.kernels import delta, delta_gpu, delta_gpu_chunks
 from spectral_pod.parallel.sharding import num_shards, platform, shard_op
 
 _Method = Callable[[DeltaInputs, jax.Array, float | None], DeltaResult]
@@ -33,7 +34,13 @@ METHODS: dict[str, _Method] = {  # on any platform
     "batched": delta_batched.delta_rule_batched,
     "recurrent": delta_rule_recurrent,
 }
-KERNELS: dict[str, types.ModuleType] = {"tpu": delta, "gpu": delta_gpu}
+KERNELS: dict[str, dict[str, types.ModuleType]] = {
+    "fused": {"tpu": delta, "gpu": delta_gpu},
+    "fused_chunks": {"gpu": delta_gpu_chunks},  # not chosen before it has been measured
+}
+# The kernel for GPUs takes some 2.6 us for a token, as long as there are fewer heads than fill the
+# card, and "batched" 20 to 30 ns for a token of each head (docs/results.md).
+_MIN_HEADS_ON_GPUS = 96
 # The methods that keep split positions split; the others gather them.
 SPLIT: dict[str, _Method] = {
     "chunked": functools.partial(delta_rule_split, delta_chunks),
@@ -41,36 +48,44 @@ SPLIT: dict[str, _Method] = {
 }
 
 
-def choose(platform: str, key_width: int, value_width: int) -> Choice:
+def choose(platform: str, key_width: int, value_width: int, heads: int) -> Choice:
     """The fastest method for whole sequences.
 
     On CPUs it is the one with small segments, which fit the caches; elsewhere the kernel, if it
-    serves these sizes and a device has all positions, or else the one with the fewest operations.
+    serves these sizes, a device has all positions, and on GPUs enough heads, or else the one with
+    the fewest operations.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
       key_width, value_width: K and V.
+      heads: of all sequences of a device.
     """
     if platform == "cpu":
         return Choice("chunked", "its small segments fit the caches of CPUs")
-    reason = KERNELS[platform].unserved(key_width, value_width)
+    reason = KERNELS["fused"][platform].unserved(key_width, value_width)
     if num_shards("position") > 1:
         reason = "positions are split over devices, and it would gather them"
+    elif platform == "gpu" and heads < _MIN_HEADS_ON_GPUS:
+        reason = f"{heads} heads of all sequences of a device are fewer than {_MIN_HEADS_ON_GPUS}"
     if reason:
         return Choice("batched", f"not 'fused': {reason}")
     return Choice("fused", "the states never leave the chip")
 
 
-def resolve(method: str, key_width: int, value_width: int) -> Choice:
+def resolve(method: str, key_width: int, value_width: int, heads: int) -> Choice:
     """The method itself, or that of `choose` on the mesh that is set: for "auto", and, with a
     warning, for a kernel that the device or the sizes rule out.
+
+    Args:
+      heads: of all sequences of all devices.
     """
-    if method not in ("auto", "fused"):
+    if method != "auto" and method not in KERNELS:
         return configured(method)
-    chosen = choose(platform(), key_width, value_width)
+    heads //= num_shards("batch") * num_shards("head")
+    chosen = choose(platform(), key_width, value_width, heads)
     if method == "auto":
         return chosen
-    reason = kernels.unserved(KERNELS, key_width, value_width)
+    reason = kernels.unserved(KERNELS[method], key_width, value_width)
     return kernels.instead_of(method, reason, chosen) if reason else configured(method)
 
 
@@ -90,7 +105,7 @@ def delta_rule(
 
     Runs on each device's own sequences and heads, so that each device decides for itself whether a
     write was clipped. Do not `vmap` over it: both sides of that branch would then run. Where the
-    mesh splits positions, they stay split, evenly, except that "fused" and "recurrent" gather them.
+    mesh splits positions, they stay split, evenly, except that kernels and "recurrent" gather them.
 
     Args:
       q_BNHK: queries.
@@ -101,9 +116,9 @@ def delta_rule(
       state_BHVK: the state before the first token; zero if None.
       mask_BN: valid tokens; the others leave the state unchanged and their output is 0. All are
         valid if None.
-      method: for training and prefill "chunked", "batched", the kernel "fused", or "auto", which
-        lets `choose` decide; "recurrent" for a few tokens at a time. For tests, "fused_interpreted"
-        runs the kernel for TPUs without one, slowly.
+      method: for training and prefill "chunked", "batched", the kernels "fused" and, on GPUs,
+        "fused_chunks", or "auto", which lets `choose` decide; "recurrent" for a few tokens at a
+        time. For tests, "fused_interpreted" runs the kernel for TPUs without one, slowly.
       clip: the largest |e||k| written in full, up to 1e19; None for no limit. It keeps the state
         finite for keys of any length. Unit keys need none: with beta <= 1 a write then shortens
         the error of its key and changes nothing else.
@@ -121,7 +136,7 @@ def delta_rule(
     if state_BHVK is None:
         state_BHVK = jnp.zeros((B, H, v_BNHV.shape[-1], K), jnp.float32)
 
-    method = resolve(method, K, v_BNHV.shape[-1]).method
+    method = resolve(method, K, v_BNHV.shape[-1], B * H).method
     split = method in SPLIT and num_shards("position") > 1
     compute = SPLIT[method] if split else _method(method)
 
@@ -142,8 +157,8 @@ def delta_rule(
 
 
 def _method(name: str) -> _Method:
-    if name == "fused":
-        return KERNELS[platform()].delta_rule
+    if name in KERNELS:
+        return KERNELS[name][platform()].delta_rule
     if name == "fused_interpreted":
         return functools.partial(delta.delta_rule, interpret=True)
     return METHODS[name]

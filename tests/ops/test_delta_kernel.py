@@ -11,7 +11,7 @@ import pytest
 from spectral_pod.ops import reference
 from spectral_pod.ops.delta_recurrence import DeltaInputs, delta_rule_recurrent
 from spectral_pod.ops.delta_rule import delta_rule
-from spectral_pod.ops.kernels import NotServed, delta, delta_gpu
+from spectral_pod.ops.kernels import NotServed, delta, delta_gpu, delta_gpu_chunks
 from spectral_pod.ops.kernels.cost import kernels
 from tests.ops.test_delta_rule import error
 
@@ -24,8 +24,9 @@ SLOW = [
     (1, 260, 2, 128, 65, "none", "never"), (1, 150, 6, 64, 64, "strong", "all"),
     (9, 40, 2, 16, 16, "mixed", "all"), (1, 200, 18, 32, 32, "none", "long keys"),
 ]  # fmt: skip
-KERNELS = {"tpu": delta, "gpu": delta_gpu}
+KERNELS = {"tpu": delta, "gpu": delta_gpu, "gpu chunks": delta_gpu_chunks}
 TOLERANCE = 2e-5  # of the largest value
+EXACT = 1e-6  # without matrix products of bfloat16 terms
 
 
 def drawn(B, N, H, K, V, gates="none", clips="never"):
@@ -72,18 +73,20 @@ def errors(found, expected):
     return [float(error(x, exact)) for x, exact in zip(found, expected, strict=True)]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "tolerance"), [("tpu", TOLERANCE), ("gpu", EXACT), ("gpu chunks", TOLERANCE)]
+)
 @pytest.mark.parametrize(
     "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 )
-def test_equals_the_float64_loop_and_its_gradients(case, kernel):
+def test_equals_the_float64_loop_and_its_gradients(case, kernel, tolerance):
     inputs, state, weights, clip = drawn(*case)
     (o, last, *gradients), clipped = interpreted(inputs, state, weights, clip, kernel)
     expected, clipped_exactly = in_float64(inputs, state, weights, clip)
     q, k, v, beta, log_gate = inputs
     loop = reference.delta_rule(q, k, v, beta, state, clip=clip, log_gate_BNH=log_gate)
-    assert max(errors([o, last], loop)) <= TOLERANCE
-    assert max(errors(gradients, expected[2:])) <= TOLERANCE
+    assert max(errors([o, last], loop)) <= tolerance
+    assert max(errors(gradients, expected[2:])) <= tolerance
     np.testing.assert_array_equal(clipped, clipped_exactly)
     share = float(clipped.mean()) / case[1]
     expected = {"never": share == 0, "some": 0 < share < 0.9, "all": share == 1}
@@ -130,6 +133,19 @@ def test_overflow_without_clips_does_no_harm():
     assert all(np.isfinite(x).all() for x in found)
 
 
+def test_without_gradients_nothing_is_saved_for_them():
+    inputs, state, weights, clip = drawn(1, 70, 1, 16, 16, "mixed", "some")
+    rule = functools.partial(delta_gpu.delta_rule, clip=clip, interpret=True)
+
+    def outputs(fn, *arguments):
+        return [len(x.outvars) for x in kernels(jax.make_jaxpr(fn)(*arguments).jaxpr)]
+
+    gradients = functools.partial(with_gradients, rule)
+    assert outputs(rule, inputs, state) == [3]
+    # Of the forward pass also the errors, the factors, and states.
+    assert outputs(gradients, inputs, state, weights) == [6, 6]
+
+
 def test_the_cost_is_that_of_reading_and_writing_once():
     """Counted from the kernel's program, without the computation of clipped writes."""
     inputs, state, _, _ = drawn(1, 128, 2, 64, 64)
@@ -154,6 +170,8 @@ def test_what_it_does_not_serve_is_said():
         delta.delta_rule(inputs, state, None)
     with pytest.raises(ValueError, match="it is a kernel for GPUs, and this is a cpu"):
         delta_gpu.delta_rule(inputs, state, None)
+    with pytest.raises(ValueError, match="'fused_chunks': it is a kernel for GPUs"):
+        delta_gpu_chunks.delta_rule(inputs, state, None)
     assert delta.unserved(8, 8)
 
 

@@ -320,10 +320,11 @@ def test_the_batched_form_has_few_operations():
 
 def test_the_method_is_chosen_by_platform():
     """The kernel for TPUs is chosen on a mesh of them (`test_delta_kernel_on_tpus.py`)."""
-    assert choose("cpu", 64, 64).method == "chunked"
+    assert choose("cpu", 64, 64, 1000).method == "chunked"
     with mock.patch.object(delta_gpu, "platform", return_value="gpu"):
-        assert choose("gpu", 64, 64).method == "fused"
-        assert choose("gpu", 256, 64).method == "batched"
+        assert choose("gpu", 64, 64, 1000).method == "fused"
+        assert choose("gpu", 64, 64, 32).method == "batched"
+        assert choose("gpu", 256, 64, 1000).method == "batched"
 
 
 @functools.cache

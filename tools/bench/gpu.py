@@ -9,6 +9,7 @@ any platform, where kernels are interpreted, without the steps.
 import functools
 import runpy
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from spectral_pod.ops import attention, reference
 from spectral_pod.ops.delta_recurrence import DeltaInputs
 from spectral_pod.ops.delta_rule import delta_rule, resolve
 from spectral_pod.ops.fft import spectral_filter
-from spectral_pod.ops.kernels import delta_gpu, toeplitz_gpu
+from spectral_pod.ops.kernels import delta_gpu, delta_gpu_chunks, toeplitz_gpu
 from spectral_pod.ops.long_conv import causal_conv
 
 from .settings import Settings
@@ -105,17 +106,22 @@ def _errors() -> Comparison:
     q, k, v = rng.normal(size=(3, 2, 100, 2, 64))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     inputs = q, k, 0.3 * v, rng.uniform(size=(2, 100, 2))
-    for name, clip in (("", None), ("_clipped", 2.0)):
-        run = functools.partial(delta_gpu.delta_rule, clip=clip, interpret=not _on_gpu())
-        state = jnp.zeros((2, 2, 64, 64))
-        results = jax.jit(run)(DeltaInputs(*map(jnp.float32, inputs)), state)
-        loop = reference.delta_rule(*inputs, clip=clip)
-        found[f"delta_error{name}"] = _largest(results[:2], loop)
-    targets = {"causal_error_bfloat16": "<= 4e-3"}
+    targets = {"causal_error_bfloat16": "<= 4e-3", "causal_error_float32": "<= 2e-5"}
+    for module, name, target in (
+        (delta_gpu, "delta", "<= 1e-6"),
+        (delta_gpu_chunks, "delta_chunks", "<= 2e-5"),
+    ):
+        for clip in (None, 2.0):
+            run = functools.partial(module.delta_rule, clip=clip, interpret=not _on_gpu())
+            state = jnp.zeros((2, 2, 64, 64))
+            results = jax.jit(run)(DeltaInputs(*map(jnp.float32, inputs)), state)
+            loop = reference.delta_rule(*inputs, clip=clip)
+            ratio = f"{name}_error" + ("_clipped" if clip else "")
+            found[ratio], targets[ratio] = _largest(results[:2], loop), target
     return Comparison(
         [],
         [
-            Ratio(name, functools.partial(_constant, error), targets.get(name, "<= 2e-5"))
+            Ratio(name, functools.partial(_constant, error), targets[name])
             for name, error in found.items()
         ],
     )
@@ -163,9 +169,11 @@ def _delta(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
     q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     inputs = tuple(map(jnp.float32, (q, k, 0.3 * v, rng.uniform(size=(B, N, H)))))
 
-    def kernel(*inputs: jax.Array, clip: float | None = None) -> jax.Array:
+    def kernel(
+        *inputs: jax.Array, module: ModuleType = delta_gpu, clip: float | None = None
+    ) -> jax.Array:
         state = jnp.zeros((B, H, K, K))
-        rule = functools.partial(delta_gpu.delta_rule, interpret=not _on_gpu())
+        rule = functools.partial(module.delta_rule, interpret=not _on_gpu())
         return rule(DeltaInputs(*inputs), state, clip).o_BNHV
 
     def by(method: str) -> Callable[..., jax.Array]:
@@ -174,6 +182,8 @@ def _delta(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
     methods: dict[str, Callable[..., jax.Array]] = {
         "fused": kernel,
         "fused_clip": functools.partial(kernel, clip=10.0),
+        "fused_chunks": functools.partial(kernel, module=delta_gpu_chunks),
+        "fused_chunks_clip": functools.partial(kernel, module=delta_gpu_chunks, clip=10.0),
         "batched": by("batched"),
         "chunked": by("chunked"),  # the method before there were kernels
     }
@@ -181,10 +191,11 @@ def _delta(settings: Settings, B: int, N: int, H: int, part: int) -> Comparison:
     cases = [
         _case(method, shape, fn, jnp.float32(weights), *inputs) for method, fn in methods.items()
     ]
-    ours = resolve("auto", K, K).method if _on_gpu() else "fused"
+    ours = resolve("auto", K, K, B * H).method if _on_gpu() else "fused"
     ratios = [
         times_faster(f"delta_vs_chunked_{name}", ours, "chunked", ">= 4"),
         times_faster(f"delta_fused_vs_batched_{name}", "fused", "batched"),
+        times_faster(f"delta_chunks_vs_fused_{name}", "fused_chunks", "fused"),
     ]
     if settings.peers and not (settings.quick and not _on_gpu()):
         peer, sizes = "fla_delta_chunk", {"B": B, "N": N, "H": H, "K": K}

@@ -157,6 +157,7 @@ def _forward_backward(
     return run
 
 
+@functools.cache
 def _bound_autotuning() -> None:
     """Lets Triton try four configurations of a kernel, evenly spaced: all would take minutes."""
     from triton.runtime.autotuner import Autotuner

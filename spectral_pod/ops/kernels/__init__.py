@@ -16,7 +16,8 @@ def unserved(kernels: dict[str, types.ModuleType], *sizes: Any) -> str | None:
     """Why a kernel, a module for each platform, cannot compute these sizes; None if it can."""
     kernel = kernels.get(platform())
     if kernel is None:
-        return f"it is a kernel for TPUs and GPUs, and this is a {platform()}"
+        served = " and ".join(f"{name.upper()}s" for name in kernels)
+        return f"it is a kernel for {served}, and this is a {platform()}"
     return kernel.unserved(*sizes)
 
 
