@@ -131,7 +131,10 @@ class Pod:
         (self.root / "bucket" / name).write_text(text)
 
     def scenario(self, **what):
-        (self.root / "scenario").write_text(json.dumps(what))
+        # Not without the lock: a command that is running would write back the scenario it has read.
+        with self.cloud.changing() as (_, scenario):
+            scenario.clear()
+            scenario.update(what)
 
     def environment(self, poll="0.1"):
         return os.environ | {
