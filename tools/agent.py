@@ -21,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
 from spectral_pod import fields
 from spectral_pod.agent import sandbox, traces
@@ -48,9 +48,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_output("--out", "the transcripts, as traces")
     parser.add_argument("--tools", default="calculator,python", help="of calculator, python")
     parser.add_place("--functions", local=True, metavar="FILE.py", help="further tools")
-    parser.add_argument(
-        "--sandbox", default="bubblewrap", choices=sandbox.MODES, help="of Python (bubblewrap)"
-    )
+    add_sandbox(parser)
     parser.add_value("--calls", NonNegative, 16, "of tools for a question, at most (16)")
     parser.add_value("--bytes", Positive, 8192, "of a transcript, at most (8192)")
     parser.add_value("--seconds", PositiveFloat, 300.0, "for a question, at most (300)")
@@ -63,6 +61,13 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_value("--seed", int, 0, "sampling seed (0)")
     return shell.run(parser, run, argv)
+
+
+def add_sandbox(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that says how Python is confined."""
+    parser.add_argument(
+        "--sandbox", default="bubblewrap", choices=sandbox.MODES, help="of Python (bubblewrap)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -144,15 +149,26 @@ def tools_of(arguments: argparse.Namespace) -> Tools:
         if name == "calculator":
             tools.add(calculator)
             continue
-        mode = cast(Literal["bubblewrap", "rlimits"], arguments.sandbox)
-        if mode == "rlimits":
-            shell.say(sandbox.UNPROTECTED)
         seconds = min(arguments.tool_seconds, sandbox.Limits.seconds)
-        tools.add(sandbox.Sandbox(mode, sandbox.Limits(seconds=seconds)).python)
+        tools.add(python_of(arguments.sandbox, seconds))
     if arguments.functions:
         for function in functions_of(arguments.functions):
             tools.add(function)
     return tools
+
+
+def python_of(mode: Literal["bubblewrap", "rlimits"], seconds: float) -> Callable[[str], bytes]:
+    """The tool `python`; says what its sandbox does not protect.
+
+    Args:
+      seconds: in which code must end.
+
+    Raises:
+      SandboxError: code cannot be confined as asked for.
+    """
+    if mode == "rlimits":
+        shell.say(sandbox.UNPROTECTED)
+    return sandbox.Sandbox(mode, sandbox.Limits(seconds=seconds)).python
 
 
 def functions_of(file: str) -> Iterator[Callable[..., Any]]:

@@ -5,11 +5,13 @@
     python -m tools.agent_evaluate --workdir=DIRECT                 a run of configs/agent.py:direct
 
 The questions are those of the test split: other ranges of numbers and other ways to ask than in
-training (`spectral_pod/data/tasks/agent.py`). A run with `tool=False` has no tools. The report,
-JSON on stdout, has of each group the number of `questions` and the share answered `exact`ly:
+training (`spectral_pod/data/tasks/agent_kinds.py`). A run with `tool=False` has no tools. Of each
+group the report, JSON on stdout, has the number of `questions` and the share answered `exact`ly:
 
-    arithmetic   what needs a tool; by_kind and by_digits (of the longer number) are parts of it
-    plain        what needs none; `without_call` is the share that is exact without one
+    arithmetic   what the calculator is for; by_digits (of the longer number) are parts of it
+    code         what Python is for, of a run with `python` above 0
+    plain        what needs no tool; `without_call` is the share that is exact without one
+    by_kind      all questions, by their kind
     recovered    with --failing: the conversations in which a call failed
     ends         how conversations ended (`spectral_pod/agent/loop.py`)
 
@@ -27,12 +29,12 @@ from spectral_pod.agent import traces
 from spectral_pod.agent.protocol import Role
 from spectral_pod.agent.traces import Trace
 from spectral_pod.data.progress import Progress
-from spectral_pod.data.tasks.agent import Question
+from spectral_pod.data.tasks.agent_kinds import Question
 from spectral_pod.fields import Positive
 from spectral_pod.generate.restore import Trained, restore_for_inference
 from spectral_pod.parallel import runtime
 
-from . import agent_questions, shell, trained_model
+from . import agent, agent_questions, shell, trained_model
 
 _SPLIT = "test"
 
@@ -59,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_value("--batch", Positive, 64, "conversations at once (64)")
     parser.add_value("--seed", int, None, "of the questions (that of the run)")
     parser.add_value("--digits", Positive, None, "of a number, at most (those of the run)")
+    agent.add_sandbox(parser)
     parser.add_argument("--failing", action="store_true", help="every first call fails")
     parser.add_output("--out", "the transcripts, as traces")
     return shell.run(parser, run, argv)
@@ -84,13 +87,14 @@ def run(arguments: argparse.Namespace) -> None:
 def ask(trained: Trained, arguments: argparse.Namespace, seed: int) -> list[Asked]:
     """Asks the questions, a batch after the other."""
     task = agent_questions.task_of(trained, arguments.digits)
+    tools = agent_questions.tools_of(task, arguments.sandbox)
     progress = Progress("Asking", arguments.questions, "questions")
     asked: list[Asked] = []
     while len(asked) < arguments.questions:
         records = range(len(asked), min(len(asked) + arguments.batch, arguments.questions))
         questions = agent_questions.questions_of(task, _SPLIT, seed, records)
         failures = [agent_questions.failure(i) if arguments.failing else "" for i in records]
-        found = agent_questions.converse(trained, task, questions, failures)
+        found = agent_questions.converse(trained, tools, questions, failures)
         asked += map(Asked, questions, found)
         progress.at(len(asked))
     progress.end()
@@ -99,17 +103,20 @@ def ask(trained: Trained, arguments: argparse.Namespace, seed: int) -> list[Aske
 
 def report(asked: Sequence[Asked], *, failing: bool) -> dict[str, Any]:
     """The shares of exact answers, by group: see the module."""
-    needing = [one for one in asked if one.question.expression]
-    plain = [one for one in asked if not one.question.expression]
+    needing = [one for one in asked if one.question.tool == "calculator"]
+    coded = [one for one in asked if one.question.tool == "python"]
+    plain = [one for one in asked if not one.question.tool]
     found = {
         "questions": len(asked),
         "exact": _share(one.is_exact for one in asked),
         "arithmetic": _group(needing),
-        "by_kind": _groups(needing, "kind"),
         "by_digits": _groups(needing, "digits"),
         "plain": _group(plain)
         | {"without_call": _share(one.is_exact and not one.has_call for one in plain)},
+        "by_kind": _groups(asked, "kind"),
     }
+    if coded:
+        found["code"] = _group(coded)
     if failing:
         found["recovered"] = _group([one for one in asked if one.has_call])
     return found | {"ends": dict(collections.Counter(one.trace.end for one in asked))}

@@ -4,7 +4,7 @@ conversations in which a tool fails at its first call.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from spectral_pod.agent.loop import Agent, Limits
 from spectral_pod.agent.tools import Tools, calculator
@@ -12,12 +12,16 @@ from spectral_pod.agent.traces import Trace
 from spectral_pod.agent.writer import GREEDY, ModelWriter
 from spectral_pod.data import tasks
 from spectral_pod.data.drawn import generator
-from spectral_pod.data.tasks.agent import FAILURES, AgentTask, Question
+from spectral_pod.data.tasks.agent import FAILURES, AgentTask
+from spectral_pod.data.tasks.agent_kinds import Question
 from spectral_pod.generate.restore import Trained
 from spectral_pod.generate.sampling import Sampling
 
+from . import agent
+
 _CALLS = 8  # of tools in a conversation, at most
-_SECONDS = 1e9  # for a batch: what is found is not to depend on the machine
+# For a batch, and for code: what is found is not to depend on the machine.
+_SECONDS, _CODE_SECONDS = 1e9, 600.0
 
 
 def task_of(trained: Trained, digits: int | None) -> AgentTask:
@@ -39,9 +43,23 @@ def questions_of(task: AgentTask, split: str, seed: int, records: range) -> list
     return [task.question(split, generator(seed, split, record)) for record in records]
 
 
+def tools_of(task: AgentTask, mode: Literal["bubblewrap", "rlimits"]) -> Tools:
+    """The tools that the task's questions need.
+
+    Args:
+      mode: how Python is confined, if they need it.
+    """
+    tools = Tools(seconds=_CODE_SECONDS)
+    if task.tool:
+        tools.add(calculator)
+        if task.python:
+            tools.add(agent.python_of(mode, _CODE_SECONDS))
+    return tools
+
+
 def converse(
     trained: Trained,
-    task: AgentTask,
+    tools: Tools,
     questions: Sequence[Question],
     failures: Sequence[str],
     *,
@@ -56,7 +74,7 @@ def converse(
     """
     agent = _Failing(
         ModelWriter(trained, sampling=sampling, seed=seed),
-        Tools(calculator) if task.tool else Tools(),
+        tools,
         failures=failures,
         limits=Limits(_CALLS, trained.config.data.seq_len, _SECONDS),
     )

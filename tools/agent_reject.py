@@ -32,7 +32,8 @@ from spectral_pod.agent.traces import Trace
 from spectral_pod.config import Config
 from spectral_pod.data.drawn import generator
 from spectral_pod.data.progress import Progress
-from spectral_pod.data.tasks.agent import AgentTask, Question
+from spectral_pod.data.tasks.agent import AgentTask
+from spectral_pod.data.tasks.agent_kinds import Question
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Fraction, NonNegativeFloat, Positive, PositiveFloat
 from spectral_pod.generate.restore import Trained, restore_for_inference
@@ -41,7 +42,7 @@ from spectral_pod.parallel import runtime
 from spectral_pod.train import loop
 from spectral_pod.train.sealed_steps import SealedSteps
 
-from . import agent_questions, shell
+from . import agent, agent_questions, shell
 
 KEPT = "kept"
 _RATE = 0.1  # of the run's learning rates, by default
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_value("--generated", Fraction, 0.5, "the share of generated conversations (0.5)")
     parser.add_value("--steps", Positive, 500, "to train (500)")
     parser.add_value("--learning_rate", NonNegativeFloat, None, "(a tenth of the run's)")
+    agent.add_sandbox(parser)
     again = "Interrupted; the same command goes on"
     return shell.run(parser, run, argv, interrupted=again)
 
@@ -143,6 +145,7 @@ def sample(
     As in the task, in a share of them the tool fails at its first call.
     """
     total = len(questions) * arguments.samples
+    tools = agent_questions.tools_of(task, arguments.sandbox)
     progress, found = Progress("Sampling", total, "conversations"), list[Trace]()
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, total, arguments.batch)):
@@ -152,7 +155,7 @@ def sample(
             rng = generator(arguments.seed, "validation", number)  # of no question
             conversations = agent_questions.converse(
                 trained,
-                task,
+                tools,
                 [questions[place // arguments.samples] for place in places],
                 [agent_questions.failure(p) if rng.random() < task.failing else "" for p in places],
                 seed=int(rng.integers(1 << 31)),
@@ -186,11 +189,11 @@ def verdict(question: Question, trace: Trace) -> str:
         return "no answer"
     if trace.answer != question.answer:
         return "wrong answer"
-    if bool(results) > bool(question.expression):
+    if bool(results) > bool(question.call):
         return "needless call"
     if not results:
-        return "guessed" if question.expression else KEPT
-    if results[-1] != question.answer:
+        return "guessed" if question.call else KEPT
+    if results[-1] != question.result:
         return "guessed"
     is_needed = all(result.startswith(b"error: ") for result in results[:-1])
     return KEPT if is_needed else "needless call"

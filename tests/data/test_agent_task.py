@@ -1,4 +1,4 @@
-"""Conversations about arithmetic: right answers, calls that are real, and what is held out."""
+"""Conversations for agents: right answers, calls that are real, and what is held out."""
 
 import itertools
 import re
@@ -8,8 +8,16 @@ import pytest
 
 from spectral_pod.agent import protocol
 from spectral_pod.agent.protocol import Role
+from spectral_pod.agent.sandbox import Sandbox
 from spectral_pod.agent.tools import Tools, calculator
-from spectral_pod.data.tasks.agent import HELD_OUT_QUESTIONS, AgentTask, is_held_out
+from spectral_pod.data.tasks.agent import AgentTask
+from spectral_pod.data.tasks.agent_kinds import (
+    CODE,
+    HELD_OUT,
+    HELD_OUT_LETTERS,
+    HELD_OUT_QUESTIONS,
+    is_held_out,
+)
 from spectral_pod.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
@@ -27,7 +35,17 @@ def test_answers_are_right(split, tool):
         question, answer = turns[0].data.decode(), turns[-1].data.decode()
         assert turns[-1].role == Role.ANSWER
         asked = re.search(r"(\d+) ?([-+*]) ?(\d+)", question)
-        expected = str(eval(asked[0])) if asked else question.removeprefix("repeat ")
+        if asked:
+            expected = str(eval(asked[0]))
+        elif question.startswith("repeat "):
+            expected = question.removeprefix("repeat ")
+        else:
+            rows = dict(re.findall(r"([a-z]+) is (\d+)", question))
+            if split == "test":
+                key = question.removeprefix("tell me ").partition(",")[0]
+            else:
+                key = re.search(r"([a-z]+)( is|\?)$", question)[1]
+            expected = rows[key]
         assert answer == expected
         calls = [turn for turn in turns if turn.role == Role.CALL]
         assert bool(calls) <= tool
@@ -43,6 +61,40 @@ def test_results_are_those_of_the_tool():
                 assert result.data.startswith(b"error: ")
                 failures += 1
     assert 20 < failures < 60  # of 300 x 0.8 x 0.15 = 36
+
+
+def test_code_prints_what_is_answered():
+    """In the sandbox; also what is printed where the code is wrong."""
+    task, tools = AgentTask(python=1.0, plain=0.0, failing=0.0, mistaken=0.4), Tools(seconds=60)
+    tools.add(Sandbox("rlimits").python)
+    questions, pairs = set(), {}
+    for turns in conversations(task, "train", 60) + conversations(task, "test", 60):
+        protocol.check(turns)
+        assert turns[-2].data == turns[-1].data + b"\n"
+        questions.add(re.sub(rb"'[a-z]+'|[\d, -]", b"", turns[-3].data))
+        pairs |= {
+            call.data: result.data
+            for call, result in itertools.pairwise(turns)
+            if call.role == Role.CALL
+        }
+    assert len(questions) == len(CODE)
+    assert sum(result.startswith(b"error: line 1: SyntaxError") for result in pairs.values()) > 10
+    assert tools.call(list(pairs)) == list(pairs.values())
+
+
+def test_what_is_held_out_of_questions_for_python():
+    task, first = AgentTask(python=1.0, plain=0.0), {}
+    for split in SPLITS:
+        found = [task.question(split, np.random.default_rng(i)) for i in range(400)]
+        code = [re.search(rb"'([a-z]+)'|\[(\d+)|'..(\d\d)-", one.call) for one in found]
+        held_out = [
+            chr(m[1][0]) in HELD_OUT_LETTERS if m[1] else int(m[2] or m[3]) in HELD_OUT
+            for m in code
+            if m
+        ]
+        assert set(held_out) == {split != "train"}
+        first[split] = {one.text.split()[0] for one in found}
+    assert b"spell" in first["train"] - first["test"]
 
 
 def test_kinds_of_conversations():
@@ -71,13 +123,18 @@ def test_what_is_held_out():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("options", [{}, {"tool": False}, {"digits": 1}, {"digits": 40}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tool": False}, {"digits": 1}, {"digits": 40}, {"python": 0.5}]
+)
 def test_the_longest_example(options, split):
     task = AgentTask(**options)
     draw = task.drawer(split)
     lengths = [len(draw(np.random.default_rng(i))[0]) for i in range(300)]
     assert max(lengths) <= task.max_length
-    likely = AgentTask(**options | {"failing": 1.0, "mistaken": 1.0, "plain": 0.0})
+    likely = AgentTask(
+        **options
+        | {"failing": 1.0, "mistaken": 1.0, "plain": 0.0 if options.get("tool", True) else 1.0}
+    )
     lengths = [len(likely.drawer(split)(np.random.default_rng(i))[0]) for i in range(1000)]
     assert max(lengths) > 0.85 * task.max_length
 

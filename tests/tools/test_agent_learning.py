@@ -15,15 +15,17 @@ from spectral_pod.agent import traces
 from spectral_pod.agent.protocol import Role, Turn
 from spectral_pod.agent.traces import Trace
 from spectral_pod.data.drawn import Drawn
-from spectral_pod.data.tasks.agent import FAILURES, AgentTask, Question
+from spectral_pod.data.tasks.agent import FAILURES, AgentTask
+from spectral_pod.data.tasks.agent_kinds import Question
 from spectral_pod.errors import ConfigError, DataError
 from tests import trainer
 from tests.agent.scripted import Scripted, answer, call
 from tests.tiny_run import tiny_config
 from tools import agent_evaluate, agent_questions, agent_reject
 
-SUM = Question(b"what is 41+2?", b"43", "addition", "41+2", 2)
-WORD = Question(b"repeat abc", b"abc", "repeat", "", 0)
+SUM = Question(b"what is 41+2?", b"43", "addition", b'calculator {"expression": "41+2"}', 2)
+CODE = Question(b"spell ab backwards", b"ba", "strings", b'python {"code": "x"}', 0)
+WORD = Question(b"repeat abc", b"abc", "repeat", b"", 0)
 
 
 def conversation(question, *turns, end="answered"):
@@ -43,6 +45,8 @@ VERDICTS = [
     (SUM, ("call: a", "result: 44", "43"), "guessed"),
     (SUM, ("43",), "guessed"),
     (SUM, ("call: a", "result: 43", "34"), "wrong answer"),
+    (CODE, ("call: a", "result: ba\n", "ba"), "kept"),
+    (CODE, ("call: a", "result: ba\n", "ba\n"), "wrong answer"),
     (WORD, ("abc",), "kept"),
     (WORD, ("ab",), "wrong answer"),
     (WORD, ("call: a", "result: abc", "abc"), "needless call"),
@@ -86,6 +90,9 @@ def calculates(turns):
     text = turns[0].data.decode()
     if text.startswith("repeat "):
         return answer(text.removeprefix("repeat "))
+    if text.startswith("tell me "):
+        key, _, table = text.removeprefix("tell me ").partition(", given ")
+        return answer(dict(row.split(" is ") for row in table.split(", "))[key])
     expression = text.translate(
         {ord(c): None for c in map(chr, range(128)) if c not in "0123456789+-*"}
     )
@@ -116,7 +123,9 @@ def model(monkeypatch):
 
 
 def evaluate(failing=False, questions=150, **options):
-    flags = argparse.Namespace(questions=questions, batch=40, digits=None, failing=failing)
+    flags = argparse.Namespace(
+        questions=questions, batch=40, digits=None, failing=failing, sandbox="rlimits"
+    )
     asked = agent_evaluate.ask(Trained(**options), flags, seed=5)
     return asked, agent_evaluate.report(asked, failing=failing)
 
@@ -139,20 +148,38 @@ def test_the_questions_are_those_of_the_test_split(model):
 def test_a_report(model):
     model(calculates)
     asked, report = evaluate()
-    needing = [one.question for one in asked if one.question.expression]
+    needing = [one.question for one in asked if one.question.call]
     assert report["questions"] == 150
     assert report["arithmetic"] == {"questions": len(needing), "exact": 1.0}
     counts = collections.Counter(q.digits for q in needing)
     assert report["by_digits"] == {
         str(n): {"questions": c, "exact": 1.0} for n, c in sorted(counts.items())
     }
-    assert sum(group["questions"] for group in report["by_kind"].values()) == len(needing)
+    assert sum(group["questions"] for group in report["by_kind"].values()) == 150
     assert "recovered" not in report
     # The script calls the calculator for one digit plus another as well.
-    words = sum(one.question.kind == "repeat" for one in asked)
+    words = sum(one.question.kind in ("repeat", "table") for one in asked)
     plain = report["plain"]
     assert (plain["questions"], plain["exact"]) == (150 - len(needing), 1.0)
     assert plain["without_call"] == words / plain["questions"] < 1
+
+
+def test_questions_for_python_are_reported(model):
+    """Code runs in the sandbox: its answers are those that the task expects."""
+    questions = agent_questions.questions_of(AgentTask(python=0.5), "test", 5, range(30))
+    calls = {question.text: question.call for question in questions}
+
+    def runs(turns):
+        last = turns[-1].data.decode().removesuffix("\n")
+        known = calls[turns[0].data].decode()
+        return call(known) if known and len(turns) == 1 else answer(last)
+
+    model(runs)
+    asked, report = evaluate(questions=30, python=0.5)
+    coded = [one for one in asked if one.question.tool == "python"]
+    assert report["code"] == {"questions": len(coded), "exact": 1.0}
+    assert len(coded) >= 5
+    assert report["arithmetic"]["exact"] == 1.0
 
 
 def test_every_first_call_fails(model):
@@ -190,6 +217,7 @@ def test_digits_and_runs_of_traces():
 
 def flags(**values):
     given = {"questions": 6, "samples": 2, "batch": 5, "seed": 1, "temperature": 1.0}
+    given["sandbox"] = "rlimits"
     return argparse.Namespace(**given | values)
 
 
