@@ -57,6 +57,9 @@ COMMANDS = {
         ["head", "store"],
         ["tfds", "store", "--name=n", "--data_dir=new"],
     ],
+    "tools.report": [
+        ["add", "n", "store/manifest.json", "--columns=documents", "--command=c", "--machine=m"]
+    ],
     "tools.sanity": [[CONFIG, "--out=new"]],
     "tools.status": [["run"]],
     "tools.sweep": [[CONFIG, "--out=new", "--vary=optimizer.learning_rate=1,2", "--trials=1"]],
