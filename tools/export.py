@@ -1,9 +1,14 @@
 """Writes a trained model to a folder that anyone can load, and uploads it to the Hugging Face Hub.
 
     python -m tools.export --workdir=DIR --output=FOLDER --license=apache-2.0
+    python -m tools.export --workdir=DIR --output=FOLDER --watts=350
     python -m tools.export --workdir=DIR --output=FOLDER --upload=USER/REPO
 
-The folder has model.safetensors, config.json and a model card, README.md, to be completed by hand.
+The folder has model.safetensors, config.json and a model card, README.md. The card is written from
+the records of the run: data, results, time and devices; what they do not say it calls unknown, and
+intended uses are to be completed by hand. With --watts, the power of a device of the training, it
+estimates energy as the time of the run times that power.
+
 `SpectralGPT.from_export(FOLDER)` restores the same parameters, bit for bit. Of filters that use
 some frequencies only (`config.optimizer.frequencies`) no others are written. The configuration is
 that of the run, including the paths of its data.
@@ -18,12 +23,11 @@ import sys
 from collections.abc import Sequence
 
 import huggingface_hub
-from etils import epath
 
-from spectral_pod import project_files, storage
+from spectral_pod import storage
 from spectral_pod.errors import ConfigError
-from spectral_pod.fields import NonNegative
-from spectral_pod.generate import export, hub
+from spectral_pod.fields import NonNegative, PositiveFloat
+from spectral_pod.generate import export, hub, run_records
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.parallel import runtime
 
@@ -38,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_value("--step", NonNegative, None, "of the checkpoint (the newest sound one)")
     parser.add_place("--output", required=True, metavar="FOLDER", help="a new or empty one")
     parser.add_argument("--license", type=_license, help="of the parameters, such as apache-2.0")
+    parser.add_value(
+        "--watts", PositiveFloat, None, "the power of a device of the training (unknown)"
+    )
     parser.add_argument("--upload", metavar="USER/REPO", help="uploads the folder there")
     return shell.run(parser, export_model, argv)
 
@@ -54,9 +61,12 @@ def export_model(arguments: argparse.Namespace) -> None:
     if repository is not None:
         hub.check_access(api, repository)
     trained = restore_for_inference(workdir, step=arguments.step)
-    file = epath.Path(workdir) / "result.json"
-    result = project_files.RESULT.read(file) if file.exists() else None
-    saved = export.save(trained, output, result=result, license=arguments.license)
+    records = run_records.read(workdir, trained.config, trained.data_digest)
+    if records.no_stores:
+        shell.say(f"The model card has no sizes of the data: {records.no_stores}")
+    saved = export.save(
+        trained, output, records=records, license=arguments.license, watts=arguments.watts
+    )
     shell.say(f"step {trained.step} of {workdir} is in {output}")
     if saved:
         shell.say(f"without frequencies that its filters do not use, it is {saved:,} bytes smaller")

@@ -4,13 +4,10 @@ DIR/model.safetensors   float32 parameters, with names such as layer_0.hyena.fil
                         that uses some frequencies only (`train/selection.py`) these alone, and
                         their numbers, int32, as layer_0.spectral.filter.frequencies
 DIR/config.json         the run's configuration and the rest of `Trained`; written last
-DIR/README.md           the model card
+DIR/README.md           the model card (`model_card.py`)
 """
 
 import hashlib
-import html
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +21,9 @@ from jax.sharding import Mesh
 from spectral_pod import config as config_lib
 from spectral_pod import models, project_files, storage
 from spectral_pod.errors import CheckpointError, DataError
+from spectral_pod.generate.model_card import card
 from spectral_pod.generate.restore import Trained, fitted, one_device, recorded_config
+from spectral_pod.generate.run_records import NO_RECORDS, RunRecords
 from spectral_pod.layers.parameter import by_frequency
 from spectral_pod.models.model import abstract_params
 from spectral_pod.parallel.sharding import tree_shardings
@@ -32,58 +31,24 @@ from spectral_pod.train.sealed_steps import check_same_model, described
 
 Arrays = dict[str, np.ndarray]  # by name
 
-_SHOWN_CLASSES = 64
 _FREQUENCIES = ".frequencies"  # ends the name of what says which ones a filter has
 _PARAMETERS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
-_CARD_TEXT = """---
-{fields}
----
-
-# {cls}, task {task}
-
-A {cls} that reads bytes and predicts {predicts}. Trained with spectral_pod.
-
-- {num_params:,} float32 parameters
-- {model.num_layers} layers of width {model.hidden_dim}, the blocks repeating {pattern}
-- trained for {step:,} steps of {rows} x {seq_len} bytes
-
-## Data
-
-Task `{task}`{options}; sha256 of the data `{digest}`.
-
-## Results
-
-{results}
-
-## Use
-
-```python
-from spectral_pod import {cls}
-
-model = {cls}.from_export("this folder")
-{use}
-```
-
-## License
-
-{license}
-"""
 
 
 def save(
     trained: Trained,
     directory: str,
     *,
-    result: Mapping[str, Any] | None = None,
+    records: RunRecords = NO_RECORDS,
     license: str | None = None,
+    watts: float | None = None,
 ) -> int:
     """Writes a trained model to a new or empty folder.
 
     Args:
       trained: the model.
       directory: the folder, on disk or gs://, created if missing.
-      result: the content of the run's result.json, if the run has ended.
-      license: an identifier for the card, such as 'apache-2.0'; None omits it.
+      records, license, watts: what the model card says beside it; see `model_card.card`.
 
     Returns:
       By how many bytes the parameters are smaller than with all frequencies of filters.
@@ -102,7 +67,7 @@ def save(
     params = _smaller(whole, abstract_params(trained.module, trained.mesh))
     data = safetensors.numpy.save(params)  # `save_file` would make it readable by its owner only
     storage.write_whole(folder / _PARAMETERS, data)
-    storage.write_whole(folder / _CARD, card(trained, result, license))
+    storage.write_whole(folder / _CARD, card(trained, records, license, watts))
     facts = {
         "config": config_lib.to_dict(trained.config),
         "num_classes": trained.num_classes,
@@ -227,68 +192,3 @@ def refuse_if_used(directory: str) -> None:
     folder = epath.Path(directory)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{directory} holds something already; give a new or an empty folder")
-
-
-def card(trained: Trained, result: Mapping[str, Any] | None, license: str | None) -> str:
-    """The model card: Markdown, with the metadata that the Hugging Face Hub reads."""
-    config = trained.config
-    cls = models.MODELS[config.model.name].__name__  # as in spectral_pod.api
-    num_params = sum(x.size for x in jax.tree.leaves(trained.params))
-    fields = ["library_name: spectral_pod", "tags: [byte-level, spectral, jax]"]
-    if license:
-        fields.insert(0, f"license: {license}")
-    if trained.objective.is_language_model:
-        fields.append("pipeline_tag: text-generation")
-        predicts = "the byte that follows, or the end of a document"
-        use = 'print(model.generate("To be", max_length=200))'
-    elif not trained.objective.by_position:
-        predicts = f"one of {trained.num_classes} classes"
-        names = ", ".join(map(_plain, trained.classes[:_SHOWN_CLASSES]))
-        more = ", ..." if len(trained.classes) > _SHOWN_CLASSES else ""
-        predicts += f": {names}{more}" if names else ""
-        use = 'print(model.classes[model.classify(b"some bytes").argmax()])'
-    else:
-        predicts = f"one of {trained.num_classes} symbols at every position"
-        use = "print(model(tokens).argmax(-1))  # int tokens [batch, length]"
-    options = _plain(", ".join(f"{k}={value!r}" for k, value in config.data.options.items()))
-    return _CARD_TEXT.format(
-        fields="\n".join(fields),
-        cls=cls,
-        task=config.data.task,
-        predicts=predicts,
-        num_params=num_params,
-        model=config.model,
-        pattern=", ".join(models.pattern(config)),
-        step=trained.step,
-        rows=config.train.global_batch_size,
-        seq_len=config.data.seq_len,
-        options=f" with {options}" if options else "",
-        digest=trained.data_digest,
-        results="\n".join(_results(trained, result)),
-        use=use,
-        license=license or "None is stated.",
-    )
-
-
-def _results(trained: Trained, result: Mapping[str, Any] | None) -> list[str]:
-    if result is None or result["step"] != trained.step:
-        return ["None are recorded of this step."]
-    evaluation: Mapping[str, Any] = result["eval"]
-    scores = {name: x for name, x in evaluation.items() if _is_number(x)}
-    return [
-        f"On the {_plain(result['eval']['split'])} split:",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {_plain(name.replace('_', ' '))} | {x:.6g} |" for name, x in scores.items()),
-    ]
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and abs(x) < 1e300
-
-
-def _plain(text: str) -> str:
-    """Text from data or users, so that Markdown and HTML show it as it is, on one line."""
-    one_line = "".join(c if c.isprintable() else " " for c in text)
-    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(one_line, quote=False))

@@ -96,7 +96,7 @@ def open_sources(config: Config) -> Sources:
         stores,
         weights,
         [] if task.objective.by_position else first.classes,
-        _digest(stores, weights),
+        digest_of(stores, weights),
         first.manifest["provenance"] if len(stores) == 1 else {},
     )
 
@@ -136,7 +136,8 @@ def _few(classes: list[str]) -> str:
     return ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")
 
 
-def _digest(stores: dict[str, ByteStore], weights: list[float]) -> str:
+def digest_of(stores: dict[str, ByteStore], weights: list[float]) -> str:
+    """The digest of stores that are mixed by these weights; of one alone its own."""
     if len(stores) == 1:
         return next(iter(stores.values())).digest
     held = [[store.digest, weight] for store, weight in zip(stores.values(), weights, strict=True)]

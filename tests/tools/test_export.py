@@ -13,8 +13,9 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from spectral_pod import SpectralGPT, SpectralLLM
 from spectral_pod import config as config_lib
 from spectral_pod.errors import CheckpointError, ConfigError, DataError
-from spectral_pod.generate import export, hub
+from spectral_pod.generate import export, hub, model_card
 from spectral_pod.generate.restore import restore_for_inference
+from spectral_pod.generate.run_records import RunRecords
 from tests import trainer
 from tests.tiny_run import DIGEST, write_run
 
@@ -79,7 +80,7 @@ def test_the_model_card(exported, workdir):
         assert part in body
     assert "confusion" not in body
     trained = restore_for_inference(str(workdir))
-    unlicensed = export.card(trained, RESULT | {"step": 9}, None)
+    unlicensed = model_card.card(trained, RunRecords(RESULT | {"step": 9}))
     assert "None are recorded of this step" in unlicensed
     assert "license:" not in unlicensed
 
@@ -95,11 +96,15 @@ def test_names_from_data_are_only_text_in_a_card(workdir):
         "| a | b |",
         "[x](y) `z`",
     ]
-    text = export.card(trained._replace(config=config, classes=nasty), None, None)
+    confusion = np.eye(len(nasty), dtype=int).tolist()
+    result = {"step": 1, "eval": {"split": "validation", "confusion": confusion}}
+    trained = trained._replace(config=config, classes=nasty)
+    text = model_card.card(trained, RunRecords(result, no_stores="<b>lost</b>"))
+    assert "<b>" not in text
     body = text.split("---\n", 2)[2]
     assert "<script>" not in body
     assert "# Heading" not in [line.strip() for line in body.splitlines()]
-    assert len([line for line in body.splitlines() if "Heading" in line]) == 1
+    assert len([line for line in body.splitlines() if "Heading" in line]) == 2  # and in a table
     assert r"\| a \| b \|" in body
     assert r"\[x\]\(y\) \`z\`" in body
 
