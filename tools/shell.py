@@ -25,6 +25,8 @@ from spectral_pod.errors import ConfigError, UserError
 
 # Some tools must start fast: neither JAX nor what imports it is imported here.
 
+# The extra of pyproject.toml that has a module; any other is for development.
+_EXTRAS = {"matplotlib": "plots", "optuna": "sweep", "bm25s": "rag"}
 _BROKEN_PIPE = 141  # as shells report a process that SIGPIPE ended
 
 
@@ -134,7 +136,8 @@ def run(
         return _BROKEN_PIPE
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and not _is_ours(error):
-            say(f"{error}; this tool needs it: pip install 'spectral-pod[dev]'")
+            extra = _EXTRAS.get(str(error.name).partition(".")[0], "dev")
+            say(f"{error}; this tool needs it: pip install 'spectral-pod[{extra}]'")
         elif isinstance(error, (UserError, *storage.failures())) or errors.storage_error(error):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             say(f"{type(error).__name__}: {'; '.join(lines)}")

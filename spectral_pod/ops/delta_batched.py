@@ -12,8 +12,8 @@ The rates of writes that a clip shortens, rho_t = beta_t c_t with c_t = min(1, c
 depend on the errors, and these on the rates of earlier tokens only. So solving with some rates, and
 taking new ones from the errors, ends in the exact solution: every round settles one more token at
 least. In practice few rounds suffice for thousands of tokens, and one if no write is clipped. Where
-`ROUNDS` do not, the recurrence computes the result. README.md derives the gradient, which is that
-of the solution whatever the rounds that led to it.
+`ROUNDS` do not, the recurrence computes the result. The gradient is that (docs/math.md, 5.4)
+of the solution, whatever the rounds that led to it.
 
 The backward pass stores P, the errors, the factors and the states before the chunks, about as much
 as q, k and v, and recomputes products with L, A, W and M. Arrays have the axes [G, B, H, T, ...].

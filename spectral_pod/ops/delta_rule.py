@@ -9,8 +9,8 @@ Without gates g is 1; with them this is the gated delta rule (Yang et al. 2024, 
 Networks: Improving Mamba2 with Delta Rule"). `delta_recurrence.py` computes this definition by a
 scan, `delta_chunks.py` and `delta_batched.py` the same function by matrix products, and
 `delta_sequence.py` the latter for sequences split over devices. `kernels/delta.py` is a kernel for
-TPUs; `kernels/delta_gpu.py` and `kernels/delta_gpu_chunks.py` are two for GPUs. README.md has the
-derivation.
+TPUs; `kernels/delta_gpu.py` and `kernels/delta_gpu_chunks.py` are two for GPUs. docs/math.md
+has the derivations (4 and 5).
 """
 
 import functools

@@ -80,11 +80,14 @@ def test_errors_that_end_a_tool(capsys):
     assert run(argv, fails(DataError("no records"))) == 2
     assert run(argv, fails(FileNotFoundError("no file"))) == 2
     assert run(argv, fails(ModuleNotFoundError("No module named 'x'", name="x"))) == 2
+    without = ModuleNotFoundError("No module named 'optuna.x'", name="optuna.x")
+    assert run(argv, fails(without)) == 2
     assert run(argv, fails(KeyboardInterrupt())) == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["DataError: no records", "FileNotFoundError: no file"]
     assert lines[2] == "No module named 'x'; this tool needs it: pip install 'spectral-pod[dev]'"
-    assert lines[3] == "Interrupted"
+    assert lines[3].endswith("pip install 'spectral-pod[sweep]'")
+    assert lines[4] == "Interrupted"
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         run(argv, lambda arguments: 1 / 0)
 

@@ -1,6 +1,6 @@
 """The delta rule in two kernels for TPUs, forward and backward; the state stays on the chip.
 
-The form is that of `delta_chunks.py`, and README.md has its derivation; here in one pass over the
+The form is that of `delta_chunks.py`, derived in docs/math.md, 4.3; here in one pass over the
 chunks of a sequence, from the first to the last, and back. HBM sees the inputs, the outputs, and
 what the backward pass reads again: the errors E, the matrices P, and the state before each chunk.
 P is read because the matrix unit is the busier one, and would be needed to invert again.

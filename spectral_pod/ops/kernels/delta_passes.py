@@ -1,6 +1,6 @@
 """What the kernels of the delta rule do with a chunk (`delta.py`), forward and backward.
 
-The names of matrices are those of README.md. The tiles of a grid cell take turns: see
+The names of matrices are those of docs/math.md, 4. The tiles of a grid cell take turns: see
 `head_tiles.interleave`. Letters here: X = 128 lanes, of a tile. The others are in `shapes.py`.
 """
 
@@ -212,7 +212,7 @@ def backward(*refs: Any, plan: Plan) -> None:
 
 
 def _backward_clipped(ref: _Backward, plan: Plan) -> None:
-    """Computes the chunk again, with clips: README.md has the recursion. A clipped write does not
+    """Computes the chunk again, with clips, by docs/math.md, 5.2: a clipped write does not
     depend on the length of e."""
     for i, at in enumerate(_tiles(plan)):
         (chunk,) = head_tiles.interleave([_readable(ref, at, plan)])
