@@ -22,6 +22,7 @@ without passages "none". Exit code 0 says that it was measured, whatever the fig
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -108,6 +109,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     rows = rag_evaluation.measure(
         agent, task, count=arguments.questions, seed=arguments.seed, batch=arguments.batch
     )
+    if arguments.json:
+        storage.write_whole(
+            arguments.json, json.dumps(rag_evaluation.report(rows), indent=1) + "\n"
+        )
     print(rag_evaluation.table(rows), end="")
 
 
@@ -148,6 +153,7 @@ def _parser() -> shell.Parser:
             reads.add_value("--questions", Positive, 200, "to ask (200)")
             reads.add_value("--batch", Positive, 32, "of questions at once (32)")
             reads.add_value("--seed", NonNegative, 0, "of facts and documents (0)")
+            reads.add_output("--json", "write the shares to this file")
     return parser
 
 

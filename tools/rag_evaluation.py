@@ -4,7 +4,7 @@ import difflib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spectral_pod.agent import retrieval
 from spectral_pod.agent.loop import Agent
@@ -111,17 +111,33 @@ def _holds(passage: Passage, question: Question) -> bool:
     return passage.file == question.file and is_in
 
 
+def _parts(row: Row) -> dict[str, tuple[int, int]]:
+    """Each column, as a count and what it is a share of."""
+    return {
+        "found": (row.found, row.asked),
+        "exact": (row.exact, row.asked),
+        "cited": (row.cited, row.exact),
+        "unknown": (row.unknown, row.unanswerable),
+    }
+
+
+def report(rows: Sequence[Row]) -> dict[str, Any]:
+    """The shares, and how many questions had an answer and had none."""
+    return {
+        "rows": [
+            {"read": row.name, "asked": row.asked, "unanswerable": row.unanswerable}
+            | {name: part / of if of else None for name, (part, of) in _parts(row).items()}
+            for row in rows
+        ]
+    }
+
+
 def table(rows: Sequence[Row]) -> str:
     """Shares, with their counts."""
     lines = [f"{'read':<12}{'found':>18}{'exact':>18}{'cited':>18}{'unknown':>18}"]
     for row in rows:
-        parts = (
-            (row.found, row.asked),
-            (row.exact, row.asked),
-            (row.cited, row.exact),
-            (row.unknown, row.unanswerable),
-        )
-        lines.append(f"{row.name:<12}" + "".join(f"{_share(*part):>18}" for part in parts))
+        shares = "".join(f"{_share(*part):>18}" for part in _parts(row).values())
+        lines.append(f"{row.name:<12}{shares}")
     return "\n".join(lines) + "\n"
 
 

@@ -20,10 +20,11 @@ Several workers, on one machine (--jobs) or on several with the same --out, a fo
 share what they know. The same command continues what was interrupted: whoever comes next resumes
 the trials whose workers have ended where they were saved. --trials counts those of all workers.
 
-stdout has a table, which is also in DIR/table.md; DIR/history.png and DIR/importance.png are plots;
-DIR/best.py is the best trial's configuration: --config=DIR/best.py. Ctrl-C, SIGTERM and the end of
---budget_minutes let the running trials save. Exits with 0 when all trials have ended or are those
-of other workers; 78 if the budget ended before; 130 after Ctrl-C; 2 if no trial has a result.
+stdout has a table, which is also in DIR/table.md and as DIR/table.json; DIR/history.png and
+DIR/importance.png are plots; DIR/best.py is the best trial's configuration: --config=DIR/best.py.
+Ctrl-C, SIGTERM and the end of --budget_minutes let the running trials save. Exits with 0 when all
+trials have ended or are those of other workers; 78 if the budget ended before; 130 after Ctrl-C; 2
+if no trial has a result.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What `tools.sweep` prints and writes: a table, plots, and the best configuration."""
 
+import json
 import warnings
 from typing import Any
 
@@ -14,13 +15,13 @@ from . import plots, study
 
 def table(sweep: optuna.Study) -> str:
     """The Markdown of all trials, the best first."""
-    trials = sorted(sweep.get_trials(deepcopy=False), key=lambda trial: _rank(sweep, trial))
+    trials = _trials(sweep)
     if not trials:
         return "There are no trials.\n"
     names = study.distinct(name for trial in trials for name in trial.params)
     rows = [["trial", "value", *names, "state", "minutes"]]
     for trial in trials:
-        value = trial.value if trial.state.is_finished() and trial.value is not None else None
+        value = _value(trial)
         rows.append([
             str(trial.number), "—" if value is None else f"{value:.4f}",
             *(_shown(trial.params.get(name)) for name in names), _state(trial),
@@ -28,6 +29,25 @@ def table(sweep: optuna.Study) -> str:
         ])  # fmt: skip
     direction = "highest" if _maximizes(sweep) else "lowest"
     return f"{study.table(rows)}\n\nValues are of the validation split; the {direction} is best.\n"
+
+
+def facts(sweep: optuna.Study) -> dict[str, Any]:
+    """The same as JSON."""
+    return {
+        "rows": [
+            {"trial": trial.number, "value": _value(trial), "state": _state(trial), **trial.params}
+            for trial in _trials(sweep)
+        ]
+    }
+
+
+def _trials(sweep: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """All trials, the best first."""
+    return sorted(sweep.get_trials(deepcopy=False), key=lambda trial: _rank(sweep, trial))
+
+
+def _value(trial: optuna.trial.FrozenTrial) -> float | None:
+    return trial.value if trial.state.is_finished() else None
 
 
 def _maximizes(sweep: optuna.Study) -> bool:
@@ -56,6 +76,7 @@ def write(sweep: optuna.Study, out: str) -> None:
     """Writes the table, and if there are results the plots and the best configuration."""
     folder = epath.Path(out)
     storage.write_whole(folder / "table.md", table(sweep))
+    storage.write_whole(folder / "table.json", json.dumps(facts(sweep), indent=1) + "\n")
     complete = (optuna.trial.TrialState.COMPLETE,)
     trials = sweep.get_trials(deepcopy=False, states=complete)
     if not trials:

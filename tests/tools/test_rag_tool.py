@@ -1,5 +1,6 @@
 """The command line of retrieval; and what `evaluate` makes of scripts in the model's place."""
 
+import json
 import re
 
 import pytest
@@ -132,7 +133,12 @@ def test_of_a_run(folder, tmp_path, capfd):
     config = tiny_config(**{"data.task": "rag", "model.num_layers": 1})
     config.data.options = {"passages": "none", "source": str(folder)}
     write_run(tmp_path / "run", config)
-    run("evaluate", f"--workdir={tmp_path}/run", "--questions=4")
+    run("evaluate", f"--workdir={tmp_path}/run", "--questions=4", f"--json={tmp_path}/shares.json")
+    (row,) = json.loads((tmp_path / "shares.json").read_text())["rows"]
+    assert row == {
+        "read": "none", "asked": 3, "unanswerable": 1,
+        "found": 0.0, "exact": 0.0, "cited": None, "unknown": 0.0,
+    }  # fmt: skip
     assert capfd.readouterr().out.splitlines()[1].split()[:3] == ["none", "0.0%", "(0/3)"]
     write_run(tmp_path / "other", tiny_config(**{"model.num_layers": 1}))
     run("evaluate", f"--workdir={tmp_path}/other", code=2)

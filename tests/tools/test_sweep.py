@@ -157,6 +157,8 @@ def test_it_finds_the_best_and_continues(stage, capfd):
     table = (stage / "out" / "table.md").read_text()
     assert capfd.readouterr().out.endswith(table)
     assert table.splitlines()[2].split("|")[2].strip() == f"{best:.4f}"
+    rows = json.loads((stage / "out" / "table.json").read_text())["rows"]
+    assert (len(rows), rows[0]["value"]) == (14, best)
     for picture in ("history.png", "importance.png"):
         assert (stage / "out" / picture).read_bytes().startswith(b"\x89PNG")
 
