@@ -110,9 +110,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         agent, task, count=arguments.questions, seed=arguments.seed, batch=arguments.batch
     )
     if arguments.json:
-        storage.write_whole(
-            arguments.json, json.dumps(rag_evaluation.report(rows), indent=1) + "\n"
-        )
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            file.write(json.dumps(rag_evaluation.report(rows), indent=1) + "\n")
     print(rag_evaluation.table(rows), end="")
 
 
