@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from spectral_pod.config import Config, default
 from spectral_pod.recipes import learning_rates, schedule, small_conversations
 
-SEQ_LEN = {"tool": 320, "python": 544, "direct": 96, "traces": 544}
+SEQ_LEN = {"tool": 320, "python": 576, "direct": 96, "traces": 576}
 
 
 def get_config(form: str = "tool") -> Config:

@@ -63,10 +63,15 @@ class AgentTask(ConversationTask):
                     turns += [*_failed(question, failure), *_called(question)]
                 turns += [Turn(Role.ANSWER, question.answer)]
                 longest = max(longest, len(protocol.example(turns)[0]))
-        return longest
+        words, letters = agent_kinds.OPENING
+        return longest + words * (letters + 1)
 
     def question(self, split: str, rng: np.random.Generator) -> Question:
         """A question of a split."""
+        question = self._bare_question(split, rng)
+        return agent_kinds.opened(question, rng) if split == "train" else question
+
+    def _bare_question(self, split: str, rng: np.random.Generator) -> Question:
         if rng.random() < self.plain:
             return agent_kinds.plain(split, rng)
         if rng.random() < self.python:

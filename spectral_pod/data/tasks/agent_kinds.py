@@ -4,6 +4,9 @@ Numbers whose two first digits are in `HELD_OUT`, words that begin with a letter
 `HELD_OUT_LETTERS` and dates of years whose two last digits are in `HELD_OUT` are only in questions
 of validation and test: of each question the first of these that it has. The ways to ask that are
 held out are only in those of test.
+
+Half of the questions of training begin with words that mean nothing: a model that has always seen a
+number in a few places of a question copies from there, and not the number.
 """
 
 import datetime
@@ -25,6 +28,7 @@ HELD_OUT_QUESTIONS = ("please tell me {a} {op} {b}", "I need the value of {a}{op
 REPEAT = "repeat {word}"
 TABLES = ("{table}. what is {key}?", "of {table}, {key} is")
 HELD_OUT_TABLES = ("tell me {key}, given {table}",)
+OPENING = 2, 5  # words and letters of a word that mean nothing, at most
 MAX_WORD, MAX_NUMBERS, MAX_ROWS, MAX_KEY = 8, 5, 4, 4
 _KINDS = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 
@@ -210,8 +214,16 @@ def looked_up(text: str, rows: dict[str, str], key: str) -> Question:
     return Question(asked, rows[key].encode(), "table", b"", 0)
 
 
+def opened(question: Question, rng: np.random.Generator) -> Question:
+    """The question as it is, or behind words that mean nothing."""
+    if rng.random() < 0.5:
+        return question
+    words = [_word(1, OPENING[1], rng) for _ in range(rng.integers(1, OPENING[0] + 1))]
+    return question._replace(text=" ".join([*words, ""]).encode() + question.text)
+
+
 def longest(digits: int, *, python: bool) -> Iterator[Question]:
-    """Questions of each kind that are as long as can be."""
+    """Questions of each kind that are as long as can be, without an opening."""
     most = int("9" * digits)
     yield calculation(max(QUESTIONS + HELD_OUT_QUESTIONS, key=len), most, "*", most)
     word = "x" * MAX_WORD
