@@ -18,8 +18,9 @@ The same command continues: a cell with a result is done, and one that was inter
 it was saved. Unless the flags after -- say otherwise cells are evaluated on the validation split,
 so that no choice between variants has seen the test split.
 
-Fields for all cells follow --, as in `-- --config.train.total_steps=3000`, and those of one variant
-are --set=VARIANT:FIELD=VALUE, as in --set=stride_4:train.total_steps=11000 for the same time.
+Fields for all cells follow --, as in `-- --config.train.total_steps=3000`; those of levers override
+them. Fields of one variant are --set=VARIANT:FIELD=VALUE, as in
+--set=stride_4:train.total_steps=11000 for the same time.
 
 stdout has the table, which is also in DIR/table.md and DIR/table.json; DIR/accuracy.png and
 DIR/curves.png are plots of it and of the evaluations during training. Ctrl-C, SIGTERM and the end
@@ -110,11 +111,12 @@ class Ablation(study.Study[Cell]):
         seeds = study.seeds(arguments.seeds) or sorted(study.distinct(c.seed for c in there))
         return cls(out=arguments.out.rstrip("/"), cells=_product(variants, seeds))
 
-    def own_flags(self, cell: Cell) -> list[str]:
+    def base_flags(self, cell: Cell) -> list[str]:
+        return [f"--config={self.config}", "--config.train.eval_split=validation"]
+
+    def cell_flags(self, cell: Cell) -> list[str]:
         fields = levers.fields_of(cell.variant, self.own)
         return [
-            f"--config={self.config}",
-            "--config.train.eval_split=validation",
             *(f"--config.{name}={value}" for name, value in fields.items()),
             *(flag for variant, flag in self.settings if variant == cell.variant),
         ]

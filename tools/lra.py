@@ -112,13 +112,13 @@ class Matrix(study.Study[Cell]):
         seeds = study.seeds(arguments.seeds) or sorted(study.distinct(c.seed for c in there))
         return cls(out=arguments.out, cells=_product(tasks, models, seeds))
 
-    def own_flags(self, cell: Cell) -> list[str]:
+    def base_flags(self, cell: Cell) -> list[str]:
         config, *presets = _CONFIGS.get(cell.task, (cell.task,))
         presets += [self.size, cell.model]
-        return [
-            f"--config=configs/lra_{config}.py:{','.join(presets)}",
-            *(flag for name, flag in self.settings if name in cell.kind),
-        ]
+        return [f"--config=configs/lra_{config}.py:{','.join(presets)}"]
+
+    def cell_flags(self, cell: Cell) -> list[str]:
+        return [flag for name, flag in self.settings if name in cell.kind]
 
     def summary(self) -> dict[str, Any]:
         return lra_report.summary(self.cells)

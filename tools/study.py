@@ -142,8 +142,12 @@ class Study(abc.ABC, Generic[C]):
     flags: tuple[str, ...] = ()
 
     @abc.abstractmethod
-    def own_flags(self, cell: C) -> list[str]:
-        """The flags of the trainer that make a cell what it is: --config first, without seed."""
+    def base_flags(self, cell: C) -> list[str]:
+        """--config, and flags that those of all cells override."""
+
+    @abc.abstractmethod
+    def cell_flags(self, cell: C) -> list[str]:
+        """What distinguishes a cell, but for its seed: flags that override all others."""
 
     @abc.abstractmethod
     def summary(self) -> dict[str, Any]:
@@ -161,9 +165,9 @@ class Study(abc.ABC, Generic[C]):
         return f"{self.out}/{cell.name}"
 
     def trainer_flags(self, cell: C) -> list[str]:
-        file, *rest = self.own_flags(cell)
+        file, *rest = self.base_flags(cell)
         places = (f"--workdir={self.workdir(cell)}", f"--config.seed={cell.seed}")
-        return [file, *places, *rest, *self.flags]
+        return [file, *places, *rest, *self.flags, *self.cell_flags(cell)]
 
     def command(self, cell: C) -> list[str]:
         trainer = (sys.executable, "-m", "spectral_pod.main")

@@ -77,9 +77,9 @@ def test_the_fields_of_a_variant(stage, capfd):
     )
     end = ["--config.train.eval_split=test"]
     assert of_cell == {
-        "base-0": [*start, "--config.train.total_steps=50", *end],
-        "stride_4+wide-0": [*start, "--config.model.patch.stride=4", *wide, *end],
-        "wide+no_memory-0": [*start, *wide, "--config.model.memory_interval=0", *end],
+        "base-0": [*start, *end, "--config.train.total_steps=50"],
+        "stride_4+wide-0": [*start, *end, "--config.model.patch.stride=4", *wide],
+        "wide+no_memory-0": [*start, *end, *wide, "--config.model.memory_interval=0"],
     }
 
 

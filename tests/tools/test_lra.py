@@ -96,8 +96,8 @@ def test_the_commands(stage, capfd):
     ]  # fmt: skip
     assert of_s5[2:] == [
         "--config=configs/lra_pathfinder.py:path_x,cpu,s5", f"--workdir={stage.out}/path_x-s5-0",
-        "--config.seed=0", "--config.data.threads=3", "--config.model.dropout=0.1",
-        "--config.seed=5",
+        "--config.seed=0", "--config.seed=5", "--config.data.threads=3",
+        "--config.model.dropout=0.1",
     ]  # fmt: skip
     assert not stage.out.exists()
     assert lra.main([f"--out={stage.out}", "--tasks=text", "--models=fnet", "--dry_run"]) == 0
