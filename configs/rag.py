@@ -6,8 +6,7 @@
 `:oracle` reads the one passage with the fact, `:none` no passage at all; both are to compare with.
 Facts, persons and documents are those of `spectral_pod/data/tasks/rag.py`: generated facts in files
 of Python's standard library, or of `--config.data.options.source=FOLDER`. Accuracy is that of
-symbols. None of this has been trained yet: what it costs, and how well it answers, is to be
-measured.
+symbols.
 """
 
 from ml_collections import ConfigDict
@@ -26,5 +25,5 @@ def get_config(form: str = "retrieved") -> Config:
     c.data.options = ConfigDict({"passages": form})
     c.data.seq_len = SEQ_LEN[form]
     small_conversations(c)
-    schedule(c, total=4000, every=1000, warmup=200)
+    schedule(c, total=1000, every=250, warmup=150)
     return c
