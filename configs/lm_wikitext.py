@@ -12,6 +12,11 @@ as WikiText counts (Merity et al. 2016, "Pointer sentinel mixture models": 217,6
 245,569 for test). So it compares with published figures of models that read words. The number of
 words in every split is in the store's manifest.
 
+With `--config.data.options.tokenizer=tokenizer.json`, a file of the library `tokenizers` (`pip
+install 'spectral-pod[tokenizers]'`), the model predicts its tokens in place of bytes. Then
+perplexity is that of a token, as it is published for models with this tokenizer; bits per byte and
+word perplexity are still of the original bytes and words, which tokens do not change.
+
 `:cpu` (the default) trains SpectralGPT with 0.7M parameters on two CPU cores, `:gpu` one of 15M
 parameters on a GPU. Neither has been trained on WikiText-103 yet.
 """

@@ -290,6 +290,35 @@ class NextByte(LabelledPositions):
         return scalars
 
 
+class NextToken(NextByte):
+    """The token that follows, likewise, of a vocabulary larger than that of bytes.
+
+    Perplexity is of a token. How many bytes and words its tokens stand for is known of a whole
+    split only: evaluations are given its `totals`, and divide the nats of all labels by those of
+    the original text, so that the figures compare with those of models of bytes and of words. (The
+    first token of a split is not predicted, and its bytes are counted.)
+    """
+
+    evaluation_metrics: ClassVar = LabelledPositions.evaluation_metrics
+    descriptions: ClassVar = NextByte.descriptions | {
+        "bits_per_byte": "Bits of all labels / bytes of the original text, of whole splits",
+        "perplexity": "exp(loss), of a token",
+    }
+
+    @classmethod
+    def derived(cls, scalars: Mapping[str, float]) -> dict[str, float]:
+        return {"perplexity": _exp(scalars["loss"])}
+
+    @classmethod
+    def scalars(cls, values: Mapping[str, Any]) -> dict[str, float]:
+        """See `NextByte.scalars`; also bits per byte, of evaluations."""
+        scalars = super().scalars({k: x for k, x in values.items() if k != "bytes"})
+        if "bytes" in values:
+            nats = values["loss"] * values[cls.count]
+            scalars["bits_per_byte"] = nats / values["bytes"] / math.log(2)
+        return scalars
+
+
 def _exp(nats: float) -> float:
     return math.exp(min(nats, 80.0))  # a bad start must not overflow, nor as float32
 

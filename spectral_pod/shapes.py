@@ -14,17 +14,28 @@
 The aliases annotate the inputs and outputs of operations and models; tests check them at run time.
 """
 
+from typing import Any
+
 from jaxtyping import Array, Bool, Complex, Float, Int
 
-# Bytes are 0..255; byte 0 is data, never padding. Id 257 is reserved.
+# Bytes are 0..255; byte 0 is data, never padding. Id 257 is reserved. The tokens of a larger
+# vocabulary go on after the special ones: see `symbol`.
 PAD = 256
 EOS = 258
 SEP = 259
 VOCAB_SIZE = 260
+NUM_SPECIAL = VOCAB_SIZE - 256
 
 # Symbols of conversations (`agent/protocol.py`), which only models of conversations have. Those
 # that a model may write are first.
 END, THOUGHT, CALL, ANSWER, USER, RESULT = range(VOCAB_SIZE, VOCAB_SIZE + 6)
+
+
+def symbol(token: Any) -> Any:
+    """What a model reads for a token, or a NumPy array of them: itself below 256, and from there on
+    a number after the special tokens."""
+    return token + NUM_SPECIAL * (token >= 256)
+
 
 Tokens = Int[Array, "B L"]
 TokenMask = Bool[Array, "B L"]

@@ -27,6 +27,10 @@ FORMS = {
     "lra_image": ["full", "cpu", *BASELINES],
     "lra_retrieval": ["full", "cpu", *BASELINES],
     "dna": ["full", "cpu"],
+    "python_syntax": [()],
+    "logs": ["blocks", "lines"],
+    "proteins": ["cpu", "full"],
+    "topics": ["cpu", "full"],
     "lra_pathfinder": ["pathfinder", "path_x", "cpu", *BASELINES, "path_x,s5"],
     "lm_library": ["gpt", "llm"],
     "lm_shakespeare": ["cpu", "gpu"],
@@ -165,7 +169,7 @@ def test_a_pod_model_has_the_parameters_that_its_docstring_says(size, count):
     assert text == pytest.approx(20 * 4 * total, rel=0.03)  # 20 tokens of 4 bytes a parameter
 
 
-@pytest.mark.parametrize("name", sorted(FORMS.keys() - {"quickstart"}))
+@pytest.mark.parametrize("name", sorted(FORMS.keys() - {"quickstart", "python_syntax"}))
 def test_an_unknown_form_is_refused(name):
     with pytest.raises(ValueError, match="nonsense"):
         load(name).get_config("nonsense")

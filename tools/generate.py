@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     # Texts to continue, and to stop at, may be any bytes: `type` exempts them from being Unicode.
     parser.add_argument("--prompt", type=str, metavar="TEXT", help="the text to continue")
     parser.add_place("--batch", local=True, metavar="FILE", help='a file of lines {"prompt": ...}')
-    parser.add_value("--num_bytes", Positive, 256, "bytes to append, at most (256)")
+    parser.add_value("--num_bytes", Positive, 256, "bytes, or tokens, to append (256)")
     parser.add_value("--temperature", NonNegativeFloat, 1.0, "0 takes the likeliest byte (1.0)")
     parser.add_value("--top_k", NonNegative, 0, "sample from the k likeliest bytes; 0: all (0)")
     parser.add_value(

@@ -59,6 +59,7 @@ class Split:
       documents: k, the number of documents per record.
       offsets: int64 [n * k + 1]; document j of record i is bytes offsets[i * k + j] to the next.
       labels: int32 [n].
+      provenance: of the records of the whole store.
     """
 
     def __init__(self, store: "ByteStore", name: str):
@@ -66,6 +67,7 @@ class Split:
         self._store = store
         info = store.manifest["splits"][name]
         self.documents: int = store.manifest["documents"]
+        self.provenance: Mapping[str, Any] = store.manifest["provenance"]
         parts = info["parts"]
         self._names = [f"{name}/{part['name']}" for part in parts]
         urls = [f"{store.path}/{part}" for part in self._names]

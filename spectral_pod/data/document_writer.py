@@ -1,7 +1,7 @@
 """Writes the documents of language modelling to a byte store, several splits in one pass."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from spectral_pod.data import byte_store, zarr_arrays
@@ -36,10 +36,11 @@ class Writer:
       facts: by split.
     """
 
-    def __init__(self, path: str, splits: Sequence[str]):
-        """Replaces what is at `path`, a folder or a gs:// URL."""
+    def __init__(self, path: str, splits: Sequence[str], encode: Callable[[bytes], bytes] = bytes):
+        """Replaces what is at `path`, a folder or a gs:// URL; documents are stored as `encode`
+        gives them."""
         self.facts = {split: Facts() for split in splits}
-        self._path = path
+        self._path, self._encode = path, encode
         self._parts: dict[str, list[Any]] = {split: [] for split in splits}
         self._open: dict[str, list[Record]] = {split: [] for split in splits}
         self._filled = dict.fromkeys(splits, 0)  # bytes of the open parts
@@ -52,8 +53,9 @@ class Writer:
         facts.bytes += len(document.data)
         facts.words += count_words(document.data)
         facts.first, facts.last = facts.first or document.name, document.name
-        self._open[split].append(Record(document.data, 0))
-        self._filled[split] += len(document.data)
+        record = Record(self._encode(document.data), 0)
+        self._open[split].append(record)
+        self._filled[split] += len(record.data)
         if self._filled[split] >= zarr_arrays.PART_BYTES:
             self._end_part(split)
 

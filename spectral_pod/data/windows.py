@@ -1,4 +1,4 @@
-"""Windows of a byte stream with next-byte labels, for language modelling.
+"""Windows of a stream of bytes or tokens with the next one as label, for language modelling.
 
 The stream concatenates the documents of a split, each followed by EOS:
 
@@ -6,18 +6,24 @@ The stream concatenates the documents of a split, each followed by EOS:
     stream        a   b   c  EOS  d   e  EOS          documents "abc" and "de"
     tokens            b   c  EOS  d                   the window of 4 that starts at 1
     labels            c  EOS  d   e
+
+What is a byte here can also be a token of a larger vocabulary (`data/vocabulary.py`).
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from spectral_pod.data.byte_store import Split
 from spectral_pod.data.pipeline import Batch
+from spectral_pod.data.vocabulary import Vocabulary
 from spectral_pod.errors import DataError
 from spectral_pod.seeds import entropy
-from spectral_pod.shapes import EOS, PAD
+from spectral_pod.shapes import EOS, PAD, symbol
 
-EOS_CLASS = 256  # the class of byte b is b
-NUM_CLASSES = 257
+_BYTES = Vocabulary()
+EOS_CLASS = _BYTES.num_tokens  # the class of byte b is b
+NUM_CLASSES = EOS_CLASS + 1
 
 
 class Windows:
@@ -31,19 +37,23 @@ class Windows:
         seq_len: int,
         num_documents: int = 0,
         shuffle_seed: int | None = None,
+        vocabulary: Vocabulary = _BYTES,
+        totals: Mapping[str, int] | None = None,
     ):
         """Reads the first `num_documents` documents of `split`, or all of them if that is 0.
 
         Without a `shuffle_seed` windows are read in order: every token of the stream but the first
         is predicted exactly once, and the last window is padded. With one, the start of every
-        window is uniformly distributed.
+        window is uniformly distributed. The documents are tokens of a `vocabulary`, in its dtype.
+        `totals` are facts about their text that an evaluation needs (`objectives.NextToken`).
 
         Raises:
           DataError: the stream is empty, or, if shuffled, too short for one window.
         """
         self._split, self.batch_size, self.seq_len = split, batch_size, seq_len
-        self._seed = shuffle_seed
-        self._ends = split.offsets[1 : 1 + (num_documents or len(split))]
+        self._seed, self._vocabulary, self.totals = shuffle_seed, vocabulary, dict(totals or {})
+        size = vocabulary.dtype.itemsize
+        self._ends = split.offsets[1 : 1 + (num_documents or len(split))] // size
         self._eos = self._ends + np.arange(len(self._ends))  # positions of EOS in the stream
         self._stop = int(self._eos[-1]) + 1 if len(self._eos) else 0
         if self._stop < 2:
@@ -81,10 +91,12 @@ class Windows:
         shape = len(rows), self.seq_len
         tokens = np.full(shape, PAD, np.int32)
         labels, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        for row, data in enumerate(self._split.read_ranges(list(zip(first, last)))):
+        dtype, end = self._vocabulary.dtype, self._vocabulary.num_tokens
+        ranges = list(zip(first * dtype.itemsize, last * dtype.itemsize))
+        for row, data in enumerate(self._split.read_ranges(ranges)):
             ends = self._ends[before[row] : after[row]] - first[row]
-            window = np.insert(data.astype(np.int32), ends, EOS)
+            window = np.insert(data.view(dtype).astype(np.int32), ends, end)
             n = len(window[1:])
-            tokens[row, :n], valid[row, :n] = window[:n], True
-            labels[row, :n] = np.where(window[1:] == EOS, EOS_CLASS, window[1:])
+            tokens[row, :n] = np.where(window[:n] == end, EOS, symbol(window[:n]))
+            labels[row, :n], valid[row, :n] = window[1:], True
         return {"tokens": tokens, "labels": labels, "valid": valid}

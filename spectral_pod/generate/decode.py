@@ -36,10 +36,10 @@ from spectral_pod.models.causal_model import CausalModel, DecodeState
 from spectral_pod.ops import online_conv
 from spectral_pod.ops.online_conv import BLOCK, ProductBlock
 from spectral_pod.seeds import random_key
-from spectral_pod.shapes import EOS, PAD
+from spectral_pod.shapes import EOS, NUM_SPECIAL, PAD, symbol
 
 PLAIN = Sampling()
-END_OF_DOCUMENT = 256  # the class that is not a byte
+END_OF_DOCUMENT = 256  # the class of models of bytes that is no byte; always the last one
 
 # A decode state's parts that are prepared or advanced as a whole.
 _KINDS = (GrowingState, FilterInputs, ProductInputs, FilterCache, ProductBlock)
@@ -164,16 +164,43 @@ def generate(
     context: int | None = None,
     rows: int = 1,
 ) -> Iterator[list[bytes]]:
-    """Continues prompts; yields the bytes appended to each of them, as they are sampled.
+    """Continues prompts by `generate_tokens`; yields the bytes appended to each of them."""
+    pieces = generate_tokens(
+        model,
+        params,
+        prompts,
+        num_tokens=num_bytes,
+        seed=seed,
+        sampling=sampling,
+        context=context,
+        rows=rows,
+    )
+    for row in pieces:
+        yield list(map(bytes, row))
 
-    The n-th byte of sequence b is sampled with a key derived from (seed, b, n), so a text depends
-    neither on other prompts nor on the mesh. A sequence ends after `num_bytes` bytes or at the end
-    of a document. When it reaches `context` positions, the last half of them becomes a new prompt.
+
+def generate_tokens(
+    model: CausalModel,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_tokens: int,
+    seed: int = 0,
+    sampling: Sampling = PLAIN,
+    context: int | None = None,
+    rows: int = 1,
+) -> Iterator[list[list[int]]]:
+    """Continues prompts of tokens, such as bytes; yields those appended, as they are sampled.
+
+    The n-th token of sequence b is sampled with a key derived from (seed, b, n), so a text depends
+    neither on other prompts nor on the mesh. A sequence ends after `num_tokens` or at the end of a
+    document, the last class. When it reaches `context` positions, the last half of them becomes a
+    new prompt.
 
     Args:
       model, params: as for `Decoder`.
-      prompts: at least one byte each.
-      num_bytes: maximum number of bytes to append.
+      prompts: at least one token each.
+      num_tokens: maximum number of tokens to append.
       seed: sampling seed.
       sampling: temperature, top-k and top-p.
       context: the number of positions that the model was built for; None for no limit.
@@ -184,27 +211,27 @@ def generate(
     """
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least one byte to continue")
-    num_rows = -(-len(prompts) // rows) * rows
-    texts = [bytearray(prompt) for prompt in prompts]
+    num_rows, end = -(-len(prompts) // rows) * rows, model.num_classes - 1
+    texts = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(random_key(seed), row))(jnp.arange(num_rows))
     drawn = 0
-    while drawn < num_bytes and not all(ended):
+    while drawn < num_tokens and not all(ended):
         tokens_BP = _aligned(texts, num_rows, context)
-        room = num_bytes - drawn
+        room = num_tokens - drawn
         if context is not None:
             # Each row counts its own positions; the longest one has the fewest left.
             longest = int((tokens_BP != PAD).sum(1).max())
             room = min(room, context - longest)
         decoder = Decoder(model, params, tokens_BP, num_positions=room)
         token_B = _draw(decoder.logits_BC, keys_B, drawn, sampling)
-        yield _append(texts, ended, np.asarray(token_B)[:, None])
+        yield _append(texts, ended, np.asarray(token_B)[:, None], end)
         drawn, left = drawn + 1, room - 1
         while left > 0 and not all(ended):
-            tokens_BT = decoder.extend(_as_input(token_B), keys_B, drawn, sampling)
+            tokens_BT = decoder.extend(_as_input(token_B, end), keys_B, drawn, sampling)
             token_B = tokens_BT[:, -1]
             count = min(left, BLOCK)
-            yield _append(texts, ended, np.asarray(tokens_BT)[:, :count])
+            yield _append(texts, ended, np.asarray(tokens_BT)[:, :count], end)
             drawn, left = drawn + count, left - count
 
 
@@ -213,21 +240,22 @@ def context_of(model: CausalModel) -> int | None:
     return model.config.max_positions if model.config.positions == "learned" else None
 
 
-def _append(texts: list[bytearray], ended: list[bool], tokens_BT: np.ndarray) -> list[bytes]:
+def _append(
+    texts: list[list[int]], ended: list[bool], tokens_BT: np.ndarray, end: int
+) -> list[list[int]]:
     pieces = []
     for row, text in enumerate(texts):
-        piece = b""
+        piece: list[int] = []
         if not ended[row]:
-            tokens = tokens_BT[row].tolist()
-            if END_OF_DOCUMENT in tokens:
-                tokens, ended[row] = tokens[: tokens.index(END_OF_DOCUMENT)], True
-            piece = bytes(tokens)
+            piece = tokens_BT[row].tolist()
+            if end in piece:
+                piece, ended[row] = piece[: piece.index(end)], True
         text += piece
         pieces.append(piece)
     return pieces
 
 
-def _aligned(texts: Sequence[bytes | bytearray], rows: int, context: int | None) -> np.ndarray:
+def _aligned(texts: Sequence[Sequence[int]], rows: int, context: int | None) -> np.ndarray:
     """Left-padded prompts, int32 [rows, P]; P is a power of two, to compile for few shapes."""
     if context is not None:
         texts = [text if len(text) < context else text[-max(1, context // 2) :] for text in texts]
@@ -236,12 +264,13 @@ def _aligned(texts: Sequence[bytes | bytearray], rows: int, context: int | None)
     tokens_BP = np.full((rows, length), PAD, np.int32)
     tokens_BP[len(texts) :, -1] = 0  # rows without a prompt, which are discarded
     for row, text in enumerate(texts):
-        tokens_BP[row, length - len(text) :] = np.frombuffer(bytes(text), np.uint8)
+        tokens_BP[row, length - len(text) :] = symbol(np.asarray(text, np.int32))
     return tokens_BP
 
 
-def _as_input(token_B: jax.Array) -> jax.Array:
-    return jnp.where(token_B == END_OF_DOCUMENT, EOS, token_B)
+def _as_input(token_B: jax.Array, end: int) -> jax.Array:
+    symbol_B = jnp.where(token_B < 256, token_B, token_B + NUM_SPECIAL)
+    return jnp.where(token_B == end, EOS, symbol_B)
 
 
 # ---- Programs --------------------------------------------------------------------------------
@@ -292,7 +321,7 @@ def _draw_block(
         token_B, state = carry
         logits_BC, state = read_position(model, params, state, token_B, position + i)
         token_B = _draw(logits_BC, keys_B, drawn + i, sampling)
-        return (_as_input(token_B), state), token_B
+        return (_as_input(token_B, model.num_classes - 1), state), token_B
 
     (_, state), tokens_TB = jax.lax.scan(step, (token_B, state), jnp.arange(BLOCK))
     return tokens_TB.T, state

@@ -5,7 +5,7 @@ gives exported parameters plain names.
 """
 
 import functools
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import optax
@@ -18,6 +18,7 @@ from spectral_pod import config as config_lib
 from spectral_pod import fields, models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
+from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import Model, abstract_params
@@ -27,6 +28,9 @@ from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.sealed_steps import SealedSteps
 from spectral_pod.train.state import abstract_state, check_finite
 from spectral_pod.validation import validate, validate_mesh
+
+if TYPE_CHECKING:
+    from spectral_pod.data.vocabulary import Vocabulary
 
 
 class Trained(NamedTuple):
@@ -58,7 +62,21 @@ class Trained(NamedTuple):
     @property
     def objective(self) -> type[Objective]:
         """The objective of its task."""
-        return tasks.TASKS[self.config.data.task].objective
+        return self._task.objective
+
+    @property
+    def vocabulary(self) -> "Vocabulary":
+        """What a language model predicts.
+
+        Raises:
+          DataError: the file of its tokenizer is missing, or has not as many tokens as the model.
+        """
+        assert isinstance(self._task, LanguageModelling)
+        return _checked(self._task, self.num_classes).vocabulary
+
+    @property
+    def _task(self) -> tasks.StoredTask | tasks.DrawnTask:
+        return tasks.make(self.config.data.task, self.config.data.options)
 
 
 def restore_for_inference(
@@ -113,7 +131,10 @@ def _restored(
     """The parameters of a sound step, and the model for them."""
     # A task knows only the maximum number of its classes; the actual one depends on the data.
     num_classes = saved.shapes(step).get("params/head/bias", (0,))[0]
-    vocab_size = tasks.make(config.data.task, config.data.options).vocab_size
+    task = tasks.make(config.data.task, config.data.options)
+    if isinstance(task, LanguageModelling):
+        _checked(task, num_classes)
+    vocab_size = task.vocab_size
     build = functools.partial(
         models.build,
         fitted(config, mesh, dtype),
@@ -138,6 +159,21 @@ def _restored(
         recorded["data_digest"],
         recorded.get("classes", []),  # missing in older workdirs
     )
+
+
+def _checked(task: LanguageModelling, num_classes: int) -> LanguageModelling:
+    """The task of a language model with so many classes.
+
+    Raises:
+      DataError: its tokenizer has another number of tokens, or its file is missing.
+    """
+    if task.tokenizer and task.num_classes != num_classes:
+        raise DataError(
+            f"config.data.options.tokenizer = {task.tokenizer!r} has {task.num_classes - 1:,} "
+            f"tokens, and the model has {num_classes - 1:,}; put the file there that it was "
+            "trained with"
+        )
+    return task
 
 
 def recorded_config(values: Any, file: str) -> Config:

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 
 from spectral_pod.errors import ConfigError
-from spectral_pod.generate.decode import PLAIN, context_of, generate
+from spectral_pod.generate.decode import PLAIN, context_of, generate_tokens
 from spectral_pod.generate.restore import Trained
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.parallel.sharding import num_shards
@@ -53,33 +53,37 @@ def continuations(
     sampling: Sampling = PLAIN,
     stop: bytes = b"",
 ) -> Iterator[list[bytes]]:
-    """Continues prompts by `decode.generate`, up to a stop string; the model's mesh must be set.
+    """Continues prompts, up to a stop string; the model's mesh must be set.
 
     The pieces of a prompt, joined, are its whole continuation. It depends on the seed, the prompt
-    and its index, and not on other prompts or the mesh.
+    and its index, and not on other prompts or the mesh. Of a model of tokens, `num_bytes` counts
+    these.
 
     Raises:
       ValueError: a prompt is empty.
-      ConfigError: the model does not predict bytes.
+      ConfigError: the model does not predict text.
+      DataError: the tokenizer of the model is missing, or another one.
     """
     if not trained.objective.is_language_model:
         raise ConfigError(
             f"a {trained.config.model.name} trained on {trained.config.data.task!r} does not "
             "predict the byte that follows; text can only come from a language model"
         )
-    texts = [UntilStop(stop) for _ in prompts]
-    pieces = generate(
+    vocabulary = trained.vocabulary
+    tokens = [vocabulary.encode(prompt).tolist() for prompt in prompts]
+    texts, decoders = [UntilStop(stop) for _ in prompts], list(map(vocabulary.decoder, tokens))
+    pieces = generate_tokens(
         trained.module,
         trained.params,
-        prompts,
-        num_bytes=num_bytes,
+        tokens,
+        num_tokens=num_bytes,
         seed=seed,
         sampling=sampling,
         context=context_of(trained.module),
         rows=num_shards("batch"),
     )
     for row in pieces:
-        yield [text.add(piece) for text, piece in zip(texts, row)]
+        yield [x.add(decode(piece)) for x, decode, piece in zip(texts, decoders, row)]
         if all(text.stopped for text in texts):
             return
     yield [text.end() for text in texts]

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from spectral_pod.data.pipeline import Source, load
+from spectral_pod.data.windows import Windows
 from spectral_pod.objectives import computed
 from spectral_pod.parallel.sharding import batch_sharding
 
@@ -22,18 +23,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """The metrics of `eval_step` over all sets together, as Python numbers and nested lists.
 
-    Of several sets, "sets" holds the metrics of each, by name. An exception that `before_batch`
+    Of several sets, "sets" holds the metrics of each, by name. Windows of tokens add the `totals`
+    of their text. An exception that `before_batch`
     raises ends the evaluation; `loading` is as for `pipeline.load`.
     """
-    totals = {}
+    parts: dict[str, Any] = {}
+    facts: dict[str, Mapping[str, int]] = {}
     for name, batches in sets.items():
         total = None
         for batch in load(batches, batch_sharding(mesh), 0, batches.steps_per_epoch, **loading):
             before_batch()
             part = eval_step(params, batch)
             total = part if total is None else total.merge(part)
-        totals[name] = jax.device_get(total)
-    values = computed(functools.reduce(lambda total, part: total.merge(part), totals.values()))
-    if len(totals) > 1:
-        values["sets"] = {name: computed(total) for name, total in totals.items()}
+        parts[name] = jax.device_get(total)
+        facts[name] = batches.totals if isinstance(batches, Windows) else {}
+    values = computed(functools.reduce(lambda total, part: total.merge(part), parts.values()))
+    of_all = set.intersection(*map(set, facts.values()))
+    values.update({name: sum(x[name] for x in facts.values()) for name in of_all})
+    if len(parts) > 1:
+        values["sets"] = {name: computed(part) | dict(facts[name]) for name, part in parts.items()}
     return values

@@ -320,11 +320,38 @@ def test_bad_labels_stop_before_anything_is_written(tmp_path, monkeypatch):
         ({"held_out": 0.5}, r"options\.held_out is 0\.5; it must be in \[0, 0\.5\)"),
         ({"max_bytes": -1}, r"options\.max_bytes is -1"),
         ({"classes": ("a", "b", "a")}, r"options\.classes has an empty name, or a name twice"),
+        ({"label_pattern": "(a"}, r"options\.label_pattern is '\(a', which is no regular expr"),
+        ({"label_pattern": "a"}, r"options\.label_pattern is 'a', with 0 groups"),
     ],
 )
 def test_options_are_checked(build, options, message):
     with pytest.raises(ConfigError, match=message):
         build(**({"train": "missing"} | options))
+
+
+def test_a_label_may_be_part_of_a_header(build, tmp_path):
+    file = tmp_path / "proteins.fasta"
+    headers = (
+        "sp|P1|HBA_HUMAN Nucleus-S",
+        "sp|P2|HBB_MOUSE Cytoplasm-U",
+        "sp|P3|HBA_MOUSE Nucleus-M",
+    )
+    file.write_text("".join(f">{h} test\nMV{'LI' * i}\n" for i, h in enumerate(headers)))
+    plan = {"train": file, "data": "sequence", "held_out": 0}
+    store, splits = build(**plan, label="description", label_pattern=r"^([^ ]+)-[MSU]")
+    assert store.classes == ["Cytoplasm", "Nucleus"]
+    assert splits == {"train": [(b"MV", 1), (b"MVLI", 0), (b"MVLILI", 1)]}
+    store, splits = build(**plan, label="id", label_pattern=r"[|](\w+)_\w+$")
+    assert store.classes == ["HBA", "HBB"]
+    assert [label for _, label in splits["train"]] == [0, 1, 0]
+    with pytest.raises(DataError, match=r"fasta:3: no label: 'id' is 'sp\|P2\|HBB_MOUSE', where"):
+        build(**plan, label="id", label_pattern="(HBA)")
+    store, splits = build(**plan, label="id", label_pattern="(HB[A])|P3$", classes=("HBA", "HBB"),
+                          on_fault="skip")  # fmt: skip
+    assert len(splits["train"]) == 2
+    assert Records(train="a").store_path("d") == Records(train="a", label_pattern="").store_path(
+        "d"
+    )
 
 
 # ---- items

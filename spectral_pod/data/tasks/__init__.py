@@ -11,9 +11,11 @@ from spectral_pod.data.tasks.copy import Copy
 from spectral_pod.data.tasks.dna import Dna
 from spectral_pod.data.tasks.listops import ListOps, ListOpsAnswers, ListOpsSubtrees
 from spectral_pod.data.tasks.lm import LanguageModelling
+from spectral_pod.data.tasks.log_blocks import LogBlocks
 from spectral_pod.data.tasks.mqar import Mqar
 from spectral_pod.data.tasks.overwrite import Overwrite
 from spectral_pod.data.tasks.pathfinder import Pathfinder
+from spectral_pod.data.tasks.python_syntax import PythonSyntax
 from spectral_pod.data.tasks.rag import Rag
 from spectral_pod.data.tasks.recall import Recall
 from spectral_pod.data.tasks.records import Records
@@ -30,6 +32,8 @@ TASKS: dict[str, type[StoredTask] | type[DrawnTask]] = {
     "pathfinder": Pathfinder,
     "retrieval": Retrieval,
     "dna": Dna,
+    "python_syntax": PythonSyntax,
+    "log_blocks": LogBlocks,
     "records": Records,
     "lm": LanguageModelling,
     "copy": Copy,

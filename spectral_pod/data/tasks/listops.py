@@ -49,7 +49,7 @@ class ListOps(StoredTask):
     objective: ClassVar[type[Objective]] = Answer
     num_classes = len(CLASSES)
 
-    seed: int = 0
+    seed: int = 0  # draws the examples
     encoding: Encoding = "symbol"  # how a model reads an expression: see `encode`
     train: Positive = 96_000  # distinct examples; likewise validation and test
     validation: Positive = 2_000

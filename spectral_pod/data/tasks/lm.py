@@ -1,4 +1,4 @@
-"""Language modelling: which byte comes next? In your own files, or in Python's own library.
+"""Language modelling: which byte or token comes next? In your own files, or in Python's library.
 
     --config.data.task=lm --config.data.options.train='reviews/*.jsonl.xz'
 
@@ -25,6 +25,9 @@ Empty documents are left out, and in a folder hidden files. The splits are
 Without a source, every `.py` file of the running interpreter's standard library but its tests is a
 document. Whole top-level modules, in the order of a hash of their names, make 90% for training, 5%
 for validation and 5% for testing. What went where is printed, and is in the store's manifest.
+
+With `tokenizer=FILE`, a `tokenizer.json` as of Hugging Face, the model predicts its tokens in place
+of bytes, and `config.data.seq_len` counts these (`data/vocabulary.py`). Splits stay those of bytes.
 """
 
 import array
@@ -41,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from spectral_pod import objectives, storage
+from spectral_pod import objectives, shapes, storage
 from spectral_pod.data import (
     byte_store,
     compression,
@@ -50,6 +53,7 @@ from spectral_pod.data import (
     pipeline,
     text,
     tfds_source,
+    vocabulary,
     windows,
 )
 from spectral_pod.data.document_writer import Document, Facts, Writer
@@ -57,7 +61,7 @@ from spectral_pod.data.formats import Fault, Row
 from spectral_pod.data.held_out import HeldOut, hold_out
 from spectral_pod.data.progress import Progress
 from spectral_pod.data.tasks import records
-from spectral_pod.data.tasks.task import StoredTask, Stores
+from spectral_pod.data.tasks.task import StoredTask, Stores, added
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.storage import Source
 
@@ -90,7 +94,6 @@ class LanguageModelling(StoredTask):
     name = "lm"
     version = 2
     objective = objectives.NextByte
-    num_classes = windows.NUM_CLASSES  # bytes and the end of a document
 
     seed: int = 0  # decides which split a document is in, where nothing else does
     source: Source = ""  # another name of `train`
@@ -101,6 +104,7 @@ class LanguageModelling(StoredTask):
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header
     data: str = "text"  # the field of a record that is the document
     on_fault: Literal["stop", "skip"] = "stop"  # at a record that cannot be used, or count it
+    tokenizer: Source = added("")  # a file; "" predicts bytes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +115,27 @@ class LanguageModelling(StoredTask):
             )
         if not self.data:
             raise ConfigError("config.data.options.data is ''; name the field with the documents")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "LanguageModelling":
+        """See `Task.from_options`."""
+        kind = TokenModelling if options.get("tokenizer") else LanguageModelling
+        return super(LanguageModelling, kind).from_options(options)
+
+    @property
+    def vocabulary(self) -> vocabulary.Vocabulary:
+        """What is predicted, beside the end of a document."""
+        return vocabulary.of(self.tokenizer)
+
+    @property
+    def num_classes(self) -> int:
+        """See `Task.num_classes`; the last class is the end of a document."""
+        return self.vocabulary.num_tokens + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Task.vocab_size`."""
+        return shapes.symbol(self.vocabulary.num_tokens)
 
     @property
     def sources(self) -> dict[str, str]:
@@ -136,7 +161,12 @@ class LanguageModelling(StoredTask):
         inputs, tally = self._inputs(), records.Tally()
         held_out = self._held_out([one for one in inputs if one.split == _TO_BE_SPLIT])
         found = {one.split for one in inputs} | ({"train", *held_out.shares} if held_out else set())
-        writer = Writer(path, [split for split in SPLITS if split in found])
+        tokens = self.vocabulary
+        writer = Writer(
+            path,
+            [split for split in SPLITS if split in found],
+            lambda text: tokens.encode(text).tobytes(),
+        )
         progress = Progress("Writing documents", 0, "bytes")
         for split, document in self._pieces(inputs, held_out, tally):
             writer.add(split, document)
@@ -179,13 +209,32 @@ class LanguageModelling(StoredTask):
                     f"with config.data.options.{split}, or evaluate another split: "
                     "config.train.eval_split='validation'"
                 )
+            written_with = store.manifest["provenance"].get("tokenizer_sha256", "")
+            if written_with != self.vocabulary.sha256:
+                raise DataError(
+                    f"{store.path} holds {'tokens of' if written_with else 'bytes, not tokens of'} "
+                    f"{'another' if written_with else 'a'} tokenizer, and {vocabulary.OPTION} is "
+                    f"{self.tokenizer!r}; name the file that the store was written with, or delete "
+                    "the store to have it written anew"
+                )
         return super().batches(config, split, stores, training=training)
 
     def read(
         self, split: byte_store.Split, data: "DataConfig", *, num_records: int = 0, **arguments: Any
     ) -> windows.Windows:
         """Batches of windows of the stream of documents: see `StoredTask.read`."""
-        return windows.Windows(split, seq_len=data.seq_len, num_documents=num_records, **arguments)
+        facts = split.provenance.get("splits", {}).get(split.name, {})
+        is_whole = not num_records and self.tokenizer
+        # An end of a document counts as a byte.
+        totals = {"bytes": facts["bytes"] + facts["documents"], "words": facts["words"]}
+        return windows.Windows(
+            split,
+            seq_len=data.seq_len,
+            num_documents=num_records,
+            vocabulary=self.vocabulary,
+            totals=totals if is_whole else None,
+            **arguments,
+        )
 
     def forms(self, given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """See `Task.forms`. Older versions read every file as one document, as it was on disk, and
@@ -331,6 +380,7 @@ class LanguageModelling(StoredTask):
             "python": platform.python_version(),
             "sources": sources or {"train": {"source": ""} | files},
             **options,
+            **({"tokenizer_sha256": self.vocabulary.sha256} if self.tokenizer else {}),
         }
 
     def _nothing_left(self, split: str, facts: Mapping[str, Facts], tally: records.Tally) -> str:
@@ -344,6 +394,12 @@ class LanguageModelling(StoredTask):
             f"{split} (copies of a document are in one split); add documents, or name a source for "
             f"each split with config.data.options.train, .validation and .test{left_out}"
         )
+
+
+class TokenModelling(LanguageModelling):
+    """The same with a tokenizer: the token that follows."""
+
+    objective = objectives.NextToken
 
 
 def _report(facts: Mapping[str, Facts], tally: records.Tally) -> Iterator[str]:

@@ -451,7 +451,7 @@ class Pathfinder(StoredTask):
     version = 2
     num_classes = len(CLASSES)
 
-    seed: int = 0
+    seed: int = 0  # draws the examples
     size: Literal[32, 128] = 32  # of an image, in pixels: a key of PARAMETERS
     # Paddles of a target; a distractor has a third of them.
     contour_length: Literal[3, 6, 9, 14] = 14

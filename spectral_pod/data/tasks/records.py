@@ -14,6 +14,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -33,7 +34,8 @@ from spectral_pod.data.byte_store import Record
 from spectral_pod.data.formats import Fault, Row
 from spectral_pod.data.labels import MAX_CLASSES, Classes
 from spectral_pod.data.progress import Progress
-from spectral_pod.data.tasks.task import StoredTask
+from spectral_pod.data.tasks.task import StoredTask, added
+from spectral_pod.data.text import encode
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Bound, NonNegative
 from spectral_pod.storage import Source
@@ -102,6 +104,9 @@ class Records(StoredTask):
     # The field with the bytes, or several: then a record is a tuple, such as two documents.
     data: str | tuple[str, ...] = "text"
     label: str = "label"  # the field with the class
+    # A regular expression with one group, which is the class, where the field holds more than that,
+    # as headers of FASTA do; "" takes the whole field.
+    label_pattern: str = added("")
     # Names of the classes in order; where none is a number, a label may also be the index of one.
     # () takes those of a TFDS ClassLabel, or else the labels in the training source, sorted,
     # integers by their value.
@@ -118,6 +123,18 @@ class Records(StoredTask):
         if not self.data or "" in self.data_fields:
             raise ConfigError(
                 f"config.data.options.data is {self.data!r}; name a field, or several"
+            )
+        try:
+            groups = re.compile(self.label_pattern).groups if self.label_pattern else 1
+        except re.error as error:
+            raise ConfigError(
+                f"config.data.options.label_pattern is {self.label_pattern!r}, which is no regular "
+                f"expression: {error}"
+            ) from error
+        if groups != 1:
+            raise ConfigError(
+                f"config.data.options.label_pattern is {self.label_pattern!r}, with {groups} "
+                "groups; put the class, and nothing else, in (...)"
             )
         places = Classes(self.classes).places
         if len(places) < len(self.classes) or "" in places:
@@ -280,11 +297,8 @@ def find_classes(plan: Records) -> Classes:
         return Classes(names, stated=False)
     found = labels.Found(plan.label)
     for row in _rows(plan.train, plan.format, plan.columns):
-        fault = (
-            row
-            if isinstance(row, Fault)
-            else _missing(row, plan.label) or found.add(row.fields[plan.label], row.place)
-        )
+        label = row if isinstance(row, Fault) else _label(row, plan)
+        fault = label if isinstance(label, Fault) else found.add(label, row.place)
         if fault and plan.on_fault == "stop":
             raise DataError(_fault_message(fault))
         if len(found) > MAX_CLASSES:
@@ -360,10 +374,24 @@ def _example(row: Row, plan: Records, classes: Classes) -> tuple[tuple[bytes, ..
         if isinstance(document, Fault):
             return document
         documents += (document,)
+    label = _label(row, plan)
+    if not isinstance(label, Fault):
+        label = classes.index(label, plan.label, row.place)
+    return label if isinstance(label, Fault) else (documents, label)
+
+
+def _label(row: Row, plan: Records) -> Any:
+    """The label of a row, or a Fault."""
     if fault := _missing(row, plan.label):
         return fault
-    label = classes.index(row.fields[plan.label], plan.label, row.place)
-    return label if isinstance(label, Fault) else (documents, label)
+    value = row.fields[plan.label]
+    if not plan.label_pattern:
+        return value
+    text = labels.spelling(value) or ""
+    if found := re.search(plan.label_pattern, text):
+        return encode(found[1] or "")
+    reason = f"no label: {plan.label!r} is {text[:80]!r}, where the label_pattern finds nothing"
+    return Fault(row.place, reason)
 
 
 def bytes_of(row: Row, field: str, luma: bool = False) -> bytes | Fault:

@@ -1,0 +1,123 @@
+"""What a language model predicts: bytes, or the tokens of a Hugging Face tokenizer.
+
+A vocabulary numbers its tokens from 0. The class of token t is t, the next class is the end of a
+document, and the symbol that a model reads for it is `shapes.symbol(t)`.
+"""
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from spectral_pod.data import formats
+from spectral_pod.errors import ConfigError, DataError
+
+OPTION = "config.data.options.tokenizer"
+_PIECE = 1_000_000  # characters that are encoded at once, up to the end of a line
+
+
+class Vocabulary:
+    """Bytes, of which each is a token.
+
+    Attributes:
+      num_tokens: how many there are.
+      sha256: of the tokenizer's file; "" for bytes.
+    """
+
+    num_tokens = 256
+    sha256 = ""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What tokens are stored as, unsigned and little-endian."""
+        sizes = (1, 2, 4)
+        return np.dtype(f"<u{next(s for s in sizes if self.num_tokens <= 1 << (8 * s))}")
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """The tokens of a text, in `dtype` [n]."""
+        return np.frombuffer(text, self.dtype)
+
+    def decoder(self, before: Sequence[int] = ()) -> Callable[[Sequence[int]], bytes]:
+        """A function from the tokens that follow, piece by piece, to their text.
+
+        Args:
+          before: the tokens that they follow.
+        """
+        return bytes
+
+
+class Tokenizer(Vocabulary):
+    """The tokens of a file `tokenizer.json`, as the library `tokenizers` reads it.
+
+    No tokens are added at the start or the end of a text, and nothing is cut or padded. Text is
+    encoded in pieces of about a million characters, which end with a line; bytes that are no UTF-8,
+    as at the cut of a document, become U+FFFD.
+    """
+
+    def __init__(self, file: str):
+        """Reads a tokenizer from a file on disk or gs://.
+
+        Raises:
+          ConfigError: `tokenizers` is not installed.
+          DataError: the file is missing, or holds no tokenizer.
+        """
+        self._library = _library()
+        try:
+            with formats.open_file(file) as stream:
+                content = stream.read()
+        except DataError as error:
+            raise DataError(f"{OPTION} = {file!r}: {error}") from error
+        try:
+            self._tokenizer = self._library.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises no other
+            raise DataError(
+                f"{OPTION} = {file!r} is no tokenizer of the library tokenizers, such as a "
+                f"tokenizer.json: {error}"
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.num_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """See `Vocabulary.encode`."""
+        pieces = list(_pieces(text.decode(errors="replace")))
+        encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return np.asarray([token for piece in encoded for token in piece.ids], self.dtype)
+
+    def decoder(self, before: Sequence[int] = ()) -> Callable[[Sequence[int]], bytes]:
+        """See `Vocabulary.decoder`; a character is given once all of its tokens are there."""
+        stream = self._library.decoders.DecodeStream(skip_special_tokens=False)
+
+        def decode(tokens: Sequence[int]) -> bytes:
+            texts = (stream.step(self._tokenizer, int(token)) for token in tokens)
+            return "".join(text or "" for text in texts).encode()
+
+        decode(before)
+        return decode
+
+
+@functools.cache
+def of(file: str) -> Vocabulary:
+    """The vocabulary of a tokenizer's file; of bytes without one."""
+    return Tokenizer(file) if file else Vocabulary()
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise ConfigError(
+            f"{OPTION} needs the library tokenizers: pip install 'spectral-pod[tokenizers]'"
+        ) from error
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + _PIECE) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
