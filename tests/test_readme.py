@@ -1,29 +1,74 @@
-"""The commands of README.md and docs/gpus.md, up to what they would rent, run or write."""
+"""The commands of README.md and docs/, up to what they would rent, run or write.
 
+A command is a line of an indented block. A fenced block of Python with a title is a file of that
+name.
+`docs/test_tutorials.py` runs those of tutorials.
+"""
+
+import importlib
 import re
-import runpy
 import shlex
 import subprocess
+from unittest import mock
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 
-from spectral_pod import command_line
+from spectral_pod import command_line, models
 from spectral_pod.analysis import hardware
-from spectral_pod.validation import get, validate, validate_mesh
+from spectral_pod.generate.decode import Decoder
+from spectral_pod.layers.block import unstack
+from spectral_pod.layers.mixers import MIXERS
+from spectral_pod.models.model import init_params
+from spectral_pod.ops.online_conv import BLOCK
+from spectral_pod.validation import validate, validate_mesh
 from tests.launch import gcloud
 from tests.trainer import ROOT
-from tools import ablate, gke, pack, preflight, sweep, sweep_worker, unpack
+from tools import ablate, gke, pack, preflight, shell, sweep, sweep_worker, unpack
 
 GPUS_OF_A_NODE = 8
 
 
+# Commands of results.md have placeholders for configs and options; test_docs.py looks at them.
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "results.md"),
+]
+
+
+def lines_of(*pages):
+    """The lines of the indented blocks of pages, with what continues them, without comments."""
+    text = "\n".join(page.read_text() for page in pages)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).replace("\\\n", " ")
+    return [line.partition(" #")[0] for line in re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE)]
+
+
+def files_of(*pages):
+    """{name: text} of the files that pages show."""
+    text = "\n".join(page.read_text() for page in pages)
+    found = re.findall(r'^```python title="([^"]+)"\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+    return dict(found)
+
+
 def commands():
-    """The lines of code blocks that train or compile a config, with what continues them."""
-    files = ("README.md", "docs/gpus.md", "docs/pods.md")
-    text = "".join((ROOT / name).read_text() for name in files).replace("\\\n", " ")
-    lines = re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
-    return [line.partition(" #")[0] for line in lines if "--config=" in line]
+    """Those that train or compile a config."""
+    return [line for line in lines_of(*PAGES) if "--config=" in line and line[0] not in "-."]
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path, monkeypatch):
+    """The working folder: it has the files that the pages show."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, text in files_of(*PAGES).items():
+        (folder / name).write_text(text)
+    monkeypatch.chdir(folder)
+    with mock.patch.dict(MIXERS):  # howto/mixer.md adds one
+        yield folder
 
 
 def devices(words):
@@ -44,18 +89,9 @@ def test_they_are_found():
 
 
 def config_of(words):
-    """The configuration, with the numbers and words that flags set."""
-    flags = dict(
-        word.removeprefix("--").partition("=")[::2] for word in words if "--config" in word
-    )
-    file, _, preset = flags.pop("config").partition(":")
-    config = runpy.run_path(str(ROOT / file))["get_config"](*filter(None, [preset]))
-    for flag, text in flags.items():
-        field = flag.removeprefix("config.")
-        value = int(text) if text.isdigit() else text
-        if not field.startswith("data.options."):
-            get(config, field)  # which exists
-            config.update_from_flattened_dict({field: value})
+    """The configuration, with the values of flags."""
+    config, rest = shell._load_config([word for word in words if word.startswith("--config")])
+    assert not rest
     return config
 
 
@@ -113,6 +149,64 @@ def test_its_sweep_would_begin(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep_worker.Worker, "run", lambda worker: 0)
     assert sweep.main(words[words.index("tools.sweep") + 1 :]) == 0
+
+
+TRAINERS = ("launch/local.sh", "spectral-pod", "spectral_pod.main", "launch/slurm.sh")
+
+
+@pytest.mark.parametrize(
+    "words", [w for t in TRAINERS for w in of(t) if "--" not in w], ids=" ".join
+)
+def test_the_trainer_would_take_its_flags(words):
+    name = next(word for word in words if word in TRAINERS)
+    trainer = command_line.parse_trainer(words[words.index(name) + 1 :])
+    assert trainer.workdir.value
+
+
+TOOL = re.compile(r"python -m (?:spectral_pod\.)?(tools\.[a-z_.]*[a-z])")
+OF_TOOLS = [line for line in lines_of(*PAGES) if TOOL.search(line) and line.startswith("python")]
+
+
+@pytest.mark.parametrize("command", OF_TOOLS)
+def test_its_tool_would_take_its_flags(command):
+    """All that the tool's own command line checks, before the tool works."""
+    module, words = TOOL.search(command)[1], words_of(command)
+    argv = words[words.index(next(word for word in words if word.endswith(module))) + 1 :]
+    parsers = []
+    with mock.patch.object(shell, "run", lambda parser, *_, **__: parsers.append(parser)):
+        importlib.import_module(module).main(argv)
+    shell._parse(parsers[0], argv)
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in lines_of(*PAGES) if line.startswith("gcloud compute tpus")]
+)
+def test_gcloud_has_the_command(command):
+    gcloud.parse(shlex.split(command)[1:])
+
+
+def test_the_mixer_of_the_page_decodes_exactly():
+    """Its logits of a whole sequence, and of a prompt that is continued byte by byte."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 3 * BLOCK)), jnp.int32)
+    flags = [
+        "--config=average.py", "--config.model.pattern=('average',)", "--config.model.num_layers=2",
+        "--config.model.dtype=float32", f"--config.data.seq_len={tokens.shape[1]}",
+    ]  # fmt: skip
+    config = config_of(flags)
+    validate(config)
+
+    def model(**options):
+        return models.build(config, seq_len=tokens.shape[1], num_classes=256, **options)
+
+    params = nn.unbox(jax.jit(lambda key: init_params(model(), key))(jax.random.key(0)))
+    whole = jax.jit(model().apply)({"params": params}, tokens, jnp.ones(tokens.shape, bool))
+    decoder = Decoder(
+        model(decoding=True), unstack(params), tokens[:, :BLOCK], num_positions=2 * BLOCK
+    )
+    np.testing.assert_allclose(decoder.logits_BC, whole[:, BLOCK - 1], atol=1e-4)
+    for start in (BLOCK, 2 * BLOCK):
+        logits = decoder.force(tokens[:, start : start + BLOCK])
+        np.testing.assert_allclose(logits, whole[:, start : start + BLOCK], atol=1e-4)
 
 
 def test_a_run_would_be_moved(monkeypatch):

@@ -43,7 +43,8 @@ class DeltaMemoryLayer(Mixer):
         written under the key of an earlier position; 1 disables it.
       clip: the largest |e||k| of a write, in units of sqrt(K), the length of ordinary values. 0 is
         no limit. It is for keys that are not normalised: with unit keys errors are of the size of
-        values, unless keys nearly coincide (docs/math.md, 4.2). The original limit is 10 for K = 64, that is 1.25 here.
+        values, unless keys nearly coincide (docs/math.md, 4.2). The original limit is 10
+        for K = 64, that is 1.25 here.
       beta_min, beta_max: the range of the write strength beta, a scaled sigmoid. With the original
         0.01 to 0.3 no write can replace a value: the key then recalls 0.7 old + 0.3 new at best.
       method: 'chunked', 'batched', 'fused', 'fused_chunks' or 'recurrent', which compute the same
