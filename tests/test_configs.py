@@ -39,7 +39,7 @@ FORMS = {
     "lm_pod": ["125m", "350m", "1b", "7b", "125m_32k", "350m_32k", "1b_32k", "7b_32k"],
     "memory": ["copy", "recall", "overwrite"],
     "mqar": ["zoology", "bytes"],
-    "agent": ["tool", "direct", "traces"],
+    "agent": ["tool", "python", "direct", "traces"],
     "rag": ["retrieved", "oracle", "none"],
 }  # fmt: skip
 
