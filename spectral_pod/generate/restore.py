@@ -5,7 +5,7 @@ gives exported parameters plain names.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import optax
@@ -19,6 +19,7 @@ from spectral_pod import fields, models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
 from spectral_pod.data.tasks.lm import LanguageModelling
+from spectral_pod.data.vocabulary import Vocabulary
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
 from spectral_pod.models.model import Model, abstract_params
@@ -28,9 +29,6 @@ from spectral_pod.parallel.sharding import tree_shardings
 from spectral_pod.train.sealed_steps import SealedSteps
 from spectral_pod.train.state import abstract_state, check_finite
 from spectral_pod.validation import validate, validate_mesh
-
-if TYPE_CHECKING:
-    from spectral_pod.data.vocabulary import Vocabulary
 
 
 class Trained(NamedTuple):
@@ -65,14 +63,16 @@ class Trained(NamedTuple):
         return self._task.objective
 
     @property
-    def vocabulary(self) -> "Vocabulary":
-        """What a language model predicts.
+    def vocabulary(self) -> Vocabulary:
+        """What a language model predicts: bytes, unless its task has a tokenizer.
 
         Raises:
           DataError: the file of its tokenizer is missing, or has not as many tokens as the model.
         """
-        assert isinstance(self._task, LanguageModelling)
-        return _checked(self._task, self.num_classes).vocabulary
+        task = self._task
+        if not isinstance(task, LanguageModelling):
+            return Vocabulary()
+        return _checked(task, self.num_classes).vocabulary
 
     @property
     def _task(self) -> tasks.StoredTask | tasks.DrawnTask:

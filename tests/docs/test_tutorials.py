@@ -60,7 +60,7 @@ def small(line):
 @pytest.mark.parametrize(
     "name",
     ["tutorials/records", "tutorials/language_model", "tutorials/agent", "howto/resume",
-     "howto/mixer", "howto/stall"],
+     "howto/mixer"],
 )  # fmt: skip
 def test_a_page_can_be_followed(name, tmp_path):
     page = DOCS / f"{name}.md"
@@ -68,7 +68,7 @@ def test_a_page_can_be_followed(name, tmp_path):
         (tmp_path / file).write_text(text)
     (tmp_path / "tools").symlink_to(ROOT / "tools")  # a checkout has it
     commands = [command for line in lines_of(page) if (command := small(line))]
-    assert len(commands) > 2
+    assert len(commands) >= 2
     for command in commands:
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=900,

@@ -223,16 +223,17 @@ class LanguageModelling(StoredTask):
         self, split: byte_store.Split, data: "DataConfig", *, num_records: int = 0, **arguments: Any
     ) -> windows.Windows:
         """Batches of windows of the stream of documents: see `StoredTask.read`."""
-        facts = split.provenance.get("splits", {}).get(split.name, {})
-        is_whole = not num_records and self.tokenizer
-        # An end of a document counts as a byte.
-        totals = {"bytes": facts["bytes"] + facts["documents"], "words": facts["words"]}
+        totals = None
+        if self.tokenizer and not num_records:
+            facts = split.provenance["splits"][split.name]
+            # An end of a document counts as a byte.
+            totals = {"bytes": facts["bytes"] + facts["documents"], "words": facts["words"]}
         return windows.Windows(
             split,
             seq_len=data.seq_len,
             num_documents=num_records,
             vocabulary=self.vocabulary,
-            totals=totals if is_whole else None,
+            totals=totals,
             **arguments,
         )
 
