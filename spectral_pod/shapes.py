@@ -16,6 +16,7 @@ The aliases annotate the inputs and outputs of operations and models; tests chec
 
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Bool, Complex, Float, Int
 
 # Bytes are 0..255; byte 0 is data, never padding. Id 257 is reserved. The tokens of a larger
@@ -31,10 +32,10 @@ NUM_SPECIAL = VOCAB_SIZE - 256
 END, THOUGHT, CALL, ANSWER, USER, RESULT = range(VOCAB_SIZE, VOCAB_SIZE + 6)
 
 
-def symbol(token: Any) -> Any:
-    """What a model reads for a token, or a NumPy array of them: itself below 256, and from there on
-    a number after the special tokens."""
-    return token + NUM_SPECIAL * (token >= 256)
+def symbol(token: Any, xp: Any = np) -> Any:
+    """What a model reads for a token, or an array of them: itself below 256, and from there on a
+    number after the special tokens. `xp` is NumPy, or jax.numpy for arrays of JAX."""
+    return xp.where(token < 256, token, token + NUM_SPECIAL)
 
 
 Tokens = Int[Array, "B L"]

@@ -36,8 +36,15 @@ class Vocabulary:
         sizes = (1, 2, 4)
         return np.dtype(f"<u{next(s for s in sizes if self.num_tokens <= 1 << (8 * s))}")
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """The tokens of a text, in `dtype` [n]."""
+    def encode(self, text: bytes, *, cut: bool = False) -> np.ndarray:
+        """The tokens of a text, in `dtype` [n].
+
+        Args:
+          cut: it may begin and end within a character, whose bytes become U+FFFD in tokens.
+
+        Raises:
+          DataError: it is to be tokens, and is not UTF-8.
+        """
         return np.frombuffer(text, self.dtype)
 
     def decoder(self, before: Sequence[int] = ()) -> Callable[[Sequence[int]], bytes]:
@@ -53,8 +60,7 @@ class Tokenizer(Vocabulary):
     """The tokens of a file `tokenizer.json`, as the library `tokenizers` reads it.
 
     No tokens are added at the start or the end of a text, and nothing is cut or padded. Text is
-    encoded in pieces of about a million characters, which end with a line; bytes that are no UTF-8,
-    as at the cut of a document, become U+FFFD.
+    encoded in pieces of about a million characters, which end with a line.
     """
 
     def __init__(self, file: str):
@@ -82,9 +88,14 @@ class Tokenizer(Vocabulary):
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.num_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: bytes, *, cut: bool = False) -> np.ndarray:
         """See `Vocabulary.encode`."""
-        pieces = list(_pieces(text.decode(errors="replace")))
+        try:
+            pieces = list(_pieces(text.decode(errors="replace" if cut else "strict")))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"a text is not UTF-8 at byte {error.start}, and the model reads tokens of UTF-8"
+            ) from error
         encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         return np.asarray([token for piece in encoded for token in piece.ids], self.dtype)
 

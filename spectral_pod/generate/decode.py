@@ -36,7 +36,7 @@ from spectral_pod.models.causal_model import CausalModel, DecodeState
 from spectral_pod.ops import online_conv
 from spectral_pod.ops.online_conv import BLOCK, ProductBlock
 from spectral_pod.seeds import random_key
-from spectral_pod.shapes import EOS, NUM_SPECIAL, PAD, symbol
+from spectral_pod.shapes import EOS, PAD, symbol
 
 PLAIN = Sampling()
 END_OF_DOCUMENT = 256  # the class of models of bytes that is no byte; always the last one
@@ -269,8 +269,7 @@ def _aligned(texts: Sequence[Sequence[int]], rows: int, context: int | None) -> 
 
 
 def _as_input(token_B: jax.Array, end: int) -> jax.Array:
-    symbol_B = jnp.where(token_B < 256, token_B, token_B + NUM_SPECIAL)
-    return jnp.where(token_B == end, EOS, symbol_B)
+    return jnp.where(token_B == end, EOS, symbol(token_B, jnp))
 
 
 # ---- Programs --------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ def continuations(
     Raises:
       ValueError: a prompt is empty.
       ConfigError: the model does not predict text.
-      DataError: the tokenizer of the model is missing, or another one.
+      DataError: the tokenizer of the model is missing, or another one; or a prompt is not UTF-8,
+        and the model has one.
     """
     if not trained.objective.is_language_model:
         raise ConfigError(

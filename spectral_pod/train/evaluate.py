@@ -24,8 +24,8 @@ def evaluate(
     """The metrics of `eval_step` over all sets together, as Python numbers and nested lists.
 
     Of several sets, "sets" holds the metrics of each, by name. Windows of tokens add the `totals`
-    of their text. An exception that `before_batch`
-    raises ends the evaluation; `loading` is as for `pipeline.load`.
+    of their text. An exception that `before_batch` raises ends the evaluation; `loading` is as for
+    `pipeline.load`.
     """
     parts: dict[str, Any] = {}
     facts: dict[str, Mapping[str, int]] = {}

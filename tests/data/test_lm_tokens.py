@@ -143,6 +143,22 @@ def test_bytes_are_as_before(files):
     assert "tokenizer_sha256" not in sources.provenance
 
 
+def test_what_is_not_utf8_is_refused(files):
+    """Where it stands; a document that is cut within a character is not."""
+    byte_level(files / "tokenizer.json")
+    options = {"tokenizer": str(files / "tokenizer.json")}
+    (files / "wiki.valid.tokens").write_bytes(b"caf\xe9")
+    with pytest.raises(
+        DataError, match=r"wiki\.valid\.tokens: not UTF-8, .*: byte 3; or leave out"
+    ):
+        opened(files, **options)
+    with pytest.raises(DataError, match="not UTF-8 at byte 1"):
+        vocabulary.of(options["tokenizer"]).encode(b"x\xff")
+    (files / "one.txt").write_text("é" * 1001)
+    cut = opened(files, source=str(files / "one.txt"), **options)
+    assert "train" in cut.provenance["splits"]
+
+
 # ---- generation
 
 

@@ -60,7 +60,8 @@ class AgentTask(ConversationTask):
                 turns = [Turn(Role.USER, question.text)]
                 if self.tool and question.call:
                     turns += _mistake(question, number)
-                    turns += [*_failed(question, failure), *_called(question)]
+                    turns += _called(question.call, failure.encode())
+                    turns += _called(question.call, question.result)
                 turns += [Turn(Role.ANSWER, question.answer)]
                 longest = max(longest, len(protocol.example(turns)[0]))
         words, letters = agent_kinds.OPENING
@@ -87,8 +88,8 @@ class AgentTask(ConversationTask):
                 mistake = len(turns)
                 turns += _mistake(question, int(rng.integers(_MISTAKES)))
             if rng.random() < self.failing:
-                turns += _failed(question, str(rng.choice(FAILURES)))
-            turns += _called(question)
+                turns += _called(question.call, str(rng.choice(FAILURES)).encode())
+            turns += _called(question.call, question.result)
         return [*turns, Turn(Role.ANSWER, question.answer)], mistake
 
     def example(self, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -97,12 +98,8 @@ class AgentTask(ConversationTask):
         return protocol.example(turns, not_scored=() if mistake is None else (mistake,))
 
 
-def _called(question: Question) -> list[Turn]:
-    return [Turn(Role.CALL, question.call), Turn(Role.RESULT, question.result)]
-
-
-def _failed(question: Question, failure: str) -> list[Turn]:
-    return [Turn(Role.CALL, question.call), Turn(Role.RESULT, failure.encode())]
+def _called(call: bytes, result: bytes) -> list[Turn]:
+    return [Turn(Role.CALL, call), Turn(Role.RESULT, result)]
 
 
 def _mistake(question: Question, number: int) -> list[Turn]:
@@ -119,12 +116,13 @@ def _mistake(question: Question, number: int) -> list[Turn]:
         expression = (f"{expression})", f"({expression}", f"{expression}=")[number]
         call = f'{tool}: "{expression}"}}'.encode()
         result = f"error: {_refusal(expression)}"
-    return [Turn(Role.CALL, call), Turn(Role.RESULT, result.encode())]
+    return _called(call, result.encode())
 
 
 def _refusal(expression: str) -> str:
     """What the calculator says of an expression that it refuses."""
     try:
-        return calculator.calculate(expression)
+        calculator.calculate(expression)
     except ValueError as error:
         return str(error)
+    raise AssertionError(f"the calculator does not refuse {expression}")

@@ -1,9 +1,9 @@
 """Questions that agents are asked, by kind, with their answers and the calls that find them.
 
-Numbers whose two first digits are in `HELD_OUT`, words that begin with a letter of
-`HELD_OUT_LETTERS` and dates of years whose two last digits are in `HELD_OUT` are only in questions
-of validation and test: of each question the first of these that it has. The ways to ask that are
-held out are only in those of test.
+Of questions that need a tool, numbers whose two first digits are in `HELD_OUT`, words that begin
+with a letter of `HELD_OUT_LETTERS` and dates of years whose two last digits are in `HELD_OUT` are
+only in those of validation and test: of each question the first of these that it has. The ways to
+ask that are held out are only in those of test.
 
 Half of the questions of training begin with words that mean nothing: a model that has always seen a
 number in a few places of a question copies from there, and not the number.
@@ -201,7 +201,8 @@ def plain(split: str, rng: np.random.Generator) -> Question:
     if kind == 1:
         word = _word(1, MAX_WORD, rng)
         return Question(REPEAT.format(word=word).encode(), word.encode(), "repeat", b"", 0)
-    rows = {_word(2, MAX_KEY, rng): str(rng.integers(1000)) for _ in range(rng.integers(2, 5))}
+    count = int(rng.integers(2, MAX_ROWS + 1))
+    rows = {_word(2, MAX_KEY, rng): str(rng.integers(1000)) for _ in range(count)}
     key = str(rng.choice(list(rows)))
     asked = HELD_OUT_TABLES if split == "test" else TABLES
     return looked_up(str(rng.choice(asked)), rows, key)

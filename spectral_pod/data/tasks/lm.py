@@ -135,7 +135,7 @@ class LanguageModelling(StoredTask):
     @property
     def vocab_size(self) -> int:
         """See `Task.vocab_size`."""
-        return shapes.symbol(self.vocabulary.num_tokens)
+        return int(shapes.symbol(self.vocabulary.num_tokens))
 
     @property
     def sources(self) -> dict[str, str]:
@@ -165,7 +165,7 @@ class LanguageModelling(StoredTask):
         writer = Writer(
             path,
             [split for split in SPLITS if split in found],
-            lambda text: tokens.encode(text).tobytes(),
+            lambda text: tokens.encode(text, cut=True).tobytes(),
         )
         progress = Progress("Writing documents", 0, "bytes")
         for split, document in self._pieces(inputs, held_out, tally):
@@ -303,6 +303,8 @@ class LanguageModelling(StoredTask):
         for row in rows:
             tally.rows += 1
             data = row if isinstance(row, Fault) else self._content(row, one)
+            if self.tokenizer and isinstance(data, bytes):
+                data = _utf8(data, row.place)
             if isinstance(data, bytes):
                 yield Document(_printable(one.name + row.place.removeprefix(one.source)), data)
                 continue
@@ -395,6 +397,15 @@ class LanguageModelling(StoredTask):
             f"{split} (copies of a document are in one split); add documents, or name a source for "
             f"each split with config.data.options.train, .validation and .test{left_out}"
         )
+
+
+def _utf8(data: bytes, place: str) -> bytes | Fault:
+    """A document that a tokenizer can read."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return Fault(place, f"not UTF-8, which a tokenizer reads: byte {error.start}")
+    return data
 
 
 class TokenModelling(LanguageModelling):
