@@ -22,7 +22,7 @@ from spectral_pod.agent import retrieval
 from spectral_pod.data import byte_store
 from spectral_pod.data.byte_store import ByteStore, Record
 from spectral_pod.errors import DataError, UserError
-from spectral_pod.generate import export
+from spectral_pod.generate import export, model_card, run_records
 from spectral_pod.generate.restore import recorded_config
 from spectral_pod.parallel.mesh import make_mesh
 from spectral_pod.train import starts, writers
@@ -277,12 +277,8 @@ class ResultOfRun(Configuration):
         assert status.report(status.facts(str(self.folder), log, 1.0))
         if not self.file.exists():
             return None
-        result = project_files.RESULT.read(self.file)
-        return export._results(Step4(), result)
-
-
-class Step4:
-    step = 4
+        records = run_records.RunRecords(project_files.RESULT.read(self.file), metrics=log.lines)
+        return list(model_card._results(records.figures(4)))
 
 
 class Metrics(Configuration):
@@ -307,6 +303,9 @@ class Metrics(Configuration):
         found = status.facts(str(self.folder), log, 1.7e9)
         assert status.report(found)
         status.picture(log.lines, 80, colour=False)
+        start = {"step": 0, "wall_time": 1.7e9, "devices": "2 cpu", "processes": 1}
+        records = run_records.RunRecords(starts=[start], metrics=log.lines)
+        records.figures(8), records.footprint(8)
         kept = writers._sound_lines(epath.Path(self.file))
         assert len(kept) <= len(log.lines)
         return kept
@@ -327,6 +326,9 @@ class Starts(Configuration):
     def read(self):
         log = project_files.Log(epath.Path(self.folder / "metrics.jsonl"), project_files.METRICS)
         assert status.report(status.facts(str(self.folder), log, 1.0))
+        known = project_files.Log(epath.Path(self.file), project_files.START).lines
+        line = {"step": 8, "wall_time": 2e9, "goodput/step_seconds": 1.0}
+        run_records.RunRecords(starts=known, metrics=[line]).footprint(8)
         starts.record_start(str(self.folder), self.mesh, 9, {})
         return json.loads(self.file.read_text().splitlines()[-1])["step"]
 
