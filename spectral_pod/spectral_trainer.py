@@ -4,6 +4,7 @@ It writes a configuration and runs it: what `python -m spectral_pod.main` does i
 the tools read the workdir (`python -m tools.status WORKDIR`).
 """
 
+import io
 import os
 import tempfile
 from collections.abc import Sequence
@@ -179,7 +180,13 @@ class SpectralTrainer:
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        class Curves(Figure):
+            def _repr_png_(self) -> bytes:  # notebooks know figures of pyplot only
+                file = io.BytesIO()
+                self.savefig(file, format="png")
+                return file.getvalue()
+
+        figure = Curves(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for split in ("train", "validation"):
             name = f"{split}/{metric}"

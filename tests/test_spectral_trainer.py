@@ -35,6 +35,8 @@ def test_a_language_model_with_a_consistency_loss(tmp_path, capfd):
     found = trainer.train(epochs=2)
     losses = {x["step"]: x["validation/loss"] for x in trainer.history if "validation/loss" in x}
     assert len(losses) == 2
+    # There is no test split: the end of the run is not validated twice.
+    assert capfd.readouterr().out.count(f"step {max(losses)} validation:") == 1
     assert found["loss"] == pytest.approx(losses[max(losses)], rel=1e-5)
     assert found["loss"] < 3.0  # log(257) is 5.5
     assert model.is_trained
@@ -43,6 +45,7 @@ def test_a_language_model_with_a_consistency_loss(tmp_path, capfd):
     np.testing.assert_array_equal(again(np.full((1, 8), 65)), model(np.full((1, 8), 65)))
     assert isinstance(model.generate("1 plus", max_length=4), str)
     assert {line.get_label() for line in trainer.plot().axes[0].lines} == {"train", "validation"}
+    assert trainer.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     with pytest.raises(ConfigError, match="has been trained"):
         trainer.train(epochs=1)
     with pytest.raises(ConfigError, match="has been trained"):

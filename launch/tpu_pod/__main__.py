@@ -32,7 +32,6 @@ The run
                       log or metadata. On the workers it is a file that only you and root can read
   --no_preflight      do not compile the step first: for machines without libtpu, such as macOS
   --force             continue although preflight reports that the run does not fit
-  --again             go on with a run that has ended, for more steps
   --keep              do not delete the slice when the run ends (billing continues)
   --dry_run           print every command, ready to paste, and run none
 

@@ -40,10 +40,10 @@ def before_renting(options: Options, cloud: Cloud, system: System, code: Code) -
         _check_bucket(options, cloud, system, flag)
     result = f"{options.workdir.rstrip('/')}/result.json"
     ended = _ask(lambda: "yes" if cloud.exists(result) else "", result, system)
-    if not options.again and ended:
+    if ended:
         raise ConfigError(
-            f"{result} is there: this run has ended. --again goes on with it, for more steps "
-            "perhaps; another run needs another --workdir"
+            f"{result} is there: this run has ended. Another run needs another --workdir; to train "
+            f"longer, let it begin with --config.train.start_from={options.workdir}"
         )
     _check_tree(code, system)
     if options.dry_run:

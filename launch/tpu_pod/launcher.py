@@ -355,7 +355,7 @@ class Launcher:
         self._phase = Phase.NOTHING
         result = f"{self._options.workdir.rstrip('/')}/result.json"
         with contextlib.suppress(CloudError):
-            if not self._options.again and self._cloud.exists(result):
+            if self._cloud.exists(result):
                 raise End(
                     0, f"{self._name} was deleted, after the run had ended: {result} is there"
                 )

@@ -51,9 +51,7 @@ _VALUES = {  # option: what its value looks like, and how to say that
     "worker": (_NUMBER, "a number"),
     "env": (r"[A-Za-z_]\w*(=[\s\S]*)?", "NAME=VALUE, or NAME to take its value from here"),
 }  # fmt: skip
-_SWITCHES = (
-    "spot", "reserved", "internal_ips", "no_preflight", "force", "keep", "again", "dry_run"
-)  # fmt: skip
+_SWITCHES = ("spot", "reserved", "internal_ips", "no_preflight", "force", "keep", "dry_run")
 _REPEATED = ("data_disk", "env")
 _PASSED_ON = ("service_account", "network", "subnetwork", "reservation", "tags", "labels")
 RESERVED_METADATA = ("startup-script", "startup-script-url", "spectral-pod")
@@ -87,7 +85,6 @@ class Options:
     preflight: bool = True
     force: bool = False
     keep: bool = False
-    again: bool = False
     dry_run: bool = False
 
     @property
@@ -211,7 +208,6 @@ def _run(one: dict[str, str], given: dict[str, list[str]], trainer: tuple[str, .
         preflight="no_preflight" not in given,
         force="force" in given,
         keep="keep" in given,
-        again="again" in given,
         dry_run="dry_run" in given,
     )
     if len(options.nodes[-1]) > 63:

@@ -90,11 +90,16 @@ def run(
             trainer.compile()
             try:
                 trainer.train()
-                evaluation = trainer.evaluate(config.train.eval_split)
+                split = config.train.eval_split
+                # Where this is the validation split, the last step may have been validated already.
+                known = trainer.validation if split == "validation" else None
+                evaluation = known or trainer.evaluate(split)
                 # For a time that is each process's own.
                 sources.wait_verified(functools.partial(trainer.check_for_shutdown, together=False))
             except Preempted:
                 trainer.save_and_exit()
+            if not known:
+                trainer.report_evaluation(split, evaluation)
             result = _report(trainer, evaluation, started)
     runtime.barrier("the end")  # what the leader still writes may take longer than disconnecting
     return result
@@ -141,7 +146,6 @@ def _report(trainer: Trainer, evaluation: dict[str, Any], started: float) -> dic
     """
     split, sources = trainer.config.train.eval_split, trainer.sources
     objective = sources.objective
-    trainer.report_evaluation(split, evaluation)
     trainer.checkpointer.wait_until_finished()
     task_facts, task_lines = sources.task.report(evaluation, sources.provenance)
     result = {

@@ -88,6 +88,7 @@ class Trainer:
         self.state: Any = None
         self.origin: project_files.Origin | None = None  # of its parameters, if read from a run
         self.step = 0
+        self._validated: tuple[int, dict[str, Any]] = (-1, {})  # the last step that was
         self._num_rollbacks: dict[int, int] = collections.Counter()  # by the step restored
 
     # ---- before the first step
@@ -236,6 +237,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Evaluates and reports the validation split; returns the scores for the checkpoint."""
         validation = self.evaluate("validation")
+        self._validated = self.step, validation
         self.report_evaluation("validation", validation)
         if self.sources.objective.is_language_model and self.config.train.sample_bytes:
             with self.stopwatch.time("sample"):
@@ -244,6 +246,12 @@ class Trainer:
             with self.stopwatch.time("probe"):
                 self.writer.images(self.step, self.prober.pictures())
         return self.sources.objective.scores(validation)
+
+    @property
+    def validation(self) -> dict[str, Any] | None:
+        """The metrics of the validation split at this step, if it has been evaluated."""
+        step, validation = self._validated
+        return validation if step == self.step else None
 
     def report_evaluation(self, split: str, evaluation: Mapping[str, Any]) -> None:
         """Prints and writes an evaluation, with its first examples where they are pictures."""

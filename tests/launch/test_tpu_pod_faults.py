@@ -204,8 +204,6 @@ def test_a_run_that_has_ended_is_not_paid_for_again(pod):
     (pod.root / "bucket/objects/bucket_run_result.json").touch()
     assert "gs://bucket/run/result.json is there: this run has ended" in finish(pod.train(), 2)
     assert not pod.calls("queued-resources create")
-    finish(pod.train("--again"))
-    assert pod.starts() == 1
 
 
 def test_options_that_pods_need(pod):
