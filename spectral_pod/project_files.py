@@ -193,6 +193,7 @@ class Export(_Closed):
     data_digest: str
     classes: list[str]
     sha256: _Sha256
+    tokenizer_sha256: NotRequired[_Sha256]  # of models of tokens
 
 
 class LeftOut(_Closed):

@@ -24,10 +24,14 @@ class Vocabulary:
 
     Attributes:
       num_tokens: how many there are.
-      sha256: of the tokenizer's file; "" for bytes.
+      unit: what a token is called.
+      content: of the tokenizer's file; empty for bytes.
+      sha256: of the content; "" for bytes.
     """
 
     num_tokens = 256
+    unit = "byte"
+    content = b""
     sha256 = ""
 
     @property
@@ -63,6 +67,8 @@ class Tokenizer(Vocabulary):
     encoded in pieces of about a million characters, which end with a line.
     """
 
+    unit = "token"
+
     def __init__(self, file: str):
         """Reads a tokenizer from a file on disk or gs://.
 
@@ -73,11 +79,11 @@ class Tokenizer(Vocabulary):
         self._library = _library()
         try:
             with formats.open_file(file) as stream:
-                content = stream.read()
+                self.content = stream.read()
         except DataError as error:
             raise DataError(f"{OPTION} = {file!r}: {error}") from error
         try:
-            self._tokenizer = self._library.Tokenizer.from_buffer(content)
+            self._tokenizer = self._library.Tokenizer.from_buffer(self.content)
         except Exception as error:  # the library raises no other
             raise DataError(
                 f"{OPTION} = {file!r} is no tokenizer of the library tokenizers, such as a "
@@ -85,7 +91,7 @@ class Tokenizer(Vocabulary):
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
         self.num_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: bytes, *, cut: bool = False) -> np.ndarray:

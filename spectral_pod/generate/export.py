@@ -3,6 +3,7 @@
 DIR/model.safetensors   float32 parameters, with names such as layer_0.hyena.filter; of a filter
                         that uses some frequencies only (`train/selection.py`) these alone, and
                         their numbers, int32, as layer_0.spectral.filter.frequencies
+DIR/tokenizer.json      of a model of tokens: what these are, as its training read it
 DIR/config.json         the run's configuration and the rest of `Trained`; written last
 DIR/README.md           the model card (`model_card.py`)
 """
@@ -33,6 +34,7 @@ Arrays = dict[str, np.ndarray]  # by name
 
 _FREQUENCIES = ".frequencies"  # ends the name of what says which ones a filter has
 _PARAMETERS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+_TOKENIZER = "tokenizer.json"
 
 
 def save(
@@ -54,8 +56,9 @@ def save(
       By how many bytes the parameters are smaller than with all frequencies of filters.
 
     Raises:
-      DataError: the folder is not empty.
+      DataError: the folder is not empty, or the model's tokenizer is missing.
     """
+    vocabulary = trained.vocabulary
     directory = storage.place(directory, "directory")
     folder = epath.Path(directory)
     refuse_if_used(directory)
@@ -68,7 +71,9 @@ def save(
     data = safetensors.numpy.save(params)  # `save_file` would make it readable by its owner only
     storage.write_whole(folder / _PARAMETERS, data)
     storage.write_whole(folder / _CARD, card(trained, records, license, watts))
-    facts = {
+    if vocabulary.content:
+        storage.write_whole(folder / _TOKENIZER, vocabulary.content)
+    facts: dict[str, Any] = {
         "config": config_lib.to_dict(trained.config),
         "num_classes": trained.num_classes,
         "vocab_size": trained.vocab_size,
@@ -77,6 +82,8 @@ def save(
         "classes": trained.classes,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
+    if vocabulary.sha256:
+        facts["tokenizer_sha256"] = vocabulary.sha256
     project_files.EXPORT.write(folder / _CONFIG, facts)
     return _num_bytes(whole) - _num_bytes(params)
 
@@ -87,25 +94,23 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
     Raises:
       DataError: there is no exported model in the folder.
       ConfigError: its configuration is of another version, or does not fit the mesh.
-      CheckpointError: its parameters are damaged, or another model's.
+      CheckpointError: its parameters or its tokenizer are damaged, or another model's.
     """
     directory = storage.place(directory, "directory")
     storage.check_access(directory, write=False)
     folder = epath.Path(directory)
-    for name in (_CONFIG, _PARAMETERS):
-        if not (folder / name).exists() or (folder / name).is_dir():
-            raise DataError(f"{directory} holds no exported model: it has no file {name}")
+    if not (folder / _CONFIG).exists() or (folder / _CONFIG).is_dir():
+        raise DataError(f"{directory} holds no exported model: it has no file {_CONFIG}")
     facts = project_files.EXPORT.read(folder / _CONFIG)
-    data = (folder / _PARAMETERS).read_bytes()
-    if facts["sha256"] != hashlib.sha256(data).hexdigest():
-        raise CheckpointError(
-            f"{folder / _PARAMETERS} is damaged: its sha256 is not the one in {_CONFIG}; get or "
-            "export the model again"
-        )
+    data = _read(folder / _PARAMETERS, facts["sha256"])
     if facts["classes"] and len(facts["classes"]) != facts["num_classes"]:
         raise CheckpointError(f"{folder / _CONFIG} names other classes than its model has")
+    recorded: Any = facts["config"]
+    if "tokenizer_sha256" in facts:
+        _read(folder / _TOKENIZER, facts["tokenizer_sha256"])
+        recorded["data"]["options"]["tokenizer"] = str(folder / _TOKENIZER)
     mesh = mesh or one_device()
-    config = recorded_config(facts["config"], str(folder / _CONFIG))
+    config = recorded_config(recorded, str(folder / _CONFIG))
     module = models.build(
         fitted(config, mesh, dtype),
         num_classes=facts["num_classes"],
@@ -131,6 +136,19 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
         facts["data_digest"],
         facts["classes"],
     )
+
+
+def _read(file: epath.Path, sha256: str) -> bytes:
+    """A file of an export, which must be there and have this sha256."""
+    if not file.exists() or file.is_dir():
+        raise DataError(f"{file.parent} holds no exported model: it has no file {file.name}")
+    data = file.read_bytes()
+    if sha256 != hashlib.sha256(data).hexdigest():
+        raise CheckpointError(
+            f"{file} is damaged: its sha256 is not the one in {_CONFIG}; get or export the model "
+            "again"
+        )
+    return data
 
 
 def _filters(boxed: Any) -> dict[str, tuple[tuple[int, ...], int]]:

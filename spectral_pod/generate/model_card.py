@@ -27,12 +27,12 @@ _TEXT = """---
 
 # {cls}, task {task}
 
-A {cls} that reads bytes and predicts {predicts}. Trained with spectral_pod, which wrote this
+A {cls} that reads {unit}s and predicts {predicts}. Trained with spectral_pod, which wrote this
 card from the records of the run.
 
 - {num_params:,} float32 parameters
 - {model.num_layers} layers of width {model.hidden_dim}, the blocks repeating {pattern}
-- trained for {step:,} steps of {rows} x {row_len} bytes, of {total_steps:,} that were planned
+- trained for {step:,} steps of {rows} x {row_len} {unit}s, of {total_steps:,} that were planned
 
 ## Intended use
 
@@ -91,19 +91,17 @@ def card(
       license: an identifier, such as 'apache-2.0'; None omits it.
       watts: the power of a device of the training, as its owner states it; None is unknown.
     """
-    config = trained.config
+    config, unit = trained.config, trained.vocabulary.unit
     cls = models.MODELS[config.model.name].__name__  # as in spectral_pod.api
     fields = ["library_name: spectral_pod", "tags: [byte-level, spectral, jax]"]
     if license:
         fields.insert(0, f"license: {license}")
     if trained.objective.is_language_model:
         fields.append("pipeline_tag: text-generation")
-        predicts = "the byte that follows, or the end of a document"
+        predicts = f"the {unit} that follows, or the end of a document"
         use = 'print(model.generate("To be", max_length=200))'
-        intended = "Continuing bytes like those of its training data."
-        risk = (
-            "Facts and advice: what it writes is likely bytes, and need be neither true nor safe."
-        )
+        intended = f"Continuing {unit}s like those of its training data."
+        risk = f"Facts and advice: it writes likely {unit}s, which need be neither true nor safe."
     elif not trained.objective.by_position:
         predicts = f"one of {trained.num_classes} classes"
         names = ", ".join(map(_plain, trained.classes[:_SHOWN_CLASSES]))
@@ -124,6 +122,7 @@ def card(
         cls=cls,
         task=config.data.task,
         predicts=predicts,
+        unit=unit,
         num_params=sum(x.size for x in jax.tree.leaves(trained.params)),
         model=config.model,
         pattern=", ".join(models.pattern(config)),
@@ -135,7 +134,7 @@ def card(
         out_of_scope=_list(
             [
                 risk,
-                f"Sequences of more than {row_len(config):,} bytes: it has read none in training.",
+                f"Sequences of more than {row_len(config):,} {unit}s, as training had none.",
                 "Decisions about people: nothing was done to make it fit for them.",
             ]
         ),
@@ -253,8 +252,8 @@ def _ratio(part: int, whole: int) -> str:
 
 def _footprint(trained: Trained, records: RunRecords, watts: float | None) -> Iterator[str]:
     rows, step = trained.config.train.global_batch_size, trained.step
-    num_bytes = step * rows * row_len(trained.config)
-    yield f"{step:,} steps of {rows:,} rows: {num_bytes:,} bytes, padding included"
+    total, unit = step * rows * row_len(trained.config), trained.vocabulary.unit
+    yield f"{step:,} steps of {rows:,} rows: {total:,} {unit}s, padding included"
     if records.starts and (origin := records.starts[0].get("start_from")):
         whence = f"step {origin['step']:,} of the run {_plain(origin['run'])}"
         yield f"its first parameters are those of {whence}, which is not counted here"

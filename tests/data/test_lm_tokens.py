@@ -11,8 +11,8 @@ import tokenizers
 from spectral_pod import models, objectives
 from spectral_pod.data import tasks, vocabulary
 from spectral_pod.data.byte_store import ByteStore
-from spectral_pod.errors import ConfigError, DataError
-from spectral_pod.generate import decode
+from spectral_pod.errors import CheckpointError, ConfigError, DataError
+from spectral_pod.generate import decode, export
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations
@@ -199,6 +199,11 @@ def run(files, **options):
     return restore_for_inference(str(files / "run"))
 
 
+def continued(trained):
+    with on_mesh(trained.mesh):
+        return list(continuations(trained, ["The café".encode()], num_bytes=9, seed=1))
+
+
 def test_a_trained_model_continues_texts(files):
     plain = byte_level(files / "tokenizer.json")
     trained = run(files)
@@ -213,6 +218,26 @@ def test_a_trained_model_continues_texts(files):
     assert text
     assert expected.startswith(text)  # an incomplete character may be missing at its end
     assert len(expected) - len(text) <= 3
+
+
+def test_an_export_has_the_tokenizer(files, tmp_path):
+    byte_level(files / "tokenizer.json")
+    trained, folder = run(files), tmp_path / "export"
+    export.save(trained, str(folder))
+    card = (folder / "README.md").read_text()
+    assert "reads tokens and predicts the token that follows" in card
+    assert "3,072 tokens, padding included" in card
+    expected = continued(trained)
+    (files / "tokenizer.json").unlink()
+    vocabulary.of.cache_clear()
+    assert continued(export.load(str(folder))) == expected
+    damaged = (folder / "tokenizer.json").read_bytes()[:-1]
+    (folder / "tokenizer.json").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged: its sha256"):
+        export.load(str(folder))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"it has no file tokenizer\.json"):
+        export.load(str(folder))
 
 
 # ---- errors
