@@ -139,6 +139,11 @@ def _check_data(config: Config) -> None:
             f"config.data.documents is {data.documents}; a record of {config.model.name} is one "
             f"document{two}"
         )
+    if config.model.comparison != "plain" and data.documents == 1:
+        raise ConfigError(
+            f"config.model.comparison is {config.model.comparison!r}, and a record is one document "
+            "(config.data.documents)"
+        )
     stride = models.bytes_per_position(config)
     if chunk := config.model.chunk:
         _check_chunks(config, chunk, stride)

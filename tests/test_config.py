@@ -77,6 +77,7 @@ def test_the_defaults_pass():
         ({"optimizer__name": "adam"}, "config.optimizer.name is 'adam'.*did you mean 'adamw'"),
         ({"model__pattern": ("spectral", 3)}, "pattern is .*; it must be a tuple.str, ..."),
         ({"model__coarser_scales": (4, 1)}, "coarser_scales is \\(4, 1\\); a ratio"),
+        ({"model__comparison": "normalized"}, "'normalized', and a record is one document"),
         ({"model__patch__ngrams": (3, 33)}, "ngrams is \\(3, 33\\); .*from 1 to 32"),
         ({"model__patch__ngrams": (3,), "model__name": "spectral_gpt"}, "spectral_gpt has no pat"),
         ({"data__task": "lm"}, "'spectral_model', which predicts one class a record; task 'lm'"),

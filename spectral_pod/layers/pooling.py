@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectral_pod.layers.dense import Dense
+from spectral_pod.layers.dense import BatchNorm, Dense
 from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.gelu import gelu
 from spectral_pod.shapes import Pooled, PositionMask, Positions
@@ -77,14 +77,26 @@ class LastPooling(nn.Module):
 
 class Comparison(nn.Module):
     """Two pooled vectors a, b to one by a hidden layer on [a, b, a * b, a - b], as in the retrieval
-    task of the Long Range Arena (Tay et al. 2020)."""
+    task of the Long Range Arena (Tay et al. 2020).
+
+    Attributes:
+      normalized: whether each channel is normalised over all documents of the batch before.
+      deterministic: whether this is by its running averages, as in evaluation.
+    """
 
     dtype: Any
+    normalized: bool
+    deterministic: bool
 
     @nn.compact
     def __call__(self, pooled_BD: jax.Array) -> jax.Array:
         """float32 [2 * B, D], pairs in rows 2i and 2i + 1, to float32 [B, D]."""
         width = pooled_BD.shape[-1]
+        if self.normalized:
+            # Documents share most of their mean over positions; what differs would be lost in it.
+            is_document_B1 = jnp.ones((len(pooled_BD), 1), bool)
+            norm = BatchNorm(self.deterministic, name="norm")
+            pooled_BD = norm(pooled_BD[:, None], is_document_B1)[:, 0]
         a_BD, b_BD = pooled_BD[0::2], pooled_BD[1::2]
         both = jnp.concatenate([a_BD, b_BD, a_BD * b_BD, a_BD - b_BD], axis=-1)
         hidden_BD = Dense(width, ("embed", "width"), self.dtype, name="hidden")(both)

@@ -55,7 +55,11 @@ class SpectralModel(Model):
         pooling: Any = POOLING[config.pooling](name="pooling")
         pooled_BD = constrain(pooling(x_BND, mask_BN), "batch", None)
         if config.documents == 2:
-            pooled_BD = Comparison(config.activation_dtype, name="comparison")(pooled_BD)
+            compare = Comparison(
+                config.activation_dtype, config.comparison == "normalized", not train,
+                name="comparison",
+            )  # fmt: skip
+            pooled_BD = compare(pooled_BD)
         return self._logits(pooled_BD)
 
     @nn.compact
