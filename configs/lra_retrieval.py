@@ -82,11 +82,14 @@ def get_config(presets: str = "full") -> Config:
         c.model.dtype = "float32"  # CPUs are faster in float32
         c.model.num_layers = 2
         c.model.hidden_dim = 64
-        c.model.embed_dim = 16
+        c.model.embed_dim = 64
+        c.model.patch.ngrams = (3, 4, 5)
+        c.model.pooling = "mean"
+        c.model.comparison = "normalized"
         c.model.mlp_expansion = 2.0
         c.model.memory_interval = 0
         c.model.dropout = 0.0
-        schedule(c, total=6_000, every=600, warmup=100)  # 10 epochs of 20,000
+        schedule(c, total=1_200, every=200, warmup=100)  # 2 epochs of 20,000
         if model == "spectral":
             learning_rates(c, 2e-3)
     return c

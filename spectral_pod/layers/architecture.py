@@ -50,8 +50,8 @@ class ModelConfig:
     normalization: Literal["layer", "batch"] = "layer"
     # Over positions, in spectral_model; 'none' predicts a label for every position.
     pooling: Literal["attention", "mean", "last", "none"] = "attention"
-    # Of two documents, by their pooled vectors: as these are, or each channel normalised over the
-    # documents of the batch first, which removes what all documents share.
+    # Of two documents, by their pooled vectors: as these are, or with each channel normalised over
+    # the documents of the batch first, which removes what all of them share, see layers/pooling.py.
     comparison: Literal["plain", "normalized"] = "plain"
     dropout: Fraction = 0.0  # of embeddings, feed-forward hidden layers and residual branches
     # Repeats of the pattern per iteration of the scan over layers: higher values are faster on CPUs

@@ -80,8 +80,10 @@ class Comparison(nn.Module):
     task of the Long Range Arena (Tay et al. 2020).
 
     Attributes:
-      normalized: whether each channel is normalised over all documents of the batch before.
-      deterministic: whether this is by its running averages, as in evaluation.
+      normalized: whether each channel is first normalised over all documents of the batch. Then
+        |a - b| takes the place of a - b, as in InferSent (Conneau et al. 2017): a distance is a sum
+        of it, where it would take two hidden units a channel.
+      deterministic: whether channels are normalised by running averages, as in evaluation.
     """
 
     dtype: Any
@@ -89,16 +91,19 @@ class Comparison(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, pooled_BD: jax.Array) -> jax.Array:
-        """float32 [2 * B, D], pairs in rows 2i and 2i + 1, to float32 [B, D]."""
+    def __call__(self, pooled_BD: jax.Array, mask_B: jax.Array) -> jax.Array:
+        """float32 [2 * B, D], pairs in rows 2i and 2i + 1, to float32 [B, D].
+
+        The mask says which rows are documents, not padding of the batch.
+        """
         width = pooled_BD.shape[-1]
         if self.normalized:
             # Documents share most of their mean over positions; what differs would be lost in it.
-            is_document_B1 = jnp.ones((len(pooled_BD), 1), bool)
             norm = BatchNorm(self.deterministic, name="norm")
-            pooled_BD = norm(pooled_BD[:, None], is_document_B1)[:, 0]
+            pooled_BD = norm(pooled_BD[:, None], mask_B[:, None])[:, 0]
         a_BD, b_BD = pooled_BD[0::2], pooled_BD[1::2]
-        both = jnp.concatenate([a_BD, b_BD, a_BD * b_BD, a_BD - b_BD], axis=-1)
+        away_BD = jnp.abs(a_BD - b_BD) if self.normalized else a_BD - b_BD
+        both = jnp.concatenate([a_BD, b_BD, a_BD * b_BD, away_BD], axis=-1)
         hidden_BD = Dense(width, ("embed", "width"), self.dtype, name="hidden")(both)
         return gelu(hidden_BD).astype(jnp.float32)
 

@@ -59,7 +59,7 @@ class SpectralModel(Model):
                 config.activation_dtype, config.comparison == "normalized", not train,
                 name="comparison",
             )  # fmt: skip
-            pooled_BD = compare(pooled_BD)
+            pooled_BD = compare(pooled_BD, mask_BN.any(axis=1))
         return self._logits(pooled_BD)
 
     @nn.compact

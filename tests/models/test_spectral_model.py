@@ -233,23 +233,26 @@ def test_the_documents_of_a_pair_are_encoded_by_themselves(rows):
 
 def test_a_normalized_comparison_removes_what_documents_share():
     rng = np.random.default_rng(0)
-    pooled_BD = np.float32(rng.normal(size=(6, 4)))
+    pooled_BD = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
     module = Comparison(jnp.float32, normalized=True, deterministic=False)
-    params = nn.unbox(module.init(jax.random.key(0), jnp.asarray(pooled_BD))["params"])
+    is_document_B = jnp.arange(8) < 6
+    pooled_BD = jnp.concatenate([pooled_BD, jnp.full((2, 4), 100.0)])  # and a row of padding
+    params = nn.unbox(module.init(jax.random.key(0), pooled_BD, is_document_B)["params"])
 
     def compared(x_BD):
-        variables, x_BD = {"params": params}, jnp.asarray(x_BD)
-        y_BD, sown = module.apply(variables, x_BD, mutable=["statistics"])
-        return y_BD, sown["statistics"]["norm"]
+        variables = {"params": params}
+        y_BD, sown = module.apply(variables, x_BD, is_document_B, mutable=["statistics"])
+        return y_BD[:3], sown["statistics"]["norm"]
 
     found_BD, after = compared(pooled_BD)
-    z_BD = np.float64(pooled_BD)
+    z_BD = np.float64(pooled_BD[:6])
     z_BD = (z_BD - z_BD.mean(0)) / np.sqrt(z_BD.var(0) + 1e-5)
     a_BD, b_BD = z_BD[0::2], z_BD[1::2]
     hidden = params["hidden"]
-    u_BD = np.concatenate([a_BD, b_BD, a_BD * b_BD, a_BD - b_BD], 1) @ np.float64(hidden["kernel"])
+    parts = a_BD, b_BD, a_BD * b_BD, np.abs(a_BD - b_BD)
+    u_BD = np.concatenate(parts, 1) @ np.float64(hidden["kernel"])
     u_BD += np.float64(hidden["bias"])
     gelu_BD = 0.5 * u_BD * (1 + np.tanh(np.sqrt(2 / np.pi) * (u_BD + 0.044715 * u_BD**3)))
     np.testing.assert_allclose(found_BD, gelu_BD, atol=1e-5)
     np.testing.assert_allclose(compared(pooled_BD + 3.0)[0], found_BD, atol=1e-5)
-    np.testing.assert_allclose(after["mean"], 0.05 * pooled_BD.mean(0), atol=1e-6)
+    np.testing.assert_allclose(after["mean"], 0.05 * pooled_BD[:6].mean(0), atol=1e-6)

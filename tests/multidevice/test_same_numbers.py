@@ -43,6 +43,10 @@ MODELS = {
         "model.patch.ngrams": (3, 9), "model.patch.ngram_rows": 100, "model.num_layers": 1,
         "model.memory_interval": 0,
     },
+    "pairs": {
+        "data.documents": 2, "data.seq_len": SEQ_LEN // 2, "model.comparison": "normalized",
+        "model.num_layers": 1, "model.memory_interval": 0,
+    },
     "few frequencies": {  # of three selections the last is in update 15
         "model.pattern": ("spectral", "selective"), "model.num_layers": 2,
         "optimizer.frequencies": 0.3, "optimizer.selection_every_steps": 5,
@@ -80,6 +84,7 @@ SLOW = (
     ("fsdp=2 tensor=2", 1, "bytes in both directions"),
     ("data=2 sequence=2", 2, "chunks of documents"),
     ("fsdp=2 sequence=2", 2, "n-grams"),
+    ("data=2 sequence=2", 2, "pairs"),
     ("data=2 sequence=2", 2, "chunks of text"),
     ("fsdp=2 tensor=2", 1, "chunks of text"),
     ("data=2 sequence=2 tensor=2", 2, "few frequencies"),
