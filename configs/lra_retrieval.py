@@ -16,9 +16,10 @@ layers of width 256 (about 5.3M parameters) on the first 4,000 bytes of each pap
 one accelerator or a slice.
 
 The small one reads windows of 1,024 bytes. There a comparison of byte histograms classifies 62% of
-the test records, either document alone 50%: a model learns nothing before it compares. With n-grams,
-and a comparison of what the documents of a batch do not share, it has 62.5% of the validation and
-57.1% of the test records after its epoch (docs/results.md); without both it stayed at chance.
+the test records, either document alone 50%: a model learns nothing before it compares. With
+n-grams, and a comparison of what the documents of a batch do not share, it has 62.5% of the
+validation and 57.1% of the test records after its epoch (docs/results.md); without both it stayed
+at chance.
 """
 
 from ml_collections import ConfigDict
