@@ -71,8 +71,6 @@ def save(
     data = safetensors.numpy.save(params)  # `save_file` would make it readable by its owner only
     storage.write_whole(folder / _PARAMETERS, data)
     storage.write_whole(folder / _CARD, card(trained, records, license, watts))
-    if vocabulary.content:
-        storage.write_whole(folder / _TOKENIZER, vocabulary.content)
     facts: dict[str, Any] = {
         "config": config_lib.to_dict(trained.config),
         "num_classes": trained.num_classes,
@@ -82,7 +80,8 @@ def save(
         "classes": trained.classes,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    if vocabulary.sha256:
+    if vocabulary.content:
+        storage.write_whole(folder / _TOKENIZER, vocabulary.content)
         facts["tokenizer_sha256"] = vocabulary.sha256
     project_files.EXPORT.write(folder / _CONFIG, facts)
     return _num_bytes(whole) - _num_bytes(params)
@@ -99,15 +98,13 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
     directory = storage.place(directory, "directory")
     storage.check_access(directory, write=False)
     folder = epath.Path(directory)
-    if not (folder / _CONFIG).exists() or (folder / _CONFIG).is_dir():
-        raise DataError(f"{directory} holds no exported model: it has no file {_CONFIG}")
-    facts = project_files.EXPORT.read(folder / _CONFIG)
-    data = _read(folder / _PARAMETERS, facts["sha256"])
+    facts = project_files.EXPORT.read(_existing(folder / _CONFIG))
+    data = _sound(folder / _PARAMETERS, facts["sha256"])
     if facts["classes"] and len(facts["classes"]) != facts["num_classes"]:
         raise CheckpointError(f"{folder / _CONFIG} names other classes than its model has")
     recorded: Any = facts["config"]
     if "tokenizer_sha256" in facts:
-        _read(folder / _TOKENIZER, facts["tokenizer_sha256"])
+        _sound(folder / _TOKENIZER, facts["tokenizer_sha256"])
         recorded["data"]["options"]["tokenizer"] = str(folder / _TOKENIZER)
     mesh = mesh or one_device()
     config = recorded_config(recorded, str(folder / _CONFIG))
@@ -138,11 +135,16 @@ def load(directory: str, *, mesh: Mesh | None = None, dtype: str = "float32") ->
     )
 
 
-def _read(file: epath.Path, sha256: str) -> bytes:
-    """A file of an export, which must be there and have this sha256."""
+def _existing(file: epath.Path) -> epath.Path:
+    """The file of an export, which must be there."""
     if not file.exists() or file.is_dir():
         raise DataError(f"{file.parent} holds no exported model: it has no file {file.name}")
-    data = file.read_bytes()
+    return file
+
+
+def _sound(file: epath.Path, sha256: str) -> bytes:
+    """The content of a file of an export, which must have this sha256."""
+    data = _existing(file).read_bytes()
     if sha256 != hashlib.sha256(data).hexdigest():
         raise CheckpointError(
             f"{file} is damaged: its sha256 is not the one in {_CONFIG}; get or export the model "
