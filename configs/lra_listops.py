@@ -10,6 +10,8 @@ Command:  python -m spectral_pod.main --config=configs/lra_listops.py --workdir=
           --config=configs/lra_listops.py:short,packed        and rows of shorter ones to train on
           --config=configs/lra_listops.py:short,subtrees      the same, with the value of every
                                                 operator as a label
+          --config=configs/lra_listops.py:short,arguments     also with those over the arguments
+                                                up to each
           --config=configs/lra_listops.py:s5                  a baseline: transformer,
                                                 linear_transformer, linformer, fnet or s5
 
@@ -41,7 +43,7 @@ from spectral_pod.recipes import (
 # The longest record is below 2,000 symbols; as text it has at most about 4,900 and 13,000 bytes.
 SEQ_LEN = {"symbol": 2048, "stripped": 5120, "raw": 16384}
 SIZES = ("full", "cpu", "overfit", "short")
-SUPERVISION = ("answer", "packed", "subtrees")
+SUPERVISION = ("answer", "packed", "subtrees", "arguments")
 MODELS = ("spectral", "hybrid", "multi_scale", *BASELINES)
 
 
@@ -89,7 +91,7 @@ def get_config(presets: str = "symbol") -> Config:
         c.model.memory_interval = 0
         schedule(c, total=12_000, every=1_500, warmup=200)
     if labels != "answer":
-        c.data.task = {"packed": "listops_answers", "subtrees": "listops_subtrees"}[labels]
+        c.data.task = "listops_" + {"packed": "answers"}.get(labels, labels)
         if size == "short":
             c.data.options.packed = 400_000
         c.model.pooling = "none"

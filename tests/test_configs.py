@@ -21,7 +21,7 @@ FORMS = {
     "quickstart": [()],
     "lra_listops": [
         "symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit", "short",
-        "short,subtrees", *BASELINES, "s5,raw,cpu",
+        "short,subtrees", "short,arguments", *BASELINES, "s5,raw,cpu",
     ],
     "lra_text": ["full", "cpu", *BASELINES],
     "lra_image": ["full", "cpu", *BASELINES],

@@ -120,7 +120,9 @@ def facts(result: Any, folder: epath.Path) -> dict[str, Any]:
         "memory": memory.get(kind) if kind else None,
         "memory_of": kind and kind.partition("_")[0],
         "seconds": result.get("wall_seconds"),
-        "notes": ["process-supervised"] if "supervision" in result else [],
+        "notes": ["process-supervised"]
+        if result.get("supervision", "answers") != "answers"
+        else [],
     }
 
 

@@ -16,9 +16,11 @@ from spectral_pod.data.byte_store import ByteStore
 from spectral_pod.data.tasks import listops_expressions
 from spectral_pod.data.tasks.listops import ListOps, ListOpsAnswers, ListOpsSubtrees
 from spectral_pod.data.tasks.listops_objectives import (
+    Arguments,
     ByHeight,
     ByLastRoot,
     ByRoot,
+    ClosingAccuracy,
     LastAccuracy,
     Subtrees,
     heights,
@@ -239,7 +241,7 @@ def test_examples_are_distinct():
 def test_values_of_subtrees(examples):
     """At each bracket the value of what it ends, evaluated as an expression of its own."""
     for symbols, answer in examples[:200]:
-        found = listops_expressions.subtree_values(symbols)
+        found = listops_expressions.values(symbols, "subtrees")
         starts, expected = [], np.full(len(symbols), -1)
         for i, symbol in enumerate(symbols):
             if symbol in b"<>=+":
@@ -248,6 +250,24 @@ def test_values_of_subtrees(examples):
                 expected[i] = listops_expressions.evaluate(symbols[starts.pop() : i + 1])
         np.testing.assert_array_equal(found, expected)
         assert found[-1] == answer
+
+
+def test_values_of_arguments(examples):
+    """Where an argument begins, the value of the operator without the arguments that follow."""
+    for symbols, _ in examples[:50]:
+        expected = listops_expressions.values(symbols, "subtrees")
+        opened = []  # operators around
+        for i, symbol in enumerate(symbols):
+            if symbol in b"<>=+":
+                opened.append(i)
+                continue
+            begin = opened.pop() if symbol == ord("]") else i
+            if opened:
+                cut = symbols[opened[-1] : i + 1] + b"]"
+                expected[begin] = listops_expressions.evaluate(cut)
+        found = listops_expressions.values(symbols, "arguments")
+        np.testing.assert_array_equal(found, expected)
+        assert (found >= 0).sum() == len(symbols) - 1  # all but the root
 
 
 def test_batches_of_subtrees_are_those_of_answers_with_labels_by_position(tmp_path):
@@ -274,14 +294,14 @@ def test_packed_rows_hold_short_expressions_and_are_for_training_only(tmp_path):
     assert rows[:20] == list(plain["train"])
     assert len(rows) == 50
     for symbols, answer in rows[20:]:
-        ends = np.flatnonzero(listops_expressions.subtree_values(symbols, roots_only=True) >= 0)
+        ends = np.flatnonzero(listops_expressions.values(symbols, "answers") >= 0)
         parts = [symbols[a:b] for a, b in zip([0, *ends[:-1] + 1], ends + 1, strict=True)]
         assert len(parts) > 1
         assert len(symbols) < 30
         assert all(4 <= len(part) <= 8 for part in parts)
         assert answer == listops_expressions.evaluate(parts[-1])
         values = [listops_expressions.evaluate(part) for part in parts]
-        assert listops_expressions.subtree_values(symbols, roots_only=True)[ends].tolist() == values
+        assert listops_expressions.values(symbols, "answers")[ends].tolist() == values
 
 
 def test_labels_of_answers_are_those_of_subtrees_that_are_no_arguments(tmp_path):
@@ -379,6 +399,19 @@ def test_accuracy_of_whole_expressions_among_those_of_all_operators():
     metrics = Collection.create(**Subtrees.training_metrics).single_from_model_output(**outputs)
     metrics = jax.device_get(metrics).compute()
     np.testing.assert_allclose(metrics["subtree_accuracy"], 2 / 3)
+
+
+def test_accuracy_of_operators_among_labels_of_arguments():
+    tokens = np.array([list(b"+12]"), list(b">+1]")])
+    mask = np.array([[0, 1, 1, 1], [0, 1, 1, 0]], bool)
+    correct = np.float32([[1, 1, 0, 1], [1, 0, 0, 0]])
+    found = ClosingAccuracy.from_model_output(tokens=tokens, correct=correct, mask=mask)
+    assert found.compute() == 1  # of one bracket, as the other has no label
+    outputs = {"tokens": tokens, "loss": correct, "correct": correct, "mask": mask}
+    metrics = Collection.create(**Arguments.evaluation_metrics).single_from_model_output(**outputs)
+    found = jax.device_get(metrics).compute()
+    assert found["subtree_accuracy"] == 1
+    np.testing.assert_allclose(found["label_accuracy"], 2 / 5)
 
 
 def test_bounds_are_kept():

@@ -333,8 +333,12 @@ def test_tables_by_hand(tmp_path, capfd):
 
 
 def test_what_is_not_comparable_says_so(stage, capfd):
-    """A model that learns from the values of subtrees, and pairs that are not of papers."""
+    """A model that learns from the values of subtrees, and pairs that are not of papers.
+
+    Answers alone are comparable, wherever their labels stand.
+    """
     write_result(stage.out, "listops-s5-0", 0.9, [], supervision="subtrees")
+    write_result(stage.out, "listops-fnet-0", 0.8, [], supervision="answers")
     for name, flags in (
         ("retrieval-s5-0", ()), ("retrieval-fnet-0", ("--config.data.options.source=/papers",)),
     ):  # fmt: skip
@@ -345,7 +349,7 @@ def test_what_is_not_comparable_says_so(stage, capfd):
     assert lra.main([f"--out={stage.out}", "--report"]) == 0
     table = capfd.readouterr().out
     assert "| **s5** | 90.00 (process-supervised) | 50.00 (substitute for AAN) |" in table
-    assert "| **fnet** | not run | 50.00 | — |" in table
+    assert "| **fnet** | 80.00 | 50.00 | 65.00 |" in table
 
 
 def test_published_means_are_those_of_the_papers():

@@ -9,7 +9,12 @@ from spectral_pod.data.tasks.agent_traces import AgentTraces
 from spectral_pod.data.tasks.content_type import ContentType
 from spectral_pod.data.tasks.copy import Copy
 from spectral_pod.data.tasks.dna import Dna
-from spectral_pod.data.tasks.listops import ListOps, ListOpsAnswers, ListOpsSubtrees
+from spectral_pod.data.tasks.listops import (
+    ListOps,
+    ListOpsAnswers,
+    ListOpsArguments,
+    ListOpsSubtrees,
+)
 from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.data.tasks.log_blocks import LogBlocks
 from spectral_pod.data.tasks.mqar import Mqar
@@ -28,6 +33,7 @@ TASKS: dict[str, type[StoredTask] | type[DrawnTask]] = {
     "content_type": ContentType,
     "listops": ListOps,
     "listops_answers": ListOpsAnswers,
+    "listops_arguments": ListOpsArguments,
     "listops_subtrees": ListOpsSubtrees,
     "pathfinder": Pathfinder,
     "retrieval": Retrieval,

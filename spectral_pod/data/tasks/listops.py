@@ -22,14 +22,15 @@ from spectral_pod.data.tasks.listops_expressions import (
     Bounds,
     Encoding,
     Example,
+    Supervision,
     chunk,
     encode,
     ladder,
     ladder_rung,
     packed_chunk,
-    subtree_values,
+    values,
 )
-from spectral_pod.data.tasks.listops_objectives import Answer, Answers, Subtrees
+from spectral_pod.data.tasks.listops_objectives import Answer, Answers, Arguments, Subtrees
 from spectral_pod.data.tasks.task import StoredTask, added, execution
 from spectral_pod.errors import ConfigError
 from spectral_pod.fields import NonNegative, Positive
@@ -129,7 +130,7 @@ class ListOpsAnswers(ListOps):
     name = "listops_answers"
     stored_as = "listops"
     objective = Answers
-    supervision: ClassVar[str] = "answers"
+    supervision: ClassVar[Supervision] = "answers"
 
     # Rows added to those of training, filled with expressions of 4 to `min_length` symbols.
     packed: NonNegative = added(0)
@@ -175,7 +176,7 @@ class ListOpsAnswers(ListOps):
         if data.truncate:
             raise ConfigError("config.data.truncate would cut off the answer of an expression")
         sizes = {"seq_len": data.seq_len, "documents": data.documents}
-        return _Labelled(split, self.supervision == "answers", **sizes, **arguments)
+        return _Labelled(split, self.supervision, **sizes, **arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,21 +199,31 @@ class ListOpsSubtrees(ListOpsAnswers):
         return facts, [f"process-supervised: {x}" for x in lines]
 
 
-class _Labelled(pipeline.Batches):
-    """Batches with the values of expressions, or of all operators, as labels by position."""
+@dataclasses.dataclass(frozen=True)
+class ListOpsArguments(ListOpsSubtrees):
+    """The same rows and labels; where an argument begins, a label is the value of the operator
+    around it over the arguments up to this one.
 
-    def __init__(self, split: Split, roots_only: bool, **arguments: Any):
+    So every sum is also one of its first two arguments, and of its first three, which are learned
+    long before it.
+    """
+
+    name = "listops_arguments"
+    objective = Arguments
+    supervision = "arguments"
+
+
+class _Labelled(pipeline.Batches):
+    """Batches with the values of operators as labels by position."""
+
+    def __init__(self, split: Split, supervision: Supervision, **arguments: Any):
         super().__init__(split, **arguments)
-        self._roots_only = roots_only
+        self._supervision = supervision
 
     def rows(self, step: int, rows: np.ndarray) -> pipeline.Batch:
         tokens = super().rows(step, rows)["tokens"]
-        labels = np.zeros(tokens.shape, np.int32)
-        valid = np.zeros(tokens.shape, bool)
+        labels = np.full(tokens.shape, -1, np.int32)
         for row, symbols in enumerate(tokens):
-            values = subtree_values(
-                symbols[symbols != PAD].astype(np.uint8).tobytes(), self._roots_only
-            )
-            valid[row, : len(values)] = values >= 0
-            labels[row, : len(values)] = np.maximum(values, 0)
-        return {"tokens": tokens, "labels": labels, "valid": valid}
+            found = values(symbols[symbols != PAD].astype(np.uint8).tobytes(), self._supervision)
+            labels[row, : len(found)] = found
+        return {"tokens": tokens, "labels": np.maximum(labels, 0), "valid": labels >= 0}

@@ -22,6 +22,7 @@ from spectral_pod.errors import ConfigError
 MAX_ARGS = 10
 CLASSES = tuple("0123456789")
 Encoding = Literal["raw", "stripped", "symbol"]
+Supervision = Literal["answers", "subtrees", "arguments"]
 ENCODINGS: tuple[str, ...] = get_args(Encoding)
 RUNGS = range(6)
 
@@ -92,28 +93,34 @@ def evaluate(symbols: bytes, levels: float = math.inf) -> int:
     return value
 
 
-def subtree_values(symbols: bytes, roots_only: bool = False) -> np.ndarray:
-    """int32 [n]: at every `]` the value of the operator that it ends, elsewhere -1.
+def values(symbols: bytes, supervision: Supervision) -> np.ndarray:
+    """int32 [n]: the values of operators where `supervision` has them as labels, elsewhere -1.
 
     Args:
       symbols: an expression, or several, one after the other.
-      roots_only: leaves out operators within others.
+      supervision: 'answers' is the value of an expression, at the `]` that ends it. 'subtrees' is
+        that of every operator, at its `]`. 'arguments' adds, where each argument begins, the value
+        of the operator around it over the arguments up to this one.
     """
     found_N = np.full(len(symbols), -1, np.int32)
-    outer: list[tuple[int, list[int]]] = []
-    operator, values = 0, list[int]()
+    outer: list[tuple[int, int, list[int]]] = []
+    operator, begin, arguments = 0, 0, list[int]()
     for i, symbol in enumerate(symbols):
         if symbol in _APPLY:
-            outer.append((operator, values))
-            operator, values = symbol, []
-        elif symbol == CLOSE:
-            value = _APPLY[operator](values)
-            operator, values = outer.pop()
-            if not (roots_only and outer):
+            outer.append((operator, begin, arguments))
+            operator, begin, arguments = symbol, i, []
+            continue
+        first = i  # symbol of the argument that ends here
+        if symbol == CLOSE:
+            value, first = _APPLY[operator](arguments), begin
+            operator, begin, arguments = outer.pop()
+            if not outer or supervision != "answers":
                 found_N[i] = value
-            values.append(value)
         else:
-            values.append(symbol - _DIGITS[0])
+            value = symbol - _DIGITS[0]
+        arguments.append(value)
+        if outer and supervision == "arguments":
+            found_N[first] = _APPLY[operator](arguments)
     return found_N
 
 

@@ -194,3 +194,30 @@ class Subtrees(Answers):
         | {"subtree_accuracy": "Accuracy of the values of all operators, in [0, 1]"}
         | ByHeight.descriptions
     )
+
+
+@flax.struct.dataclass
+class ClosingAccuracy(metrics.Average):
+    """The accuracy at valid closing brackets: of the values of operators."""
+
+    @classmethod
+    def from_model_output(
+        cls, tokens: jax.Array, correct: jax.Array, mask: jax.Array, **_: Any
+    ) -> Self:
+        closing_BL = (mask & (tokens == CLOSE)).astype(jnp.float32)
+        return cls(total=jnp.sum(correct * closing_BL), count=jnp.sum(closing_BL))
+
+
+class Arguments(Subtrees):
+    """As `Subtrees`, with labels where arguments begin; "label_accuracy" is of all labels."""
+
+    training_metrics: ClassVar = Answers.training_metrics | {
+        "label_accuracy": metrics.Average.from_output("correct"),
+    }
+    evaluation_metrics: ClassVar = (
+        Subtrees.evaluation_metrics | training_metrics | {"subtree_accuracy": ClosingAccuracy}
+    )
+    formats: ClassVar = Subtrees.formats | {"label_accuracy": "labels {:.2%}"}
+    descriptions: ClassVar = Subtrees.descriptions | {
+        "label_accuracy": "Accuracy of all labels, also of those of arguments, in [0, 1]"
+    }
