@@ -94,6 +94,8 @@ def get_config(presets: str = "symbol") -> Config:
         c.data.task = "listops_" + {"packed": "answers"}.get(labels, labels)
         if size == "short":
             c.data.options.packed = 400_000
+            if labels == "arguments":
+                c.data.options.packed_args = 4
         c.model.pooling = "none"
         c.model.patch.stride = 1
     if size == "overfit":

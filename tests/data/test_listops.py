@@ -304,6 +304,38 @@ def test_packed_rows_hold_short_expressions_and_are_for_training_only(tmp_path):
         assert listops_expressions.values(symbols, "answers")[ends].tolist() == values
 
 
+def test_packed_rows_of_operators_with_few_arguments():
+    options = {"min_length": 20, "max_length": 96, "max_depth": 6, "num_workers": 1}
+    sizes = {"train": 5, "validation": 5, "test": 5, "packed": 2000}
+    for most in (10, 4, 2):
+        task = ListOpsAnswers(**options, **sizes, packed_args=most)
+        counts, arguments = [], collections.Counter()
+        for symbols, _ in itertools.islice(task.splits()["train"], 5, None):
+            for symbol in symbols:
+                if symbol in b"<>=+":
+                    counts.append(0)
+                    continue
+                if symbol == ord("]"):
+                    arguments[counts.pop()] += 1
+                if counts:
+                    counts[-1] += 1
+        assert set(arguments) == set(range(2, most + 1))
+    with pytest.raises(ConfigError, match="packed_args is 1; an operator has 2 or more"):
+        ListOpsAnswers(packed_args=1)
+
+
+@pytest.mark.parametrize("most", [2, 3, 4, 7, 10])
+def test_nodes_are_drawn_as_often_as_they_should_be(most):
+    nodes = listops_expressions._nodes(most)
+    share = collections.Counter(nodes)
+    share = {node: count / len(nodes) for node, count in share.items()}
+    p = listops_expressions.operator_probability(most)
+    assert share == pytest.approx(
+        {(op, n): p / 4 / (most - 1) for op in b"<>=+" for n in range(2, most + 1)}
+        | {(digit, 0): (1 - p) / 10 for digit in b"0123456789"}
+    )
+
+
 def test_labels_of_answers_are_those_of_subtrees_that_are_no_arguments(tmp_path):
     options = {"min_length": 8, "max_length": 30, "max_depth": 4, "packed": 40, "num_workers": 1}
     task = ListOpsAnswers(**options, train=40, validation=5, test=5)

@@ -17,7 +17,6 @@ from spectral_pod.data.tasks.listops_expressions import (
     CHUNK,
     CLASSES,
     MAX_ARGS,
-    OPERATOR_PROBABILITY,
     SHORTEST,
     Bounds,
     Encoding,
@@ -27,6 +26,7 @@ from spectral_pod.data.tasks.listops_expressions import (
     encode,
     ladder,
     ladder_rung,
+    operator_probability,
     packed_chunk,
     values,
 )
@@ -97,8 +97,7 @@ class ListOps(StoredTask):
                 "task": "listops",
                 "generator": {
                     "seed": self.seed,
-                    "operator_probability": OPERATOR_PROBABILITY,
-                    "max_args": MAX_ARGS,
+                    "operator_probability": operator_probability(self.bounds.max_args),
                     **self.bounds._asdict(),
                 },
                 "encoding": self.encoding,
@@ -134,6 +133,7 @@ class ListOpsAnswers(ListOps):
 
     # Rows added to those of training, filled with expressions of 4 to `min_length` symbols.
     packed: NonNegative = added(0)
+    packed_args: Positive = added(MAX_ARGS)  # most arguments of an operator in them, 2 or more
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +141,10 @@ class ListOpsAnswers(ListOps):
             raise ConfigError(
                 f"config.data.options.encoding is {self.encoding!r}; labels by position stand at "
                 "symbols: 'symbol'"
+            )
+        if self.packed_args < 2:
+            raise ConfigError(
+                f"config.data.options.packed_args is {self.packed_args}; an operator has 2 or more"
             )
         if self.packed and self.min_length < SHORTEST:
             raise ConfigError(
@@ -153,7 +157,7 @@ class ListOpsAnswers(ListOps):
         found = super().splits()
         if not self.packed:
             return found
-        bounds = Bounds(SHORTEST - 1, self.min_length + 1, self.max_depth)
+        bounds = Bounds(SHORTEST - 1, self.min_length + 1, self.max_depth, self.packed_args)
         packed = generated.distinct(
             functools.partial(packed_chunk, self.seed, bounds, self.max_length - 1),
             lambda row: row.symbols,
@@ -189,7 +193,7 @@ class ListOpsSubtrees(ListOpsAnswers):
 
     name = "listops_subtrees"
     objective = Subtrees
-    supervision = "subtrees"
+    supervision: ClassVar[Supervision] = "subtrees"
 
     def report(
         self, evaluation: Mapping[str, Any], provenance: Mapping[str, Any]

@@ -9,6 +9,7 @@ An example is held as its *symbols*, one byte each: `<` MIN, `>` MAX, `=` MED, `
 and `]`, which ends the arguments of an operator. `[MAX 3 [SM 7 8 ] ]` is `>3+78]]`.
 """
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,12 +36,6 @@ _TOKENS = {
     **{symbol: bytes([symbol]) for symbol in b"]0123456789"},
 }
 _SYMBOLS = {token: symbol for symbol, token in _TOKENS.items()}
-
-# One uniform draw from this table is a whole node, (symbol, number of arguments): each of the 36
-# operator nodes fills 5 of the 720 places (1/4 in all), and each digit 54 (3/4 in all).
-_NODES = [(op, n) for op in OPERATORS for n in range(2, MAX_ARGS + 1) for _ in range(5)]
-_NODES += [(digit, 0) for digit in _DIGITS for _ in range(54)]
-OPERATOR_PROBABILITY = sum(num_args > 0 for _, num_args in _NODES) / len(_NODES)
 
 _PATIENCE = 1_000_000  # trees drawn without one to keep
 SHORTEST = 4  # symbols of an expression: an operator, two digits and `]`
@@ -175,6 +170,29 @@ class Bounds(NamedTuple):
     min_length: int = 500
     max_length: int = 2000
     max_depth: int = 10  # of a node, the root being at depth 1; nodes there are digits
+    max_args: int = MAX_ARGS  # of an operator, which has 2 or more
+
+
+def operator_probability(max_args: int) -> float:
+    """That of a node being an operator. At 10 arguments it is the official 1/4.
+
+    Whatever `max_args` is, an operator has one and a half others as arguments, on average.
+    """
+    return 3 / (max_args + 2)
+
+
+@functools.cache
+def _nodes(max_args: int) -> list[tuple[int, int]]:
+    """One uniform draw from this table is a whole node: a symbol and its number of arguments."""
+    operator, digit = 15, 2 * (max_args - 1) ** 2  # places of each number of arguments, each digit
+    shared = math.gcd(operator, digit)
+    nodes = [
+        (op, n)
+        for op in OPERATORS
+        for n in range(2, max_args + 1)
+        for _ in range(operator // shared)
+    ]
+    return nodes + [(symbol, 0) for symbol in _DIGITS for _ in range(digit // shared)]
 
 
 def _draw(uniform: Callable[[], float], bounds: Bounds) -> bytes | None:
@@ -186,10 +204,11 @@ def _draw(uniform: Callable[[], float], bounds: Bounds) -> bytes | None:
     """
     symbols = bytearray()
     missing: list[int] = []  # arguments to come, of every open operator
-    length, num_nodes = 1, len(_NODES)
+    nodes = _nodes(bounds.max_args)
+    length, num_nodes = 1, len(nodes)
     while True:
         if len(missing) < bounds.max_depth - 1:
-            symbol, num_args = _NODES[int(uniform() * num_nodes)]
+            symbol, num_args = nodes[int(uniform() * num_nodes)]
         else:
             symbol, num_args = _DIGITS[int(uniform() * len(_DIGITS))], 0
         symbols.append(symbol)
