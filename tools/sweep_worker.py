@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+import numpy as np
 import optuna
 from etils import epath
 
@@ -72,7 +73,7 @@ class Worker(Runner):
         super().__init__(
             logs(out), budget_minutes=arguments.budget_minutes, jobs=arguments.jobs, waits=False
         )
-        self._out, self._number = out, arguments.trials
+        self._out, self._number, self._seed = out, arguments.trials, arguments.seed
         self._spaces = sweep_space.parse(arguments.vary) or sweep_space.DEFAULT
         self._base = [f"--config={arguments.base}", "--config.train.eval_split=validation"]
         self._flags = list(arguments.flags)
@@ -85,8 +86,6 @@ class Worker(Runner):
             study_name=_NAME,
             load_if_exists=True,
             direction="maximize" if self._higher else "minimize",
-            # Workers do not see each other's running trials unless these count as bad ones.
-            sampler=optuna.samplers.TPESampler(seed=arguments.seed, constant_liar=True),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=startup),
         )
         self._check_asked()
@@ -172,8 +171,19 @@ class Worker(Runner):
         lease = Lease(f"{self._out}/claims/{trial.number:04d}.json", f"{name} of {self._out}")
         lease.__enter__()
         self._mine.add(trial.number)
+        self._study.sampler = self._sampler(trial.number)
         flags = [f"--config.{space.field}={space.suggest(trial)}" for space in self._spaces]
         return _Trial(trial, lease, flags, reported)
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """Proposes the values of one trial.
+
+        What it draws depends on the seed and the number of the trial alone: one sampler for all
+        would start again with every worker, and two workers would try the same values.
+        """
+        seed = np.random.SeedSequence((self._seed, number)).generate_state(1)[0]
+        # Workers do not see each other's running trials unless these count as bad ones.
+        return optuna.samplers.TPESampler(seed=int(seed), constant_liar=True)
 
     def look(self, run: Run) -> None:
         found: _Trial = run.task.subject

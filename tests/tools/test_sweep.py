@@ -237,7 +237,10 @@ def start(stage, *flags, **options):
 
 
 def test_a_killed_worker_and_its_trials(stage):
-    """The next worker runs the same trial again, from where it was; none is lost or repeated."""
+    """The next worker runs the same trial again, from where it was; none is lost or repeated.
+
+    The values of the others are those of a sweep that was not interrupted.
+    """
     (stage / "plan").write_text(json.dumps({"trial-0002": "hold"}))
     process = start(stage, trials=5)
     held = stage / "out" / "trial-0002" / "metrics.jsonl"
@@ -257,6 +260,10 @@ def test_a_killed_worker_and_its_trials(stage):
     assert [trial.state.name for trial in found] == ["COMPLETE"] * 5
     assert {trial.number: trial.params for trial in found[:3]} == before
     assert sorted(started(stage)) == sorted([f"trial-{i:04d}" for i in range(5)] + ["trial-0002"])
+    (stage / "plan").write_text("{}")
+    assert sweep.main([*argv(stage, trials=5), f"--out={stage / 'other'}"]) == 0
+    other = sweep_worker.existing(str(stage / "other")).get_trials()
+    assert [trial.params for trial in other] == [trial.params for trial in found]
 
 
 def test_two_workers_share_the_trials(stage):
@@ -266,6 +273,7 @@ def test_two_workers_share_the_trials(stage):
         assert worker.returncode == 0, said
     assert sorted(started(stage)) == [f"trial-{i:04d}" for i in range(9)]
     assert [trial.state.name for trial in trials(stage)] == ["COMPLETE"] * 9
+    assert len({str(trial.params) for trial in trials(stage)}) == 9
 
 
 APPENDS = """
