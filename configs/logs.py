@@ -34,7 +34,6 @@ def get_config(form: str = "blocks") -> Config:
     small_long_range(c)
     c.model.patch.stride = 1
     c.model.num_layers = 2
-    c.model.dtype = "float32"  # CPUs are faster in float32
     schedule(c, total=900, every=300, warmup=100)
     learning_rates(c, 3e-3)
     if form == "blocks":

@@ -77,7 +77,6 @@ def get_config(presets: str = "symbol") -> Config:
 
     if size in ("cpu", "overfit", "short"):
         small_long_range(c)
-        c.model.dtype = "float32"  # CPUs are faster in float32
         c.train.global_batch_size = 32
     if size == "cpu":
         schedule(c, total=700, every=175, warmup=70)

@@ -57,7 +57,6 @@ def get_config(size: str = "cpu") -> Config:
     schedule(c, total=20_000, every=1_000)
     if size == "cpu":
         small_long_range(c)
-        c.model.dtype = "float32"  # CPUs are faster in float32
         c.train.global_batch_size = 32
         schedule(c, total=1_500, every=300, warmup=100)
         learning_rates(c, 3e-3)

@@ -24,7 +24,6 @@ def get_config() -> Config:
     c.data.seq_len = 128
     c.model.patch.stride = 1  # what is wrong is between two bytes
     c.model.num_layers = 2
-    c.model.dtype = "float32"  # CPUs are faster in float32
     schedule(c, total=900, every=300, warmup=100)
     learning_rates(c, 3e-3)
     return c

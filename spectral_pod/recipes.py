@@ -76,6 +76,7 @@ def long_range() -> Config:
 def small_long_range(c: Config) -> None:
     """Makes the model of `long_range` small enough for CPUs: 4 layers of width 64 on patches."""
     patches(c)
+    c.model.dtype = "float32"  # CPUs are faster in float32
     c.model.num_layers = 4
     c.model.hidden_dim = 64
     c.model.embed_dim = 64
