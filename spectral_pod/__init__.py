@@ -3,6 +3,10 @@
 import importlib
 from typing import Any
 
+from spectral_pod import errors
+
+errors.check_packages(__name__)
+
 _PLACES = {"Agent": "agent.loop", "SpectralTrainer": "spectral_trainer"}  # what is not in `api.py`
 
 __all__ = [

@@ -19,8 +19,10 @@ and `storage_error` make one `StorageError` of whatever a library raises then.
 
 import contextlib
 import errno
+import importlib.util
 import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,3 +160,17 @@ def _cure(error: BaseException) -> str | None:
     if match := _NUMBER.search(text):
         return _CURE.get(int(match[1] or match[2]))
     return next((cure for number, cure in _CURE.items() if os.strerror(number) in text), None)
+
+
+def check_packages(package: str) -> None:
+    """Ends `python -m PACKAGE.NAME` with one line if this Python lacks the project's packages.
+
+    Who imports a module of the package, as the launcher of TPUs does, may not need them.
+    """
+    _, _, after = "\n".join(sys.orig_argv).partition("\n-m\n")
+    if after.startswith(f"{package}.") and importlib.util.find_spec("jax") is None:
+        sys.stderr.write(
+            f"{sys.executable} does not have the packages of spectral_pod. In a checkout, "
+            "launch/setup.sh installs them, once, and source .venv/bin/activate selects them\n"
+        )
+        sys.exit(UserError.exit_code)

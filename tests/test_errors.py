@@ -3,6 +3,8 @@
 import errno
 import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from spectral_pod.errors import (
     naming,
     storage_error,
 )
+from tests.processes import ROOT
 
 
 def raised(error, cause=None):
@@ -88,3 +91,13 @@ def test_what_tensorstore_raises_is_recognised(tmp_path):
             array.write(noise).result()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("module", ["spectral_pod.main", "tools.records", "launch.tpu_pod"])
+def test_a_python_without_the_packages(module):
+    """Trainer and tools say how they are installed; the launcher of TPUs needs none of them."""
+    command = [sys.executable, "-S", "-m", module]  # -S: without site-packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert ("launch/setup.sh" in line) == (module != "launch.tpu_pod")

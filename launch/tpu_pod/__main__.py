@@ -189,7 +189,11 @@ def _act(options: Options, cloud: Cloud, system: System) -> int:
     if options.dry_run:
         nodes = [Node(name, "READY", 2) for name in options.nodes]
     else:
-        found = cloud.request()
+        try:
+            found = cloud.request()
+        except CloudError:  # that of gcloud without a project is about the name of a request
+            checks.check_account(*checks.account_and_project(cloud))
+            raise
         if found is None:
             project = options.project or cloud.project()
             raise End(1, f"there is no {options.name} in {options.zone}, project {project}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from spectral_pod.errors import ConfigError
 
 from .cloud import Cloud, CloudError, Trouble
-from .code import Code
+from .code import ROOT, Code
 from .options import Options
 from .system import System
 
@@ -21,12 +21,10 @@ def before_renting(options: Options, cloud: Cloud, system: System, code: Code) -
     Raises:
       ConfigError: something is missing or not allowed.
     """
-    account = _ask(cloud.account, "gcloud")
-    if not account and not options.dry_run:
-        raise ConfigError("gcloud has no account: gcloud auth login")
-    project = _ask(cloud.project, "--project")
-    if project in ("", "(unset)") and not options.dry_run:
-        raise ConfigError("no --project, and gcloud has no default: gcloud config set project ID")
+    _check_config(options)
+    account, project = found = account_and_project(cloud)
+    if not options.dry_run:
+        check_account(*found)
     _ask(cloud.list_requests, f"the TPU API in project {project}, {options.zone}")
     _ask(lambda: cloud.offers("accelerator-types", options.type), f"--type in {options.zone}")
     _ask(
@@ -46,12 +44,11 @@ def before_renting(options: Options, cloud: Cloud, system: System, code: Code) -
             f"longer, let it begin with --config.train.start_from={options.workdir}"
         )
     _check_tree(code, system)
-    if options.dry_run:
-        return
     topology = options.topology
     costs = options.costs(60)
+    who = "" if options.dry_run else f"{account} in project {project}: "
     system.say(
-        f"{account} in project {project}: {topology}, {topology.num_chips} chips"
+        f"{who}{topology}, {topology.num_chips} chips"
         + (f", about {costs} an hour on demand" if costs else "")
         + "; --price_per_chip_hour states another price"
     )
@@ -59,6 +56,28 @@ def before_renting(options: Options, cloud: Cloud, system: System, code: Code) -
         costs = options.costs(60 * options.max_run_hours)
         system.say(
             f"at most {options.max_run_hours:g} hours on one slice" + f", {costs}" * bool(costs)
+        )
+
+
+def account_and_project(cloud: Cloud) -> tuple[str, str]:
+    """Those that gcloud uses; empty or "(unset)" where it has none."""
+    return _ask(cloud.account, "gcloud"), _ask(cloud.project, "--project")
+
+
+def check_account(account: str, project: str) -> None:
+    """Raises a ConfigError, with the command that helps, where gcloud lacks one of them."""
+    if not account:
+        raise ConfigError("gcloud has no account: gcloud auth login")
+    if project in ("", "(unset)"):
+        raise ConfigError("no --project, and gcloud has no default: gcloud config set project ID")
+
+
+def _check_config(options: Options) -> None:
+    name = options.flag("--config=").partition(":")[0]
+    file = (ROOT / name).resolve()
+    if not file.is_file() or not file.is_relative_to(ROOT):
+        raise ConfigError(
+            f"--config={name}: the working tree, which the slice gets, has no such file"
         )
 
 

@@ -55,7 +55,7 @@ def report(
         others, other_digests, other_ends = _hash_records(split, on_record)
         duplicates[name] = _count_duplicates(train, split, exact, bands, others, other_digests)
         largest = np.bincount(train.labels).argmax()
-        labels[name] = {"largest class": float(np.mean(split.labels == largest))} | {
+        labels[name] = {"largest class of train": float(np.mean(split.labels == largest))} | {
             what: float(
                 np.mean(
                     [guesses[what].get(key, largest) == y for key, y in zip(keys, split.labels)]

@@ -22,6 +22,7 @@ from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.data.vocabulary import Vocabulary
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.layers.block import unstack
+from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.models.model import Model, abstract_params
 from spectral_pod.objectives import Objective
 from spectral_pod.parallel.mesh import AXES, make_mesh, on_mesh
@@ -184,6 +185,13 @@ def recorded_config(values: Any, file: str) -> Config:
     Raises:
       ConfigError: it has fields or values that this version does not support.
     """
+    for name in "+".join(values["model"].get("pattern", ())).split("+"):
+        if name and name not in MIXERS:
+            raise ConfigError(
+                f"{file}: config.model.pattern has {name!r}, and there is no such mixer in "
+                "spectral_pod/layers/mixers.py; one of the run's own config file belongs there "
+                "before tools can read the run"
+            )
     newer = config_lib.fill(values, config_lib.defaults_of(values, file))
     if newer:
         logging.warning("%s is older than %s, and is read as it was meant", file, ", ".join(newer))

@@ -307,7 +307,9 @@ def test_bad_labels_stop_before_anything_is_written(tmp_path, monkeypatch):
     """They are found when the classes are collected."""
     train = write_lines(tmp_path / "a.jsonl", [{"text": "x", "label": 0}, {"text": "x"}])
     monkeypatch.setattr(records.byte_store, "write", pytest.fail)
-    with pytest.raises(DataError, match=r"a\.jsonl:2: no field: 'label'"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: no field: 'label' .*the option `label` names"
+    ):
         Records(train=str(train)).build(str(tmp_path / "store"))
 
 

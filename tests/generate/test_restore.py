@@ -199,6 +199,13 @@ def test_fields_of_another_version(copied):
         restore_for_inference(str(copied))
 
 
+def test_a_mixer_of_a_config_file(copied):
+    """Another program does not know it, unless it is registered."""
+    change_model(copied, lambda model: model.update(pattern=["hyena+average"], average={"a": 1}))
+    with pytest.raises(ConfigError, match=r"pattern has 'average', and there is no such mixer in"):
+        restore_for_inference(str(copied))
+
+
 def test_fields_that_came_later_have_their_defaults(run, copied, caplog):
     change_model(copied, lambda model: (model.pop("norm"), model.pop("selective")))
     assert restore_for_inference(str(copied)).config == restore_for_inference(str(run[0])).config

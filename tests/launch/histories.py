@@ -22,7 +22,7 @@ MIXED = Troubles(
 
 def options(*flags):
     command = ["--name=tpu", "--zone=us-central2-b", "--type=v4-16", *flags]
-    return parse([*command, "--", "--config=a.py", "--workdir=gs://bucket/run"])
+    return parse([*command, "--", "--config=configs/quickstart.py", "--workdir=gs://bucket/run"])
 
 
 def check(world, codes):

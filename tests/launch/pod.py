@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 # What the launcher uses beside its own folders: nothing that would have to be installed.
 CODE = (
-    "tools/__init__.py", "tools/exit_codes.py", "spectral_pod/__init__.py",
+    "configs/quickstart.py", "tools/__init__.py", "tools/exit_codes.py", "spectral_pod/__init__.py",
     "spectral_pod/errors.py", "spectral_pod/analysis/__init__.py",
     "spectral_pod/analysis/hardware.py",
 )  # fmt: skip
@@ -28,7 +28,7 @@ CREATE_BY_HAND = [
     "--accelerator-type=v4-16", "--runtime-version=a", "--valid-until-duration=9s",
     "--metadata=a=b", f"--metadata-from-file=startup-script={ROOT / 'launch/pod/guard.sh'}",
 ]  # fmt: skip
-TRAINER = ["--config=configs/a.py", "--workdir=gs://bucket/run"]
+TRAINER = ["--config=configs/quickstart.py", "--workdir=gs://bucket/run"]
 
 # On workers. The trainer ends its n-th start as the n-th word of the plan says: with that code, or,
 # for `run`, with 75 at SIGTERM. $BUCKET stands for what outlives a slice.

@@ -235,7 +235,7 @@ def test_ctrl_c_detaches_and_the_same_command_attaches(pod):
     )
 
     other = finish(pod.train(trainer=["--config.seed=2"]), 2)
-    assert "runs another command; stop it first: --config=configs/a.py" in other
+    assert "runs another command; stop it first: --config=configs/quickstart.py" in other
     (pod.checkout / "file").write_text("new")
     pod.commit()
     assert "a trainer of another revision runs here" in finish(pod.train(), 2)

@@ -154,7 +154,7 @@ def test_preflight_warns(pod, code, options):
         (["--name", "a"], "--name=VALUE: the value must be up to 60"),
         (["--keep_minutes=3"], "--keep_minutes=3: must be a number, at least 15"),
         (["--spot=yes"], "--spot takes no value"),
-        (["--type=v4-100"], "Google Cloud has no slice of 100"),
+        (["--type=v4-100"], "--type=v4-100: v4-N counts TensorCores, 2 a chip"),
         (["--metadata=startup-script=x"], "this key is the launcher's own"),
         (["--env=1A=b"], "--env: must be NAME=VALUE"),
         (["--", "--workdir=gs://b/r"], "no --config=FILE"),
@@ -192,6 +192,32 @@ def test_what_is_missing_is_known_before(pod, answer, message):
     pod.scenario(answer=answer)
     assert message in finish(pod.train("--service_account=b@c"), 2)
     assert not pod.calls("queued-resources create")
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_the_config_is_a_file_of_the_working_tree(pod, flags):
+    for name in ("configs/nothere.py:short", "../outside.py"):
+        (pod.checkout.parent / "outside.py").touch()
+        trainer = [f"--config={name}", "--workdir=gs://bucket/run"]
+        said = finish(pod.train(*flags, trainer=trainer), 2)
+        assert f"--config={name.partition(':')[0]}: the working tree, which" in said
+    assert not pod.calls()
+
+
+def test_a_dry_run_says_what_the_slice_costs(pod):
+    process = pod.train("--dry_run", "--price_per_chip_hour=2")
+    assert "v4:2x2x2, 8 chips, about $16.00 an hour" in finish(process)
+    assert not pod.calls()
+
+
+def test_status_without_an_account(pod):
+    """gcloud itself would complain about the name of the request."""
+    answer = {
+        "auth list": "Your credentials: gcloud auth login",
+        "queued-resources describe": "Error parsing [queued_resource].",
+    }
+    pod.scenario(answer=answer)
+    assert "gcloud auth login" in finish(pod.start("status", *WHERE), 2)
 
 
 def test_what_may_not_be_looked_at_is_only_reported(pod):

@@ -382,7 +382,7 @@ def _example(row: Row, plan: Records, classes: Classes) -> tuple[tuple[bytes, ..
 
 def _label(row: Row, plan: Records) -> Any:
     """The label of a row, or a Fault."""
-    if fault := _missing(row, plan.label):
+    if fault := _missing(row, plan.label, "label"):
         return fault
     value = row.fields[plan.label]
     if not plan.label_pattern:
@@ -396,7 +396,7 @@ def _label(row: Row, plan: Records) -> Any:
 
 def bytes_of(row: Row, field: str, luma: bool = False) -> bytes | Fault:
     """The bytes of a field: those of a text, or of an array uint8, which `luma` makes grey."""
-    if fault := _missing(row, field):
+    if fault := _missing(row, field, "data"):
         return fault
     value = row.fields[field]
     if isinstance(value, bytes):
@@ -426,10 +426,12 @@ def to_luma(rgb: np.ndarray) -> np.ndarray:
     return ((weighted + (1 << 15)) >> 16).astype(np.uint8)
 
 
-def _missing(row: Row, field: str) -> Fault | None:
+def _missing(row: Row, field: str, option: str) -> Fault | None:
     if field in row.fields:
         return None
-    return Fault(row.place, f"no field: {field!r} is not among {', '.join(map(repr, row.fields))}")
+    known = ", ".join(map(repr, row.fields))
+    reason = f"no field: {field!r} is not among {known}; the option `{option}` names another"
+    return Fault(row.place, reason)
 
 
 def _split(source: str, documents: Sequence[bytes], plan: Records) -> str:
