@@ -37,7 +37,6 @@ def main(argv: list[str]) -> None:
     if config.train.compilation_cache:
         runtime.enable_compilation_cache(workdir, read_only=eval_only)
     logging.get_absl_handler().addFilter(_drop_library_info)
-    logging.info("Config:\n%s", config)
     loop.run(config, workdir, eval_only=eval_only)
 
 
