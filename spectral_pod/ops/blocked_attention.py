@@ -76,6 +76,9 @@ def _attention(pairs: _Pairs, *arrays: jax.Array) -> jax.Array:
 
 
 def _forward(pairs: _Pairs, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    # The mask does not depend on parameters. In a scan over layers JAX would compute it for all
+    # pairs of blocks beforehand, an array of all pairs of positions, if it did not seem to.
+    arrays = tuple(jax.lax.optimization_barrier(arrays))
     q, _, v, _, _ = arrays
 
     def step(sums: Any, pair: jax.Array) -> tuple[Any, None]:
@@ -101,7 +104,7 @@ def _backward(
     residuals: tuple[jax.Array, ...],
     do: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
-    *arrays, o, log_sum = residuals
+    *arrays, o, log_sum, do = jax.lax.optimization_barrier((*residuals, do))  # as in _forward
     q, k, v, _, _ = arrays
     mean = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1, keepdims=True)
 

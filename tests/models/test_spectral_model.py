@@ -11,12 +11,14 @@ from scipy import special
 
 from spectral_pod import models
 from spectral_pod.config import default
+from spectral_pod.generate.restore import one_device
 from spectral_pod.layers.feed_forward import HalfGLU, HalfGLU2
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.layers.multi_scale import MultiScale
 from spectral_pod.layers.pooling import Comparison
 from spectral_pod.layers.spectral import norm_gate, rms_gate
 from spectral_pod.models import pattern
+from spectral_pod.models.model import abstract_params
 from spectral_pod.shapes import PAD
 from tests.models.drawn import drawn_params, initial_params
 
@@ -256,3 +258,26 @@ def test_a_normalized_comparison_removes_what_documents_share():
     np.testing.assert_allclose(found_BD, gelu_BD, atol=1e-5)
     np.testing.assert_allclose(compared(pooled_BD + 3.0)[0], found_BD, atol=1e-5)
     np.testing.assert_allclose(after["mean"], 0.05 * pooled_BD[:6].mean(0), atol=1e-6)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(model, params, tokens):
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, tokens, tokens != PAD) ** 2)
+
+    return jax.grad(loss)(params)
+
+
+def test_attention_in_a_scan_over_layers_holds_no_array_of_all_pairs():
+    """There JAX may compute what depends on the mask alone for all blocks beforehand."""
+    config, held = default(), []
+    changes = {"num_layers": 2, "hidden_dim": 16, "embed_dim": 8, "patch.stride": 1}
+    changes |= {"dtype": "float32", "pattern": ("attention",), "memory_interval": 0}
+    config.update_from_flattened_dict({f"model.{k}": v for k, v in changes.items()})
+    for length in (2048, 4096):
+        model = models.build(config, seq_len=length, num_classes=5)
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        params = nn.unbox(abstract_params(model, one_device()))
+        compiled = gradient.lower(model, params, tokens).compile()
+        held.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert held[1] < 2.2 * held[0]
