@@ -98,6 +98,13 @@ class Worker(Runner):
         Raises:
           ConfigError: it is invalid, or a field or one of its values is.
         """
+        fixed = {flag.partition("=")[0].lstrip("-") for flag in self._flags}
+        for space in self._spaces:
+            if f"config.{space.field}" in fixed:
+                raise ConfigError(
+                    f"--vary={space}: --config.{space.field} after -- gives all trials one value; "
+                    "leave out one of the two"
+                )
         ends = [space.ends() for space in self._spaces]
         for i in range(2):
             flags = [f"--config.{s.field}={end[i]}" for s, end in zip(self._spaces, ends)]

@@ -136,6 +136,12 @@ def test_mistakes_are_found_before_anything_runs(stage, capfd, flag, message):
     assert started(stage) == []
 
 
+def test_a_field_is_varied_or_fixed(stage, capfd):
+    assert sweep.main([*argv(stage), "--", "--config.optimizer.learning_rate=0.1"]) == 2
+    assert "after -- gives all trials one value" in capfd.readouterr().err
+    assert started(stage) == []
+
+
 def test_no_config_and_no_sweep(stage, capfd):
     assert sweep.main([f"--out={stage / 'out'}"]) == 2
     assert sweep.main([f"--out={stage / 'out'}", "--report"]) == 2
