@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "train.trainer": (*_TRAINABLE, "data", "generate", "train"),
     "command_line": ("errors", "fields", "data.tasks"),
     "recipes": ("config",),
-    "": ("api",),
+    "": ("api", "errors"),
     "api": (*_TRAINABLE, "data.tasks", "generate", "analysis.analyzer"),
     "spectral_trainer": (*_TRAINABLE, "api", "generate.restore", "train.loop", "train.sources"),
     "main": ("command_line", "config", "errors", "storage", "streams", "parallel.runtime",

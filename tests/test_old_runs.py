@@ -26,7 +26,9 @@ def old(tmp_path_factory):
     """A folder with the workdirs by name, their stores in `data`, and `facts.json`."""
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+        # Python has extractall(filter="data") since 3.11.4, and this attribute is safe before.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder)
     return folder
 
 
