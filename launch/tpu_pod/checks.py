@@ -22,9 +22,9 @@ def before_renting(options: Options, cloud: Cloud, system: System, code: Code) -
       ConfigError: something is missing or not allowed.
     """
     _check_config(options)
-    account, project = found = account_and_project(cloud)
+    account, project = account_and_project(cloud)
     if not options.dry_run:
-        check_account(*found)
+        check_account(account, project)
     _ask(cloud.list_requests, f"the TPU API in project {project}, {options.zone}")
     _ask(lambda: cloud.offers("accelerator-types", options.type), f"--type in {options.zone}")
     _ask(
