@@ -164,7 +164,7 @@ class DeltaMemoryLayer(Mixer):
         """
         q_BNHK, k_BNHK, v_BNHV = qkv
         if self.normalize_keys:
-            q_BNHK, k_BNHK = _unit(q_BNHK), _unit(k_BNHK)
+            q_BNHK, k_BNHK = unit(q_BNHK), unit(k_BNHK)
         logits_BNH = self.beta(x_BND).astype(jnp.float32)
         beta_BNH = self.beta_min + (self.beta_max - self.beta_min) * jax.nn.sigmoid(logits_BNH)
         log_gate_BNH = None
@@ -221,7 +221,27 @@ class GatedDeltaMemoryLayer(DeltaMemoryLayer):
         return super().from_config(config, gated=True, **fixed)
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    """float32 `x / |x|` over the last axis; the zero vector stays zero."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+@jax.custom_vjp
+def unit(x: jax.Array) -> jax.Array:
+    """float32 `x / |x|` over the last axis; the zero vector stays zero.
+
+    Only x itself, in its own dtype, and its length are stored for the backward pass.
+    """
+    return _unit_forward(x)[0]
+
+
+def _unit_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    x32 = x.astype(jnp.float32)
+    rate = jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + 1e-12)
+    return x32 * rate, (x, rate)
+
+
+def _unit_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    """dx = dy / |x| - x (x . dy) / |x|^3."""
+    x, rate = jax.lax.optimization_barrier(residuals)
+    x32 = x.astype(jnp.float32)
+    dx = rate * dy - x32 * (rate**3 * jnp.sum(x32 * dy, axis=-1, keepdims=True))
+    return (dx.astype(x.dtype),)
+
+
+unit.defvjp(_unit_forward, _unit_backward)

@@ -99,14 +99,16 @@ def _sum_rows_forward(
 def _sum_rows_backward(
     residuals: tuple[jax.Array, jax.Array], dy_BND: jax.Array
 ) -> tuple[jax.Array, None]:
-    """A matrix product with one-hot ids, for so few rows faster than a scatter-add."""
+    """For each tap a matrix product with one-hot ids, for so few rows faster than a scatter-add."""
     like_VTD, ids_BNT = residuals
-    ids_TBN = jnp.moveaxis(ids_BNT, 2, 0)
-    one_hot_VTBN = jnp.arange(len(like_VTD))[:, None, None, None] == ids_TBN[None]
-    drows_VTD = jnp.tensordot(
-        one_hot_VTBN.astype(dy_BND.dtype), dy_BND, 2, preferred_element_type=jnp.float32
-    )
-    return drows_VTD.astype(dy_BND.dtype), None
+
+    def of_tap(ids_BN: jax.Array) -> jax.Array:
+        one_hot_VBN = jnp.arange(len(like_VTD))[:, None, None] == ids_BN[None]
+        one_hot_VBN = one_hot_VBN.astype(dy_BND.dtype)
+        return jnp.tensordot(one_hot_VBN, dy_BND, 2, preferred_element_type=jnp.float32)
+
+    drows_TVD = jax.lax.map(of_tap, jnp.moveaxis(ids_BNT, 2, 0))
+    return jnp.swapaxes(drows_TVD, 0, 1).astype(dy_BND.dtype), None
 
 
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)

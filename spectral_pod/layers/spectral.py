@@ -83,7 +83,7 @@ class SpectralLayer(Mixer):
         w_FD = self._transfer(fft_length, width)
         probe(self, "response", lambda: response(w_FD))
         u_BND = fft.spectral_filter(x_BND, w_FD, fft_length, self.method)
-        u_BND = constrain(u_BND, "batch", "position", "width").astype(jnp.float32)
+        u_BND = constrain(u_BND, "batch", "position", "width")
         return self._gated(u_BND, mask_BN).astype(self.dtype)
 
     def _transfer(self, fft_length: int, width: int) -> jax.Array:
@@ -110,7 +110,7 @@ class SpectralLayer(Mixer):
             return u_BND
         if self.energy_gate == "norm":
             probe(self, "energy_gate_mean", lambda: valid_mean(norm_gate(u_BND), mask_BN))
-            return norm_gate(u_BND) * u_BND
+            return norm_gate(u_BND) * u_BND.astype(jnp.float32)
         gate = gate_parameters(self, u_BND.shape[-1])
         probe(self, "energy_gate_mean", lambda: valid_mean(rms_gate(u_BND, *gate), mask_BN))
         return rms_gated(u_BND, *gate)
@@ -128,42 +128,45 @@ def gate_parameters(module: nn.Module, width: int) -> tuple[jax.Array, jax.Array
 
 
 def rms_gate(u_BND: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-    """`sigmoid(a log rms(u) + b)`, [B, N, D]; at a = 1, b = 0 it is rms / (1 + rms)."""
+    """`sigmoid(a log rms(u) + b)`, float32 [B, N, D]; at a = 1, b = 0 it is rms / (1 + rms)."""
     return _gate(_log_rms(u_BND), slope_D, bias_D)
 
 
 @jax.custom_vjp
 def rms_gated(u_BND: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-    """`rms_gate(u) * u` in float32, with a hand-written gradient that stores fewer arrays."""
-    return rms_gate(u_BND, slope_D, bias_D) * u_BND
+    """`rms_gate(u) * u`, float32, with a hand-written gradient that stores only u and its rms."""
+    return rms_gate(u_BND, slope_D, bias_D) * u_BND.astype(jnp.float32)
 
 
 def _rms_gated_forward(
     u_BND: jax.Array, slope_D: jax.Array, bias_D: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     log_rms_BN1 = jax.lax.optimization_barrier(_log_rms(u_BND))
-    y_BND = _gate(log_rms_BN1, slope_D, bias_D) * u_BND
+    y_BND = _gate(log_rms_BN1, slope_D, bias_D) * u_BND.astype(jnp.float32)
     return y_BND, (u_BND, log_rms_BN1, slope_D, bias_D)
 
 
 def _rms_gated_backward(
     residuals: tuple[jax.Array, ...], dy_BND: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u_BND, log_rms_BN1, slope_D, bias_D = residuals
+    u_BND, log_rms_BN1, slope_D, bias_D = jax.lax.optimization_barrier(residuals)
     gate_BND = _gate(log_rms_BN1, slope_D, bias_D)
-    dlogit_BND = dy_BND * u_BND * gate_BND * (1 - gate_BND)
+    dlogit_BND = dy_BND * u_BND.astype(jnp.float32) * gate_BND * (1 - gate_BND)
     dslope_D = jnp.einsum("bn,bnd->d", log_rms_BN1[..., 0], dlogit_BND, precision="highest")
     dlog_rms_BN = jnp.einsum("bnd,d->bn", dlogit_BND, slope_D, precision="highest")
     # d log rms(u) / du = u / (D rms(u)^2)
     rate_BN1 = dlog_rms_BN[..., None] * jnp.exp(-2 * log_rms_BN1) / slope_D.size
-    du_BND = dy_BND * gate_BND + u_BND * jax.lax.optimization_barrier(rate_BN1)
-    return du_BND, dslope_D, jnp.sum(dlogit_BND, (0, 1))
+    # The gate is computed once more: XLA on CPUs would compute it as early as it can, and keep it.
+    *again, rate_BN1 = jax.lax.optimization_barrier((log_rms_BN1, slope_D, bias_D, rate_BN1))
+    du_BND = dy_BND * _gate(*again) + u_BND.astype(jnp.float32) * rate_BN1
+    return du_BND.astype(u_BND.dtype), dslope_D, jnp.sum(dlogit_BND, (0, 1))
 
 
 rms_gated.defvjp(_rms_gated_forward, _rms_gated_backward)
 
 
 def _log_rms(u_BND: jax.Array) -> jax.Array:
+    u_BND = u_BND.astype(jnp.float32)
     return 0.5 * jnp.log(jnp.mean(jnp.square(u_BND), axis=-1, keepdims=True) + 1e-6)
 
 
@@ -173,6 +176,7 @@ def _gate(log_rms_BN1: jax.Array, slope_D: jax.Array, bias_D: jax.Array) -> jax.
 
 def norm_gate(u_BND: jax.Array) -> jax.Array:
     """`sigmoid(|u|)`, [B, N, 1]: the original gate, nearly 1 for any u of ordinary size."""
+    u_BND = u_BND.astype(jnp.float32)
     return jax.nn.sigmoid(jnp.sqrt(jnp.sum(jnp.square(u_BND), axis=-1, keepdims=True) + 1e-12))
 
 

@@ -41,7 +41,7 @@ def _backward(
     residuals: tuple[jax.Array, ...], dy_BND: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dx = (g - mean(g) - n mean(g n)) / std, with n = (x - mean) / std and g = scale dy."""
-    x_BND, mean_BN1, rate_BN1, scale_D = residuals
+    x_BND, mean_BN1, rate_BN1, scale_D = jax.lax.optimization_barrier(residuals)
     n_BND = (x_BND.astype(jnp.float32) - mean_BN1) * rate_BN1
     product_BND = dy_BND * n_BND
     # The means are taken as products with the scale; as sums, their terms would be materialized.

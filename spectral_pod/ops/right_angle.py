@@ -16,7 +16,9 @@ needs real ones of 2M points, half of them zeros. Hence
   t < 0: the wrap-around of the imaginary part supplies the negative lags.
 
 On CPUs the work is divided into groups of channels that stay in the cache from the first FFT to the
-last. The backward pass stores the two inputs only and recomputes the spectra.
+last. The backward pass stores the two inputs only and recomputes the spectra. XLA on CPUs would
+convert all of an array of bfloat16 to float32 before the loop over groups, and an output again for
+every group; the loops read and write such arrays as integers.
 """
 
 import math
@@ -24,6 +26,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 _GROUP_POINTS = 2**14  # points per sequence in a group of channels: 128 KiB as complex64
 
@@ -57,13 +60,13 @@ def convolve(x_BDN: jax.Array, s_DM: jax.Array) -> jax.Array:
     channels, groups = _channel_groups(*s_DM.shape)
 
     def one(i: jax.Array, y_BDN: jax.Array) -> jax.Array:
-        x_BCN, s_CM = _get(x_BDN, i, channels), _get(s_DM, i, channels)
+        x_BCN, s_CM = _get(words_BDN, i, channels, dtype), _get(s_DM, i, channels)
         y_BCN = _from_spectra(_spectra(x_BCN, s_CM.shape[1]) * s_CM[None, :, None], x_BCN.shape[2])
-        return _put(y_BDN, y_BCN, i)
+        return _put(y_BDN, y_BCN, i, dtype)
 
-    # In float32: with bfloat16, XLA on CPUs rewrites the whole array for each group of channels.
-    y_BDN = jax.lax.fori_loop(0, groups, one, jnp.zeros_like(x_BDN, jnp.float32))
-    return y_BDN.astype(x_BDN.dtype)
+    dtype, words_BDN = x_BDN.dtype, _words(x_BDN)
+    y_BDN = jax.lax.fori_loop(0, groups, one, jnp.zeros_like(words_BDN))
+    return _from_words(y_BDN, dtype)
 
 
 def _convolve_forward(
@@ -76,21 +79,23 @@ def _convolve_backward(
     residuals: tuple[jax.Array, jax.Array], dy_BDN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """With G = FFT(w dy): dx = Re(conj(w) IFFT(G conj(S))) and dS = sum_b conj(G) X / M."""
-    x_BDN, s_DM = residuals
+    x_BDN, s_DM = jax.lax.optimization_barrier(residuals)
     channels, groups = _channel_groups(*s_DM.shape)
 
     def one(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dx_BDN, ds_DM = carry
-        x_BCN, dy_BCN, s_CM = (_get(a, i, channels) for a in (x_BDN, dy_BDN, s_DM))
+        x_BCN, dy_BCN = (_get(words, i, channels, dtype) for words in (x_words_BDN, dy_words_BDN))
+        s_CM = _get(s_DM, i, channels)
         num_points = s_CM.shape[1]
         g_BCGM = _cotangent_spectra(dy_BCN, num_points)
         dx_BCN = _from_cotangent_spectra(g_BCGM * s_CM.conj()[None, :, None], x_BCN.shape[2])
         ds_CM = jnp.sum(g_BCGM.conj() * _spectra(x_BCN, num_points), (0, 2)) / num_points
-        return _put(dx_BDN, dx_BCN, i), _put(ds_DM, ds_CM, i)
+        return _put(dx_BDN, dx_BCN, i, dtype), _put(ds_DM, ds_CM, i)
 
-    zeros = jnp.zeros_like(x_BDN, jnp.float32), jnp.zeros_like(s_DM)
+    dtype, x_words_BDN, dy_words_BDN = x_BDN.dtype, _words(x_BDN), _words(dy_BDN)
+    zeros = jnp.zeros_like(x_words_BDN), jnp.zeros_like(s_DM)
     dx_BDN, ds_DM = jax.lax.fori_loop(0, groups, one, zeros)
-    return dx_BDN.astype(x_BDN.dtype), ds_DM
+    return _from_words(dx_BDN, dtype), ds_DM
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -149,10 +154,24 @@ def _channel_groups(num_channels: int, num_points: int) -> tuple[int, int]:
     return channels, num_channels // channels
 
 
-def _get(x: jax.Array, i: jax.Array, channels: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * channels, channels, x.ndim - 2)
+def _words(x: jax.Array) -> jax.Array:
+    """x, or the same bits as integers where it has 16 of them."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
-def _put(x: jax.Array, group: jax.Array, i: jax.Array) -> jax.Array:
-    start = i * group.shape[-2]
-    return jax.lax.dynamic_update_slice_in_dim(x, group.astype(x.dtype), start, x.ndim - 2)
+def _from_words(words: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return words if words.dtype == dtype else jax.lax.bitcast_convert_type(words, dtype)
+
+
+def _get(
+    words: jax.Array, i: jax.Array, channels: int, dtype: DTypeLike | None = None
+) -> jax.Array:
+    group = jax.lax.dynamic_slice_in_dim(words, i * channels, channels, words.ndim - 2)
+    return _from_words(group, dtype or words.dtype)
+
+
+def _put(
+    words: jax.Array, group: jax.Array, i: jax.Array, dtype: DTypeLike | None = None
+) -> jax.Array:
+    group, start = _words(group.astype(dtype or words.dtype)), i * group.shape[-2]
+    return jax.lax.dynamic_update_slice_in_dim(words, group, start, words.ndim - 2)
