@@ -79,7 +79,9 @@ install_plugin() { # REQUIREMENT
 }
 
 pip() {
-    if ! "$python" -m pip --quiet --quiet --disable-pip-version-check "$@"; then
+    local quiet=(--quiet --quiet)
+    if [ -t 1 ]; then quiet=(); fi # who waits at a terminal sees pip's own progress
+    if ! "$python" -m pip "${quiet[@]}" --disable-pip-version-check "$@"; then
         echo "launch/setup.sh: pip failed on ${HOSTNAME:-this machine}; if it has no internet, run" \
             "launch/setup.sh (--help) on one that has, with the same file system" >&2
         exit 1

@@ -3,7 +3,7 @@
 The bits are those of `jax.random`, on every mesh and platform. JAX's own primitive for them is
 lowered to a loop over whole arrays on CPUs and to a kernel of its own on GPUs, and XLA keeps the
 counters of all calls of a step in memory beside each other. Written as plain operations, they are
-fused with what reads them. `docs/results.md` has the figures.
+fused with what reads them (`python -m tools.bench ops --filter=dropout`).
 """
 
 import math

@@ -1,7 +1,7 @@
 """Operations compared with their plain implementations: forward and backward, in float32.
 
-Groups: delta_N, causal_conv_N, spectral_N, attention_N, dense, wavelet, and dispatch_N, where every
-method of a filter runs and the one that dispatch chooses is compared with the fastest.
+Groups: delta_N, causal_conv_N, spectral_N, attention_N, dropout, dense, wavelet, and dispatch_N,
+where every method of a filter runs and the one that dispatch chooses is compared with the fastest.
 """
 
 import functools
@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pywt
 
+from spectral_pod.layers.dropout import Dropout
 from spectral_pod.ops import fft, long_conv
 from spectral_pod.ops.affine import affine
 from spectral_pod.ops.attention import attention
@@ -51,6 +53,7 @@ def groups(settings: Settings) -> list[Group]:
     made.append(Group("spectral_2048", 3, partial(_spectral, 64 if quick else 2048)))
     for n in (64,) if quick else _ATTENTION_LENGTHS:
         made.append(Group(f"attention_{n}", 0.2 + n / 500, partial(_attention, n)))
+    made.append(Group("dropout", 0.3, partial(_dropout, 64 if quick else 2048)))
     if machine.has_amx() and jax.default_backend() == "cpu":
         made.append(Group("dense", 1, partial(_dense, 16 if quick else 1)))
     made.append(Group("wavelet", 0.3, partial(_wavelet, 64 if quick else 1024)))
@@ -294,6 +297,28 @@ def _over_best(chosen: str, names: Sequence[str], rows: Any) -> float:
 
 
 # ---- products, wavelets
+
+
+def _dropout(N: int) -> Comparison:
+    """Dropout of a tenth, with a new key, and Flax's with the same bits."""
+    shape = 4, N, 128
+    weights, x_BND = _float32(*np.random.default_rng(0).normal(size=(2, *shape)))
+    words_2 = jax.random.key_data(jax.random.key(0))  # arguments, or bits would be constants
+
+    def by(layer: type[Dropout] | type[nn.Dropout]) -> Callable[..., Any]:
+        def fn(words_2: jax.Array, weights: jax.Array, x_BND: jax.Array) -> Any:
+            rngs = {"dropout": jax.random.wrap_key_data(words_2)}
+            dropped = functools.partial(layer(0.1, deterministic=False).apply, {}, rngs=rngs)
+            return forward_backward(dropped)(weights, x_BND)
+
+        return fn
+
+    cases = []
+    for name, layer in (("ours", Dropout), ("flax", nn.Dropout)):
+        run, held = compiled(by(layer), words_2, weights, x_BND)
+        what = f"dropout of {layer.__module__}"
+        cases.append(Case(name, what, str(list(shape)), run, temporaries=held))
+    return Comparison(cases, [times_faster("dropout_vs_flax", "ours", "flax", ">= 1.3")])
 
 
 def _dense(shrink: int) -> Comparison:
