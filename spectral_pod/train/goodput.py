@@ -67,16 +67,17 @@ class Goodput:
     """The fraction of all time since the first start of a run that was spent in useful steps.
 
     Continues from the last line of the metrics before the step of this start. The time between
-    that line and this start, with steps that are repeated, counts as `restart`.
+    that line and this start, with steps that are repeated, counts as `restart`, unless the run had
+    come to its end and is now to train for more steps.
     """
 
-    def __init__(self, last_line: Mapping[str, float], stopwatch: Stopwatch):
+    def __init__(self, last_line: Mapping[str, float], stopwatch: Stopwatch, ended: bool = False):
         before = {
             name.removeprefix("goodput/").removesuffix("_seconds"): value
             for name, value in last_line.items()
             if name.startswith("goodput/") and name.endswith("_seconds")
         }
-        if "wall_time" in last_line:
+        if "wall_time" in last_line and not ended:
             gap = max(0.0, stopwatch.started - last_line["wall_time"])
             before["restart"] = before.get("restart", 0.0) + gap
         self._total_before = sum(before.values())

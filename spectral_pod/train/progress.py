@@ -21,8 +21,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
+from spectral_pod import project_files
 from spectral_pod.analysis import flops
 from spectral_pod.config import Config, row_len
 from spectral_pod.errors import NonFiniteError
@@ -67,7 +69,9 @@ class Progress:
         self._pending: tuple[int, Any] | None = None
         self._averages: Any = None  # of the window: the steps since the last line of metrics
         self._saved_window = dict(window)  # until the first step shows its structure
-        self._stopwatch, self._goodput = stopwatch, Goodput(writer.last_line, stopwatch)
+        result = epath.Path(workdir) / "result.json"
+        ended = result.exists() and project_files.RESULT.read(result)["step"] == first_step
+        self._stopwatch, self._goodput = stopwatch, Goodput(writer.last_line, stopwatch, ended)
         self._counted: dict[str, float] = {}  # by the stopwatch, when the window began
         self._host_seconds: list[float] = []  # of each step of the window, before its dispatch
         self._since_step = 0.0  # time of the last step's end; 0: not to be counted from

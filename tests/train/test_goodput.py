@@ -52,6 +52,11 @@ def test_goodput_is_the_fraction_of_time_spent_in_steps(monkeypatch):
     seconds = [x for name, x in later.items() if name.endswith("_seconds")]
     assert sum(seconds) == pytest.approx(240.0)
 
+    # A run that had ended was not waiting to be continued.
+    later = Goodput(line, clock.stopwatch, ended=True).scalars()
+    assert not later.get("goodput/restart_seconds")
+    assert sum(x for name, x in later.items() if name.endswith("_seconds")) == pytest.approx(200.0)
+
 
 def slowed(call, clock, seconds):
     def slow(*args, **options):
