@@ -82,7 +82,8 @@ def run(
             runtime.barrier("workdir")
             trainer = start(_checkpointer(config, workdir, run, check_lease))
             if not trainer.restore():
-                trainer.initialize()
+                with starts.released_on_error(workdir):
+                    trainer.initialize()
             trainer.report_start()
 
         # ---- steps, evaluation, result

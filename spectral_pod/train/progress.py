@@ -21,10 +21,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
-from spectral_pod import project_files
 from spectral_pod.analysis import flops
 from spectral_pod.config import Config, row_len
 from spectral_pod.errors import NonFiniteError
@@ -62,15 +60,17 @@ class Progress:
         first_step: int,
         window: Mapping[str, list[float]],
         stopwatch: Stopwatch,
+        ended: bool,
     ):
-        """Continues after `first_step`; `window` is what `window` gave when that step was saved."""
+        """Continues after `first_step`; `window` is what `window` gave when that step was saved.
+
+        `ended` says whether the run had come to its end there.
+        """
         self._config, self._workdir, self._writer = config, workdir, writer
         self._objective = sources.objective
         self._pending: tuple[int, Any] | None = None
         self._averages: Any = None  # of the window: the steps since the last line of metrics
         self._saved_window = dict(window)  # until the first step shows its structure
-        result = epath.Path(workdir) / "result.json"
-        ended = result.exists() and project_files.RESULT.read(result)["step"] == first_step
         self._stopwatch, self._goodput = stopwatch, Goodput(writer.last_line, stopwatch, ended)
         self._counted: dict[str, float] = {}  # by the stopwatch, when the window began
         self._host_seconds: list[float] = []  # of each step of the window, before its dispatch

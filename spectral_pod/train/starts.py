@@ -20,7 +20,7 @@ from spectral_pod import config as config_lib
 from spectral_pod import lease, models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
-from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.errors import ConfigError, DataError, UserError
 from spectral_pod.layers.block import mixers_of
 from spectral_pod.parallel import runtime
 
@@ -109,6 +109,25 @@ def claim_workdir(
             "--workdir"
         )
     return project_files.run_id(recorded)
+
+
+@contextlib.contextmanager
+def released_on_error(workdir: str) -> Iterator[None]:
+    """Where a run that never started fails in this context by an error of its user, takes back what
+    `claim_workdir` recorded, so that the corrected command can use the workdir."""
+    try:
+        yield
+    except UserError:
+        folder = epath.Path(workdir)
+        if runtime.is_leader() and not (folder / "starts.jsonl").exists():
+            (folder / "config.json").unlink()
+        raise
+
+
+def has_ended(workdir: str, step: int) -> bool:
+    """Whether the run in a workdir had come to its end when it was saved after this step."""
+    file = epath.Path(workdir) / "result.json"
+    return file.exists() and project_files.RESULT.read(file)["step"] == step
 
 
 def differences(recorded: project_files.Run, config: Config, file: str) -> list[str]:

@@ -165,6 +165,7 @@ class Trainer:
                 self.progress = Progress(
                     config, workdir, self.mesh, self.abstract, self.sources, self.writer,
                     self.step, self.checkpointer.window(self.step), self.stopwatch,
+                    starts.has_ended(workdir, self.step),
                 )  # fmt: skip
             yield
 
