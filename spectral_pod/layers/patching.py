@@ -14,7 +14,7 @@ from spectral_pod.layers.parameter import parameter
 from spectral_pod.ops.affine import affine
 from spectral_pod.ops.gelu import gelu
 from spectral_pod.ops.halo import previous
-from spectral_pod.parallel.sharding import SEQUENCE, constrain, num_shards, shard_op
+from spectral_pod.parallel.sharding import SEQUENCE, constrain, num_shards, platform, shard_op
 from spectral_pod.shapes import VOCAB_SIZE
 
 LONGEST_NGRAM = 32
@@ -99,7 +99,10 @@ def _sum_rows_forward(
 def _sum_rows_backward(
     residuals: tuple[jax.Array, jax.Array], dy_BND: jax.Array
 ) -> tuple[jax.Array, None]:
-    """For each tap a matrix product with one-hot ids, for so few rows faster than a scatter-add."""
+    """A matrix product with one-hot ids, for so few rows faster than a scatter-add.
+
+    On CPUs tap by tap, as the one-hot ids of all would be the largest array of a step.
+    """
     like_VTD, ids_BNT = residuals
 
     def of_tap(ids_BN: jax.Array) -> jax.Array:
@@ -107,7 +110,9 @@ def _sum_rows_backward(
         one_hot_VBN = one_hot_VBN.astype(dy_BND.dtype)
         return jnp.tensordot(one_hot_VBN, dy_BND, 2, preferred_element_type=jnp.float32)
 
-    drows_TVD = jax.lax.map(of_tap, jnp.moveaxis(ids_BNT, 2, 0))
+    ids_TBN = jnp.moveaxis(ids_BNT, 2, 0)
+    by_tap = platform() == "cpu"
+    drows_TVD = jax.lax.map(of_tap, ids_TBN) if by_tap else jax.vmap(of_tap)(ids_TBN)
     return jnp.swapaxes(drows_TVD, 0, 1).astype(dy_BND.dtype), None
 
 

@@ -28,6 +28,7 @@ def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    # Without the barrier XLA would merge what follows with the forward pass, and so store it.
     x32 = jax.lax.optimization_barrier(x).astype(jnp.float32)
     tanh = _tanh(x32)
     slope = _SCALE * (1 + 3 * _CUBIC * x32 * x32)

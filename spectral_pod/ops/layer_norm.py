@@ -41,6 +41,7 @@ def _backward(
     residuals: tuple[jax.Array, ...], dy_BND: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dx = (g - mean(g) - n mean(g n)) / std, with n = (x - mean) / std and g = scale dy."""
+    # Without the barrier XLA would merge n with that of the forward pass, and so store it.
     x_BND, mean_BN1, rate_BN1, scale_D = jax.lax.optimization_barrier(residuals)
     n_BND = (x_BND.astype(jnp.float32) - mean_BN1) * rate_BN1
     product_BND = dy_BND * n_BND

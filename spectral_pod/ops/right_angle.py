@@ -79,6 +79,7 @@ def _convolve_backward(
     residuals: tuple[jax.Array, jax.Array], dy_BDN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """With G = FFT(w dy): dx = Re(conj(w) IFFT(G conj(S))) and dS = sum_b conj(G) X / M."""
+    # Without the barrier XLA would store x as the forward loop reads it.
     x_BDN, s_DM = jax.lax.optimization_barrier(residuals)
     channels, groups = _channel_groups(*s_DM.shape)
 
