@@ -60,7 +60,7 @@ class Progress:
         first_step: int,
         window: Mapping[str, list[float]],
         stopwatch: Stopwatch,
-        ended: bool,
+        ended: bool = False,
     ):
         """Continues after `first_step`; `window` is what `window` gave when that step was saved.
 

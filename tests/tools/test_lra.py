@@ -145,7 +145,7 @@ def test_failed_cells_do_not_stop_the_others(stage, capfd):
     assert "listops-spectral-0 failed with exit code 1 (a bug: see the traceback)" in said
     assert "    a line before\n    ConfigError: it is broken\n" in said
     assert "- listops-spectral-0: failed (1)\n" in stage.table()
-    assert "- pathfinder-s5-0: failed (137, step 3 of 1,200)\n" in stage.table()
+    assert "- pathfinder-s5-0: failed (137, step 3 of 2,000)\n" in stage.table()
     assert "| **spectral** | 50.00 (1 of 2 seeds) |" in stage.table()
     stage.plan({})
     assert stage.run("--seeds=0,1") == (0, ["listops-spectral-0", "pathfinder-s5-0"])
@@ -183,10 +183,10 @@ def test_the_budget(stage, capfd):
     assert (stage.folder / "saved").read_text() == "pathfinder-spectral-0"
     assert "The budget ended; 3 cell(s) are not done\n" in capfd.readouterr().err
     table = stage.table()
-    assert "| **spectral** | 50.00 | step 3 of 1,200 | — |" in table
+    assert "| **spectral** | 50.00 | step 3 of 2,000 | — |" in table
     assert "| **s5** | not run | not run | — |" in table
     assert table.endswith(
-        "Cells without a result:\n\n- pathfinder-spectral-0: step 3 of 1,200\n"
+        "Cells without a result:\n\n- pathfinder-spectral-0: step 3 of 2,000\n"
         "- listops-s5-0: not run\n- pathfinder-s5-0: not run\n"
     )
     stage.plan({})
@@ -263,7 +263,7 @@ def test_ctrl_c_lets_the_cell_save_and_prints_the_tables(stage):
     assert process.returncode == 130, err
     assert (stage.folder / "saved").read_text() == "pathfinder-spectral-0"
     assert not (stage.folder / "interrupted").exists()
-    assert "| **spectral** | 50.00 | step 3 of 1,200 | — |" in out
+    assert "| **spectral** | 50.00 | step 3 of 2,000 | — |" in out
     assert "- listops-s5-0: not run\n" in out
     assert err.endswith("Interrupted\n")
 
