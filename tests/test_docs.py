@@ -40,7 +40,8 @@ def test_commands_name_what_exists(path):
 def test_the_table_of_short_runs_has_the_steps_and_batches_of_its_configs():
     table = (ROOT / "docs/results.md").read_text().partition("## One model on six kinds")[2]
     rows = re.findall(
-        r"\| `(\w+)\.py(?::(\w+))?` \| [\w ]*?([\d,]+) \| (?:[\d,]+ of )?([\d,]+) x (\d+) \|", table
+        r"\| `(\w+)\.py(?::([\w,]+))?` \| [\w ]*?([\d,]+) \| (?:[\d,]+ of )?([\d,]+) x (\d+) \|",
+        table,
     )
     assert len(rows) == 6
     for name, preset, length, steps, batch in rows:
