@@ -20,7 +20,7 @@ from spectral_pod import config as config_lib
 from spectral_pod import lease, models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
-from spectral_pod.errors import ConfigError, DataError, UserError
+from spectral_pod.errors import CheckpointError, ConfigError, DataError
 from spectral_pod.layers.block import mixers_of
 from spectral_pod.parallel import runtime
 
@@ -113,11 +113,11 @@ def claim_workdir(
 
 @contextlib.contextmanager
 def released_on_error(workdir: str) -> Iterator[None]:
-    """Where a run that never started fails in this context by an error of its user, takes back what
-    `claim_workdir` recorded, so that the corrected command can use the workdir."""
+    """Where a run that never started fails in this context by what its configuration names, takes
+    back what `claim_workdir` recorded, so that the corrected command can use the workdir."""
     try:
         yield
-    except UserError:
+    except (ConfigError, DataError, CheckpointError):  # and not: another run has taken it over
         folder = epath.Path(workdir)
         if runtime.is_leader() and not (folder / "starts.jsonl").exists():
             (folder / "config.json").unlink()
@@ -125,9 +125,15 @@ def released_on_error(workdir: str) -> Iterator[None]:
 
 
 def has_ended(workdir: str, step: int) -> bool:
-    """Whether the run in a workdir had come to its end when it was saved after this step."""
+    """Whether the run in a workdir had come to its end when it was saved after this step.
+
+    A damaged result says nothing about that; this run writes it again.
+    """
     file = epath.Path(workdir) / "result.json"
-    return file.exists() and project_files.RESULT.read(file)["step"] == step
+    try:
+        return file.exists() and project_files.RESULT.read(file)["step"] == step
+    except DataError:
+        return False
 
 
 def differences(recorded: project_files.Run, config: Config, file: str) -> list[str]:

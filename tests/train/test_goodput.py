@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from spectral_pod import project_files
 from spectral_pod.data.tasks.listops import ListOps
 from spectral_pod.train import goodput, loop, starts, trainer
 from spectral_pod.train.goodput import Goodput, Stopwatch
@@ -56,6 +57,16 @@ def test_goodput_is_the_fraction_of_time_spent_in_steps(monkeypatch):
     later = Goodput(line, clock.stopwatch, ended=True).scalars()
     assert not later.get("goodput/restart_seconds")
     assert sum(x for name, x in later.items() if name.endswith("_seconds")) == pytest.approx(200.0)
+
+
+def test_whether_a_run_had_ended(tmp_path):
+    assert not starts.has_ended(str(tmp_path), 3)
+    result = {"step": 3, "eval": {"split": "test", "loss": 1.0, "records": 1}}
+    project_files.RESULT.write(tmp_path / "result.json", result)
+    assert starts.has_ended(str(tmp_path), 3)
+    assert not starts.has_ended(str(tmp_path), 4)
+    (tmp_path / "result.json").write_text('{"step": 3, "ev')  # damaged: no reason not to continue
+    assert not starts.has_ended(str(tmp_path), 3)
 
 
 def slowed(call, clock, seconds):
