@@ -20,8 +20,8 @@ BASELINES = ("transformer", "linear_transformer", "linformer", "fnet", "s5")
 FORMS = {
     "quickstart": [()],
     "lra_listops": [
-        "symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "overfit", "short",
-        "short,subtrees", "short,arguments", *BASELINES, "s5,raw,cpu",
+        "symbol", "stripped", "raw", "hybrid", "multi_scale", "cpu", "gpu", "overfit", "short",
+        "short,subtrees", "short,arguments", "gpu,hybrid,packed", *BASELINES, "s5,raw,cpu",
     ],
     "lra_text": ["full", "cpu", *BASELINES],
     "lra_image": ["full", "cpu", *BASELINES],
