@@ -121,7 +121,7 @@ class Progress:
         return self._num_timed * self._bytes_a_step / max(self._seconds_timed, 1e-9)
 
     def report_eval(self, split: str, step: int, evaluation: Mapping[str, Any]) -> None:
-        """Prints and writes an evaluation, and that of each of its sets."""
+        """Prints and writes an evaluation and that of each of its sets, and the time up to it."""
         objective = self._objective
         scalars: dict[str, float] = {}
         sets = evaluation.get("sets", {})
@@ -130,7 +130,7 @@ class Progress:
             print_once(f"step {step} {line}")
             tag = f"{split}/{name}" if name else split
             scalars |= {f"{tag}/{metric}": x for metric, x in objective.scalars(values).items()}
-        self._writer.scalars(step, scalars)
+        self._writer.scalars(step, scalars | self._goodput.scalars())
 
     def _read(self, step: int, metrics: Any) -> None:
         averages, scalars = jax.device_get(metrics)

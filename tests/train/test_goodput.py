@@ -99,12 +99,18 @@ def test_whatever_takes_long_at_a_start_has_a_name(tmp_path, monkeypatch):
     config = runs.config(train__total_steps=4, train__eval_every_steps=2)
     config.data.dir, config.checkpoint.every_steps = str(tmp_path / "data"), 2
     loop.run(config, str(tmp_path / "run"))
-    last = [line for line in runs.metrics(tmp_path / "run") if "train/loss" in line][-1]
-    assert last["step"] == 4
-    found = {
-        name.removeprefix("goodput/").removesuffix("_seconds"): seconds
-        for name, seconds in last.items()
-        if name.startswith("goodput/") and name.endswith("_seconds") and seconds
-    }
-    # Its last line is written before the second evaluation and the second checkpoint.
-    assert found == pytest.approx(expected)
+    lines = runs.metrics(tmp_path / "run")
+
+    def found(line):
+        return {
+            name.removeprefix("goodput/").removesuffix("_seconds"): seconds
+            for name, seconds in line.items()
+            if name.startswith("goodput/") and name.endswith("_seconds") and seconds
+        }
+
+    # The last line of training is written before the second validation and the second checkpoint,
+    of_training = [line for line in lines if "train/loss" in line][-1]
+    assert (of_training["step"], found(of_training)) == (4, pytest.approx(expected))
+    # and that of the test split after both.
+    of_test = [line for line in lines if "test/loss" in line][-1]
+    assert found(of_test) == pytest.approx(expected | {"eval": 150.0, "checkpoint": 50.0})
