@@ -20,8 +20,9 @@ Presets combine, one of each kind: `:cpu,s5`, `:raw,transformer`.
 
 The full preset is 6 layers of width 256 (about 3.5M parameters), 40 epochs, for one accelerator or
 a slice. `:gpu,hybrid,packed` has 8 layers of width 128 with attention in every second block; it has
-48.8% on the test split (docs/results.md). Accuracy is reported beside a ladder of baselines that evaluate the top k levels exactly.
-A model that learns the values of subtrees is process-supervised; its results are reported apart.
+48.8% on the test split (docs/results.md). Accuracy is reported beside a ladder of baselines that
+evaluate the top k levels exactly. A model that learns the values of subtrees is process-supervised;
+its results are reported apart.
 
 Sums modulo 10 are learned in the order of their numbers of arguments, long after everything else,
 and only where sums of two or three digits are frequent. So half of the rows of `:short,packed` hold

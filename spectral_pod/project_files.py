@@ -67,6 +67,7 @@ class Run(_Closed):
     config: RecordedConfig
     data_digest: str
     classes: NotRequired[list[str]]  # missing in workdirs of older versions
+    tokenizer_sha256: NotRequired[_Sha256]  # of models of tokens; missing in older ones
 
 
 class Origin(TypedDict):

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from spectral_pod import config as config_lib
 from spectral_pod import fields, models, project_files, storage
 from spectral_pod.config import Config
-from spectral_pod.data import tasks
+from spectral_pod.data import tasks, vocabulary
 from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.data.vocabulary import Vocabulary
 from spectral_pod.errors import ConfigError, DataError
@@ -98,7 +98,8 @@ def restore_for_inference(
       dtype: dtype of activations and products, in place of the run's.
 
     Raises:
-      DataError: there is no run in the workdir.
+      DataError: there is no run in the workdir, or the file of its tokenizer is missing or
+        another one.
       ConfigError: its configuration is of another version, or does not fit the mesh.
       CheckpointError: there is no such sound checkpoint, or it is another model's.
     """
@@ -134,7 +135,7 @@ def _restored(
     num_classes = saved.shapes(step).get("params/head/bias", (0,))[0]
     task = tasks.make(config.data.task, config.data.options)
     if isinstance(task, LanguageModelling):
-        _checked(task, num_classes)
+        _checked(task, num_classes, recorded.get("tokenizer_sha256", ""))
     vocab_size = task.vocab_size
     build = functools.partial(
         models.build,
@@ -162,17 +163,28 @@ def _restored(
     )
 
 
-def _checked(task: LanguageModelling, num_classes: int) -> LanguageModelling:
+def _checked(task: LanguageModelling, num_classes: int, sha256: str = "") -> LanguageModelling:
     """The task of a language model with so many classes.
 
+    Args:
+      sha256: of its tokenizer's file when it was trained; "" where that is not recorded.
+
     Raises:
-      DataError: its tokenizer has another number of tokens, or its file is missing.
+      DataError: its tokenizer has another number of tokens or other tokens, or its file is missing.
     """
-    if task.tokenizer and task.num_classes != num_classes:
+    if not task.tokenizer:
+        return task
+    remedy = "put the file there that it was trained with"
+    if task.num_classes != num_classes:
         raise DataError(
-            f"config.data.options.tokenizer = {task.tokenizer!r} has {task.num_classes - 1:,} "
-            f"tokens, and the model has {num_classes - 1:,}; put the file there that it was "
-            "trained with"
+            f"{vocabulary.OPTION} = {task.tokenizer!r} has {task.num_classes - 1:,} tokens, and "
+            f"the model has {num_classes - 1:,}; {remedy}"
+        )
+    if sha256 and task.vocabulary.sha256 != sha256:
+        raise DataError(
+            f"{vocabulary.OPTION} = {task.tokenizer!r} has the sha256 "
+            f"{task.vocabulary.sha256[:12]}..., and the model's tokenizer had {sha256[:12]}...; "
+            f"{remedy}"
         )
     return task
 

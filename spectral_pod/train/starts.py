@@ -20,6 +20,7 @@ from spectral_pod import config as config_lib
 from spectral_pod import lease, models, project_files, storage
 from spectral_pod.config import Config
 from spectral_pod.data import tasks
+from spectral_pod.data.tasks.lm import LanguageModelling
 from spectral_pod.errors import CheckpointError, ConfigError, DataError
 from spectral_pod.layers.block import mixers_of
 from spectral_pod.parallel import runtime
@@ -88,6 +89,9 @@ def claim_workdir(
         file.parent.mkdir(parents=True, exist_ok=True)
         mine = config_lib.to_dict(config)
         facts = {"config": mine, "data_digest": data_digest, "classes": list(classes)}
+        task = tasks.make(config.data.task, config.data.options)
+        if isinstance(task, LanguageModelling) and task.tokenizer:
+            facts["tokenizer_sha256"] = task.vocabulary.sha256
         project_files.RUN.write(file, facts)
     recorded = project_files.RUN.read(file)
     if changed := differences(recorded, config, str(file)):

@@ -250,6 +250,15 @@ def test_a_model_of_another_tokenizer(files):
     byte_level(files / "tokenizer.json", size=350)
     with pytest.raises(DataError, match=r"options\.tokenizer = .* has 350 tokens, and the model"):
         restore_for_inference(str(files / "run"))
+    # As many tokens, and in other places.
+    vocabulary.of.cache_clear()
+    byte_level(files / "tokenizer.json")
+    text = (files / "tokenizer.json").read_text()
+    swapped = text.replace('"Q":', '"?":').replace('"R":', '"Q":').replace('"?":', '"R":')
+    (files / "tokenizer.json").write_text(swapped)
+    assert swapped != text
+    with pytest.raises(DataError, match=r"had .*; put the file there that it was trained with"):
+        restore_for_inference(str(files / "run"))
     vocabulary.of.cache_clear()
     (files / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"options\.tokenizer = .*tokenizer\.json cannot be opened"):
