@@ -30,14 +30,14 @@ from spectral_pod.layers.block import unstack
 from spectral_pod.models import chunks
 from spectral_pod.models.model import Model as Module
 from spectral_pod.models.model import abstract_params, init_params
-from spectral_pod.parallel import runtime
+from spectral_pod.parallel import backend
 from spectral_pod.parallel.mesh import AXES, on_mesh
 from spectral_pod.parallel.sharding import num_shards, tree_shardings
 from spectral_pod.seeds import random_key
 from spectral_pod.shapes import PAD
 from spectral_pod.validation import validate
 
-runtime.leave_out_absent_tpus()
+backend.leave_out_absent_tpus()
 
 
 def Config(**values: Any) -> Any:

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 
 from spectral_pod import command_line, errors, storage, streams
 from spectral_pod.errors import UserError
-from spectral_pod.parallel import runtime
+from spectral_pod.parallel import backend, runtime
 from spectral_pod.train import loop
 
 _FLAGS = command_line.trainer_flags()
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     workdir = storage.place(_FLAGS.workdir.value, "--workdir")
     storage.check_access(workdir, write=not eval_only)
     if config.train.compilation_cache:
-        runtime.enable_compilation_cache(workdir, read_only=eval_only)
+        backend.enable_compilation_cache(workdir, read_only=eval_only)
     logging.get_absl_handler().addFilter(_drop_library_info)
     loop.run(config, workdir, eval_only=eval_only)
 

@@ -23,7 +23,7 @@ from spectral_pod.fields import shown
 from spectral_pod.generate import text
 from spectral_pod.generate.restore import one_device
 from spectral_pod.layers.block import unstack
-from spectral_pod.parallel import runtime
+from spectral_pod.parallel import backend
 from spectral_pod.shapes import PAD
 from spectral_pod.train.optim import make_optimizer
 from spectral_pod.train.state import init_state
@@ -65,15 +65,15 @@ def test_accelerators_and_choices_of_the_user_stay(monkeypatch, device):
     jax_config = types.SimpleNamespace(
         values={"jax_platforms": None}, update=lambda name, value: chosen.append((name, value))
     )
-    monkeypatch.setattr(runtime.jax, "config", jax_config)
-    monkeypatch.setattr(runtime.glob, "glob", lambda pattern: fnmatch.filter([device], pattern))
-    runtime.leave_out_absent_tpus()
+    monkeypatch.setattr(backend.jax, "config", jax_config)
+    monkeypatch.setattr(backend.glob, "glob", lambda pattern: fnmatch.filter([device], pattern))
+    backend.leave_out_absent_tpus()
     assert not chosen
-    monkeypatch.setattr(runtime.glob, "glob", lambda pattern: [])
-    runtime.leave_out_absent_tpus()
+    monkeypatch.setattr(backend.glob, "glob", lambda pattern: [])
+    backend.leave_out_absent_tpus()
     assert chosen == [("jax_platforms", "cpu")]
     jax_config.values["jax_platforms"] = "tpu"
-    runtime.leave_out_absent_tpus()
+    backend.leave_out_absent_tpus()
     assert len(chosen) == 1
 
 

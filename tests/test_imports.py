@@ -78,8 +78,8 @@ MAY_IMPORT = {
     "": ("api", "errors"),
     "api": (*_TRAINABLE, "data.tasks", "generate", "analysis.analyzer"),
     "spectral_trainer": (*_TRAINABLE, "api", "generate.restore", "train.loop", "train.sources"),
-    "main": ("command_line", "config", "errors", "storage", "streams", "parallel.runtime",
-             "train.loop"),
+    "main": ("command_line", "config", "errors", "storage", "streams", "parallel.backend",
+             "parallel.runtime", "train.loop"),
 }  # fmt: skip
 PURE = ("ops", "layers", "models", "objectives", "train.step", "train.state", "train.optim",
         "train.selection")  # fmt: skip

@@ -26,7 +26,7 @@ from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, Probabi
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.generate.text import continuations, decoded
-from spectral_pod.parallel import runtime
+from spectral_pod.parallel import backend, runtime
 from spectral_pod.parallel.mesh import on_mesh
 
 from . import shell, trained_model
@@ -61,7 +61,7 @@ def generate(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
     )
     if trained.config.train.compilation_cache:
-        runtime.enable_compilation_cache(workdir)
+        backend.enable_compilation_cache(workdir)
     started = time.perf_counter()
     with on_mesh(trained.mesh):
         rows: Any = continuations(

@@ -42,7 +42,7 @@ from spectral_pod.data import pipeline
 from spectral_pod.errors import ConfigError, NonFiniteError
 from spectral_pod.fields import Positive
 from spectral_pod.generate.restore import Trained, restore_for_inference
-from spectral_pod.parallel import runtime
+from spectral_pod.parallel import backend, runtime
 from spectral_pod.shapes import PAD
 from spectral_pod.train import loop, probe_plots
 from spectral_pod.train.probes import History, read_history
@@ -76,7 +76,7 @@ def _main(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out is {out!r}, which is not empty; give a new folder")
     os.makedirs(out, exist_ok=True)
     runtime.initialize(None, 1, 0)
-    runtime.enable_compilation_cache(out)  # both trainings have the same programs
+    backend.enable_compilation_cache(out)  # both trainings have the same programs
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else STEPS)
     examples = QUICK_EXAMPLES if arguments.quick else EXAMPLES
     found = []

@@ -8,9 +8,7 @@ processes exit with the same code and name the one at fault. The codes are in `e
 import atexit
 import collections
 import contextlib
-import glob
 import json
-import math
 import os
 import signal
 import socket
@@ -25,9 +23,8 @@ from jax._src import cloud_tpu_init, distributed  # the key-value store has no p
 from jax.experimental import multihost_utils
 
 from spectral_pod.errors import ConfigError, LostPeerError, Preempted, TimeUp
-from spectral_pod.parallel import gpu_driver
+from spectral_pod.parallel import backend
 
-_ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")  # TPUs and GPUs
 _HEARTBEAT_SECONDS = 10  # without heartbeats, after which a process counts as dead
 _JOIN_SECONDS = 300  # time limit for all processes to join
 _BROADCAST_SECONDS = 1.0  # for a broadcast to reach all; process 0 serves it before it exits
@@ -67,7 +64,7 @@ def initialize(
     address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = num_processes if num_processes is not None else _env_int("JAX_NUM_PROCESSES")
     index = process_id if process_id is not None else _env_int("JAX_PROCESS_ID")
-    leave_out_absent_tpus()
+    backend.leave_out_absent_tpus()
     if coordinator_address is None and num_processes == 1:
         return
     if address is None and not _is_managed():
@@ -106,49 +103,6 @@ def initialize(
     _client().key_value_set(f"{_KEYS}/host/{this_process()}", socket.gethostname())
     _watch_key(_PREEMPTION_KEY, lambda _: preemption.on_notice())
     on_broadcast("ended", _exit_with_peer)
-
-
-def leave_out_absent_tpus() -> None:
-    """To be called before the first use of JAX: uses the CPU where there is no accelerator.
-
-    libtpu, if installed to compile for absent TPUs, would search for one, log many errors and break
-    JAX's profiler. A choice by JAX_PLATFORMS or `jax.config` stays.
-    """
-    if not jax.config.values["jax_platforms"] and not any(map(glob.glob, _ACCELERATORS)):
-        jax.config.update("jax_platforms", "cpu")
-
-
-def check_platform() -> None:
-    """Checks that JAX runs on the platform that JAX_PLATFORMS names first.
-
-    Raises:
-      ConfigError: it does not; JAX itself falls back to the next one silently.
-    """
-    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    if not wanted:
-        return
-    try:
-        found = f"has found {jax.default_backend()} only"
-        if {"cuda": "gpu", "rocm": "gpu"}.get(wanted, wanted) == jax.default_backend():
-            return
-    except (RuntimeError, AssertionError) as error:  # the latter where it has no such plugin
-        found = f"fails ({str(error) or 'it knows no such platform'})"
-    why = "is it there, and has a container access to it?"
-    if wanted in ("cuda", "gpu"):
-        why = gpu_driver.explain(gpu_driver.version(), gpu_driver.plugins(), jax.__version__)
-    raise ConfigError(f"JAX_PLATFORMS asks for {wanted}, and JAX {found}: {why}")
-
-
-def enable_compilation_cache(workdir: str, *, read_only: bool = False) -> None:
-    """Keeps compiled programs in the workdir, so that a restart does not compile again.
-
-    With `read_only` those that are there are used.
-    """
-    jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compilation_cache"))
-    seconds = math.inf if read_only else 1.0
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-    # XLA's own caches would make the path a part of every key: a moved workdir compiled anew.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _disconnect() -> None:

@@ -12,7 +12,7 @@ from etils import epath
 from spectral_pod import project_files
 from spectral_pod.config import Config
 from spectral_pod.errors import DataError, Preempted
-from spectral_pod.parallel import runtime
+from spectral_pod.parallel import backend, runtime
 from spectral_pod.parallel.mesh import make_mesh, on_mesh
 from spectral_pod.parallel.runtime import print_once
 from spectral_pod.train import starts
@@ -45,7 +45,7 @@ def run(
     # ---- mesh
     with stopwatch.time("start"):
         runtime.compare("configuration and code", starts.facts(config))
-        runtime.check_platform()
+        backend.check_platform()
         mesh = make_mesh(validate_mesh(config, jax.device_count()))
     device = jax.devices()[0].device_kind
     print_once(f"mesh {dict(mesh.shape)} of {mesh.size} {device} device(s)")

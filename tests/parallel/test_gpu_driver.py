@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from spectral_pod.errors import ConfigError
-from spectral_pod.parallel import gpu_driver, runtime
+from spectral_pod.parallel import backend, gpu_driver
 from tests.launch.test_setup import VERSIONS
 from tests.trainer import ROOT
 
@@ -61,17 +61,17 @@ def test_plugins_are_found_by_their_packages(monkeypatch):
 
 @pytest.mark.parametrize("failure", [RuntimeError("Unable to initialize"), AssertionError(), None])
 def test_a_run_that_demands_a_gpu_says_why_there_is_none(monkeypatch, failure):
-    def backend():
+    def default_backend():
         if failure:
             raise failure
         return "cpu"
 
-    monkeypatch.setattr(runtime.jax, "default_backend", backend)
+    monkeypatch.setattr(backend.jax, "default_backend", default_backend)
     monkeypatch.setattr(gpu_driver, "version", lambda: "550.54.15")
     monkeypatch.setattr(gpu_driver, "plugins", lambda: {13: "1.2"})
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     with pytest.raises(ConfigError, match=r"asks for cuda.*driver is 550.54.15.*needs 580"):
-        runtime.check_platform()
+        backend.check_platform()
 
 
 @pytest.mark.parametrize("driver", ["524.9", "525.0", "579.1", "580.0", "700.1"])

@@ -4,7 +4,7 @@ import pytest
 from jax._src import cloud_tpu_init
 
 from spectral_pod.errors import CheckpointError, ConfigError
-from spectral_pod.parallel import runtime
+from spectral_pod.parallel import backend, runtime
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4",
@@ -93,11 +93,11 @@ def test_the_odd_one_out_is_named():
 def test_another_platform_than_was_asked_for_is_an_error(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # JAX would fall back to the second
     with pytest.raises(ConfigError, match="asks for cuda"):
-        runtime.check_platform()
+        backend.check_platform()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    runtime.check_platform()
+    backend.check_platform()
     monkeypatch.delenv("JAX_PLATFORMS")
-    runtime.check_platform()
+    backend.check_platform()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from spectral_pod.layers import spectral
 from spectral_pod.layers.hyena import HyenaLayer
 from spectral_pod.layers.mixers import MIXERS
 from spectral_pod.layers.spectral import SpectralLayer
-from spectral_pod.parallel import runtime
+from spectral_pod.parallel import backend
 from spectral_pod.train import optim
 from tests import trainer
 from tools import sanity
@@ -22,7 +22,7 @@ PLOTS = {"activations", "gradients", "updates"}
 @pytest.fixture
 def check(tmp_path, monkeypatch, capsys):
     """Runs the tool; returns the exit code, the names of unsound checks, and all checks by name."""
-    monkeypatch.setattr(runtime, "enable_compilation_cache", lambda _: None)  # the tests have one
+    monkeypatch.setattr(backend, "enable_compilation_cache", lambda _: None)  # the tests have one
 
     def run(model, *flags):
         out = tmp_path / "out"
