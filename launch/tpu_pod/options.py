@@ -171,10 +171,7 @@ def _run(one: dict[str, str], given: dict[str, list[str]], trainer: tuple[str, .
         _fail(f"--type is missing: {_VALUES['type'][1]}")
     kind, _, size = one["type"].partition("-")
     kind = {"v5e": "v5litepod"}.get(kind, kind)
-    try:
-        topology = hardware.parse(f"{kind}-{size}", int(one.get("num_slices", 1)))
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--topology=", "--type=")) from None
+    topology = hardware.parse(f"{kind}-{size}", int(one.get("num_slices", 1)), "--type")
     if "spot" in given and given.keys() & {"reserved", "reservation"}:
         _fail("--spot excludes --reserved and --reservation")
     metadata = one.get("metadata", "")

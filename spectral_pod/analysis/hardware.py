@@ -190,12 +190,12 @@ class Topology:
         return dataclasses.replace(self, shape=compact) if compact else None
 
 
-def parse(name: str, num_slices: int = 1) -> Topology:
+def parse(name: str, num_slices: int = 1, flag: str = "--topology") -> Topology:
     """Parses the name of a topology: `v4:4x4x4`, `v4-128`, `v5litepod-256`, `h100-8` or `cpu-8`.
 
     `v4-N`, `v5p-N` and `tpu7x-N` count TensorCores, two per chip; `v5e-N`, `v5litepod-N`, `v6e-N`
     and `cpu-N` count chips; `h100-N`, `h200-N` and `a100-N` the GPUs of a host, where slices are
-    hosts.
+    hosts. `flag` is what messages call the name.
 
     Raises:
       ConfigError: there is no such topology, or Google Cloud does not offer it; the message names
@@ -207,30 +207,28 @@ def parse(name: str, num_slices: int = 1) -> Topology:
     family = _FAMILIES.get(match[1], match[1]) if match else ""
     if family in ("v2", "v3"):
         raise ConfigError(
-            f"--topology={name}: TPU {family} is not supported: libtpu compiles no kernel with "
+            f"{flag}={name}: TPU {family} is not supported: libtpu compiles no kernel with "
             "bfloat16 matrix products for it, and those here have some. There are "
             + ", ".join(str(chip) for chip in _TPUS)
         )
     if not match or family not in CHIPS:
-        raise ConfigError(f"--topology={name} is no known topology{_hint(name)}")
+        raise ConfigError(f"{flag}={name} is no known topology{_hint(name)}")
     chip, sizes = CHIPS[family], tuple(int(n) for n in match[2].split("x"))
     if family == "cpu":
         if len(sizes) != 1 or num_slices > 1 or not _exists(chip, sizes):
-            raise ConfigError(f"--topology={name}: CPUs are cpu-1 to cpu-256, in one slice")
+            raise ConfigError(f"{flag}={name}: CPUs are cpu-1 to cpu-256, in one slice")
         return Topology(chip, sizes)
     if chip.platform == "gpu":
         if len(sizes) != 1 or ":" in name or not _exists(chip, sizes):
             raise ConfigError(
-                f"--topology={name}: hosts have {family}-1 to {family}-{chip.largest}; "
-                f"--num_slices counts hosts, so 16 GPUs are --topology={family}-8 --num_slices=2"
+                f"{flag}={name}: hosts have {family}-1 to {family}-{chip.largest}; "
+                f"--num_slices counts hosts, so 16 GPUs are {flag}={family}-8 --num_slices=2"
             )
         return Topology(chip, sizes, num_slices)
     if len(sizes) > 1 or ":" in name:
         if not _exists(chip, sizes):
             near = " or ".join(f"{family}:{_joined(s)}" for s in _nearest(chip, math.prod(sizes)))
-            raise ConfigError(
-                f"--topology={name}: Google Cloud has no such slice; the nearest: {near}"
-            )
+            raise ConfigError(f"{flag}={name}: Google Cloud has no such slice; the nearest: {near}")
         return Topology(chip, sizes, num_slices)
     shape = _default_shape(chip, sizes[0] // chip.cores) if sizes[0] % chip.cores == 0 else None
     if shape is None:
@@ -238,7 +236,7 @@ def parse(name: str, num_slices: int = 1) -> Topology:
         shapes = _nearest(chip, sizes[0] // chip.cores)
         near = " or ".join(f"{family}-{math.prod(s) * chip.cores}" for s in shapes)
         raise ConfigError(
-            f"--topology={name}: {family}-N counts {counts}, and Google Cloud has no slice of "
+            f"{flag}={name}: {family}-N counts {counts}, and Google Cloud has no slice of "
             f"{sizes[0]}; the nearest: {near}"
         )
     return Topology(chip, shape, num_slices)
