@@ -88,6 +88,8 @@ def test_ops(tmp_path):
                 "causal_error_float32",
                 "delta_error",
                 "delta_error_clipped",
+                "delta_chunks_error",
+                "delta_chunks_error_clipped",
                 "causal_vs_plain_1024",
                 "causal_vs_plain_2048",
                 "causal_vs_plain_4096",
@@ -101,6 +103,15 @@ def test_ops(tmp_path):
                 "delta_fused_vs_batched_2048x4",
                 "delta_fused_vs_batched_2048x16",
                 "delta_fused_vs_batched_8192x8",
+                "delta_chunks_vs_fused_2048x4",
+                "delta_chunks_vs_fused_2048x16",
+                "delta_chunks_vs_fused_8192x8",
+                "step_ms_listops",
+                "step_kB_per_s_listops",
+                "step_kernels_vs_plain_listops",
+                "step_ms_shakespeare",
+                "step_kB_per_s_shakespeare",
+                "step_kernels_vs_plain_shakespeare",
             },
             marks=pytest.mark.slow,
         ),  # which interprets kernels
@@ -127,7 +138,7 @@ def test_the_others(tmp_path, benchmark, ratios):
     assert set(data["ratios"]) == ratios
     rates = {unit for row in data["rows"] for unit in row["rates"]}
     units: dict = {
-        "gpu": set(),
+        "gpu": {"bytes", "FLOP"},
         "step": {"bytes", "FLOP"},
         "generate": {"bytes"},
         "data": {"records", "steps"},
@@ -295,6 +306,25 @@ def test_cases_take_turns_and_medians_are_compared():
     assert (b.ms, b.baseline, b.speedup) == (6000, "", None)
     assert report.ratios == {"b_over_a": 3}
     assert measured(Comparison([case("a", [1] * 4, [])]), clock="wall").rows[0].ms == 10_000
+
+
+def test_what_is_measured_is_told_before_the_next_phase_compiles():
+    events = []
+
+    def group(name, phase):
+        def build():
+            events.append(f"build {name}")
+            return Comparison([case(name, [1] * 4, [])])
+
+        return Group(name, 1, build, phase)
+
+    groups = [group("a", 0), group("b", 0), group("c", 1)]
+    measure(
+        groups, repeats=3, clock="cpu", only="a|b|c", say=lambda line: None, compilers=2,
+        keep=lambda report: events.append([row.name for row in report.rows]),
+    )  # fmt: skip
+    assert sorted(events[:2]) == ["build a", "build b"]
+    assert events[2:] == [["a/a"], ["a/a", "b/b"], "build c", ["a/a", "b/b", "c/c"]]
 
 
 def test_who_has_lost_a_contest_runs_no_more():

@@ -11,7 +11,8 @@ interleaved repetitions of one run: they are reproducible on a shared machine, t
 not. On CPUs the process is pinned to one core and the clock is CPU time, except for data and
 checkpoint, which wait for I/O; on accelerators the clock is wall time.
 
-The report of --json holds {"machine": {...}, "ratios": {name: x}, "rows": [...]}.
+The report of --json holds {"machine": {...}, "ratios": {name: x}, "rows": [...]}. It is written
+after every group, so a run that is ended leaves what it has measured.
 """
 
 import argparse
@@ -95,6 +96,16 @@ def benchmark(options: argparse.Namespace) -> None:
         peers = Peers(options.peers, threads=options.cores) if options.peers else None
         if peers:
             stack.callback(peers.close)
+        facts: dict[str, Any] = machine.describe() | {"clock": clock, "quick": options.quick}
+        facts["peers"] = peers.versions if peers else {}
+
+        def keep(report: timing.Report) -> None:
+            if options.json:
+                rows = [dataclasses.asdict(row) for row in report.rows]
+                found = {"machine": facts, "ratios": report.ratios, "rows": rows}
+                with open(options.json, "w") as file:
+                    file.write(json.dumps(found, indent=1) + "\n")
+
         report = timing.measure(
             module.groups(Settings(options.quick, peers, stack)),
             repeats=options.repeats or (2 if options.quick else 9),
@@ -102,19 +113,13 @@ def benchmark(options: argparse.Namespace) -> None:
             only=options.filter,
             say=shell.say,
             compilers=getattr(module, "COMPILERS", 1),
+            keep=keep,
         )
-    facts: dict[str, Any] = machine.describe() | {"clock": clock, "quick": options.quick}
-    facts["peers"] = peers.versions if peers else {}
     print(timing.table(report.rows, clock))
     print(f"\n{timing.ratio_lines(report, verdicts=not options.quick)}")
     print(f"\n{', '.join(f'{name} {value}' for name, value in facts.items())}")
     if options.quick:
         print("--quick: sizes are cut down and the ratios mean nothing")
-    if options.json:
-        rows = [dataclasses.asdict(row) for row in report.rows]
-        with open(options.json, "w") as file:
-            json.dump({"machine": facts, "ratios": report.ratios, "rows": rows}, file, indent=1)
-            file.write("\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Groups: errors of the kernels against float64; causal_N, delta_NxH, spectral_N and attention_N,
 forward and backward, every method in turn with those of --peers; and training steps: of shipped
-configs, with kernels and without, and of a SpectralGPT of 350M parameters. With --quick it runs on
-any platform, where kernels are interpreted, without the steps.
+configs, with kernels and without, beside a Transformer and a model of nanoGPT's size in PyTorch,
+and of a SpectralGPT of 350M parameters. With --quick it runs on any platform, where kernels are
+interpreted and steps are tiny.
 """
 
 import functools
@@ -60,12 +61,13 @@ def groups(settings: Settings) -> list[Group]:
     for B, N, H in _ATTENTION:
         build = functools.partial(_attention, settings, B, N, H, part)
         made.append(Group(f"attention_{N}", 1, build))
+    # Steps take longest to compile, so kernels are measured before.
+    made += [
+        Group("step_listops", 2, functools.partial(_listops, settings), phase=1),
+        Group("step_shakespeare", 2, functools.partial(_shakespeare, settings), phase=1),
+    ]
     if not settings.quick:
-        made += [
-            Group("step_listops", 2, _listops),
-            Group("step_shakespeare", 2, _shakespeare),
-            Group("step_350M", 2, _large),
-        ]
+        made.append(Group("step_350M", 2, _large, phase=1))
     return made
 
 
@@ -237,30 +239,58 @@ def _attention(settings: Settings, B: int, N: int, H: int, part: int) -> Compari
     return Comparison(cases, ratios)
 
 
-def _listops() -> Comparison:
-    return _steps("listops", _config("lra_listops"), 256, {"ms": "<= 45"})
+def _listops(settings: Settings) -> Comparison:
+    config = _config("lra_listops", settings.quick)
+    model = config.model
+    config.train.global_batch_size = 4 if settings.quick else 256
+    peer = _torch_step(
+        settings, config, "torch_transformer_patches",
+        "pre-norm Transformer of PyTorch on the same patches, SDPA, bfloat16, not compiled",
+        {
+            "bytes": config.data.seq_len, "width": model.hidden_dim, "layers": model.num_layers,
+            "heads": max(1, model.hidden_dim // 64), "mlp": 3 * model.hidden_dim // 2,
+        },
+    )  # fmt: skip
+    return _steps("listops", config, {"ms": "<= 45"}, peer)
 
 
-def _shakespeare() -> Comparison:
-    config = _config("lm_shakespeare", "gpu")
-    return _steps("shakespeare", config, 64, {"kB_per_s": ">= 600"})
+def _shakespeare(settings: Settings) -> Comparison:
+    config = _config("lm_shakespeare:gpu", settings.quick)
+    config.train.global_batch_size = 4 if settings.quick else 64
+    peer = _torch_step(
+        settings, config, "torch_gpt", "nanoGPT's size in PyTorch, SDPA, bfloat16, not compiled",
+        {"bytes": 32, "width": 32, "layers": 2, "heads": 2} if settings.quick
+        else {"bytes": 256, "width": 384, "layers": 6, "heads": 6},
+    )  # fmt: skip
+    return _steps("shakespeare", config, {"kB_per_s": ">= 600"}, peer)
 
 
 def _large() -> Comparison:
     """SpectralGPT with 24 layers of width 1,024 on 2,048 bytes."""
-    config = _config("lm_shakespeare", "gpu")
+    config = _config("lm_shakespeare:gpu")
+    config.train.global_batch_size = 16
     config.data.seq_len = 2048
     model = config.model
     model.num_layers, model.hidden_dim, model.embed_dim, model.dropout = 24, 1024, 1024, 0.0
     model.memory.num_heads, model.unroll = 16, 12
-    return _steps("350M", config, 16, {"mfu": ">= 0.25"}, plain=False)
+    return _steps("350M", config, {"mfu": ">= 0.25"}, plain=False)
+
+
+def _torch_step(
+    settings: Settings, config: Any, peer: str, what: str, sizes: dict[str, int]
+) -> Case | None:
+    """A training step of PyTorch on as many rows as a configuration has, if there are peers."""
+    if settings.peers is None:
+        return None
+    batch = config.train.global_batch_size
+    work = {"bytes": float(batch * sizes["bytes"])}
+    return settings.peers.case(peer, what, {"batch": batch, **sizes}, work=work)
 
 
 def _steps(
-    name: str, config: Any, batch: int, targets: dict[str, str], plain: bool = True
+    name: str, config: Any, targets: dict[str, str], peer: Case | None = None, plain: bool = True
 ) -> Comparison:
-    """A training step with kernels, and if `plain` without."""
-    config.train.global_batch_size = batch
+    """A training step with kernels, if `plain` without them, and that of a peer."""
     task = tasks.make(config.data.task, config.data.options)
     cases = [training("kernels", config, task.objective, task.num_classes)]
     figures: dict[str, Callable[[Any], float]] = {
@@ -269,6 +299,11 @@ def _steps(
     }
     if peak := flops.peak_flops(jax.devices()[0]):
         figures["mfu"] = lambda rows: rows["kernels"].rates["FLOP"] / peak
+    if peer:
+        cases.append(peer)
+        figures["bytes_vs_torch"] = lambda rows: (
+            rows["kernels"].rates["bytes"] / rows[peer.name].rates["bytes"]
+        )
     ratios = [
         Ratio(f"step_{figure}_{name}", of, targets.get(figure, ""))
         for figure, of in figures.items()
@@ -281,9 +316,17 @@ def _steps(
     return Comparison(cases, ratios)
 
 
-def _config(name: str, *preset: str) -> Any:
-    path = command_line.find_config(f"configs/{name}.py")
-    return runpy.run_path(path)["get_config"](*preset)
+def _config(name: str, quick: bool = False) -> Any:
+    """A shipped configuration, FILE or FILE:PRESET; with `quick` its model is tiny."""
+    file, _, preset = name.partition(":")
+    path = command_line.find_config(f"configs/{file}.py")
+    config = runpy.run_path(path)["get_config"](*filter(None, [preset]))
+    if quick:
+        config.data.seq_len = 64
+        config.model.num_layers, config.model.unroll = 2, 1
+        config.model.hidden_dim = config.model.embed_dim = 32
+        config.model.memory.num_heads, config.model.memory.head_dim = 2, 16
+    return config
 
 
 def _case(name: str, shape: str, fn: Callable[..., Any], weights: Any, *arguments: Any) -> Case:

@@ -5,12 +5,13 @@ share the drift, so the ratios of their medians are reproducible where their tim
 """
 
 import dataclasses
+import itertools
 import re
 import statistics
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -83,6 +84,7 @@ class Group(NamedTuple):
     name: str
     weight: float  # its share of the time of all groups
     build: Callable[[], Comparison]
+    phase: int = 0  # several compilers build the groups of a phase before any of them is measured
 
 
 class Report(NamedTuple):
@@ -144,12 +146,15 @@ def forward_backward(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def measure(
     groups: Sequence[Group], *, repeats: int, clock: Clock, only: str, say: Callable[[str], None],
-    compilers: int = 1,
+    compilers: int = 1, keep: Callable[[Report], None] = lambda report: None,
 ) -> Report:  # fmt: skip
     """Runs the groups whose names match the regular expression `only`, in order.
 
-    With several `compilers`, so many threads first build all groups, whose arrays must fit in
-    memory together.
+    With several `compilers`, so many threads build all groups of a phase before the first of them
+    is measured, as compilers too run programs on a device, to choose between them. The arrays of a
+    phase must fit in memory together.
+
+    `keep` is given what has been measured after every group, as a run may not come to its end.
     """
     groups = [group for group in groups if re.search(only, group.name)]
     if not groups:
@@ -157,14 +162,9 @@ def measure(
     report = Report([], {}, {})
     started, done = time.monotonic(), 0.0
     total = sum(group.weight for group in groups)
-    with ThreadPoolExecutor(compilers) as pool:
-        ahead = [pool.submit(group.build) for group in groups] if compilers > 1 else []
-        for one in ahead:
-            one.result()
-    if ahead:
-        say(f"{len(groups)} groups compiled in {time.monotonic() - started:.0f} s")
-    for i, group in enumerate(groups):
-        comparison = ahead[i].result() if ahead else group.build()
+    phases = [list(phase) for _, phase in itertools.groupby(groups, lambda group: group.phase)]
+    built = itertools.chain.from_iterable(_built(phase, compilers, say) for phase in phases)
+    for i, (group, comparison) in enumerate(built, 1):
         rows, ratios = _measure(group, comparison, repeats, clock)
         report.rows.extend(rows.values())
         for ratio in ratios:
@@ -174,9 +174,27 @@ def measure(
         done += group.weight
         left = int((time.monotonic() - started) * (total - done) / done)
         found = "".join(f"{name} {row.ms:.3g} ms, " for name, row in rows.items())
-        place = f"{i + 1} of {len(groups)} groups, ETA {left // 60}:{left % 60:02d}"
+        place = f"{i} of {len(groups)} groups, ETA {left // 60}:{left % 60:02d}"
         say(f"{group.name}: {found}{place}")
+        keep(report)
     return report
+
+
+def _built(
+    groups: Sequence[Group], compilers: int, say: Callable[[str], None]
+) -> Iterator[tuple[Group, Comparison]]:
+    """The groups with what they compare: built one by one, or all first by several threads."""
+    if compilers == 1:
+        for group in groups:
+            yield group, group.build()
+        return
+    with ThreadPoolExecutor(compilers) as pool:
+        ahead = {pool.submit(group.build): group for group in groups}
+        for i, one in enumerate(as_completed(ahead), 1):
+            one.result()
+            say(f"{ahead[one].name} is compiled, {i} of {len(groups)}")
+    for one in list(ahead):
+        yield ahead.pop(one), one.result()
 
 
 def _measure(

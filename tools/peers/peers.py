@@ -95,6 +95,23 @@ def torch_transformer_patches(
     return step
 
 
+def torch_gpt(batch: int, bytes: int, width: int, layers: int, heads: int) -> Callable[[], None]:
+    """A training step of nanoGPT's model on bytes, with dropout 0.2, under bfloat16 autocast."""
+    model = _GPT(bytes, width, layers, heads, dropout=0.2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.99), fused=True)
+    tokens = torch.randint(256, (batch, bytes + 1))
+
+    def step() -> None:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            logits = model(tokens[:, :-1])
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
 PEERS = {
     f.__name__: f
     for f in (
@@ -102,6 +119,7 @@ PEERS = {
         fla_delta_chunk32,
         torch_attention,
         torch_fft_conv,
+        torch_gpt,
         torch_transformer_patches,
     )
 }
@@ -129,10 +147,31 @@ class _Transformer(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp: int):
+class _GPT(nn.Module):
+    def __init__(self, num_bytes: int, width: int, layers: int, heads: int, dropout: float):
         super().__init__()
-        self.heads = heads
+        self.embed = nn.Embedding(256, width)
+        nn.init.normal_(self.embed.weight, std=0.02)  # it is the head, too
+        self.positions = nn.Parameter(0.02 * torch.randn(num_bytes, width))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            _Block(width, heads, 4 * width, causal=True, dropout=dropout) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.dropout(self.embed(tokens) + self.positions)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embed.weight)
+
+
+class _Block(nn.Module):
+    def __init__(
+        self, width: int, heads: int, mlp: int, causal: bool = False, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.heads, self.causal, self.dropout = heads, causal, dropout
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
@@ -140,9 +179,11 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.out(attended)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout, is_causal=self.causal
+        )
+        x = x + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), self.dropout)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout)
 
 
 def _forward_backward(
