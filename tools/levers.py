@@ -48,6 +48,7 @@ LEVERS: dict[str, dict[str, Fields]] = {
     "gate": {
         "no_gate": {"model.spectral.energy_gate": "none"},
         "norm_gate": {"model.spectral.energy_gate": "norm"},  # the original design
+        "open_gate": {"model.spectral.energy_bias": "3.0"},
     },
     "selectivity": {
         "fixed": {"model.pattern": "('spectral',)"},

@@ -48,6 +48,7 @@ class SelectiveLayer(Mixer):
       rank: R.
       energy_gate: 'rms' multiplies the result y by `sigmoid(a log rms(y) + b)`, as `SpectralLayer`
         does; of 'low_rank' only.
+      energy_bias: see `SpectralLayer`.
       filter, decay, long_conv: of the causal filters, see `LongConvolution`.
       method, initial, tau_min, tau_max: of the filters that are not causal, see `SpectralLayer`.
     """
@@ -55,6 +56,7 @@ class SelectiveLayer(Mixer):
     form: Literal["low_rank", "broadcast"] = "low_rank"
     rank: Positive = 8
     energy_gate: Literal["rms", "none"] = "none"
+    energy_bias: float = shared("spectral.energy_bias", 0.0)
     filter: str = shared("hyena.filter", "explicit")
     decay: str = shared("hyena.decay", "learned")
     long_conv: str = shared("long_conv", "auto")
@@ -85,7 +87,7 @@ class SelectiveLayer(Mixer):
         if self.form == "broadcast":
             return
         if self.energy_gate == "rms":
-            self.gate = gate_parameters(self, self.width)
+            self.gate = gate_parameters(self, self.width, self.energy_bias)
         width, points = self.width * (self.rank + 1), 2 * self.max_positions
         if self.causal:
             self.long = LongConvolution(

@@ -36,6 +36,8 @@ class SpectralLayer(Mixer):
       energy_gate: 'rms' is `sigmoid(a log rms(u) + b)` with a, b learned per channel; 'norm' is
         `sigmoid(|u|)` (the original design: at least 0.999999 for unit variance and D = 256);
         'none'.
+      energy_bias: the initial b. At 0 a gate starts half open where the rms is 1, and nearly closed
+        where it is small; at 3 it starts 95% open.
       kernel_dropout, kernel_threshold: of the parametrization 'time'.
     """
 
@@ -48,6 +50,7 @@ class SpectralLayer(Mixer):
     tau_min: PositiveFloat = 1.0
     tau_max: NonNegativeFloat = 0.0
     energy_gate: Literal["rms", "norm", "none"] = "rms"
+    energy_bias: float = 0.0
     kernel_dropout: Fraction = 0.0
     kernel_threshold: NonNegativeFloat = 0.0
 
@@ -111,16 +114,16 @@ class SpectralLayer(Mixer):
         if self.energy_gate == "norm":
             probe(self, "energy_gate_mean", lambda: valid_mean(norm_gate(u_BND), mask_BN))
             return norm_gate(u_BND) * u_BND.astype(jnp.float32)
-        gate = gate_parameters(self, u_BND.shape[-1])
+        gate = gate_parameters(self, u_BND.shape[-1], self.energy_bias)
         probe(self, "energy_gate_mean", lambda: valid_mean(rms_gate(u_BND, *gate), mask_BN))
         return rms_gated(u_BND, *gate)
 
 
-def gate_parameters(module: nn.Module, width: int) -> tuple[jax.Array, jax.Array]:
-    """The slope and the bias of a module's energy gate, float32 [D] each."""
-    ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-    slope = parameter(ones, "width", group="dynamics")
-    bias = parameter(zeros, "width", group="dynamics")
+def gate_parameters(module: nn.Module, width: int, start: float) -> tuple[jax.Array, jax.Array]:
+    """The slope and the bias of a module's energy gate, float32 [D] each; `start` is the first
+    bias."""
+    slope = parameter(nn.initializers.ones_init(), "width", group="dynamics")
+    bias = parameter(nn.initializers.constant(start), "width", group="dynamics")
     return (
         module.param("energy_slope", slope, (width,)),
         module.param("energy_bias", bias, (width,)),

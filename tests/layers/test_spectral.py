@@ -2,10 +2,15 @@
 
 import functools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from spectral_pod import models
+from spectral_pod.config import default
 from spectral_pod.layers.spectral import (
     initial_kernels,
     rms_gate,
@@ -29,6 +34,22 @@ def test_the_gated_output_equals_gate_times_input_with_its_gradients():
     expected = with_gradients(lambda u, a, b: rms_gate(u, a, b) * u, dy, u, slope, bias)
     for got, truth in zip(found, map(np.asarray, expected), strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-4, atol=1e-5 * np.abs(truth).max())
+
+
+@pytest.mark.parametrize("pattern", ["spectral", "selective"])
+def test_a_gate_starts_with_the_bias_of_the_configuration(pattern):
+    config = default()
+    config.data.seq_len = 64
+    config.model.pattern, config.model.num_layers, config.model.hidden_dim = (pattern,), 1, 16
+    config.model.selective.energy_gate, config.model.spectral.energy_bias = "rms", 3.0
+    params = models.build(config, num_classes=2).init(
+        jax.random.key(0), jnp.zeros((1, 64), jnp.int32), jnp.ones((1, 64), bool)
+    )
+    flat = traverse_util.flatten_dict(nn.unbox(params)["params"], sep="/")
+    first = {name.rpartition("/")[2]: x for name, x in flat.items() if "/energy_" in name}
+    assert first.keys() == {"energy_slope", "energy_bias"}
+    assert (np.asarray(first["energy_slope"]) == 1).all()
+    assert (np.asarray(first["energy_bias"]) == 3).all()
 
 
 @pytest.mark.parametrize(("kind", "energy"), [("noise", 1.0), ("smooth", 1.0), ("small", 512e-6)])
