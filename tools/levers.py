@@ -120,11 +120,12 @@ LEVERS: dict[str, dict[str, Fields]] = {
 }
 
 
-def fields_of(variant: str, own: Mapping[str, Fields]) -> dict[str, str]:
+def fields_of(variant: str, own: Mapping[str, Fields], flag: str = "--variants") -> dict[str, str]:
     """The fields that a variant sets, with their values as flags have them.
 
     Args:
       own: levers of a command line, by name, which override those of LEVERS.
+      flag: that names the variant, for messages.
 
     Raises:
       ConfigError: there is no such lever.
@@ -135,7 +136,7 @@ def fields_of(variant: str, own: Mapping[str, Fields]) -> dict[str, str]:
     known |= own
     found: dict[str, str] = {}
     for name in variant.split("+"):
-        fields.one_of("lever", name, known)
+        fields.one_of(f"{flag}: a lever", name, known)
         found |= known[name]
     return found
 

@@ -108,7 +108,7 @@ def _config(flags: Sequence[str], variant: str, length: int) -> Any:
     Raises:
       ConfigError: there is no such lever, or the configuration is invalid.
     """
-    fields = levers.fields_of(variant, {}) | {"data.seq_len": str(length)}
+    fields = levers.fields_of(variant, {}, "--against") | {"data.seq_len": str(length)}
     changed = [f"--config.{name}={value}" for name, value in fields.items()]
     given, config = (
         command_line.parse_trainer(["--workdir=unused", *flags, *more]).config.value

@@ -348,6 +348,8 @@ def test_a_label_may_be_part_of_a_header(build, tmp_path):
     assert [label for _, label in splits["train"]] == [0, 1, 0]
     with pytest.raises(DataError, match=r"fasta:3: no label: 'id' is 'sp\|P2\|HBB_MOUSE', where"):
         build(**plan, label="id", label_pattern="(HBA)")
+    with pytest.raises(DataError, match="where the label_pattern finds an empty text"):
+        build(**plan, label="id", label_pattern="sp()")
     store, splits = build(**plan, label="id", label_pattern="(HB[A])|P3$", classes=("HBA", "HBB"),
                           on_fault="skip")  # fmt: skip
     assert len(splits["train"]) == 2

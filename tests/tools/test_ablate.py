@@ -86,8 +86,8 @@ def test_the_fields_of_a_variant(stage, capfd):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--variants=bass", "lever is 'bass'; "),
-        ("--variants=base,stride_4+", "lever is ''; "),
+        ("--variants=bass", "--variants: a lever is 'bass'; "),
+        ("--variants=base,stride_4+", "--variants: a lever is ''; "),
         ("--levers=gates", "--levers is 'gates'; "),
         ("--lever=wide", "--lever=wide: write --lever=NAME:FIELD=VALUE"),
         ("--lever=a/b:model.hidden_dim=4", "--lever=a/b:model.hidden_dim=4: a name has letters"),

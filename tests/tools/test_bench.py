@@ -141,6 +141,7 @@ def test_the_others(tmp_path, benchmark, ratios):
         "gpu": {"bytes", "FLOP"},
         "step": {"bytes", "FLOP"},
         "generate": {"bytes"},
+        "agent": {"bytes"},
         "data": {"records", "steps"},
     }
     assert rates == units.get(benchmark, {"MB"})

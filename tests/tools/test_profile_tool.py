@@ -49,7 +49,7 @@ def test_what_takes_too_long_is_left_out(tmp_path, capfd):
     [
         ("--lengths=64,x", "--lengths is 'x'"),
         ("--lengths=63", "config.data.seq_len is 63"),
-        ("--against=hyenas", "lever is 'hyenas'"),
+        ("--against=hyenas", "--against: a lever is 'hyenas'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, capfd, flag, message):

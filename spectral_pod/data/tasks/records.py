@@ -388,9 +388,11 @@ def _label(row: Row, plan: Records) -> Any:
     if not plan.label_pattern:
         return value
     text = labels.spelling(value) or ""
-    if found := re.search(plan.label_pattern, text):
-        return encode(found[1] or "")
-    reason = f"no label: {plan.label!r} is {text[:80]!r}, where the label_pattern finds nothing"
+    found = re.search(plan.label_pattern, text)
+    if found and found[1]:
+        return encode(found[1])
+    what = "an empty text" if found else "nothing"
+    reason = f"no label: {plan.label!r} is {text[:80]!r}, where the label_pattern finds {what}"
     return Fault(row.place, reason)
 
 
