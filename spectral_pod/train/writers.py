@@ -192,10 +192,9 @@ def _sound_lines(file: epath.Path) -> list[dict[str, float]]:
 
 
 def _point(line: str) -> str:
-    """A line without its time, for comparison with lines of the same step."""
-    point = json.loads(line)
-    point.pop("wall_time", None)
-    return json.dumps(point)
+    """A line without times, for comparison with lines of the same step."""
+    of_time = ("wall_time", "goodput/")
+    return json.dumps({k: x for k, x in json.loads(line).items() if not k.startswith(of_time)})
 
 
 class _Uploader:
