@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole gate, the same locally and in CI: format, lint, types, tests.
-#   launch/test.sh                       ten to fifteen minutes on two CPU cores, after installing
+#   launch/test.sh                       a quarter of an hour on two CPU cores, after installing
 #   launch/test.sh tests/ops -k delta    arguments are pytest's: .venv/bin/python -m pytest --help
 #   launch/test.sh -m slow               the tests that take minutes
 set -euo pipefail
@@ -17,5 +17,5 @@ types=$!
 "$python" -m pytest "$@"
 wait "$types"
 if [ $# = 0 ]; then
-    echo "Not run: the tests marked slow. \`launch/test.sh -m slow\` runs them, in up to two hours."
+    echo "Not run: the tests marked slow. \`launch/test.sh -m slow\` runs them, in two hours or more."
 fi
