@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from spectral_pod.config import Config, default
 from spectral_pod.recipes import schedule, small_conversations
 
-SEQ_LEN = {"retrieved": 832, "oracle": 384, "none": 96}
+SEQ_LEN = {"retrieved": 864, "oracle": 416, "none": 96}
 
 
 def get_config(form: str = "retrieved") -> Config:

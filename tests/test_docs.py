@@ -49,3 +49,28 @@ def test_the_table_of_short_runs_has_the_steps_and_batches_of_its_configs():
         assert int(length.replace(",", "")) == c.data.seq_len, name
         assert int(steps.replace(",", "")) == c.train.total_steps, name
         assert int(batch) == c.train.global_batch_size, name
+
+
+def measured(text):
+    """Figures with decimals and a unit, such as 54.9% and 1.5 ms, outside of blocks of code."""
+    text = re.sub(r"```.*?```|^    .*?$", "", text, flags=re.DOTALL | re.MULTILINE)
+    # Several figures may share a unit: "0.63 / 1.5 / 8.8 ms".
+    unit = r"(?= ?(?:%|(?:[kMG]i?B(?:/s)?|ms|s|us|minutes|nats|points|times)\b))"
+    number = r"\d[\d,]*\.\d+"
+    shared = re.findall(rf"(?:{number}(?:, | / | to | and | or ))*{number}{unit}", text)
+    return {figure for run in shared for figure in re.findall(number, run)}
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.py")}
+        - {ROOT / "docs/results.md", ROOT / "docs/todo.md"}
+    ),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_figures_of_a_page_are_in_the_results(path):
+    text = path.read_text()
+    text = text if path.suffix == ".md" else ast.get_docstring(ast.parse(text)) or ""
+    known = re.findall(r"\d[\d,]*\.\d+", (ROOT / "docs/results.md").read_text())
+    assert not measured(text) - set(known)

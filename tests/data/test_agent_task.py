@@ -16,9 +16,9 @@ from spectral_pod.data.tasks.agent_kinds import (
     HELD_OUT,
     HELD_OUT_LETTERS,
     HELD_OUT_QUESTIONS,
-    OPENING,
     is_held_out,
 )
+from spectral_pod.data.tasks.conversation_task import LONGEST_OPENING
 from spectral_pod.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
@@ -141,7 +141,7 @@ def test_the_longest_example(options, split):
         | {"failing": 1.0, "mistaken": 1.0, "plain": 0.0 if options.get("tool", True) else 1.0}
     )
     lengths = [len(likely.drawer(split)(np.random.default_rng(i))[0]) for i in range(1000)]
-    opening = 0 if split == "train" else OPENING[0] * (OPENING[1] + 1)
+    opening = 0 if split == "train" else LONGEST_OPENING
     assert max(lengths) > 0.85 * (task.max_length - opening)
 
 

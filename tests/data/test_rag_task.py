@@ -49,12 +49,12 @@ def facts_in(text):
 
 
 def asked_by(question):
-    """(relation, name) of a question."""
+    """(relation, name) of a question, whatever words come before it."""
     for number, relation in enumerate(RELATIONS):
         for form in relation.questions:
             pattern = re.escape(form).replace(r"\{name\}", "(.+)")
-            if one := re.fullmatch(pattern, question):
-                return number, one[1]
+            if one := re.fullmatch(f"([a-z]{{1,5}} ){{0,2}}{pattern}", question):
+                return number, one[2]
     raise AssertionError(question)
 
 
@@ -130,6 +130,14 @@ def test_the_longest_example(form, split):
     task = Rag(passages=form)
     lengths = [len(task.drawer(split)(np.random.default_rng(i))[0]) for i in range(200)]
     assert 0.5 * task.max_length < max(lengths) <= task.max_length
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_of_training_begin_anywhere(folder, split):
+    found = conversations(Rag(source=str(folder)), split)
+    first = r"(what|which|find|where|in which|who) "
+    opened = sum(not re.match(first, turns[0].data.decode()) for turns in found)
+    assert 100 < opened < 200 if split == "train" else opened == 0
 
 
 def test_what_is_scored(folder):

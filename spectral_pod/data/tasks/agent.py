@@ -22,7 +22,7 @@ from spectral_pod.agent import calculator, protocol
 from spectral_pod.agent.protocol import Role, Turn
 from spectral_pod.data.tasks import agent_kinds
 from spectral_pod.data.tasks.agent_kinds import Question
-from spectral_pod.data.tasks.conversation_task import ConversationTask
+from spectral_pod.data.tasks.conversation_task import LONGEST_OPENING, ConversationTask, opening
 from spectral_pod.errors import ConfigError
 from spectral_pod.fields import Positive, Probability
 
@@ -64,13 +64,14 @@ class AgentTask(ConversationTask):
                     turns += _called(question.call, question.result)
                 turns += [Turn(Role.ANSWER, question.answer)]
                 longest = max(longest, len(protocol.example(turns)[0]))
-        words, letters = agent_kinds.OPENING
-        return longest + words * (letters + 1)
+        return longest + LONGEST_OPENING
 
     def question(self, split: str, rng: np.random.Generator) -> Question:
         """A question of a split."""
         question = self._bare_question(split, rng)
-        return agent_kinds.opened(question, rng) if split == "train" else question
+        if split != "train":
+            return question
+        return question._replace(text=opening(rng).encode() + question.text)
 
     def _bare_question(self, split: str, rng: np.random.Generator) -> Question:
         if rng.random() < self.plain:

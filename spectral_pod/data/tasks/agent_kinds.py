@@ -4,9 +4,6 @@ Of questions that need a tool, numbers whose two first digits are in `HELD_OUT`,
 with a letter of `HELD_OUT_LETTERS` and dates of years whose two last digits are in `HELD_OUT` are
 only in those of validation and test: of each question the first of these that it has. The ways to
 ask that are held out are only in those of test.
-
-Half of the questions of training begin with words that mean nothing: a model that has always seen a
-number in a few places of a question copies from there, and not the number.
 """
 
 import datetime
@@ -17,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spectral_pod.agent import calculator
+from spectral_pod.data.tasks.conversation_task import LETTERS, random_word
 
 HELD_OUT = range(37, 46)  # a tenth of all
 HELD_OUT_LETTERS = "hqt"  # likewise
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 QUESTIONS = (
     "what is {a} {op} {b}?", "calculate {a}{op}{b}", "{a} {op} {b} =", "how much is {a}{op}{b}?",
 )  # fmt: skip
@@ -28,7 +25,6 @@ HELD_OUT_QUESTIONS = ("please tell me {a} {op} {b}", "I need the value of {a}{op
 REPEAT = "repeat {word}"
 TABLES = ("{table}. what is {key}?", "of {table}, {key} is")
 HELD_OUT_TABLES = ("tell me {key}, given {table}",)
-OPENING = 2, 5  # words and letters of a word that mean nothing, at most
 MAX_WORD, MAX_NUMBERS, MAX_ROWS, MAX_KEY = 8, 5, 4, 4
 _KINDS = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 
@@ -165,9 +161,9 @@ def calculation(text: str, first: int, sign: str, second: int) -> Question:
 def coded(split: str, rng: np.random.Generator) -> Question:
     """A question of `CODE`, about a word, numbers or dates of the split."""
     code = CODE[rng.integers(len(CODE))]
-    word = _word(1, MAX_WORD, rng)
+    word = random_word(1, MAX_WORD, rng)
     while (word[0] in HELD_OUT_LETTERS) == (split == "train"):
-        word = _word(1, MAX_WORD, rng)
+        word = random_word(1, MAX_WORD, rng)
     numbers = rng.integers(100, size=rng.integers(2, MAX_NUMBERS + 1))
     while (int(numbers[0]) in HELD_OUT) == (split == "train"):
         numbers[0] = rng.integers(100)
@@ -199,10 +195,10 @@ def plain(split: str, rng: np.random.Generator) -> Question:
         text = str(rng.choice(QUESTIONS)).format(a=first, op="+", b=second)
         return Question(text.encode(), str(first + second).encode(), "digits", b"", 1)
     if kind == 1:
-        word = _word(1, MAX_WORD, rng)
+        word = random_word(1, MAX_WORD, rng)
         return Question(REPEAT.format(word=word).encode(), word.encode(), "repeat", b"", 0)
     count = int(rng.integers(2, MAX_ROWS + 1))
-    rows = {_word(2, MAX_KEY, rng): str(rng.integers(1000)) for _ in range(count)}
+    rows = {random_word(2, MAX_KEY, rng): str(rng.integers(1000)) for _ in range(count)}
     key = str(rng.choice(list(rows)))
     asked = HELD_OUT_TABLES if split == "test" else TABLES
     return looked_up(str(rng.choice(asked)), rows, key)
@@ -215,16 +211,8 @@ def looked_up(text: str, rows: dict[str, str], key: str) -> Question:
     return Question(asked, rows[key].encode(), "table", b"", 0)
 
 
-def opened(question: Question, rng: np.random.Generator) -> Question:
-    """The question as it is, or behind words that mean nothing."""
-    if rng.random() < 0.5:
-        return question
-    words = [_word(1, OPENING[1], rng) for _ in range(rng.integers(1, OPENING[0] + 1))]
-    return question._replace(text=" ".join([*words, ""]).encode() + question.text)
-
-
 def longest(digits: int, *, python: bool) -> Iterator[Question]:
-    """Questions of each kind that are as long as can be, without an opening."""
+    """Questions of each kind that are as long as can be."""
     most = int("9" * digits)
     yield calculation(max(QUESTIONS + HELD_OUT_QUESTIONS, key=len), most, "*", most)
     word = "x" * MAX_WORD
@@ -253,10 +241,6 @@ def _number(digits: int, rng: np.random.Generator) -> int:
     """A number of exactly that many digits."""
     first = "" if digits == 1 else str(rng.integers(1, 10))
     return int(first + "".join(map(str, rng.integers(10, size=digits - len(first)))))
-
-
-def _word(least: int, most: int, rng: np.random.Generator) -> str:
-    return "".join(rng.choice(list(LETTERS), size=rng.integers(least, most + 1)))
 
 
 def _day(rng: np.random.Generator) -> datetime.date:

@@ -1,4 +1,8 @@
-"""Tasks that draw conversations, in the symbols of `agent/protocol.py`."""
+"""Tasks that draw conversations, in the symbols of `agent/protocol.py`.
+
+Half of the questions of training begin with words that mean nothing: a model that has always seen
+what it has to copy in a few places of a question copies from there, whatever stands in them.
+"""
 
 import abc
 import dataclasses
@@ -8,6 +12,10 @@ import numpy as np
 
 from spectral_pod.agent import protocol
 from spectral_pod.data.tasks.task import Draw, DrawnTask
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_WORDS, _WORD = 2, 5  # of an opening, at most, and the letters of each
+LONGEST_OPENING = _WORDS * (_WORD + 1)  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,3 +40,16 @@ class ConversationTask(DrawnTask):
     def drawer(self, split: str) -> Draw:
         """See `DrawnTask.drawer`."""
         return functools.partial(self.example, split)
+
+
+def opening(rng: np.random.Generator) -> str:
+    """In half of all cases words that mean nothing, each with a space behind it; else ""."""
+    if rng.random() < 0.5:
+        return ""
+    words = [random_word(1, _WORD, rng) for _ in range(rng.integers(1, _WORDS + 1))]
+    return " ".join([*words, ""])
+
+
+def random_word(least: int, most: int, rng: np.random.Generator) -> str:
+    """A word of that many random letters."""
+    return "".join(rng.choice(list(LETTERS), size=rng.integers(least, most + 1)))

@@ -33,7 +33,7 @@ from spectral_pod.agent import passages, protocol
 from spectral_pod.agent.passages import NUM_PASSAGES, PASSAGE_BYTES, UNKNOWN
 from spectral_pod.agent.protocol import Role, Turn
 from spectral_pod.data import formats
-from spectral_pod.data.tasks.conversation_task import ConversationTask
+from spectral_pod.data.tasks.conversation_task import LONGEST_OPENING, ConversationTask, opening
 from spectral_pod.errors import ConfigError, DataError
 from spectral_pod.fields import Positive, Probability
 
@@ -121,7 +121,7 @@ class Rag(ConversationTask):
     """Questions with answers from passages."""
 
     name = "rag"
-    version = 1
+    version = 2
 
     # What the model reads: what a search would find; the passage with the fact alone, or one
     # without it; or nothing, and every question is answered at once. The latter two are to compare
@@ -146,6 +146,7 @@ class Rag(ConversationTask):
         """Tokens of a conversation with the longest facts and passages."""
         name, value = "x" * _LONGEST_NAME, "x" * _LONGEST_NAME
         asked = max((q for r in RELATIONS for q in r.questions), key=len).format(name=name)
+        asked = "x" * LONGEST_OPENING + asked
         turns = [Turn(Role.USER, asked.encode())]
         reply = max(value.encode(), UNKNOWN, key=len)
         if self.passages != "none":
@@ -167,6 +168,8 @@ class Rag(ConversationTask):
         """
         fact = _fact(split, rng)
         asked, is_unknown = question(fact, split, rng), rng.random() < self.unknown
+        if split == "train":
+            asked = opening(rng) + asked
         turns, reply = [Turn(Role.USER, asked.encode())], fact.value.encode()
         if self.passages != "none":
             count = 1 if self.passages == "oracle" else self.num_passages
