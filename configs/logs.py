@@ -16,7 +16,8 @@ content; `--config.data.options.label=Component` predicts the component. Any oth
 is named as in `configs/lra_text.py`; blocks, such as those of HDFS by block, are records whose text
 has several lines. A tenth of the lines, by a hash of their bytes, is for validation and another for
 testing: lines of one template are in several splits then, so name files of other days or machines
-with `--config.data.options.test`. No real logs have been trained on here.
+with `--config.data.options.test`. Copies of a line are all in one split, and may be most of it. On
+five of Loghub's files, each line once, it has 99.7%, as have byte histograms (docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -24,8 +24,9 @@ its own name without suffixes, and `folder`. Where the class is
 
 Without files for validation and testing a tenth of the sequences each, by a hash of their letters,
 is held out. Related sequences are then in several splits, and figures too good: cluster them by
-identity first (MMseqs2, CD-HIT), and name a file for each split. Nothing has been trained on real
-proteins here; `configs/dna.py` is the task for genomes.
+identity first (MMseqs2, CD-HIT), and name a file for each split. Of proteins by location, eleven
+files whose sequences are not related closely, it has 75.9% of a held-out tenth (docs/results.md).
+`configs/dna.py` is the task for genomes.
 """
 
 from ml_collections import ConfigDict
