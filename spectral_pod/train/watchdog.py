@@ -24,7 +24,8 @@ class Watchdog:
 
     A hang concerns all processes: the first that detects it broadcasts it, and all write their
     stacks to WORKDIR/stalls and exit with `errors.STALLED`. The leader also passes all stacks to
-    `report`, by name, which may be called as soon as this context is entered.
+    `report`, by name, which may be called as soon as this context is entered. Time in which the
+    whole process was stopped, such as by SIGSTOP or with its virtual machine, does not count.
     """
 
     def __init__(
@@ -67,8 +68,13 @@ class Watchdog:
         return max(self._seconds, self._factor * statistics.median(list(self._intervals)))
 
     def _watch(self) -> None:
+        woken = time.monotonic()
         while not self._closed.wait(min(1.0, self._seconds / 4)):
-            silent = time.monotonic() - self._last
+            now = time.monotonic()
+            if now - woken > self._seconds / 2:  # this thread was stopped as well
+                self._last = now
+            woken = now
+            silent = now - self._last
             if silent > self.limit():
                 why = f"nothing has moved for {silent:.0f} s on process {runtime.this_process()}"
                 runtime.broadcast("stalled", why)
