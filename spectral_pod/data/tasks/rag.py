@@ -46,36 +46,53 @@ class Relation(NamedTuple):
     questions: tuple[str, ...]  # likewise
 
 
+def _relation(
+    kind: Literal["number", "place", "name"],
+    noun: str,
+    statements: tuple[str, ...],
+    questions: tuple[str, ...],
+) -> Relation:
+    """A relation with the ways to state and to ask that all of them have, before those of its own:
+    a model that has seen few ways to ask cannot repeat a question that is asked in another.
+    """
+    stated = (
+        "The {noun} of {name} is {value}.", "{name}'s {noun} is {value}.",
+        "{noun} of {name}: {value}", "As {noun}, {name} has {value}.",
+    )  # fmt: skip
+    asked = (
+        "what is the {noun} of {name}?", "what is {name}'s {noun}?", "tell me {name}'s {noun}",
+        "I need the {noun} of {name}, please", "{noun} of {name}",
+        "give me the {noun} of {name}", "can you say which {noun} {name} has?",
+    )  # fmt: skip
+    common = [tuple(text.replace("{noun}", noun) for text in texts) for texts in (stated, asked)]
+    return Relation(kind, common[0] + statements, common[1] + questions)
+
+
 RELATIONS = (
-    Relation(
-        "number",
-        ("The locker of {name} is {value}.", "{name} has locker {value}.",
-         "Locker {value} belongs to {name}."),
-        ("what is the locker of {name}?", "which locker has {name}?", "find {name}'s locker"),
+    _relation(
+        "number", "locker",
+        ("{name} has locker {value}.", "Locker {value} belongs to {name}."),
+        ("which locker has {name}?", "find {name}'s locker"),
     ),
-    Relation(
-        "number",
-        ("The phone of {name} is {value}.", "Call {name} by phone at {value}.",
-         "{name} answers the phone {value}."),
-        ("what is the phone of {name}?", "which phone has {name}?", "find {name}'s phone"),
+    _relation(
+        "number", "phone",
+        ("Call {name} by phone at {value}.", "{name} answers the phone {value}."),
+        ("which phone has {name}?", "find {name}'s phone"),
     ),
-    Relation(
-        "place",
-        ("The home of {name} is {value}.", "{name} has a home in {value}.",
-         "{value} is home to {name}."),
-        ("what is the home of {name}?", "where is {name} at home?", "find {name}'s home"),
+    _relation(
+        "place", "home",
+        ("{name} has a home in {value}.", "{value} is home to {name}."),
+        ("where is {name} at home?", "find {name}'s home"),
     ),
-    Relation(
-        "place",
-        ("The office of {name} is in {value}.", "{name} has an office in {value}.",
-         "In {value} {name} runs an office."),
+    _relation(
+        "place", "office",
+        ("{name} has an office in {value}.", "In {value} {name} runs an office."),
         ("where is the office of {name}?", "in which place has {name} an office?",
          "find {name}'s office"),
     ),
-    Relation(
-        "name",
-        ("The teacher of {name} is {value}.", "{name} has the teacher {value}.",
-         "{value} is teacher to {name}."),
+    _relation(
+        "name", "teacher",
+        ("{name} has the teacher {value}.", "{value} is teacher to {name}."),
         ("who is the teacher of {name}?", "which teacher has {name}?", "find {name}'s teacher"),
     ),
 )  # fmt: skip
@@ -121,7 +138,7 @@ class Rag(ConversationTask):
     """Questions with answers from passages."""
 
     name = "rag"
-    version = 2
+    version = 3
 
     # What the model reads: what a search would find; the passage with the fact alone, or one
     # without it; or nothing, and every question is answered at once. The latter two are to compare
