@@ -38,7 +38,7 @@ MAY_IMPORT = {
                                 "agent.traces", "data"),
     "data.tasks.conversation_task": ("agent.protocol", "data"),
     "data.tasks.agent": ("errors", "fields", "agent.calculator", "agent.protocol", "data"),
-    "data.tasks.agent_kinds": ("agent.calculator",),
+    "data.tasks.agent_kinds": ("agent.calculator", "data.tasks.conversation_task"),
     "data.tasks.rag": ("errors", "fields", "storage", "agent.passages", "agent.protocol", "data"),
     "generate": ("shapes", "fields", "seeds", "ops", "layers", "models", "generate"),
     "generate.restore": (*_TRAINABLE, "data.tasks", "data.vocabulary", "train.sealed_steps",
