@@ -6,7 +6,8 @@
 `:oracle` reads the one passage with the fact, `:none` no passage at all; both are to compare with.
 Facts, persons and documents are those of `spectral_pod/data/tasks/rag.py`: generated facts in files
 of Python's standard library, or of `--config.data.options.source=FOLDER`. Accuracy is that of
-symbols; how many answers are exact has not been measured yet (docs/todo.md).
+symbols. Of held-out ways to ask and to state it answers 5.3% exactly: it has not learned the task
+(docs/results.md).
 """
 
 from ml_collections import ConfigDict
