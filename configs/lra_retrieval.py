@@ -77,8 +77,7 @@ def get_config(presets: str = "full") -> Config:
         )  # fmt: skip
 
     if size == "cpu":
-        patches(c)
-        c.model.patch.stride = 16
+        patches(c, stride=16)
         c.data.options.update(train=20_000, validation=2_000, test=2_000)
         c.model.dtype = "float32"  # CPUs are faster in float32
         c.model.num_layers = 2

@@ -6,7 +6,7 @@
 `:oracle` reads the one passage with the fact, `:none` no passage at all; both are to compare with.
 Facts, persons and documents are those of `spectral_pod/data/tasks/rag.py`: generated facts in files
 of Python's standard library, or of `--config.data.options.source=FOLDER`. Accuracy is that of
-symbols. Of held-out ways to ask and to state it answers 5.3% exactly: it has not learned the task
+symbols. Of the questions of the test split 5.3% are answered exactly: the task has not been learned
 (docs/results.md).
 """
 

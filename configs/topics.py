@@ -11,9 +11,8 @@ and 7,600 for testing, of 4 topics. Your own files may be parquet, CSV, JSON lin
 `--config.data.options.label` names. AG's own CSV files have no header:
 `--config.data.options.columns="('label', 'title', 'text')"`. A tenth of the training records, by a
 hash of their bytes, is for validation. The first 512 bytes of a text are read, with a table of
-hashed n-grams, as in `configs/lra_text.py`. Of AG's
-7,600 texts for testing, a tenth held out, it has 80.4% after 400 steps (docs/results.md); on the
-whole of AG News it has not been trained.
+hashed n-grams, as in `configs/lra_text.py`. Of AG's 7,600 texts for testing, a tenth held out, it
+has 80.4% after 400 steps (docs/results.md); on the whole of AG News it has not been trained.
 """
 
 from ml_collections import ConfigDict

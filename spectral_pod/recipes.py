@@ -100,9 +100,9 @@ def small_conversations(c: Config) -> None:
     learning_rates(c, 3e-3)
 
 
-def patches(c: Config) -> None:
-    """Patches of 4 bytes for all models: on CPUs, single ones would take baselines hours."""
-    c.model.patch.stride, c.model.patch.kernel = 4, 0
+def patches(c: Config, stride: int = 4) -> None:
+    """Patches of several bytes for all models: on CPUs, single ones would take baselines hours."""
+    c.model.patch.stride, c.model.patch.kernel = stride, 0
 
 
 def transformer(

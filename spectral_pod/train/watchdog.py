@@ -24,8 +24,9 @@ class Watchdog:
 
     A hang concerns all processes: the first that detects it broadcasts it, and all write their
     stacks to WORKDIR/stalls and exit with `errors.STALLED`. The leader also passes all stacks to
-    `report`, by name, which may be called as soon as this context is entered. Time in which the
-    whole process was stopped, such as by SIGSTOP or with its virtual machine, does not count.
+    `report`, by name, which may be called as soon as this context is entered. After a time in which
+    this process was stopped, such as by SIGSTOP or with its virtual machine, it counts anew; the
+    other processes of the run have seen no progress, and end it.
     """
 
     def __init__(
