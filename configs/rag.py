@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from spectral_pod.config import Config, default
 from spectral_pod.recipes import schedule, small_conversations
 
-SEQ_LEN = {"retrieved": 864, "oracle": 416, "none": 96}
+SEQ_LEN = {"retrieved": 848, "oracle": 400, "none": 80}
 
 
 def get_config(form: str = "retrieved") -> Config:
@@ -26,5 +26,7 @@ def get_config(form: str = "retrieved") -> Config:
     c.data.options = ConfigDict({"passages": form})
     c.data.seq_len = SEQ_LEN[form]
     small_conversations(c)
-    schedule(c, total=1000, every=250, warmup=150)
+    c.model.dtype = "float32"
+    c.optimizer.name = "muon"
+    schedule(c, total=2600, every=650, warmup=150)
     return c

@@ -1,5 +1,6 @@
 """Questions about passages: what is stated where, what is held out, and planted documents."""
 
+import itertools
 import pathlib
 import re
 
@@ -9,13 +10,15 @@ import pytest
 from spectral_pod.agent import passages, protocol, retrieval
 from spectral_pod.agent.protocol import Role
 from spectral_pod.agent.retrieval import Index, Search
-from spectral_pod.data.tasks import rag
-from spectral_pod.data.tasks.rag import RELATIONS, Rag, is_held_out
+from spectral_pod.data.tasks import rag, rag_facts
+from spectral_pod.data.tasks.rag import Rag
+from spectral_pod.data.tasks.rag_facts import RELATIONS, is_held_out
 from spectral_pod.errors import ConfigError, DataError
 from tests.agent.test_passages import read
 
 SPLITS = ("train", "validation", "test")
 FORMS = ("retrieved", "oracle", "none")
+NOUNS = {relation.noun for relation in RELATIONS}
 
 
 def write_documents(folder):
@@ -36,57 +39,52 @@ def conversations(task, split, count=300):
     return [task.conversation(split, np.random.default_rng(i)) for i in range(count)]
 
 
-def facts_in(text):
-    """(relation, name, value) of each fact that a text states."""
-    found = set()
-    for number, relation in enumerate(RELATIONS):
-        for form in relation.statements:
-            pattern = re.escape(form).replace(r"\{", "{").replace(r"\}", "}")
-            pattern = pattern.format(name="(?P<name>[A-Z]\\w+ [A-Z]\\w+)", value="(?P<value>.+?)")
-            for one in re.finditer(f"^ ?{pattern}$", text, re.MULTILINE):
-                found.add((number, one["name"], one["value"]))
-    return found
-
-
 def asked_by(question):
-    """(relation, name) of a question, whatever words come before it."""
-    for number, relation in enumerate(RELATIONS):
-        for form in relation.questions:
-            pattern = re.escape(form).replace(r"\{name\}", r"([A-Z]\w+ [A-Z]\w+)")
-            if one := re.fullmatch(f"([a-z]{{1,5}} ){{0,2}}{pattern}", question):
-                return number, one[2]
-    raise AssertionError(question)
+    """(noun, name) of a question, in whatever words."""
+    (noun,) = set(re.findall(r"\w+", question)) & NOUNS
+    (name,) = re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", question)
+    return noun, name
+
+
+def stating(text, noun, name):
+    """The lines of a text that state a fact of this kind about a person."""
+    lines = text.split("\n")
+    return [x for x in lines if name in x and re.search(rf"\b{noun}\b", x, re.IGNORECASE)]
+
+
+def questions_and_answers(turns):
+    """Of a conversation with a search: (question, answer) of each."""
+    asked = [turn.data.decode() for turn in turns if turn.role == Role.USER]
+    return list(zip(asked, [turn.data for turn in turns if turn.role == Role.ANSWER], strict=True))
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("form", ["retrieved", "oracle"])
 def test_answers_are_in_the_passages_that_they_name(folder, form, split):
     task = Rag(passages=form, source=str(folder))
-    unknown, places = 0, set()
+    unknown, known, places = 0, 0, set()
     for turns in conversations(task, split):
         protocol.check(turns)
-        question, call, result, answer = turns
+        question, call, result = turns[:3]
         assert call == rag.called(question.data.decode())
+        assert {turn.role for turn in turns[3:]} <= {Role.USER, Role.ANSWER}
         found = [text.decode() for text in read(result.data)]
         assert len(found) == (3 if form == "retrieved" else 1)
         assert all(len(text) <= task.passage_bytes for text in found)
-        relation, name = asked_by(question.data.decode())
-        stated = [
-            {value for one, who, value in facts_in(text) if (one, who) == (relation, name)}
-            for text in found
-        ]
-        said, number = passages.cited(answer.data)
-        if number is None:
-            assert said == passages.UNKNOWN
-            assert not any(stated)
-            unknown += 1
-        else:
-            places.add(number)
-            assert (
-                stated
-                == [{said.decode()} if i + 1 == number else set() for i in range(3)][: len(found)]
-            )
-    assert 40 < unknown < 110  # of 300 x 0.25
+        for asked, answer in questions_and_answers(turns):
+            lines = [stating(text, *asked_by(asked)) for text in found]
+            said, number = passages.cited(answer)
+            if number is None:
+                assert (said, list(itertools.chain(*lines))) == (passages.UNKNOWN, [])
+                unknown += 1
+            else:
+                (line,) = list(itertools.chain(*lines))
+                assert lines[number - 1] == [line]
+                assert re.search(rf"(^| ){said.decode()}(\.|$| )", line)
+                known += 1
+                places.add(number)
+    assert 0.15 < unknown / (unknown + known) < 0.35
+    assert known > 1.2 * 300  # further questions
     assert places == set(range(1, len(found) + 1))
 
 
@@ -98,13 +96,36 @@ def test_without_passages(folder):
 
 def test_passages_without_the_fact_look_as_if_they_had_it(folder):
     task, kinds = Rag(unknown=1.0, source=str(folder)), {"person": 0, "relation": 0, "order": 0}
-    for turns in conversations(task, "train"):
-        relation, name = asked_by(turns[0].data.decode())
+    for turns in conversations(task, "validation"):
+        noun, name = asked_by(turns[0].data.decode())
         text = turns[2].data.decode()
-        kinds["person"] += any(who == name for _, who, _ in facts_in(text))
-        kinds["relation"] += any(one == relation for one, _, _ in facts_in(text))
+        assert not stating(text, noun, name)
+        kinds["person"] += name in text
+        kinds["relation"] += bool(stating(text, noun, ""))
         kinds["order"] += "Ignore" in text or "END ANSWER" in text or "SYSTEM" in text
+        assert all(answer == passages.UNKNOWN for _, answer in questions_and_answers(turns)[:1])
     assert all(count > 60 for count in kinds.values()), kinds
+
+
+def test_no_question_is_asked_twice(folder):
+    for turns in conversations(Rag(source=str(folder)), "train"):
+        asked = [asked_by(text) for text, _ in questions_and_answers(turns)]
+        assert len(set(asked)) == len(asked)
+
+
+def test_ways_to_state_a_fact():
+    """Drawn ways have their parts in every order, with words anywhere, in training alone."""
+    rng = np.random.default_rng(0)
+    fact = rag_facts.Fact(0, "Tamo Reki", "4711")
+    for split, fewest in (("train", 300), ("validation", 5), ("test", 1)):
+        texts = {rag_facts.statement(fact, split, rng) for _ in range(1000)}
+        assert len(texts) >= fewest
+        assert (len(texts) > 10) == (split == "train")
+        parts = (r"\blocker\b", "Tamo Reki", r"\b4711\b")
+        places = [[re.search(part, x, re.IGNORECASE).start() for part in parts] for x in texts]
+        orders = {tuple(np.argsort(place).tolist()) for place in places}
+        assert (len(orders) == 6) == (split == "train")
+        assert max(map(len, texts)) <= rag_facts.longest()
 
 
 def test_what_is_held_out(folder):
@@ -112,10 +133,8 @@ def test_what_is_held_out(folder):
     for split in SPLITS:
         last = 0
         for turns in conversations(task, split):
-            _, name = asked_by(turns[0].data.decode())
-            assert is_held_out(name) == (split != "train")
-            for _, who, _ in facts_in(turns[2].data.decode()):
-                assert is_held_out(who) == (split != "train")
+            for asked, _ in questions_and_answers(turns):
+                assert is_held_out(asked_by(asked)[1]) == (split != "train")
             last += turns[0].data.startswith(b"find ")
         assert last == (300 if split == "test" else 0)
     pools = {split: set(task._files[split]) for split in SPLITS}
@@ -133,20 +152,25 @@ def test_the_longest_example(form, split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_questions_of_training_begin_anywhere(folder, split):
-    found = conversations(Rag(source=str(folder)), split)
-    first = (
-        r"(what|which|find|where|in which|who|tell|I|give|can|locker|phone|home|office|teacher) "
-    )
-    opened = sum(not re.match(first, turns[0].data.decode()) for turns in found)
-    assert 100 < opened < 200 if split == "train" else opened == 0
+def test_questions_of_training_are_in_any_words(folder, split):
+    """Half of them begin with words that mean nothing, and half have such words inside."""
+    ways = [way.replace("{name}", "N") for one in RELATIONS for way in one.questions]
+    found = [text for turns in conversations(Rag(source=str(folder)), split)
+             for text, _ in questions_and_answers(turns)]  # fmt: skip
+    whole = [re.sub("[A-Z][a-z]+ [A-Z][a-z]+", "N", text) for text in found]
+    known = sum(text in ways for text in whole) / len(whole)
+    ends = sum(any(text.endswith(way) for way in ways) for text in whole) / len(whole)
+    assert 0.15 < known < 0.35 if split == "train" else known == 1
+    assert 0.4 < ends < 0.65 if split == "train" else ends == 1
 
 
 def test_what_is_scored(folder):
-    turns = Rag(source=str(folder)).conversation("train", np.random.default_rng(1))
-    _, labels = Rag(source=str(folder)).draw(np.random.default_rng(1))
+    turns = Rag(source=str(folder)).conversation("train", np.random.default_rng(2))
+    _, labels = Rag(source=str(folder)).draw(np.random.default_rng(2))
     scored = protocol.SYMBOL_OF_CLASS[labels[labels >= 0]].tolist()
-    assert scored == protocol.symbols_of(turns[1]) + protocol.symbols_of(turns[3])
+    written = [turn for turn in turns if turn.role in (Role.CALL, Role.ANSWER)]
+    assert len(written) > 2
+    assert scored == list(itertools.chain(*map(protocol.symbols_of, written)))
 
 
 def test_planted_documents(folder, tmp_path):
@@ -154,18 +178,16 @@ def test_planted_documents(folder, tmp_path):
     task = Rag(source=str(folder))
     questions = task.plant(str(tmp_path), "test", 80, seed=0)
     text = b"\n".join(path.read_bytes() for path in sorted(tmp_path.iterdir())).decode()
-    stated = facts_in(text)
     index = retrieval.build(str(tmp_path), str(tmp_path / "index"))
     found = 0
     for question in questions:
-        asked = asked_by(question.text)
-        values = [value for relation, name, value in stated if (relation, name) == asked]
+        lines = stating(text, *asked_by(question.text))
         if not question.file:
-            assert (values, question.answer) == ([], "not in the documents")
+            assert (lines, question.answer) == ([], "not in the documents")
             continue
-        assert values == [question.answer]
         raw = pathlib.Path(question.file).read_bytes()[question.start : question.stop].decode()
-        assert facts_in(raw) == {(*asked, question.answer)}
+        assert lines == [raw]
+        assert re.search(rf"\b{question.answer}\b", raw)
         holder = index.holding(question.file, question.start, question.stop)
         found += holder in [one.passage for one in index.find(question.text)]
     assert sum(not question.file for question in questions) == 20
@@ -184,8 +206,8 @@ def test_the_result_of_a_search_is_what_is_trained_on(folder, tmp_path):
 
 
 def test_options(tmp_path):
-    with pytest.raises(ConfigError, match=r"options.passage_bytes is 86; it must be at least 87"):
-        Rag(passage_bytes=86)
+    with pytest.raises(ConfigError, match=r"options.passage_bytes is 94; it must be at least 95"):
+        Rag(passage_bytes=94)
     (tmp_path / "a.txt").write_text("a single document")
     with pytest.raises(DataError, match=r"options.source is .*, which has no documents for "):
         Rag(source=str(tmp_path)).draw(np.random.default_rng(0))
