@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from spectral_pod.config import Config, default
 from spectral_pod.recipes import schedule, small_conversations
 
-SEQ_LEN = {"retrieved": 848, "oracle": 400, "none": 80}
+SEQ_LEN = {"retrieved": 928, "oracle": 416, "none": 80}
 
 
 def get_config(form: str = "retrieved") -> Config:
@@ -28,5 +28,6 @@ def get_config(form: str = "retrieved") -> Config:
     small_conversations(c)
     c.model.dtype = "float32"
     c.optimizer.name = "muon"
-    schedule(c, total=2600, every=650, warmup=150)
+    c.train.global_batch_size = 8
+    schedule(c, total=2800, every=700, warmup=200)
     return c

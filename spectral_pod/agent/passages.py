@@ -3,12 +3,12 @@
 A passage is a range of bytes of a file. What a search finds is one turn, a result:
 
     [1] the first passage
-     its second line
+    [1] its second line
     [2] another one
 
-A passage's further lines begin with a space, so that none can be taken for the beginning of
-another passage, whatever it holds; its bytes are those of the file otherwise. An answer ends with
-the number of the passage that it stands in, `4711 [2]`, or is `UNKNOWN`.
+Every line begins with the number of its passage, so that none can be taken for one of another
+passage, whatever it holds; its bytes are those of the file otherwise. An answer ends with the
+number of the passage that it stands in, `4711 [2]`, or is `UNKNOWN`.
 """
 
 import re
@@ -84,8 +84,9 @@ def _end(window: bytes, limit: int) -> int:
 def shown(passages: Sequence[bytes]) -> bytes:
     """The result of a search that found these passages, the best first."""
     numbered = (
-        b"[%d] %s" % (number, data.replace(b"\n", b"\n "))
+        b"[%d] %s" % (number, line)
         for number, data in enumerate(passages, 1)
+        for line in data.split(b"\n")
     )
     return b"\n".join(numbered) or NOTHING
 

@@ -17,6 +17,7 @@ from spectral_pod.agent.protocol import Role
 from spectral_pod.agent.retrieval import Index, Search
 from spectral_pod.errors import ConfigError, DataError, UserError
 from tests.agent.scripted import Scripted, answer, call, steps
+from tests.agent.test_passages import read as passage_texts
 
 WRITE_WHOLE = storage.write_whole
 HOSTILE = {
@@ -304,7 +305,6 @@ def test_hostile_documents_stay_text(documents, tmp_path, name):
     assert marks[6:] in ([], [protocol.SYMBOL[Role.ANSWER]])
     found = search.passages(trace.turns[2].data)
     assert {os.path.basename(passage.file) for passage in found} == {name, "good.txt"}
-    heads = [line for line in trace.turns[2].data.split(b"\n") if not line.startswith(b" ")]
-    assert [line[:4] for line in heads] == [b"[%d] " % n for n in range(1, len(found) + 1)]
+    assert passage_texts(trace.turns[2].data) == [passage.data for passage in found]
     for passage in found:
         assert passage.data == epath.Path(passage.file).read_bytes()[passage.start : passage.stop]

@@ -3,8 +3,8 @@
     USER what is the locker of Tamo Reki? END
     CALL search {"query": "what is the locker of Tamo Reki?"} END
     RESULT [1] import re
-     The locker of Tamo Reki is 4711.
-     [2] ... END
+    [1] The locker of Tamo Reki is 4711.
+    [2] ... END
     ANSWER 4711 [1] END
     USER which phone has Bo Kani? END
     ANSWER not in the documents END
@@ -217,7 +217,7 @@ class Rag(ConversationTask):
     @property
     def _max_lines(self) -> int:
         """Line breaks in a passage, at most; passages of more are not in examples."""
-        return self.passage_bytes // 8
+        return self.passage_bytes // 16
 
     def _pool(self, split: str) -> list[bytes]:
         return self._pools[split]

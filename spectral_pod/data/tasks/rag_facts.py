@@ -1,8 +1,11 @@
 """Facts about persons who do not exist, as lines of text, and questions about them.
 
 Values and names are drawn. In training, half of the ways to state a fact and to ask for it are
-drawn too: the noun, the name and the value in any order, between words that mean nothing. A model
-that has seen few ways to ask repeats no question that is asked in another.
+drawn too: the noun and the name in any order, and words that mean nothing anywhere. A model that
+has seen few ways to ask repeats no question that is asked in another.
+
+The value always comes last. A causal model that reads a value before it knows whose it is would
+have to come back to it, which small ones did not learn.
 """
 
 import zlib
@@ -44,7 +47,7 @@ def _relation(
 RELATIONS = (
     _relation(
         "locker", "number",
-        ("{name} has locker {value}.", "Locker {value} belongs to {name}."),
+        ("{name} has locker {value}.", "To {name} belongs locker {value}."),
         ("which locker has {name}?", "find {name}'s locker"),
     ),
     _relation(
@@ -54,18 +57,18 @@ RELATIONS = (
     ),
     _relation(
         "home", "place",
-        ("{name} has a home in {value}.", "{value} is home to {name}."),
+        ("{name} has a home in {value}.", "The home that {name} keeps is in {value}."),
         ("where is {name} at home?", "find {name}'s home"),
     ),
     _relation(
         "office", "place",
-        ("{name} has an office in {value}.", "In {value} {name} runs an office."),
+        ("{name} has an office in {value}.", "{name} runs an office in {value}."),
         ("where is the office of {name}?", "in which place has {name} an office?",
          "find {name}'s office"),
     ),
     _relation(
         "teacher", "name",
-        ("{name} has the teacher {value}.", "{value} is teacher to {name}."),
+        ("{name} has the teacher {value}.", "To {name} the teacher is {value}."),
         ("who is the teacher of {name}?", "which teacher has {name}?", "find {name}'s teacher"),
     ),
 )  # fmt: skip
@@ -138,7 +141,7 @@ def statement(fact: Fact, split: str, rng: np.random.Generator) -> str:
     """A line that states a fact."""
     relation = RELATIONS[fact.relation]
     if split == "train" and rng.random() < 0.5:
-        text = _drawn([relation.noun, fact.name, fact.value], rng)
+        text = _drawn([relation.noun, fact.name], rng, fact.value)
         return text[0].upper() + text[1:] + "." if rng.random() < 0.5 else text
     return _phrased(relation.statements, fact, split, rng)
 
@@ -157,9 +160,9 @@ def longest() -> int:
     return max(drawn, *(len(form.format(name=name, value=name)) for form in forms))
 
 
-def _drawn(parts: list[str], rng: np.random.Generator) -> str:
-    """The parts in any order, with words that mean nothing anywhere between them."""
-    words = [parts[i] for i in rng.permutation(len(parts))]
+def _drawn(parts: list[str], rng: np.random.Generator, *last: str) -> str:
+    """The parts in any order before the last, with words that mean nothing anywhere."""
+    words = [*(parts[i] for i in rng.permutation(len(parts))), *last]
     for _ in range(rng.integers(_WORDS + 1)):
         words.insert(int(rng.integers(len(words) + 1)), random_word(1, _WORD, rng))
     return " ".join(words)
