@@ -29,5 +29,5 @@ def get_config(form: str = "retrieved") -> Config:
     c.model.dtype = "float32"
     c.optimizer.name = "muon"
     c.train.global_batch_size = 8
-    schedule(c, total=2800, every=700, warmup=200)
+    schedule(c, total=4400, every=1100, warmup=200)
     return c
