@@ -319,7 +319,7 @@ def other_line(
 
 
 def _other_than(
-    subjects: Set[Subject], persons: Sequence[str], split: str, rng: np.random.Generator
+    subjects: Set[Subject], persons: list[str], split: str, rng: np.random.Generator
 ) -> Fact:
     """A fact about another subject, in half of all cases about one of these persons."""
     while True:
