@@ -26,7 +26,7 @@ def get_config(form: str = "retrieved") -> Config:
     c.data.options = ConfigDict({"passages": form})
     c.data.seq_len = SEQ_LEN[form]
     small_conversations(c)
-    c.model.dtype = "float32"
+    c.model.dtype = "float32"  # CPUs are faster in float32
     c.optimizer.name = "muon"
     c.train.global_batch_size = 8
     schedule(c, total=4400, every=1100, warmup=200)

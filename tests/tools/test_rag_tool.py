@@ -14,7 +14,7 @@ from spectral_pod.data.tasks.rag import Rag
 from spectral_pod.errors import UserError
 from tests.agent.scripted import Scripted, answer, call, steps
 from tests.agent.test_passages import read
-from tests.data.test_rag_task import asked_by, stating, write_documents
+from tests.data.test_rag_task import asked_by, stating, value_in, write_documents
 from tests.tiny_run import tiny_config, write_run
 from tools import rag as tool
 from tools import rag_evaluation
@@ -79,9 +79,9 @@ def reader(turns):
     if len(turns) == 1:
         return rag.called(asked)
     for number, text in enumerate(read(turns[2].data), 1):
-        for line in stating(text.decode(errors="replace"), *asked_by(asked)):
-            value = re.search(r"(\d+|[A-Z]\w+( [A-Z]\w+)?)\.?$", line)[1]
-            return Turn(Role.ANSWER, passages.citing(value.encode(), number))
+        noun, name = asked_by(asked)
+        for line in stating(text.decode(errors="replace"), noun, name):
+            return Turn(Role.ANSWER, passages.citing(value_in(line, name).encode(), number))
     return Turn(Role.ANSWER, passages.UNKNOWN)
 
 

@@ -4,10 +4,11 @@ Values and names are drawn. In training, half of the ways to state a fact and to
 drawn too: the noun and the name in any order, and words that mean nothing anywhere. A model that
 has seen few ways to ask repeats no question that is asked in another.
 
-The value always comes last. A causal model that reads a value before it knows whose it is would
-have to come back to it, which small ones did not learn.
+The value always comes after the noun and the name: a causal model that reads a value before it
+knows whose it is would have to come back to it, which is harder.
 """
 
+import functools
 import zlib
 from typing import Literal, NamedTuple
 
@@ -151,6 +152,7 @@ def order(value: str, rng: np.random.Generator) -> str:
     return _one_of(ORDERS, rng).format(value=value)
 
 
+@functools.cache
 def longest() -> int:
     """Bytes of the longest line that is placed into a document."""
     name = "x" * LONGEST_NAME
