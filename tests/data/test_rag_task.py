@@ -104,7 +104,7 @@ def test_without_passages(folder):
 
 def test_passages_without_the_fact_look_as_if_they_had_it(folder):
     task, kinds = Rag(unknown=1.0, source=str(folder)), {"person": 0, "relation": 0, "order": 0}
-    for turns in conversations(task, "train"):
+    for turns in conversations(task, "validation"):
         noun, name = asked_by(turns[0].data.decode())
         text = turns[2].data.decode()
         assert not stating(text, noun, name)
@@ -119,6 +119,25 @@ def test_no_question_is_asked_twice(folder):
     for turns in conversations(Rag(source=str(folder)), "train"):
         asked = [asked_by(text) for text, _ in questions_and_answers(turns)]
         assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_passages_of_facts_alone(folder, split):
+    """Half of the conversations of training have them, and ask more questions about them."""
+    numbers = {True: [], False: []}
+    for turns in conversations(Rag(source=str(folder)), split):
+        found = [text.decode() for text in read(turns[2].data)]
+        alone = not any(re.search(r"(?:\b(?:le|la|de|in) ){4}", text) for text in found)
+        lines = list(itertools.chain(*(text.split("\n") for text in found)))
+        if alone:
+            assert all(re.search(r"[A-Z][a-z]+ [A-Z][a-z]+", line) for line in lines)
+            assert all(text.count("\n") in (1, 2) for text in found)
+        numbers[alone].append(len(questions_and_answers(turns)))
+    if split != "train":
+        assert not numbers[True]
+        return
+    assert 120 < len(numbers[True]) < 180
+    assert np.mean(numbers[True]) > 1.7 * np.mean(numbers[False])
 
 
 def test_ways_to_state_a_fact():

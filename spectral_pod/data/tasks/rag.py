@@ -16,7 +16,8 @@ another person and another about the person, and they give orders to the reader 
 Where no passage has the fact the answer is "not in the documents".
 
 Further questions, as many as have room, are about the same passages and need no search: a model
-learns to find the right line from many questions, and the passages are most of what it reads.
+learns to find the right line from many questions, and the passages are most of what it reads. For
+the same reason half of the conversations of training have passages of facts alone.
 
 Tenths of the files and of the persons are only in questions of validation and test; of the ways to
 state a fact and to ask for it, the last is only in those of test.
@@ -48,6 +49,7 @@ _SPLITS = ("train", "validation", "test")
 _POOL_BYTES = 4_000_000  # of documents, for each split
 _MAX_ADDED = 3  # lines that are added to a passage, at most
 _MIN_TEXT = 40  # bytes of a document beside them, at least
+_FACTS_ALONE = 0.5  # of the conversations of training
 
 
 class Line(NamedTuple):
@@ -77,7 +79,7 @@ class Rag(ConversationTask):
     """Questions with answers from passages."""
 
     name = "rag"
-    version = 4
+    version = 5
 
     # What the model reads: what a search would find; the passage with the fact alone, or one
     # without it; or nothing, and every question is answered at once. The latter two are to compare
@@ -126,14 +128,15 @@ class Rag(ConversationTask):
         asked = _asked(fact, split, rng)
         if self.passages == "none":
             return [_user(asked), Turn(Role.ANSWER, UNKNOWN if is_unknown else fact.value.encode())]
-        lines = self._lines(fact, is_unknown, split, rng)
+        alone = split == "train" and rng.random() < _FACTS_ALONE
+        lines = self._lines(fact, is_unknown, alone, split, rng)
         stated = {
             line.fact.subject: (line.fact, number)
             for number, added in enumerate(lines, 1)
             for line in added
             if line.fact
         }
-        texts = [self._placed([line.text for line in added], split, rng) for added in lines]
+        texts = [self._passage([line.text for line in added], alone, split, rng) for added in lines]
         number = None if is_unknown else stated[fact.subject][1]
         turns = [
             _user(asked),
@@ -145,23 +148,26 @@ class Rag(ConversationTask):
         return turns + self._further(fact, stated, room, split, rng)
 
     def _lines(
-        self, fact: Fact, is_unknown: bool, split: str, rng: np.random.Generator
+        self, fact: Fact, is_unknown: bool, alone: bool, split: str, rng: np.random.Generator
     ) -> list[list[Line]]:
-        """What is added to each of the passages: the fact, unless it is unknown, and others."""
+        """What is added to each of the passages: the fact, unless it is unknown, and other lines.
+
+        They are facts, as many as have room, if there is nothing else in the passages (`alone`).
+        """
         count = 1 if self.passages == "oracle" else self.num_passages
         lines: list[list[Line]] = [[] for _ in range(count)]
         if not is_unknown:
             lines[rng.integers(count)].append(Line(rag_facts.statement(fact, split, rng), fact))
         subjects = {fact.subject}
         for added in lines:
-            wanted = rng.integers(_MAX_ADDED + 1)
+            wanted = _MAX_ADDED if alone else rng.integers(_MAX_ADDED + 1)
             while len(added) < wanted and self._room(added) >= rag_facts.longest() + 1:
                 line = other_line(fact, split, rng)
-                if line.fact and line.fact.subject in subjects:
-                    continue
-                if line.fact:
+                if line.fact and line.fact.subject not in subjects:
                     subjects.add(line.fact.subject)
-                added.append(line)
+                    added.append(line)
+                elif not line.fact and not alone:
+                    added.append(line)
         return lines
 
     def _further(
@@ -203,8 +209,12 @@ class Rag(ConversationTask):
         """Bytes of a passage that these lines leave, besides some of its document."""
         return self.passage_bytes - _MIN_TEXT - sum(len(line.text) + 1 for line in added)
 
-    def _placed(self, lines: Sequence[str], split: str, rng: np.random.Generator) -> bytes:
-        """A passage of a document with lines added to it, which take the place of its end."""
+    def _passage(
+        self, lines: Sequence[str], alone: bool, split: str, rng: np.random.Generator
+    ) -> bytes:
+        """These lines alone, or in a passage of a document, in place of its end."""
+        if alone:
+            return "\n".join(lines[i] for i in rng.permutation(len(lines))).encode()
         room = self.passage_bytes - sum(len(line) + 1 for line in lines)
         text = self._pool(split)[rng.integers(len(self._pool(split)))]
         kept = next(passages.cut([text], room))[1].split(b"\n")
