@@ -11,7 +11,7 @@ from tools.site.fields import cell, rows_of
 
 def page() -> str:
     """Exit codes, the classes of errors, and the cures of errors that disks and limits cause."""
-    table = re.findall(r"^ {4}(\d+) +(.*)$", errors.__doc__ or "", re.MULTILINE)
+    table = re.findall(r"^ {4}(\d+) +(.*?)(?:  +(.*))?$", errors.__doc__ or "", re.MULTILINE)
     classes = [
         kind
         for kind in vars(errors).values()
@@ -31,9 +31,13 @@ def page() -> str:
             "wrong, and what to do`. [Messages and cures](../howto/messages.md) has those that are "
             "met most; those of Cloud TPU are in [its page](../pods.md#what-the-messages-mean).",
             "## Exit codes",
-            rows_of(("code", "meaning"), [(f"`{code}`", cell(text)) for code, text in table]),
+            rows_of(
+                ("code", "meaning", "what to do"),
+                [(f"`{code}`", cell(text), cell(cure)) for code, text, cure in table],
+            ),
             "`launch/supervise.sh COMMAND` restarts a command where that helps. The tools end with "
-            "the same codes, and with 141 where the reader of their output has left.",
+            "the same codes, and with 141 where the reader of their output has left; those of "
+            "`preflight` and `sanity` say what was found (`--help`).",
             "## Classes",
             rows_of(
                 ("class", "code", "meaning"),
