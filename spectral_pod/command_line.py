@@ -34,7 +34,7 @@ class TrainerFlags:
 
 class _Minutes(flags.ArgumentParser):
     def parse(self, argument: str) -> float:
-        return fields.parse(fields.PositiveFloat, argument, "--stop_after_minutes")
+        return fields.parse(fields.PositiveTime, argument, "--stop_after_minutes")
 
 
 def trainer_flags(values: flags.FlagValues = flags.FLAGS) -> TrainerFlags:

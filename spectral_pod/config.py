@@ -17,6 +17,7 @@ from spectral_pod.fields import (
     Fraction,
     NonNegative,
     NonNegativeFloat,
+    NonNegativeTime,
     Positive,
     Share,
     types_of,
@@ -116,7 +117,7 @@ class TrainConfig:
     # The run ends as stalled after this many times the median time between steps without progress,
     # and at least `stall_seconds`; 0 disables the check.
     stall_factor: NonNegativeFloat = 20.0
-    stall_seconds: NonNegativeFloat = 600.0
+    stall_seconds: NonNegativeTime = 600.0
     # First and last step of a trace for XProf; () is none. `touch WORKDIR/PROFILE` requests others.
     profile_steps: tuple[int, ...] = ()
     # Steps between probes of the layers (`train/probes.py`), metrics `probes/` and pictures: gates,
@@ -130,7 +131,7 @@ class TrainConfig:
 class CheckpointConfig:
     every_steps: Positive = 500  # steps between checkpoints
     keep_latest: Positive = 2  # newest checkpoints that are kept
-    preemption_seconds: NonNegativeFloat = 25.0  # a process exits at most this long after SIGTERM
+    preemption_seconds: NonNegativeTime = 25.0  # a process exits at most this long after SIGTERM
     keep_best: NonNegative = 1  # best ones kept: by validation accuracy, language models by loss
 
 

@@ -42,6 +42,10 @@ Positive = Annotated[int, Bound(1, _INF, "at least 1"), _SMALL]
 NonNegative = Annotated[int, Bound(0, _INF, "0 or more"), _SMALL]
 PositiveFloat = Annotated[float, Bound(math.nextafter(0, 1), _INF, "above 0")]
 NonNegativeFloat = Annotated[float, Bound(0, _INF, "0 or more")]
+# Of waits, which the system counts in 64 bits of nanoseconds. 1e9 s are 31 years.
+_WAITED = Bound(-_INF, 1e9, "below 1e9")
+PositiveTime = Annotated[float, Bound(math.nextafter(0, 1), _INF, "above 0"), _WAITED]
+NonNegativeTime = Annotated[float, Bound(0, _INF, "0 or more"), _WAITED]
 Fraction = Annotated[float, Bound(0, 1, "in [0, 1)")]
 Share = Annotated[float, Bound(math.nextafter(0, 1), math.nextafter(1, 2), "above 0, up to 1")]
 Probability = Annotated[float, Bound(0, math.nextafter(1, 2), "in [0, 1]")]

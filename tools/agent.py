@@ -5,16 +5,19 @@
     python -m tools.agent --workdir=DIR --batch=tasks.jsonl --out=traces.jsonl > answers.jsonl
     ... --tools=calculator,python --functions=mine.py --sandbox=rlimits
 
-Turns go to stdout as they end, one after the other; of each line {"task": ...} of --batch, all in
-one batch, a line {"task": ..., "answer": ..., "end": ...} at the end. --out has the transcripts.
-The model must have been trained on conversations (docs/agents.md).
+Turns go to stdout as they end, as `role: text` with further lines indented; of each line
+{"task": ...} of --batch, all in one batch, a line {"task": ..., "answer": ..., "end": ...} at the
+end. --out has the transcripts, also of what was interrupted. The model must have been trained on
+conversations (docs/agents.md).
 
 Python runs in a sandbox. Without bubblewrap there is none that hides your files, and the tool says
 so and ends; --sandbox=rlimits is for code that you would run yourself. Tools are also the functions
-of a file of yours, --functions, whose parameters must be annotated; they run in this process.
+of a file of yours, --functions, whose parameters must be annotated; they run in this process, and
+what they print goes to stderr.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -28,8 +31,9 @@ from spectral_pod.agent import sandbox, traces
 from spectral_pod.agent.loop import Agent, Limits
 from spectral_pod.agent.protocol import Turn
 from spectral_pod.agent.tools import Tools, calculator
-from spectral_pod.errors import ConfigError, DataError, UserError
-from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability
+from spectral_pod.agent.traces import Trace
+from spectral_pod.errors import ConfigError, UserError
+from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, PositiveTime, Probability
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.parallel import runtime
 
@@ -51,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
     add_sandbox(parser)
     parser.add_value("--calls", NonNegative, 16, "of tools for a question, at most (16)")
     parser.add_value("--bytes", Positive, 8192, "of a transcript, at most (8192)")
-    parser.add_value("--seconds", PositiveFloat, 300.0, "for a question, at most (300)")
-    parser.add_value("--tool_seconds", PositiveFloat, 10.0, "for a call, at most (10)")
+    parser.add_value("--seconds", PositiveTime, 300.0, "for a question, at most (300)")
+    parser.add_value("--tool_seconds", PositiveTime, 10.0, "for a call, at most (10)")
     parser.add_value("--tool_bytes", Positive, 2000, "of a result, at most (2000)")
     parser.add_value("--temperature", NonNegativeFloat, 0.0, "0 takes the likeliest byte (0)")
     parser.add_value("--top_k", NonNegative, 0, "sample from the k likeliest bytes; 0: all (0)")
@@ -82,58 +86,65 @@ def run(arguments: argparse.Namespace) -> None:
         sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
         seed=arguments.seed,
         limits=Limits(arguments.calls, arguments.bytes, arguments.seconds),
-        listener=(lambda index, turn: None) if arguments.batch else _print,
     )
-    out = open(arguments.out, "w", encoding="utf-8") if arguments.out else None  # noqa: SIM115
-    try:
-        converse(agent, tasks, arguments, out)
-    finally:
-        if out:
-            out.close()
+    converse(agent, tasks, arguments)
 
 
-def converse(
-    agent: Agent, tasks: list[bytes], arguments: argparse.Namespace, out: IO[str] | None
-) -> None:
-    """Has the conversations that the flags ask for, and writes them to `out`.
+def converse(agent: Agent, tasks: list[bytes], arguments: argparse.Namespace) -> None:
+    """Has the conversations that the flags ask for.
 
     Raises:
-      UserError: the only task was not answered.
+      UserError: a question was not answered.
     """
-    if arguments.interactive:
-        chat(agent, sys.stdin.buffer, out)
-        return
-    found = agent.run(tasks)
-    if out:
-        out.writelines(map(traces.to_line, found))
-    if arguments.batch:
-        for task, trace in zip(tasks, found):
-            answer = None if trace.answer is None else trace.answer.decode(errors="replace")
-            line = {"task": task.decode(), "answer": answer, "end": trace.end}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
-        answered = sum(trace.end == "answered" for trace in found)
-        shell.say(f"{answered} of {len(found)} tasks answered")
-    elif found[0].end != "answered":
-        raise UserError(f"there is no answer: {found[0].note}")
+    stdout, heard = sys.stdout.buffer, dict[int, list[Turn]]()
 
+    def listen(index: int, turn: Turn) -> None:
+        heard.setdefault(index, []).append(turn)
+        if not arguments.batch:
+            _print(turn, stdout)
 
-def chat(agent: Agent, lines: IO[bytes], out: IO[str] | None) -> None:
-    """A conversation with a question a line, until they end or it does; also when interrupted, it
-    is written to `out`.
-    """
-    talk, trace = agent.chat(), None
+    agent.listener, found = listen, list[Trace]()
     try:
-        while trace is None or trace.end == "answered":
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-            question = lines.readline()
-            if not question:
-                return
-            trace = talk.ask(question.rstrip(b"\r\n"))
-        shell.say(f"There is no answer, and the conversation is over: {trace.note}")
-    finally:
-        if out and trace:
-            out.write(traces.to_line(trace))
+        # What a tool of --functions prints is neither a turn nor an answer.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = chat(agent, sys.stdin.buffer) if arguments.interactive else agent.run(tasks)
+    finally:  # also when interrupted
+        if arguments.out:
+            found = found or [Trace(tuple(turns)) for _, turns in sorted(heard.items())]
+            shell.write(arguments.out, "".join(map(traces.to_line, found)))
+    if arguments.batch:
+        _print_answers(tasks, found, stdout)
+    elif found and found[0].end != "answered":
+        more = "; --bytes allows more" if _may_have_more(agent, found[0], arguments.bytes) else ""
+        raise UserError(f"there is no answer: {found[0].note}{more}")
+
+
+def _may_have_more(agent: Agent, trace: Trace, asked: int) -> bool:
+    return trace.end == "bytes" and agent.limits.bytes == asked  # not the model's own limit
+
+
+def _print_answers(tasks: list[bytes], found: list[Trace], stdout: IO[bytes]) -> None:
+    """A line of JSON for each task."""
+    for task, trace in zip(tasks, found):
+        answer = None if trace.answer is None else trace.answer.decode(errors="replace")
+        line = {"task": task.decode(), "answer": answer, "end": trace.end}
+        stdout.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+    stdout.flush()
+    answered = sum(trace.end == "answered" for trace in found)
+    shell.say(f"{answered} of {len(found)} tasks answered")
+
+
+def chat(agent: Agent, lines: IO[bytes]) -> list[Trace]:
+    """A conversation with a question a line, until they end or it does; none without a question."""
+    talk, trace = agent.chat(), None
+    while trace is None or trace.end == "answered":
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        question = lines.readline()
+        if not question:
+            break
+        trace = talk.ask(question.rstrip(b"\r\n"))
+    return [trace] if trace else []
 
 
 def tools_of(arguments: argparse.Namespace) -> Tools:
@@ -153,7 +164,10 @@ def tools_of(arguments: argparse.Namespace) -> Tools:
         tools.add(python_of(arguments.sandbox, seconds))
     if arguments.functions:
         for function in functions_of(arguments.functions):
-            tools.add(function)
+            try:
+                tools.add(function)
+            except ConfigError as error:
+                raise ConfigError(f"--functions: {arguments.functions}: {error}") from error
     return tools
 
 
@@ -181,9 +195,10 @@ def functions_of(file: str) -> Iterator[Callable[..., Any]]:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--functions is {file!r}; it must be a file of Python, NAME.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there for what annotations name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"--functions: {file} fails: {type(error).__name__}: {error}") from error
     found = [
         value
@@ -192,7 +207,7 @@ def functions_of(file: str) -> Iterator[Callable[..., Any]]:
     ]
     if not found:
         raise ConfigError(f"--functions: {file} defines no functions")
-    yield from found
+    yield from dict.fromkeys(found)  # one may have two names
 
 
 def read_tasks(task: str | None, batch: str | None, *, interactive: bool) -> list[bytes]:
@@ -204,24 +219,15 @@ def read_tasks(task: str | None, batch: str | None, *, interactive: bool) -> lis
     """
     if [task is not None, batch is not None, interactive].count(True) != 1:
         raise ConfigError("give one of --task=TEXT, --batch=FILE and --interactive")
-    if batch is None:
-        return [] if task is None else [os.fsencode(task)]
-    tasks = []
-    with open(batch, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                tasks.append(json.loads(line)["task"].encode())
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise DataError(f'{batch}:{number} is not {{"task": TEXT}}') from error
-    if not tasks:
-        raise DataError(f"{batch} holds no tasks")
-    return tasks
+    if batch is not None:
+        return shell.read_texts(batch, "task")
+    return [] if task is None else [os.fsencode(task)]
 
 
-def _print(index: int, turn: Turn) -> None:
-    """A turn as `role: text`."""
-    sys.stdout.buffer.write(f"{turn.role.value}: {shell.printable(turn.data)}\n".encode())
-    sys.stdout.buffer.flush()
+def _print(turn: Turn, stdout: IO[bytes]) -> None:
+    """A turn as `role: text`, whose further lines are indented."""
+    stdout.write(f"{turn.role.value}: {shell.indented(turn.data)}\n".encode())
+    stdout.flush()
 
 
 if __name__ == "__main__":

@@ -76,8 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     seed = trained.config.seed if arguments.seed is None else arguments.seed
     asked = ask(trained, arguments, seed)
     if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as out:
-            out.writelines(traces.to_line(one.trace) for one in asked)
+        shell.write(arguments.out, "".join(traces.to_line(one.trace) for one in asked))
     task = agent_questions.task_of(trained, arguments.digits)
     facts = {"workdir": arguments.workdir, "step": trained.step, "split": _SPLIT, "seed": seed}
     facts |= {"digits": task.digits, "tool": task.tool, "failing": arguments.failing}

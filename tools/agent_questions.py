@@ -14,6 +14,8 @@ from spectral_pod.data import tasks
 from spectral_pod.data.drawn import generator
 from spectral_pod.data.tasks.agent import FAILURES, AgentTask
 from spectral_pod.data.tasks.agent_kinds import Question
+from spectral_pod.data.tasks.agent_traces import AgentTraces
+from spectral_pod.errors import ConfigError
 from spectral_pod.generate.restore import Trained
 from spectral_pod.generate.sampling import Sampling
 
@@ -21,7 +23,7 @@ from . import agent
 
 _CALLS = 8  # of tools in a conversation, at most
 # For a batch, and for code: what is found is not to depend on the machine.
-_SECONDS, _CODE_SECONDS = 1e9, 600.0
+_SECONDS, _CODE_SECONDS = 1e8, 600.0
 
 
 def task_of(trained: Trained, digits: int | None) -> AgentTask:
@@ -31,8 +33,16 @@ def task_of(trained: Trained, digits: int | None) -> AgentTask:
 
     Args:
       digits: of a number, at most, in place of the task's own.
+
+    Raises:
+      ConfigError: the run was trained on another task.
     """
     data = trained.config.data
+    if data.task not in (AgentTask.name, AgentTraces.name):
+        raise ConfigError(
+            f"the run was trained on {data.task!r}; these questions are for runs of the tasks "
+            f"{AgentTask.name!r} and {AgentTraces.name!r} (configs/agent.py)"
+        )
     task = tasks.make(data.task, data.options)
     asked = task if isinstance(task, AgentTask) else AgentTask()
     return dataclasses.replace(asked, digits=digits) if digits else asked

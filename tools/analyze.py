@@ -106,8 +106,7 @@ def analyze(arguments: argparse.Namespace) -> None:
             report["removed_bands"] = removed_bands(trained, analyzer.filters(), sources, split)
             print(removed_table(report["removed_bands"]))
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            file.write(json.dumps(report, indent=1) + "\n")
+        shell.write(arguments.json, json.dumps(report, indent=1) + "\n")
     if arguments.plot:
         analyzer_plot.plot(report, analyzer.filters(), arguments.plot)
 

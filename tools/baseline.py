@@ -193,8 +193,7 @@ def measure(arguments: argparse.Namespace) -> None:
             "records": records,
             "baselines": [dataclasses.asdict(line) for line in lines],
         }
-        with open(arguments.json, "w") as file:
-            file.write(json.dumps(data, indent=1) + "\n")
+        shell.write(arguments.json, json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from spectral_pod.errors import ConfigError, DataError
+from spectral_pod.errors import ConfigError
 from spectral_pod.fields import NonNegative, NonNegativeFloat, Positive, Probability
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.sampling import Sampling
@@ -102,21 +102,7 @@ def read_prompts(prompt: str | None, batch: str | None, *, stream: bool) -> list
         return [os.fsencode(prompt)]
     if stream:
         raise ConfigError("--stream prints one text as it comes; it cannot go with --batch")
-    prompts = []
-    with open(batch or "", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = json.loads(line)["prompt"].encode()
-            except (ValueError, TypeError, KeyError, AttributeError):
-                text = b""
-            if not text:
-                raise DataError(
-                    f'{batch}:{number} is not {{"prompt": TEXT}} with at least one byte of text'
-                )
-            prompts.append(text)
-    if not prompts:
-        raise DataError(f"{batch} holds no prompts")
-    return prompts
+    return shell.read_texts(batch or "", "prompt")
 
 
 def _stream(rows: Iterator[Sequence[bytes]]) -> int:

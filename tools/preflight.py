@@ -80,8 +80,7 @@ def preflight(arguments: argparse.Namespace) -> int:
         (arguments.hlo, compiled["train"].text),
     ):
         if path:
-            with open(path, "w") as file:
-                file.write(text)
+            shell.write(path, text)
     print(report.text)
     if not report.data["fits"]:
         return TOO_BIG

@@ -7,10 +7,10 @@
 
 `index` cuts text files into passages and writes an index for BM25, on disk or gs://. Files that are
 no text are left out, and stderr names them. `search` prints the passages that fit a question, each
-with its score, file and range of bytes. `ask` lets the model of a run search and answer: stdout has
-the answer, and a line FILE:START-STOP, the passage in which the answer stands as it is: bytes START
-to STOP - 1 of the file. An answer for which that is not so is an error, exit code 2. "not in the
-documents" is an answer, and has no passage.
+with its score, file and range of bytes, and its text, indented. `ask` lets the model of a run
+search and answer: stdout has the answer, and a line FILE:START-STOP, the passage in which the
+answer stands as it is: bytes START to STOP - 1 of the file. An answer for which that is not so is
+an error, exit code 2. "not in the documents" is an answer, and has no passage.
 
 `evaluate` measures a run of the task rag (configs/rag.py): it places generated facts of the test
 split into real documents, indexes them, and asks. Its columns are shares of questions: `found`,
@@ -49,15 +49,18 @@ def index(arguments: argparse.Namespace) -> None:
     storage.check_access(arguments.out, write=True)
     made = retrieval.build(arguments.source, arguments.out, passage_bytes=arguments.passage_bytes)
     for file in made.facts["left_out"]:
-        shell.say(f"left out: {shell.printable(file['name'].encode())}: {file['reason']}")
+        shell.say(f"left out: {shell.in_line(file['name'])}: {file['reason']}")
     count = len(made.facts["files"])
     shell.say(f"{len(made):,} passages of {count:,} files indexed in {arguments.out}")
 
 
 def search(arguments: argparse.Namespace) -> None:
-    for passage, score in _open(arguments.index).find(arguments.question, arguments.passages):
-        print(f"{score:.3f} {shell.printable(passage.place.encode())}")
-        print(shell.printable(passage.data))
+    found = _open(arguments.index).find(arguments.question, arguments.passages)
+    for passage, score in found:
+        print(f"{score:.3f} {shell.in_line(passage.place)}")
+        print(f"    {shell.indented(passage.data)}")
+    if not found:
+        shell.say("nothing found: no passage has a word of the question")
 
 
 def ask(arguments: argparse.Namespace) -> None:
@@ -80,9 +83,9 @@ def say_answer(agent: Agent, tool: retrieval.Search, question: bytes) -> None:
       UserError: see `retrieval.answer`.
     """
     found = retrieval.answer(agent.run([question])[0], tool)
-    print(shell.printable(found.text))
+    print(shell.in_line(found.text))
     if found.passage:
-        print(shell.printable(found.passage.place.encode()))
+        print(shell.in_line(found.passage.place))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -110,8 +113,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         agent, task, count=arguments.questions, seed=arguments.seed, batch=arguments.batch
     )
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.write(json.dumps(rag_evaluation.report(rows), indent=1) + "\n")
+        shell.write(arguments.json, json.dumps(rag_evaluation.report(rows), indent=1) + "\n")
     print(rag_evaluation.table(rows), end="")
 
 

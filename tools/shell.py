@@ -15,13 +15,16 @@ import argparse
 import contextlib
 import difflib
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from etils import epath
+
 from spectral_pod import errors, fields, storage
-from spectral_pod.errors import ConfigError, UserError
+from spectral_pod.errors import ConfigError, DataError, UserError
 
 # Some tools must start fast: neither JAX nor what imports it is imported here.
 
@@ -48,7 +51,9 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, texts)  # type: ignore[misc]
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
-        if action.type is None and not _is_unicode(text):
+        # A command is given all that follows it, which its own parser checks.
+        is_command = isinstance(action, argparse._SubParsersAction)
+        if action.type is None and not is_command and not _is_unicode(text):
             name = "/".join(action.option_strings) or action.dest
             raise ConfigError(f"{name} is {text!r}; it must be text in UTF-8")
         return super()._get_value(action, text)  # type: ignore[misc]
@@ -76,18 +81,22 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, type=parse, **options)
 
     def add_output(self, flag: str, help: str, *, required: bool = False) -> None:
-        """Adds a flag that names a local file to write, which is tried before the tool's work."""
+        """Adds a flag that names a local file, for `write`.
+
+        Whether it can be written is tried before the tool's work; it must not be what another flag
+        names.
+        """
 
         def parse(text: str) -> str:
             file = storage.place(text, flag, local=True)
-            folder = os.path.dirname(file) or "."
+            folder = os.path.dirname(os.path.realpath(file))
             if not os.path.isdir(folder):
                 raise ConfigError(f"{flag} is {text!r}, and there is no folder {folder!r}")
             if os.path.isdir(file):
                 raise ConfigError(f"{flag} is {text!r}, which is a folder; name a file in it")
-            if not os.access(file if os.path.exists(file) else folder, os.W_OK):
+            if not os.access(file if _is_special(file) else folder, os.W_OK):
                 raise ConfigError(f"{flag} is {text!r}, which you may not write")
-            return file
+            return _Output(file)
 
         self.add_argument(flag, type=parse, metavar="FILE", help=help, required=required)
 
@@ -149,24 +158,94 @@ def run(
 
 def say(line: str) -> None:
     """Prints one line on stderr, in one piece: threads report there as well."""
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"{printable(line)}\n")
     sys.stderr.flush()
 
 
-def printable(data: bytes) -> str:
+def printable(text: str | bytes) -> str:
     """Text of others; what is not printable in it is escaped, as it may be a command to the
     terminal.
     """
-    text = data.decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    decoded = text if isinstance(text, str) else text.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in decoded)
+
+
+def in_line(text: str | bytes) -> str:
+    """The same as one line."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def indented(text: str | bytes) -> str:
+    """The same with every line but the first indented, so that none is taken for one of ours."""
+    return printable(text).replace("\n", "\n    ")
+
+
+def write(file: str, text: str) -> None:
+    """Writes the file of a flag of `Parser.add_output`: whole, or what was there stays.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    if _is_special(file):
+        with errors.naming(file), open(file, "w", encoding="utf-8") as out:
+            out.write(text)
+    else:
+        storage.write_whole(epath.Path(os.path.realpath(file)), text)
+
+
+def read_texts(file: str, field: str) -> list[bytes]:
+    """The texts of a file of lines {FIELD: TEXT}; empty lines do not count.
+
+    Raises:
+      DataError: a line is something else, or there are none.
+    """
+    texts = []
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[field].encode()
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                text = b""
+            if not text:
+                raise DataError(
+                    f'{file}:{number} is not {{"{field}": TEXT}} with at least one byte of text'
+                )
+            texts.append(text)
+    if not texts:
+        raise DataError(f'{file} holds no lines {{"{field}": TEXT}}')
+    return texts
+
+
+class _Output(str):
+    """The name of a file to write."""
+
+
+def _is_special(file: str) -> bool:
+    """Whether it is a device or a pipe, in whose place no other file can be put."""
+    return os.path.exists(file) and not os.path.isfile(file)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    names = {name: value for name, value in vars(arguments).items() if isinstance(value, str)}
+    for name, file in names.items():
+        if not isinstance(file, _Output) or not os.path.isfile(file):
+            continue
+        for other, value in names.items():
+            if other != name and os.path.exists(value) and os.path.samefile(value, file):
+                raise ConfigError(f"--{name} is {file!r}, as is {other}; name another file")
 
 
 def _ready_streams() -> None:
-    """Makes stdout and stderr take any text, and discard it where the tool was started without."""
-    for name in ("stdout", "stderr"):
+    """Makes stdout and stderr take any text, and discard it where the tool was started without;
+    then stdin is empty.
+    """
+    for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="backslashreplace")
 
@@ -181,6 +260,7 @@ def _leave_pipes() -> None:
 
 def _parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
+    _check_outputs(arguments)
     if getattr(arguments, "config", None) is not None:
         arguments.config_flags = [f"--config={arguments.config}", *rest]
         arguments.config, rest = _load_config(arguments.config_flags)

@@ -35,8 +35,7 @@ def convert(arguments: argparse.Namespace) -> None:
             left_out += 1
     if not lines:
         raise DataError(f"{arguments.log} has no conversation that can be converted")
-    with open(arguments.out, "w", encoding="utf-8") as out:
-        out.writelines(lines)
+    shell.write(arguments.out, "".join(lines))
     shell.say(f"{len(lines)} conversations written to {arguments.out}; {left_out} left out")
 
 

@@ -123,9 +123,7 @@ def tune(arguments: argparse.Namespace) -> None:
             "device": jax.devices()[0].device_kind, "jax": jax.__version__,
             "config": arguments.config_flags, "flags": flags, "rows": rows,
         }  # fmt: skip
-        with open(arguments.output, "w") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
+        shell.write(arguments.output, json.dumps(report, indent=1) + "\n")
 
 
 def called(config: Config) -> list[Call]:

@@ -31,7 +31,7 @@ from spectral_pod.agent.tools import Tools
 from spectral_pod.agent.traces import Trace
 from spectral_pod.agent.writer import GREEDY, ModelWriter, Stream, Writer
 from spectral_pod.errors import ConfigError
-from spectral_pod.fields import NonNegative, Positive, PositiveFloat
+from spectral_pod.fields import NonNegative, Positive, PositiveTime
 from spectral_pod.generate.restore import restore_for_inference
 from spectral_pod.generate.sampling import Sampling
 from spectral_pod.shapes import END
@@ -54,7 +54,7 @@ class Limits:
 
     calls: NonNegative = 16
     bytes: Positive = 8192
-    seconds: PositiveFloat = 300.0
+    seconds: PositiveTime = 300.0
 
     def __post_init__(self) -> None:
         fields.check_all(self)

@@ -29,7 +29,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from spectral_pod import fields, project_files, storage
+from spectral_pod import fields, lease, project_files, storage
 from spectral_pod.agent import passages
 from spectral_pod.agent.passages import NUM_PASSAGES, PASSAGE_BYTES, UNKNOWN, Passage
 from spectral_pod.agent.protocol import Role
@@ -71,12 +71,12 @@ def build(source: str, out: str, *, passage_bytes: int = PASSAGE_BYTES) -> "Inde
     Raises:
       ConfigError: bm25s is not installed, or `passage_bytes` is too small.
       DataError: `out` holds an index, or there is nothing to index.
+      InUseError: another process is writing there.
     """
     library = _bm25s()
     fields.check(PassageBytes, passage_bytes, "passage_bytes")
     folder = epath.Path(out)
-    if (folder / _INDEX).exists():
-        raise DataError(f"{out} holds an index; delete it, or name another folder")
+    _check_is_free(folder)
     found = _Passages(passage_bytes)
     files = formats.files(source)
     sizes = [formats.size_and_time(file)[0] for file in files]
@@ -87,8 +87,6 @@ def build(source: str, out: str, *, passage_bytes: int = PASSAGE_BYTES) -> "Inde
     if not found.starts:
         raise DataError(f"{source} holds no words" + "".join(map(_reason, found.left_out[:1])))
     arrays = safetensors.numpy.save(found.arrays(library))
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_whole(folder / _PASSAGES, arrays)
     facts = {
         "format": FORMAT,
         "source": source,
@@ -98,8 +96,16 @@ def build(source: str, out: str, *, passage_bytes: int = PASSAGE_BYTES) -> "Inde
         "passages": len(found.starts),
         "sha256": hashlib.sha256(arrays).hexdigest(),
     }
-    project_files.PASSAGES.write(folder / _INDEX, facts)
+    with lease.Lease(f"{out}/lease.json", f"the index {out}"):
+        _check_is_free(folder)
+        storage.write_whole(folder / _PASSAGES, arrays)
+        project_files.PASSAGES.write(folder / _INDEX, facts)
     return Index(out)
+
+
+def _check_is_free(folder: Any) -> None:
+    if (folder / _INDEX).exists():
+        raise DataError(f"{folder} holds an index; delete it, or name another folder")
 
 
 class _Passages:
@@ -177,7 +183,7 @@ def _fault(file: str, head: bytes) -> str:
         file.encode()
     except UnicodeEncodeError:
         return "its name is not UTF-8; rename it"
-    return text.packed(head) or text.wide(head)
+    return text.packed(head, by_suffix=False) or text.wide(head)
 
 
 def _reason(left_out: dict[str, str]) -> str:
@@ -312,22 +318,25 @@ class Search:
 
     Attributes:
       index: what is searched.
-      fault: why a search failed, such as a file that has changed; to the model it is a result.
     """
 
     def __init__(self, index: Index, count: int = NUM_PASSAGES):
         """`count` is of the passages that a search gives, at most."""
         self.index, self._count = index, count
-        self.fault: UserError | None = None
         self._found: dict[bytes, list[Passage]] = {}
+        self._faults: dict[bytes, UserError] = {}
 
     def search(self, query: str) -> bytes:
-        """The passages of the documents that have the words of a query."""
+        """The passages of the documents that have the words of a query.
+
+        A search that fails, as a file has changed, is a result as well.
+        """
         try:
             found = self.index.find(query, self._count)
         except UserError as error:
-            self.fault = error
-            raise
+            result = f"error: {error}".encode(errors="replace")
+            self._faults[result] = error
+            return result
         return self.remember([one.passage for one in found])
 
     def remember(self, found: list[Passage]) -> bytes:
@@ -343,6 +352,10 @@ class Search:
     def passages(self, result: bytes) -> list[Passage]:
         """Those in a result of this tool."""
         return self._found.get(result, [])
+
+    def fault(self, result: bytes) -> UserError | None:
+        """Why the search with this result failed, if it did."""
+        return self._faults.get(result)
 
 
 class Answer(NamedTuple):
@@ -364,13 +377,17 @@ def cited(trace: Trace, search: Search) -> Answer:
       UserError: there is no answer.
     """
     if trace.answer is None:
-        raise UserError(f"there is no answer: {trace.note}")
+        cure = "; ask for fewer passages, or index shorter ones" if trace.end == "bytes" else ""
+        raise UserError(f"there is no answer: {trace.note}{cure}")
     said, number = passages.cited(trace.answer)
-    results = [turn.data for turn in trace.turns if turn.role == Role.RESULT]
-    found = search.passages(results[-1]) if results else []
+    found = search.passages(_last_result(trace))
     if number is None or not 1 <= number <= len(found):
         return Answer(trace.answer, None)
     return Answer(said, found[number - 1])
+
+
+def _last_result(trace: Trace) -> bytes:
+    return next((turn.data for turn in reversed(trace.turns) if turn.role == Role.RESULT), b"")
 
 
 def answer(trace: Trace, search: Search) -> Answer:
@@ -380,8 +397,8 @@ def answer(trace: Trace, search: Search) -> Answer:
     Raises:
       UserError: there is no answer, or none such; or a search failed.
     """
-    if search.fault:
-        raise search.fault
+    if fault := search.fault(_last_result(trace)):
+        raise fault
     found = cited(trace, search)
     if found.is_unknown or (found.passage and found.text and found.text in found.passage.data):
         return found

@@ -32,7 +32,7 @@ from typing import IO, Literal, NamedTuple
 from spectral_pod import fields
 from spectral_pod.agent import confined
 from spectral_pod.errors import UserError
-from spectral_pod.fields import Positive, PositiveFloat
+from spectral_pod.fields import Positive, PositiveTime
 
 MODES = ("bubblewrap", "rlimits")
 UNPROTECTED = (
@@ -64,7 +64,7 @@ class Limits:
       ConfigError: a value is out of its range.
     """
 
-    seconds: PositiveFloat = 5.0
+    seconds: PositiveTime = 5.0
     memory_mb: Positive = 512
     output_bytes: Positive = 100_000
     file_mb: Positive = 16
@@ -100,7 +100,11 @@ class Sandbox:
         fields.one_of("sandbox", mode, MODES)
         self.mode, self.limits = mode, limits or Limits()
         self._bwrap = _bubblewrap() if mode == "bubblewrap" else ""
-        status, output, _ = self._run(b"print('ready')")
+        status, output, stopped = self._run(b"print('ready')")
+        if stopped:
+            raise SandboxError(
+                f"the sandbox {mode!r} has no time to start: {stopped}; give it more"
+            )
         if status != 0 or output != b"ready\n":
             advice = "" if mode == "rlimits" else f"; {_INSTEAD}"
             said = " ".join(output.decode(errors="replace").split()) or f"exit code {status}"

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, NotRequired, TypeVar, get_type_hints
 import pydantic
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from spectral_pod import fields
 from spectral_pod.agent.calculator import calculate
 from spectral_pod.errors import ConfigError
 
@@ -63,6 +64,7 @@ class Tools:
     def __init__(
         self, *functions: Callable[..., Any], seconds: float = 10.0, output_bytes: int = 2000
     ):
+        fields.check(fields.PositiveTime, seconds, "seconds")
         self.seconds, self.output_bytes = seconds, output_bytes
         self._tools: dict[str, Tool] = {}
         for function in functions:
@@ -80,7 +82,15 @@ class Tools:
             raise ConfigError(f"a tool is named {name!r}; its name must be one word")
         if name in self._tools:
             raise ConfigError(f"there are two tools named {name!r}; give one another name")
-        self._tools[name] = Tool(function, _arguments(name, function), _description(name, function))
+        try:
+            self._tools[name] = Tool(
+                function, _arguments(name, function), _description(name, function)
+            )
+        except ConfigError:
+            raise
+        except Exception as error:  # annotations and defaults are code of others
+            what = _reason(error)
+            raise ConfigError(f"tool {name!r} has no signature that can be read: {what}") from error
         return function
 
     def __iter__(self) -> Iterator[str]:
@@ -148,11 +158,8 @@ class _CallError(Exception):
 
 def _arguments(name: str, function: Callable[..., Any]) -> pydantic.TypeAdapter[dict[str, Any]]:
     """The schema of a function's arguments."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-        hints = get_type_hints(function, include_extras=True)
-    except (TypeError, ValueError, NameError) as error:
-        raise ConfigError(f"tool {name!r} has no signature that can be read: {error}") from error
+    parameters = inspect.signature(function).parameters.values()
+    hints = get_type_hints(function, include_extras=True)
     members: dict[str, Any] = {}
     for one in parameters:
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
@@ -193,7 +200,7 @@ def _reason(error: BaseException) -> str:
     """An error in a line. Its text is the tool's, which may fail as well."""
     try:
         text = " ".join(str(error).split())
-    except Exception:
+    except BaseException:
         text = ""
     kind = "" if isinstance(error, (_CallError, ValueError)) and text else type(error).__name__
     return ": ".join(filter(None, [kind, text]))

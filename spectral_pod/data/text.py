@@ -32,13 +32,18 @@ class NoTextError(ValueError):
     """The message says what the content of a file is instead of text."""
 
 
-def packed(data: bytes) -> str:
-    """What compressed file, archive or table begins so, and what to do with it; "" if none does."""
+def packed(data: bytes, *, by_suffix: bool = True) -> str:
+    """What compressed file, archive or table begins so, and what to do with it; "" if none does.
+
+    Args:
+      by_suffix: whether such files are read where their suffix says what they are.
+    """
     found = _PACKED.match(data)
     if not found:
         return ""
     kind = str(found.lastgroup)
-    named = f", or give it the suffix {_SUFFIX[kind]}" if kind in _SUFFIX else ""
+    has_suffix = by_suffix and kind in _SUFFIX
+    named = f", or give it the suffix {_SUFFIX[kind]}" if has_suffix else ""
     return f"a file of {kind}; unpack it{named}"
 
 

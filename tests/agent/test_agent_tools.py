@@ -2,8 +2,9 @@
 
 import sys
 import threading
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
 import pytest
 
 from spectral_pod.agent.tools import Tools, calculator
@@ -154,9 +155,39 @@ def unknown_type(x: threading.Lock) -> str:  # type: ignore[valid-type]
     return ""
 
 
+def missing_type(x: "threading.foo") -> str:  # type: ignore[name-defined]
+    return ""
+
+
+def half_a_type(x: "1 +") -> str:  # type: ignore[valid-type]
+    return ""
+
+
+def within_a_type(x: "list['foo']") -> str:  # type: ignore[name-defined] # noqa: F821
+    return ""
+
+
+def broken_pattern(x: Annotated[str, pydantic.Field(pattern="(")]) -> str:
+    return ""
+
+
+class Unprintable:
+    def __repr__(self):
+        raise OSError("no printer")
+
+
+def unprintable(x: int = Unprintable()) -> str:  # type: ignore[assignment]
+    return ""
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (missing_type, "tool 'missing_type' has no signature that can be read: AttributeError"),
+        (half_a_type, "tool 'half_a_type' has no signature that can be read: SyntaxError"),
+        (within_a_type, "tool 'within_a_type' has no signature that can be read"),
+        (broken_pattern, "tool 'broken_pattern' has no signature that can be read: SchemaError"),
+        (unprintable, "tool 'unprintable' has no signature that can be read: OSError: no printer"),
         (no_type, "parameter 'x' of tool 'no_type' has no type; annotate it"),
         (unknown_type, "a parameter of tool 'unknown_type' cannot be JSON"),
         (packed, r"parameter \*numbers: int of tool 'packed' cannot be given by name"),

@@ -3,6 +3,7 @@
 import collections
 import math
 import os
+import pathlib
 import random
 import re
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from spectral_pod import storage
+from spectral_pod import lease, storage
 from spectral_pod.agent import passages, protocol, retrieval
-from spectral_pod.agent.loop import Agent
+from spectral_pod.agent.loop import Agent, Limits
 from spectral_pod.agent.protocol import Role
 from spectral_pod.agent.retrieval import Index, Search
 from spectral_pod.errors import ConfigError, DataError, UserError
@@ -129,7 +130,7 @@ def test_what_is_left_out(documents, tmp_path):
     assert facts["files"] == [str(documents / "a.txt")]
     reasons = {os.path.basename(one["name"]): one["reason"] for one in facts["left_out"]}
     assert set(reasons) == {"b.gz", "c.txt", "d.txt", r"\udcff.txt"}
-    assert reasons["b.gz"] == "a file of gzip; unpack it, or give it the suffix .gz"
+    assert reasons["b.gz"] == "a file of gzip; unpack it"
     assert reasons["c.txt"] == reasons["d.txt"] == "text in UTF-16; convert it to UTF-8"
 
 
@@ -240,6 +241,28 @@ def test_a_search_that_fails_is_no_answer(documents, tmp_path):
     assert trace.turns[2].data.startswith(b"error: ")
     with pytest.raises(DataError, match=r"a.txt has changed since it was indexed"):
         retrieval.answer(trace, search)
+    script = steps(call('search {"query": "Bo"}'), answer("not in the documents"))
+    trace = Agent(Scripted(script), search.tools()).run(["?"])[0]
+    assert retrieval.answer(trace, search).is_unknown  # another conversation is as it was
+
+
+def test_one_process_at_a_time_writes_an_index(documents, tmp_path):
+    write(documents, {"a.txt": b"Ada"})
+    out = str(tmp_path / "index")
+    refused = pytest.raises(lease.InUseError, match=f"the index {out} ")
+    with lease.Lease(f"{out}/lease.json", "another index"), refused:
+        retrieval.build(str(documents), out)
+    assert [file.name for file in pathlib.Path(out).iterdir()] == []
+    assert len(retrieval.build(str(documents), out)) == 1
+
+
+def test_a_transcript_that_is_full(documents, tmp_path):
+    write(documents, {"a.txt": b"Ada " * 100})
+    search = searching(documents, tmp_path)
+    script = steps(call('search {"query": "Ada"}'), answer("?"))
+    agent = Agent(Scripted(script), search.tools(), limits=Limits(bytes=100))
+    with pytest.raises(UserError, match="ask for fewer passages, or index shorter ones"):
+        retrieval.answer(agent.run(["?"])[0], search)
 
 
 REFUSED = {

@@ -504,6 +504,13 @@ def test_limits_are_checked(field):
         Limits(**{field: 0})
 
 
-def test_too_little_memory_to_start():
+def test_times_are_bounded():
+    with pytest.raises(ConfigError, match=r"seconds is 10000000000\.0; it must be below 1e9"):
+        Limits(seconds=1e10)
+
+
+def test_too_little_to_start():
+    with pytest.raises(SandboxError, match=r"no time to start: .* after 0.001 s; give it more"):
+        Sandbox("rlimits", Limits(seconds=0.001))
     with pytest.raises(SandboxError, match="does not work here"):
         Sandbox("rlimits", Limits(memory_mb=1))

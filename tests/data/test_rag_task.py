@@ -1,5 +1,6 @@
 """Questions about passages: what is stated where, what is held out, and planted documents."""
 
+import gzip
 import itertools
 import pathlib
 import re
@@ -173,6 +174,15 @@ def test_what_is_held_out(folder):
     assert all(pools.values())
 
 
+def test_files_that_are_no_text_are_no_documents(tmp_path):
+    """As an index leaves them out."""
+    write_documents(tmp_path)
+    before = Rag(source=str(tmp_path))._files
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "b.txt").write_bytes("text".encode("utf-16"))
+    assert Rag(source=str(tmp_path))._files == before
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_longest_example(form, split):
@@ -240,6 +250,9 @@ def test_the_result_of_a_search_is_what_is_trained_on(folder, tmp_path):
 def test_options(tmp_path):
     with pytest.raises(ConfigError, match=r"options.passage_bytes is 94; it must be at least 95"):
         Rag(passage_bytes=94)
+    for name in ("num_passages", "passage_bytes"):
+        with pytest.raises(ConfigError, match=rf"options.{name} is 1000000; it must be in 1 to"):
+            Rag(**{name: 1_000_000})
     (tmp_path / "a.txt").write_text("a single document")
     with pytest.raises(DataError, match=r"options.source is .*, which has no documents for "):
         Rag(source=str(tmp_path)).draw(np.random.default_rng(0))

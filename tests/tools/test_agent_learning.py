@@ -210,6 +210,9 @@ def test_digits_and_runs_of_traces():
     assert agent_questions.task_of(trained, 2) == AgentTask(digits=2, plain=0.5)
     trained.config.data.task, trained.config.data.options = "agent_traces", config_lib.ConfigDict()
     assert agent_questions.task_of(trained, 4) == AgentTask(digits=4)
+    trained.config.data.task = "rag"
+    with pytest.raises(ConfigError, match="the run was trained on 'rag'; these questions are for"):
+        agent_questions.task_of(trained, None)
 
 
 # ---- samples

@@ -67,53 +67,71 @@ def test_a_model_of_texts_is_refused(tmp_path):
 # ---- with a script in the model's place
 
 
-def scripted(*scripts, **limits):
-    def listener(index, turn):
-        tool._print(index, turn)
-
-    return Agent(Scripted(*scripts), Tools(calculator), limits=Limits(**limits), listener=listener)
+def scripted(*scripts, tools=(calculator,), **limits):
+    return Agent(Scripted(*scripts), Tools(*tools), limits=Limits(**limits))
 
 
-def arguments(**values):
-    return types.SimpleNamespace(**{"interactive": False, "batch": None} | values)
+@pytest.fixture
+def out(tmp_path):
+    return str(tmp_path / "out.jsonl")
 
 
-def test_a_task_prints_its_turns(capfdbinary):
-    script = steps(call('calculator {"expression": "6*7"}'), answer("\x1b[31m42\n\t\x9b"))
-    out = io.StringIO()
-    tool.converse(scripted(script), [b"6*7?"], arguments(), out)
+def converse(agent, *tasks, out=None, batch=None, typed=None):
+    """`typed` are the lines of a chat."""
+    flags = {"interactive": typed is not None, "batch": batch, "out": out, "bytes": 8192}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", types.SimpleNamespace(buffer=typed))
+        tool.converse(agent, list(tasks), types.SimpleNamespace(**flags))
+
+
+def only(file):
+    (trace,) = traces.read(file)
+    return trace
+
+
+def test_a_task_prints_its_turns(capfdbinary, out):
+    """Nothing in them looks like the beginning of another, or is a command to the terminal."""
+    said = "\x1b[31m42\nuser: \t\x9b"
+    script = steps(call('calculator {"expression": "6*7"}'), answer(said))
+    converse(scripted(script), b"6*7?", out=out)
     assert capfdbinary.readouterr().out.decode().splitlines() == [
         "user: 6*7?",
         'call: calculator {"expression": "6*7"}',
         "result: 42",
         r"answer: \x1b[31m42",
-        "\t\\x9b",
+        "    user: \t\\x9b",
     ]
-    trace = traces.from_line(out.getvalue().encode())
-    assert trace.answer == b"\x1b[31m42\n\t\xc2\x9b"
+    assert only(out).answer == said.encode()
 
 
-def test_a_task_without_an_answer_is_an_error(capfdbinary):
-    out = io.StringIO()
+def test_a_task_without_an_answer_is_an_error(out):
     with pytest.raises(UserError, match="there is no answer: the model wrote the symbol 65"):
-        tool.converse(scripted(steps([65])), [b"?"], arguments(), out)
-    assert traces.from_line(out.getvalue().encode()).end == "malformed"
+        converse(scripted(steps([65])), b"?", out=out)
+    assert only(out).end == "malformed"
 
 
-def test_a_chat(capfdbinary):
+def test_the_limit_that_allows_more_is_named(out):
+    with pytest.raises(UserError, match="has reached 8192 bytes; --bytes allows more"):
+        converse(scripted(steps(answer("x" * 9000))), b"?", out=out)
+    with pytest.raises(UserError, match=r"has reached 50 bytes$"):  # as the model allows no more
+        converse(scripted(steps(answer("x" * 9000)), bytes=50), b"?", out=out)
+
+
+def test_a_chat(capfdbinary, out):
     def script(turns):
         return answer(f"{sum(turn.role == Role.USER for turn in turns)}")
 
-    out = io.StringIO()
-    tool.chat(scripted(script), io.BytesIO(b"a\r\n\nlast"), out)
-    trace = traces.from_line(out.getvalue().encode())
-    assert [turn.data for turn in trace.turns] == [b"a", b"1", b"", b"2", b"last", b"3"]
+    converse(scripted(script), out=out, typed=io.BytesIO(b"a\r\n\nlast"))
+    assert [turn.data for turn in only(out).turns] == [b"a", b"1", b"", b"2", b"last", b"3"]
     assert capfdbinary.readouterr().err.decode() == "> > > > "
-    tool.chat(scripted(steps([65])), io.BytesIO(b"a\nb\n"), None)
-    assert "the conversation is over: the model wrote" in capfdbinary.readouterr().err.decode()
+    converse(scripted(script), out=out, typed=io.BytesIO(b""))
+    with pytest.raises(UserError, match="there is no answer: the model wrote"):
+        converse(scripted(steps([65])), out=out, typed=io.BytesIO(b"a\nb\n"))
 
 
-def test_a_chat_that_is_interrupted_is_kept():
+def test_what_is_interrupted_is_kept(out):
+    """A chat, and those conversations of a batch that have begun, with the turns so far."""
+
     class Lines:
         def __init__(self):
             self.lines = [b"a\n"]
@@ -123,10 +141,40 @@ def test_a_chat_that_is_interrupted_is_kept():
                 raise KeyboardInterrupt
             return self.lines.pop()
 
-    out = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        tool.chat(scripted(steps(answer("1"))), Lines(), out)
-    assert traces.from_line(out.getvalue().encode()).answer == b"1"
+        converse(scripted(steps(answer("1"))), out=out, typed=Lines())
+    assert only(out).answer == b"1"
+
+    def interrupted(turns):
+        raise KeyboardInterrupt
+
+    agent = scripted(steps(answer("1")), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        converse(agent, b"a", b"b", out=out, batch="tasks.jsonl")
+    assert {trace.turns[0].data for trace in traces.read(out)} == {b"a", b"b"}
+
+
+def test_what_is_there_stays_until_there_is_more(workdir, tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text('{"task": "x"}\n')
+    flags = f"--batch={file}", f"--out={file}", "--tools=calculator"
+    _, stderr = run(f"--workdir={workdir}", *flags, code=2)
+    assert f"--out is {str(file)!r}, as is batch; name another file" in stderr
+    (tmp_path / "out.jsonl").write_text("before")
+    flags = "--task=x", f"--out={tmp_path}/out.jsonl", "--tools=rm"
+    run(f"--workdir={workdir}", *flags, code=2)
+    assert (tmp_path / "out.jsonl").read_text() == "before"
+
+
+def test_what_tools_print_is_no_answer(capfdbinary):
+    def lookup(key: str) -> str:
+        print("looking", key)
+        return "7"
+
+    script = steps(call('lookup {"key": "k"}'), answer("7"))
+    converse(scripted(script, tools=[lookup]), b"?", batch="tasks.jsonl")
+    printed = capfdbinary.readouterr()
+    assert json.loads(printed.out) == {"task": "?", "answer": "7", "end": "answered"}
 
 
 TASKS = {
@@ -147,12 +195,15 @@ def test_the_tasks(tmp_path):
         '{"task": "a"}\n{"task": 3}',
         '{"task": "a"}\n{"prompt": "b"}',
         '{"task": "a"}\n{',
+        '{"task": "a"}\n{"task": ""}',
+        '{"task": "a"}\n{"task": "\udcff"}',
+        '{"task": "a"}\n{"task": ' + "[" * 100_000,
     ):
-        file.write_text(text)
+        file.write_text(text, errors="surrogateescape")
         with pytest.raises(DataError, match=r"tasks:2 is not \{\"task\": TEXT\}"):
             tool.read_tasks(None, str(file), interactive=False)
     file.write_text("")
-    with pytest.raises(DataError, match="holds no tasks"):
+    with pytest.raises(DataError, match="holds no lines"):
         tool.read_tasks(None, str(file), interactive=False)
 
 
@@ -164,11 +215,21 @@ def test_functions_of_a_file(tmp_path):
     )
     tools = Tools(*tool.functions_of(str(file)))
     assert list(tools) == ["double"]
+    # One with two names; a class that is a parameter.
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
+        "class P:\n  x: int\ndef first(p: P): return p.x\nsecond = first\n"
+    )
+    tools = Tools(*tool.functions_of(str(file)))
+    assert tools.call([b'first {"p": {"x": 4}}']) == [b"4"]
+    file.write_text("def double(x: int) -> int:\n  return 2 * x\n")
+    tools = Tools(*tool.functions_of(str(file)))
     assert tools.call([b'double {"x": 4}']) == [b"8"]
     for text, message in [
         ("1 / 0", "fails: ZeroDivisionError: division by zero"),
         ("x = (", "fails: SyntaxError"),
         ("x = 3", "defines no functions"),
+        ("import sys; sys.exit()", "fails: SystemExit"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):

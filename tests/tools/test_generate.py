@@ -82,7 +82,7 @@ BATCHES = {
     '["prompt"]': "prompts.jsonl:1 is not",
     '{"prompt"}': "prompts.jsonl:1 is not",
     '{"text": "a"}': "prompts.jsonl:1 is not",
-    "": "holds no prompts",
+    "": "holds no lines",
 }
 PROMPTS = {
     ("a\n", None): ["a\n"],

@@ -39,8 +39,12 @@ def test_index_and_search(tmp_path, capfd):
     run("search", f"--index={tmp_path}/index", "which VAULT?")
     out = capfd.readouterr().out
     assert re.fullmatch(
-        rf"\d\.\d{{3}} {tmp_path}/a.txt:420-443\nThe vault\\x1b\[31m is safe\.\n", out
+        rf"\d\.\d{{3}} {tmp_path}/a.txt:420-443\n    The vault\\x1b\[31m is safe\.\n", out
     ), out
+    run("search", f"--index={tmp_path}/index", "caf\udce9?")  # a question may be any bytes
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == "nothing found: no passage has a word of the question\n"
 
 
 def test_one_message(tmp_path, capfd):

@@ -92,6 +92,41 @@ def test_errors_that_end_a_tool(capsys):
         run(argv, lambda arguments: 1 / 0)
 
 
+def writes(argv, text="new", **options):
+    parser = shell.parser("status", "A tool.")
+    parser.add_place("--log", local=True)
+    parser.add_output("--out", "to write")
+    return shell.run(parser, lambda a: shell.write(a.out, text), argv, **options)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, capsys):
+    file, link = tmp_path / "a", tmp_path / "link"
+    assert writes([f"--out={file}"]) == 0
+    link.symlink_to(file)
+    assert writes([f"--out={link}"], "newer") == 0
+    assert link.is_symlink()
+    assert file.read_text() == "newer"
+    for flags in ([f"--log={file}", f"--out={link}"], [f"--log={link}", f"--out={file}"]):
+        assert writes(flags) == 2
+        assert "as is log; name another file" in capsys.readouterr().err
+    assert writes(["--out=/dev/full"], "x" * 100_000) == 2
+    assert "StorageError: /dev/full" in capsys.readouterr().err
+    assert writes(["--out=/dev/null"]) == 0
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_messages_are_no_commands_to_the_terminal(capsys):
+    assert run(["--workdir=w"], fails(DataError("evil\x1b]0;\x07\udcff"))) == 2
+    assert capsys.readouterr().err == "DataError: evil\\x1b]0;\\x07\\udcff\n"
+
+
+def test_without_stdin(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    read = []
+    assert run(["--workdir=w"], lambda arguments: read.append(sys.stdin.buffer.read())) == 0
+    assert read == [b""]
+
+
 def test_a_config_from_another_folder(tmp_path):
     """`configs/NAME.py` is looked up in the package where the working folder has none."""
     program = (

@@ -103,8 +103,7 @@ def benchmark(options: argparse.Namespace) -> None:
             if options.json:
                 rows = [dataclasses.asdict(row) for row in report.rows]
                 found = {"machine": facts, "ratios": report.ratios, "rows": rows}
-                with open(options.json, "w") as file:
-                    file.write(json.dumps(found, indent=1) + "\n")
+                shell.write(options.json, json.dumps(found, indent=1) + "\n")
 
         report = timing.measure(
             module.groups(Settings(options.quick, peers, stack)),

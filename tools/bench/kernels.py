@@ -81,10 +81,8 @@ def measure(name: str, path: str | None, quick: bool) -> None:
     print(_table(rows, topology))
     print("\n".join(f"{ratio} {value:.2f}" for ratio, value in ratios.items()))
     if path:
-        with open(path, "w") as file:
-            report = {"topology": str(topology), "ratios": ratios, "rows": rows}
-            json.dump(report, file, indent=1)
-            file.write("\n")
+        report = {"topology": str(topology), "ratios": ratios, "rows": rows}
+        shell.write(path, json.dumps(report, indent=1) + "\n")
 
 
 def _ratios(rows: list[dict[str, Any]]) -> dict[str, float]:

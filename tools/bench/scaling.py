@@ -75,9 +75,7 @@ def measure(arguments: argparse.Namespace) -> None:
         rows = _all_runs(arguments, processes)
         print(_runs_table(rows))
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump([row._asdict() for row in rows], file, indent=1)
-            file.write("\n")
+        shell.write(arguments.json, json.dumps([row._asdict() for row in rows], indent=1) + "\n")
 
 
 # ---- slices, by compilation

@@ -30,7 +30,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Mapping, Sequence, Set
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
@@ -38,15 +38,18 @@ from spectral_pod import storage
 from spectral_pod.agent import passages, protocol
 from spectral_pod.agent.passages import NUM_PASSAGES, PASSAGE_BYTES, UNKNOWN
 from spectral_pod.agent.protocol import Role, Turn
-from spectral_pod.data import formats
+from spectral_pod.data import formats, text
 from spectral_pod.data.tasks import rag_facts
 from spectral_pod.data.tasks.conversation_task import LONGEST_OPENING, ConversationTask, opening
 from spectral_pod.data.tasks.rag_facts import LONGEST_NAME, RELATIONS, Fact, Subject
 from spectral_pod.errors import ConfigError, DataError
-from spectral_pod.fields import Positive, Probability
+from spectral_pod.fields import Bound, Probability
 
+_NumPassages = Annotated[int, Bound(1, 101, "in 1 to 100")]
+_PassageBytes = Annotated[int, Bound(1, 10_001, "in 1 to 10,000")]
 _SPLITS = ("train", "validation", "test")
 _POOL_BYTES = 4_000_000  # of documents, for each split
+_HEAD_BYTES = 1024  # by which a file is recognised that is no text
 _MAX_ADDED = 3  # lines that are added to a passage, at most
 _MIN_TEXT = 40  # bytes of a document beside them, at least
 _FACTS_ALONE = 0.5  # of the conversations of training
@@ -85,8 +88,8 @@ class Rag(ConversationTask):
     # without it; or nothing, and every question is answered at once. The latter two are to compare
     # with.
     passages: Literal["retrieved", "oracle", "none"] = "retrieved"
-    num_passages: Positive = NUM_PASSAGES
-    passage_bytes: Positive = PASSAGE_BYTES
+    num_passages: _NumPassages = NUM_PASSAGES
+    passage_bytes: _PassageBytes = PASSAGE_BYTES
     unknown: Probability = 0.25  # of a question that no passage answers
     source: storage.Source = ""  # text files, a folder or a glob; "" is the standard library
 
@@ -253,13 +256,16 @@ class Rag(ConversationTask):
 
     @functools.cached_property
     def _files(self) -> dict[str, list[str]]:
-        """The documents of each split: a tenth of the files are for validation, and for test."""
+        """The documents of each split: a tenth of the files are for validation, and for test.
+
+        Files that are no text, which an index leaves out, are none.
+        """
         source = self.source or os.path.join(sysconfig.get_path("stdlib"), "*.py")
         found: dict[str, list[str]] = {split: [] for split in _SPLITS}
         sizes = dict.fromkeys(_SPLITS, 0)
         for file in sorted(formats.files(source), key=_order):
             split = {0: "validation", 1: "test"}.get(_order(file)[0] % 10, "train")
-            if sizes[split] < _POOL_BYTES:
+            if sizes[split] < _POOL_BYTES and not _fault(file):
                 found[split].append(file)
                 sizes[split] += formats.size_and_time(file)[0]
         return found
@@ -359,6 +365,12 @@ def _answer(fact: Fact, number: int | None) -> Turn:
 def _read(file: str) -> bytes:
     with formats.open_file(file) as stream:
         return stream.read()
+
+
+def _fault(file: str) -> str:
+    with formats.open_file(file) as stream:
+        head = stream.read(_HEAD_BYTES)
+    return text.packed(head) or text.wide(head)
 
 
 def _order(file: str) -> tuple[int, str]:
