@@ -6,9 +6,9 @@
 `:oracle` reads the one passage with the fact, `:none` no passage at all; both are to compare with.
 Facts, persons and documents are those of `spectral_pod/data/tasks/rag.py`: generated facts in files
 of Python's standard library, or of `--config.data.options.source=FOLDER`. Accuracy is that of
-symbols. In about an hour of two cores (`--config.mesh.data=2`) 96.0% of the answers about new
-documents become exact and cite the right passage, and 82.0% of the questions without an answer are
-recognised (docs/results.md).
+symbols. After 4,400 steps, about an hour of two free cores with `--config.mesh.data=2`, 96.0% of
+the answers about new documents are exact and cite the right passage, and 82.0% of the questions
+without an answer are recognised (docs/results.md).
 """
 
 from ml_collections import ConfigDict

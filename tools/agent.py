@@ -109,8 +109,8 @@ def converse(agent: Agent, tasks: list[bytes], arguments: argparse.Namespace) ->
         with contextlib.redirect_stdout(sys.stderr):
             found = chat(agent, sys.stdin.buffer) if arguments.interactive else agent.run(tasks)
     finally:  # also when interrupted
-        if arguments.out:
-            found = found or [Trace(tuple(turns)) for _, turns in sorted(heard.items())]
+        found = found or [Trace(tuple(turns)) for _, turns in sorted(heard.items())]
+        if arguments.out and found:
             shell.write(arguments.out, "".join(map(traces.to_line, found)))
     if arguments.batch:
         _print_answers(tasks, found, stdout)

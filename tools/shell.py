@@ -94,7 +94,9 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{flag} is {text!r}, and there is no folder {folder!r}")
             if os.path.isdir(file):
                 raise ConfigError(f"{flag} is {text!r}, which is a folder; name a file in it")
-            if not os.access(file if _is_special(file) else folder, os.W_OK):
+            written = [file] if os.path.exists(file) else []
+            written += [] if _is_special(file) else [folder]  # where another file takes its place
+            if not all(os.access(path, os.W_OK) for path in written):
                 raise ConfigError(f"{flag} is {text!r}, which you may not write")
             return _Output(file)
 

@@ -183,7 +183,7 @@ def _fault(file: str, head: bytes) -> str:
         file.encode()
     except UnicodeEncodeError:
         return "its name is not UTF-8; rename it"
-    return text.packed(head, by_suffix=False) or text.wide(head)
+    return text.unread(head)
 
 
 def _reason(left_out: dict[str, str]) -> str:

@@ -54,6 +54,11 @@ def wide(data: bytes) -> str:
     return f"text in {name.upper()}; convert it to UTF-8" if name else ""
 
 
+def unread(data: bytes) -> str:
+    """Why a file that begins so is no text, and what to do with it; "" if it is."""
+    return packed(data, by_suffix=False) or wide(data)
+
+
 def encode(text: str) -> bytes:
     """The original bytes of a decoded text: UTF-8, with invalid bytes escaped as surrogates.
 

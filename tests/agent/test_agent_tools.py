@@ -201,6 +201,11 @@ def test_a_function_that_cannot_be_a_tool(function, message):
         Tools(calculator).add(function)
 
 
+def test_times_are_bounded():
+    with pytest.raises(ConfigError, match=r"seconds is 10000000000\.0; it must be below 1e9"):
+        Tools(calculator, seconds=1e10)
+
+
 def test_a_decorator_and_a_description():
     tools = Tools(calculator)
 

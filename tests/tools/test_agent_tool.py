@@ -125,6 +125,7 @@ def test_a_chat(capfdbinary, out):
     assert [turn.data for turn in only(out).turns] == [b"a", b"1", b"", b"2", b"last", b"3"]
     assert capfdbinary.readouterr().err.decode() == "> > > > "
     converse(scripted(script), out=out, typed=io.BytesIO(b""))
+    assert only(out)  # nothing was said, and the file is as it was
     with pytest.raises(UserError, match="there is no answer: the model wrote"):
         converse(scripted(steps([65])), out=out, typed=io.BytesIO(b"a\nb\n"))
 

@@ -49,7 +49,7 @@ _NumPassages = Annotated[int, Bound(1, 101, "in 1 to 100")]
 _PassageBytes = Annotated[int, Bound(1, 10_001, "in 1 to 10,000")]
 _SPLITS = ("train", "validation", "test")
 _POOL_BYTES = 4_000_000  # of documents, for each split
-_HEAD_BYTES = 1024  # by which a file is recognised that is no text
+_HEAD_BYTES = 1 << 20  # by which a file is recognised that is no text, as an index does
 _MAX_ADDED = 3  # lines that are added to a passage, at most
 _MIN_TEXT = 40  # bytes of a document beside them, at least
 _FACTS_ALONE = 0.5  # of the conversations of training
@@ -265,7 +265,7 @@ class Rag(ConversationTask):
         sizes = dict.fromkeys(_SPLITS, 0)
         for file in sorted(formats.files(source), key=_order):
             split = {0: "validation", 1: "test"}.get(_order(file)[0] % 10, "train")
-            if sizes[split] < _POOL_BYTES and not _fault(file):
+            if sizes[split] < _POOL_BYTES and not _unread(file):
                 found[split].append(file)
                 sizes[split] += formats.size_and_time(file)[0]
         return found
@@ -367,10 +367,9 @@ def _read(file: str) -> bytes:
         return stream.read()
 
 
-def _fault(file: str) -> str:
+def _unread(file: str) -> str:
     with formats.open_file(file) as stream:
-        head = stream.read(_HEAD_BYTES)
-    return text.packed(head) or text.wide(head)
+        return text.unread(stream.read(_HEAD_BYTES))
 
 
 def _order(file: str) -> tuple[int, str]:
